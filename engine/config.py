@@ -1,0 +1,78 @@
+"""EngineConfig: every setting of the engine, one schema for flags, YAML and code.
+
+The server's own settings (host, port, keys) live in `server.config`. Sizes are bytes, times seconds, lengths tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from engine.errors import ConfigError
+
+Positive = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[int, Meta(ge=0)]
+
+Speculation = Literal["none", "ngram", "draft-model"]
+Verification = Literal["coupled", "rejection"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+KernelsName = Literal["auto", "native", "torch"]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an engine is started with. Every field has a default but `model`'s is the catalogue's small one.
+
+    Raises ConfigError from `check()`; msgspec raises ValidationError for a value of the wrong type.
+    """
+
+    model: str = "smollm2-135m"
+    """A catalogue name, a Hugging Face folder, a .gguf file, or a hub name."""
+    dtype: DType = "auto"
+    """Of weights and KV cache. auto: float32 on the CPU, the checkpoint's own on a GPU."""
+    device: DeviceName = "auto"
+    kernels: KernelsName = "auto"
+    """native: this package's own CPU kernels, bit-equal for every batch and span; torch: torch's operators."""
+    num_threads: NotNegative = 0
+    """CPU threads of the engine process; 0: one for each core that this process may use."""
+
+    max_model_len: NotNegative = 0
+    """Most tokens of prompt and answer together; 0: the model's own limit, or less if the KV cache is smaller."""
+    max_num_seqs: Positive = 32
+    """Most sequences that run in one step; the others wait."""
+    max_batch_tokens: Positive = 256
+    """Token rows of one step: what is left of it by the decoding sequences goes to prefill chunks."""
+    block_size: Positive = 16
+    """Tokens in a KV-cache block."""
+    kv_cache_memory: NotNegative = 0
+    """Bytes of the KV cache; 0: `kv_cache_share` of the memory that is free once the weights are loaded."""
+    kv_cache_share: Annotated[float, Meta(gt=0, le=1)] = 0.05
+    prefix_caching: bool = True
+
+    speculation: Speculation = "ngram"
+    """The drafter that a request gets unless it names another (or "off")."""
+    draft_model: str | None = None
+    num_draft_tokens: Positive = 8
+    """Most tokens drafted for a sequence in one step."""
+    ngram_max: Positive = 4
+    """Longest suffix that the n-gram drafter looks up; it falls back to shorter ones down to `ngram_min`."""
+    ngram_min: Positive = 2
+    verification: Verification = "coupled"
+
+    seed: NotNegative | None = None
+    """Where requests without a seed get theirs from; None: from the operating system."""
+
+    def check(self) -> EngineConfig:
+        """Return self, or raise ConfigError for settings that contradict each other."""
+        if self.speculation == "draft-model" and self.draft_model is None:
+            raise ConfigError("speculation 'draft-model' needs draft_model: the name or path of the draft")
+        if self.ngram_min > self.ngram_max:
+            raise ConfigError(f"ngram_min ({self.ngram_min}) is larger than ngram_max ({self.ngram_max})")
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_batch_tokens ({self.max_batch_tokens}) is smaller than max_num_seqs ({self.max_num_seqs}): "
+                "every running sequence needs a row of each step"
+            )
+        return self

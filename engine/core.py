@@ -1,0 +1,269 @@
+"""EngineCore: one step of the engine, over all running requests. No processes, no HTTP, no text."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from engine.build import Engine, build
+from engine.config import EngineConfig
+from engine.errors import ParameterError
+from engine.execution.spans import Span
+from engine.memory.block_table import BlockTable
+from engine.messages import StepStats
+from engine.request import Delta, EngineInfo, FinishReason, Request, RequestStats, check_request
+from engine.sampling.logprobs import prompt_logprobs
+from engine.sampling.params import MAX_SEED
+from engine.sampling.spans import LogitSpan
+from engine.scheduler import PlannedSpan, Scheduler, StepPlan
+from engine.sequence import Sequence
+from engine.speculation.verify import Verdict
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    deltas: list[Delta]
+    stats: StepStats
+
+
+class EngineCore:
+    """Loads the model; then `add` requests and call `step` while there is work.
+
+    Raises ConfigError or ModelError where the settings or the model's files are wrong. One thread at a time may use it.
+    """
+
+    def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None) -> None:
+        self._engine: Engine = build(config.check(), progress or (lambda what, share: None))
+        self.info: EngineInfo = self._engine.info
+        self._scheduler = Scheduler(self._engine.pool, config.max_num_seqs, config.max_batch_tokens)
+        self._sequences: dict[str, Sequence] = {}
+        self._ended: list[Delta] = []  # to be reported with the next step's deltas
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ParameterError for one that this engine can never serve."""
+        check_request(request, self.info)
+        if request.id in self._sequences:
+            raise ParameterError("request_id", f"a request with id {request.id!r} is running already")
+        seed = request.params.seed if request.params.seed is not None else secrets.randbelow(MAX_SEED)
+        drafter = request.speculation or self.info.default_drafter
+        sequence = Sequence(
+            request=request,
+            seed=seed,
+            blocks=BlockTable(self._engine.pool),
+            drafter="none" if drafter == "off" else drafter,
+        )
+        self._sequences[request.id] = sequence
+        self._scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """End a request now, if it is there; its last delta comes with the next step's."""
+        if (sequence := self._sequences.get(request_id)) is not None:
+            self._ended.append(self._end(sequence, "abort"))
+
+    def has_work(self) -> bool:
+        return bool(self._sequences or self._ended)
+
+    @torch.inference_mode()
+    def step(self) -> StepResult:
+        """Plan, draft, run, verify, commit."""
+        engine, clock = self._engine, _Phases()
+        with clock.phase("draft"):
+            drafts = engine.speculator.draft(self._scheduler.decoding())
+        with clock.phase("plan"):
+            plan = self._scheduler.plan(drafts)
+            self._note_admissions(plan)
+        with clock.phase("forward"):
+            logits = engine.runner.run([_span(planned) for planned in plan.spans]) if plan.spans else None
+        with clock.phase("sample"):
+            verdicts = self._verify(plan, logits) if logits is not None else []
+        with clock.phase("commit"):
+            deltas, self._ended = self._ended, []
+            deltas += self._commit(plan, verdicts)
+        return StepResult(deltas, self._stats(plan, verdicts, deltas, clock.seconds))
+
+    def _note_admissions(self, plan: StepPlan) -> None:
+        now = time.monotonic()
+        for sequence in plan.admitted:
+            if not sequence.scheduled:
+                sequence.scheduled = now
+                sequence.cached_prompt_tokens = sequence.computed
+
+    def _verify(self, plan: StepPlan, logits: torch.Tensor) -> list[Verdict]:
+        """Verdicts for the plan's drawing spans, in their order. Rows of prompt logprobs are taken out first."""
+        drawing = [planned for planned in plan.spans if planned.draws]
+        if any(_wants_prompt_logprobs(planned) for planned in plan.spans):
+            logits = logits[self._take_prompt_logprobs(plan, logits)]
+        if not drawing:
+            return []
+        spans = [LogitSpan(p.sequence, p.draft.tokens, rows=len(p.draft.tokens) + 1) for p in drawing]
+        return self._engine.verifier.verify(logits, spans, [planned.draft for planned in drawing])
+
+    def _take_prompt_logprobs(self, plan: StepPlan, logits: torch.Tensor) -> list[int]:
+        """Note the prompt logprobs of this step's rows; returns the rows that draw."""
+        drawing_rows: list[int] = []
+        row = 0
+        for planned in plan.spans:
+            rows = _logit_rows(planned)
+            if _wants_prompt_logprobs(planned):
+                sequence, known = planned.sequence, planned.sequence.prompt_logprobs
+                if not known:
+                    known.append(None)  # nothing predicts the first token
+                # Row i of the span predicts the token at start + i + 1; a preempted sequence knows some of them already.
+                first, stop = len(known), min(planned.stop + 1, sequence.prompt_len)
+                if first < stop:
+                    offset = row + first - planned.start - 1
+                    wanted = sequence.params.prompt_logprobs or 0
+                    known.extend(
+                        prompt_logprobs(logits[offset : offset + stop - first], sequence.tokens[first:stop], wanted)
+                    )
+            if planned.draws:
+                draws = len(planned.draft.tokens) + 1
+                drawing_rows.extend(range(row + rows - draws, row + rows))
+            row += rows
+        return drawing_rows
+
+    def _commit(self, plan: StepPlan, verdicts: list[Verdict]) -> list[Delta]:
+        deltas = []
+        drawn = iter(verdicts)
+        for planned in plan.spans:
+            if planned.draws:
+                deltas.append(self._commit_tokens(planned, next(drawn)))
+            else:
+                sequence = planned.sequence
+                sequence.computed = planned.stop
+                sequence.blocks.commit(sequence.tokens, sequence.computed)
+        return deltas
+
+    def _commit_tokens(self, planned: PlannedSpan, verdict: Verdict) -> Delta:
+        """Append what was drawn, up to a stop; the keys and values of rejected tokens are overwritten later."""
+        sequence = planned.sequence
+        first = sequence.output_len == 0
+        tokens, reason, stop_token = self._until_stop(sequence, verdict.tokens)
+        sequence.tokens.extend(tokens)
+        sequence.computed = len(sequence.tokens) - 1
+        sequence.blocks.commit(sequence.tokens, sequence.computed)
+        sequence.steps += 1
+        if planned.draft.tokens:
+            drafted = len(planned.draft.tokens)
+            sequence.drafted[sequence.drafter] = sequence.drafted.get(sequence.drafter, 0) + drafted
+            sequence.accepted += min(verdict.accepted, len(tokens))
+        if first:
+            sequence.first_token = time.monotonic()
+        delta = Delta(
+            request_id=sequence.id,
+            token_ids=tuple(tokens),
+            logprobs=None if verdict.logprobs is None else verdict.logprobs[: len(tokens)],
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,
+        )
+        return delta if reason is None else self._end(sequence, reason, delta, stop_token)
+
+    def _until_stop(self, sequence: Sequence, tokens: list[int]) -> tuple[list[int], FinishReason | None, int | None]:
+        """The tokens up to the first that ends the sequence, why it ends, and the token that it ends on."""
+        params = sequence.params
+        stops = set(params.stop_token_ids) if params.ignore_eos else {*params.stop_token_ids, *self.info.eos_token_ids}
+        room = min(params.max_tokens - sequence.output_len, self.info.max_model_len - len(sequence.tokens))
+        for i, token in enumerate(tokens[:room]):
+            if token in stops and sequence.output_len + i >= params.min_tokens:
+                return tokens[: i + 1], "stop", token
+        return (tokens[:room], "length", None) if len(tokens) >= room else (tokens, None, None)
+
+    def _end(
+        self, sequence: Sequence, reason: FinishReason, delta: Delta | None = None, stop_token: int | None = None
+    ) -> Delta:
+        """Give everything back and write the last delta."""
+        del self._sequences[sequence.id]
+        self._scheduler.remove(sequence)
+        self._engine.speculator.release(sequence)
+        now = time.monotonic()
+        drafted = sequence.drafted
+        stats = RequestStats(
+            arrival=sequence.request.arrival or sequence.scheduled,
+            scheduled=sequence.scheduled or now,
+            first_token=sequence.first_token or now,
+            finished=now,
+            prompt_tokens=sequence.prompt_len,
+            cached_prompt_tokens=sequence.cached_prompt_tokens,
+            generated_tokens=sequence.output_len,
+            drafter=max(drafted, key=lambda name: drafted[name], default="none"),
+            drafted_tokens=sum(drafted.values()),
+            accepted_tokens=sequence.accepted,
+            steps=sequence.steps,
+            preemptions=sequence.preemptions,
+        )
+        return Delta(
+            request_id=sequence.id,
+            token_ids=delta.token_ids if delta else (),
+            logprobs=delta.logprobs if delta else None,
+            prompt_logprobs=delta.prompt_logprobs if delta else None,
+            finish_reason=reason,
+            stop_token=stop_token,
+            stats=stats,
+        )
+
+    def _stats(
+        self, plan: StepPlan, verdicts: list[Verdict], deltas: list[Delta], seconds: dict[str, float]
+    ) -> StepStats:
+        drafted: dict[str, int] = {}
+        accepted: dict[str, int] = {}
+        for planned, verdict in zip((p for p in plan.spans if p.draws), verdicts, strict=True):
+            if planned.draft.tokens:
+                name = planned.sequence.drafter
+                drafted[name] = drafted.get(name, 0) + len(planned.draft.tokens)
+                accepted[name] = accepted.get(name, 0) + verdict.accepted
+        pool = self._engine.pool
+        return StepStats(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            rows=plan.rows,
+            prompt_tokens=sum(
+                max(0, min(p.stop, p.sequence.prompt_len) - p.start) for p in plan.spans if p.start < p.sequence.prompt_len
+            ),
+            generated_tokens=sum(len(delta.token_ids) for delta in deltas),
+            drafted=drafted,
+            accepted=accepted,
+            preemptions=plan.preemptions,
+            prefix_queried_tokens=sum(len(sequence.request.prompt_ids) for sequence in plan.admitted),
+            prefix_hit_tokens=sum(sequence.cached_prompt_tokens for sequence in plan.admitted),
+            blocks_total=pool.num_blocks,
+            blocks_used=pool.used,
+            blocks_cached=pool.cached,
+            seconds=seconds,
+        )
+
+
+def _wants_prompt_logprobs(planned: PlannedSpan) -> bool:
+    sequence = planned.sequence
+    return sequence.params.prompt_logprobs is not None and len(sequence.prompt_logprobs) < sequence.prompt_len
+
+
+def _logit_rows(planned: PlannedSpan) -> int:
+    if _wants_prompt_logprobs(planned):
+        return planned.stop - planned.start
+    return len(planned.draft.tokens) + 1 if planned.draws else 0
+
+
+def _span(planned: PlannedSpan) -> Span:
+    sequence = planned.sequence
+    token_ids = [*sequence.tokens[planned.start : planned.stop], *planned.draft.tokens]
+    return Span(token_ids, planned.start, sequence.blocks.blocks, _logit_rows(planned))
+
+
+class _Phases:
+    """Seconds of each phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start

@@ -1,0 +1,34 @@
+"""The engine's exceptions: one small tree, each message says what was wrong and what would be right."""
+
+
+class PilotfishError(Exception):
+    """Base of every error that Pilotfish raises on purpose."""
+
+
+class ConfigError(PilotfishError, ValueError):
+    """A setting that cannot work; raised before anything is started."""
+
+
+class ParameterError(PilotfishError, ValueError):
+    """A request asks for something that cannot be done.
+
+    `param` is the request field at fault (OpenAI's name for it where there is one), so that the server can put it into
+    `error.param`.
+    """
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+        self.message = message
+
+
+class ModelError(PilotfishError):
+    """A model's files cannot be found, read, or are of a kind that the engine does not know."""
+
+
+class EngineDeadError(PilotfishError):
+    """The engine process has ended or was stopped; requests in flight cannot finish."""
+
+
+class EngineNotReadyError(PilotfishError):
+    """The engine is still loading its model, or is stopping: the request was not taken."""

@@ -1,0 +1,34 @@
+"""ModelRunner: spans in, logits out. One for each model: the target's and each draft's are the same kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+
+from engine.execution.spans import Span, flatten
+from engine.layers.attention.interface import LayerCache
+from engine.models.llama import LlamaModel
+
+
+class ModelRunner:
+    def __init__(self, model: LlamaModel, caches: list[LayerCache], block_size: int, device: torch.device) -> None:
+        self.model = model
+        self._caches = caches
+        self._block_size = block_size
+        self._device = device
+
+    @torch.inference_mode()
+    def run(self, spans: Seq[Span]) -> torch.Tensor:
+        """Compute the spans in one pass; their keys and values are in the cache afterwards.
+
+        Returns the logits of each span's last `logit_rows` rows, spans in order: (sum of logit_rows, vocab_size), in the
+        model's dtype.
+        """
+        batch = flatten(spans, self._block_size, self._device)
+        hidden = self.model.forward(batch.token_ids, batch.positions, batch.attention, self._caches)
+        if len(batch.logit_rows) != len(hidden):
+            hidden = hidden[batch.logit_rows]
+        if not len(hidden):
+            return hidden.new_empty(0, self.model.config.vocab_size)
+        return self.model.logits(hidden)

@@ -1,0 +1,1 @@
+"""Operators with more than one implementation, and the choice between them."""

@@ -1,0 +1,57 @@
+"""What a set of kernels is: the few operators between a model's matrices that are worth a special implementation.
+
+A model is written once against `Kernels`; `torch.py` is the reference on every device, `native.py` the CPU's own. The
+attention over the paged cache has its own interface, `engine.layers.attention`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class PreparedLinear(Protocol):
+    """A weight matrix (out_features, in_features) and an optional bias, laid out as its kernels like it."""
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+
+class Kernels(Protocol):
+    """All tensors are on one device and of one dtype, positions and ids apart; results are new tensors unless said."""
+
+    name: str
+
+    def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PreparedLinear:
+        """Lay out `weight` (out_features, in_features) once, at loading. The caller drops its own copy afterwards."""
+        ...
+
+    def linear(
+        self, x: torch.Tensor, weight: PreparedLinear, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x @ weight.T + bias + residual: (rows, in_features) -> (rows, out_features)."""
+        ...
+
+    def embed(self, ids: torch.Tensor, weight: PreparedLinear) -> torch.Tensor:
+        """Rows of a weight matrix: (rows,) int64 -> (rows, in_features). A tied head is its own embedding."""
+        ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension of (rows, size) or (rows, heads, size)
+        (arXiv 1910.07467)."""
+        ...
+
+    def rotate_(self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> None:
+        """Rotary embedding (arXiv 2104.09864), halves convention, of x (rows, heads, head_dim), in place.
+
+        positions (rows,) int64; cos_sin (max_position, head_dim) float32: cosines, then sines, of half the dimensions.
+        """
+        ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of (rows, 2 * size), gate first -> (rows, size)."""
+        ...

@@ -1,0 +1,183 @@
+/* CPU kernels in float32 for a decoder's forward pass over few rows, as decoding and verification have them.
+ *
+ * Plain C with GCC's vector extension, which clang has too: native_target.h is compiled for AVX-512, AVX2 and the
+ * compiler's default target, and the best that the processor has is chosen when the library is loaded. Called through
+ * ctypes by native.py, which checks shapes; nothing is checked here. No allocation, no state.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define PANEL 16      /* columns of a packed panel */
+#define QUERIES 4     /* queries of an attention tile */
+#define ROW_BLOCK 96  /* rows of a block: 96 rows of 1536 floats are 576 KiB, within a second-level cache */
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#ifdef _OPENMP
+#define PARALLEL_FOR _Pragma("omp parallel for schedule(static)")
+#define PARALLEL_FOR_IF(condition) OMP(omp parallel for schedule(static) if (condition))
+#define PARALLEL_FOR_DYNAMIC_IF(condition) OMP(omp parallel for schedule(dynamic, 4) if (condition))
+#define OMP(text) _Pragma(#text)
+INLINE int thread_number(void) { return omp_get_thread_num(); }
+#else
+#define PARALLEL_FOR
+#define PARALLEL_FOR_IF(condition)
+#define PARALLEL_FOR_DYNAMIC_IF(condition)
+INLINE int thread_number(void) { return 0; }
+#endif
+
+/* The arguments of attend; native.py has the same structure. Strides are in floats. */
+struct attention {
+  const float *query; /* rows x heads x dim, row stride query_stride */
+  const float *keys;   /* num_blocks x kv_heads x dim x block_size */
+  const float *values; /* num_blocks x block_size x kv_heads x dim */
+  const int32_t *cu_query_lens, *context_lens, *block_tables;
+  float *out; /* rows x heads x dim */
+  float *scratch; /* threads x QUERIES x scratch_size */
+  int64_t query_stride, spans, max_blocks, heads, kv_heads, dim, block_size, window, scratch_size;
+  float scale;
+};
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define NAME(x) JOIN(x, SUFFIX)
+
+#define SUFFIX _default
+#define TARGET
+#define LANES 4
+#define MAX_TILE 4
+#define VALUE_PARTS 2
+#include "native_target.h"
+#undef SUFFIX
+#undef TARGET
+#undef LANES
+#undef MAX_TILE
+#undef VALUE_PARTS
+
+#if defined(__x86_64__)
+#define SUFFIX _avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define LANES 8
+#define MAX_TILE 6
+#define VALUE_PARTS 2
+#include "native_target.h"
+#undef SUFFIX
+#undef TARGET
+#undef LANES
+#undef MAX_TILE
+#undef VALUE_PARTS
+
+#define SUFFIX _avx512
+#define TARGET __attribute__((target("avx512f,avx512dq,fma")))
+#define LANES 16
+#define MAX_TILE 12
+#define VALUE_PARTS 4
+#include "native_target.h"
+#undef SUFFIX
+#undef TARGET
+#undef LANES
+#undef MAX_TILE
+#undef VALUE_PARTS
+
+/* 0: the default target; 1: AVX2; 2: AVX-512 */
+static int best_level(void) {
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return 2;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+}
+#define DISPATCH(level, call) \
+  switch (level) {            \
+    case 2: JOIN(call, _avx512) ARGUMENTS; break; \
+    case 1: JOIN(call, _avx2) ARGUMENTS; break;   \
+    default: JOIN(call, _default) ARGUMENTS;      \
+  }
+#else
+static int best_level(void) { return 0; }
+#define DISPATCH(level, call) JOIN(call, _default) ARGUMENTS
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+
+EXPORT int pilotfish_level(void) { return best_level(); }
+EXPORT int64_t pilotfish_panel(void) { return PANEL; }
+EXPORT int64_t pilotfish_queries(void) { return QUERIES; }
+EXPORT int pilotfish_max_threads(void) {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+/* weight (columns x in, row-major) -> panels of PANEL columns, [panel][k][PANEL], zero beyond the last column */
+EXPORT void pilotfish_pack(const float *weight, float *packed, int64_t columns, int64_t in) {
+  const int64_t panels = (columns + PANEL - 1) / PANEL;
+  PARALLEL_FOR
+  for (int64_t p = 0; p < panels; p++)
+    for (int64_t k = 0; k < in; k++)
+      for (int64_t c = 0; c < PANEL; c++)
+        packed[(p * in + k) * PANEL + c] = p * PANEL + c < columns ? weight[(p * PANEL + c) * in + k] : 0.0f;
+}
+
+/* out[i] = row ids[i] of the weight that was packed: an embedding lookup in a tied head */
+EXPORT void pilotfish_unpack_rows(const float *packed, const int64_t *ids, float *out, int64_t count, int64_t in) {
+  PARALLEL_FOR_IF(count > 8)
+  for (int64_t i = 0; i < count; i++) {
+    const float *panel = packed + ids[i] / PANEL * in * PANEL + ids[i] % PANEL;
+    for (int64_t k = 0; k < in; k++) out[i * in + k] = panel[k * PANEL];
+  }
+}
+
+EXPORT void pilotfish_linear(int level, const float *x, const float *packed, const float *bias, const float *residual,
+                             float *out, int64_t rows, int64_t columns, int64_t in) {
+#define ARGUMENTS (x, packed, bias, residual, out, rows, columns, in)
+  DISPATCH(level, linear)
+#undef ARGUMENTS
+}
+
+EXPORT void pilotfish_rms_norm(int level, const float *x, int64_t row_stride, int64_t group_stride, const float *weight,
+                               float *out, int64_t rows, int64_t groups, int64_t size, float eps) {
+#define ARGUMENTS (x, row_stride, group_stride, weight, out, rows, groups, size, eps)
+  DISPATCH(level, rms_norm)
+#undef ARGUMENTS
+}
+
+EXPORT void pilotfish_silu_mul(int level, const float *gate_up, float *out, int64_t rows, int64_t size) {
+#define ARGUMENTS (gate_up, out, rows, size)
+  DISPATCH(level, silu_mul)
+#undef ARGUMENTS
+}
+
+EXPORT void pilotfish_rotate(int level, float *x, int64_t row_stride, const int64_t *positions, const float *cos_sin,
+                             int64_t rows, int64_t heads, int64_t dim) {
+#define ARGUMENTS (x, row_stride, positions, cos_sin, rows, heads, dim)
+  DISPATCH(level, rotate)
+#undef ARGUMENTS
+}
+
+/* The rows' keys and values to their slots of the cache, laid out as `struct attention` says; row stride `stride`. */
+EXPORT void pilotfish_write_cache(const float *key, const float *value, int64_t stride, float *keys, float *values,
+                                  const int64_t *slots, int64_t rows, int64_t kv_heads, int64_t dim, int64_t block_size) {
+  const int64_t size = kv_heads * dim;
+  for (int64_t r = 0; r < rows; r++) {
+    memcpy(values + slots[r] * size, value + r * stride, size * sizeof(float));
+    float *to = keys + slots[r] / block_size * size * block_size + slots[r] % block_size;
+    for (int64_t k = 0; k < size; k++) to[k * block_size] = key[r * stride + k];
+  }
+}
+
+EXPORT void pilotfish_attend(int level, const struct attention *arguments) {
+#define ARGUMENTS (arguments)
+  DISPATCH(level, attend)
+#undef ARGUMENTS
+}
+
+/* An importable module with nothing in it, so that Python's own machinery builds and finds the library. */
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Loaded with ctypes by engine.kernels.native.", -1, NULL};
+PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }

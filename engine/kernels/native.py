@@ -1,0 +1,181 @@
+"""This package's own CPU kernels (native.c), in float32, called through ctypes.
+
+They exist for two properties that a verify pass needs and that general matrix libraries do not promise:
+
+- one row's result does not depend, to the last bit, on how many rows are computed with it, so that a verified token is
+  the decoded token and not merely close to it;
+- a pass over a handful of rows costs hardly more than a pass over one: weights are read once, in the order in which they
+  lie in memory, and rows share them in registers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+VECTOR = 16
+"""Floats in the widest vector register: sizes of norms, gates and heads must be multiples of it."""
+
+
+class AttentionArguments(ctypes.Structure):
+    """`struct attention` of native.c, which documents the fields."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("query", "keys", "values", "cu_query_lens", "context_lens", "block_tables")),
+        *((name, c_void_p) for name in ("out", "scratch")),
+        *((name, c_int64) for name in ("query_stride", "spans", "max_blocks", "heads", "kv_heads", "dim")),
+        *((name, c_int64) for name in ("block_size", "window", "scratch_size")),
+        ("scale", c_float),
+    )
+
+
+@cache
+def load_library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they were not built (no C compiler at installation)."""
+    spec = importlib.util.find_spec("engine.kernels._native")
+    if spec is None or spec.origin is None:
+        return None
+    library = ctypes.CDLL(spec.origin)
+    library.pilotfish_panel.restype = library.pilotfish_queries.restype = c_int64
+    signatures = {
+        "pack": (c_void_p, c_void_p, c_int64, c_int64),
+        "unpack_rows": (c_void_p, c_void_p, c_void_p, c_int64, c_int64),
+        "linear": (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64),
+        "rms_norm": (c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_float),
+        "silu_mul": (c_int, c_void_p, c_void_p, c_int64, c_int64),
+        "rotate": (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64),
+        "write_cache": (c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64),
+        "attend": (c_int, POINTER(AttentionArguments)),
+    }
+    for name, arguments in signatures.items():
+        function = getattr(library, f"pilotfish_{name}")
+        function.argtypes, function.restype = arguments, None
+    return library
+
+
+@dataclass(frozen=True, slots=True)
+class NativeLinear:
+    packed: torch.Tensor  # (panels, in_features, panel) float32, see pilotfish_pack
+    bias: torch.Tensor | None
+    in_features: int
+    out_features: int
+
+
+class NativeKernels:
+    """Float32 on the CPU. Raises RuntimeError where the library was not built.
+
+    `level` picks the instruction set: 0 the compiler's default, 1 AVX2, 2 AVX-512; None: the best the processor has.
+    """
+
+    name = "native"
+
+    def __init__(self, level: int | None = None) -> None:
+        library = load_library()
+        if library is None:
+            raise RuntimeError("the native kernels were not built: install with a C compiler, or choose kernels 'torch'")
+        self._library = library
+        self._panel = int(library.pilotfish_panel())
+        best = int(library.pilotfish_level())
+        if level is not None and not 0 <= level <= best:
+            raise ValueError(f"level is {level}, but this processor has 0 to {best}")
+        self.level = best if level is None else level
+
+    def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> NativeLinear:
+        weight = _checked(weight).contiguous()
+        out_features, in_features = weight.shape
+        packed = torch.empty(-(-out_features // self._panel), in_features, self._panel)
+        self._library.pilotfish_pack(weight.data_ptr(), packed.data_ptr(), out_features, in_features)
+        return NativeLinear(packed, None if bias is None else _checked(bias).contiguous(), in_features, out_features)
+
+    def linear(self, x: torch.Tensor, weight: NativeLinear, residual: torch.Tensor | None = None) -> torch.Tensor:
+        x = x.contiguous()
+        rows = x.shape[0]
+        out = torch.empty(rows, weight.out_features)
+        self._library.pilotfish_linear(
+            self.level,
+            x.data_ptr(),
+            weight.packed.data_ptr(),
+            None if weight.bias is None else weight.bias.data_ptr(),
+            None if residual is None else residual.contiguous().data_ptr(),
+            out.data_ptr(),
+            rows,
+            weight.out_features,
+            weight.in_features,
+        )
+        return out
+
+    def embed(self, ids: torch.Tensor, weight: NativeLinear) -> torch.Tensor:
+        out = torch.empty(len(ids), weight.in_features)
+        self._library.pilotfish_unpack_rows(
+            weight.packed.data_ptr(), ids.data_ptr(), out.data_ptr(), len(ids), weight.in_features
+        )
+        return out
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        groups, group_stride = (1, 0) if x.ndim == 2 else (x.shape[1], x.stride(1))
+        out = torch.empty(x.shape)
+        self._library.pilotfish_rms_norm(
+            self.level,
+            x.data_ptr(),
+            x.stride(0),
+            group_stride,
+            weight.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            groups,
+            x.shape[-1],
+            eps,
+        )
+        return out
+
+    def rotate_(self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> None:
+        rows, heads, dim = x.shape
+        self._library.pilotfish_rotate(
+            self.level, x.data_ptr(), x.stride(0), positions.data_ptr(), cos_sin.data_ptr(), rows, heads, dim
+        )
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        rows, double = gate_up.shape
+        out = torch.empty(rows, double // 2)
+        self._library.pilotfish_silu_mul(self.level, gate_up.data_ptr(), out.data_ptr(), rows, double // 2)
+        return out
+
+    def write_cache(
+        self, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        """Each row's key and value, (rows, kv_heads, head_dim) of one stride, to its slot.
+
+        keys is (num_blocks, kv_heads, head_dim, block_size), values (num_blocks, block_size, kv_heads, head_dim).
+        """
+        _, kv_heads, dim, block_size = keys.shape
+        self._library.pilotfish_write_cache(
+            key.data_ptr(),
+            value.data_ptr(),
+            key.stride(0),
+            keys.data_ptr(),
+            values.data_ptr(),
+            slots.data_ptr(),
+            len(key),
+            kv_heads,
+            dim,
+            block_size,
+        )
+
+    def attention_scratch(self, context: int) -> torch.Tensor:
+        """Space for the scores of a tile of queries over `context` keys, for each thread that a call may use."""
+        threads, queries = self._library.pilotfish_max_threads(), self._library.pilotfish_queries()
+        return torch.empty(threads, queries, context)
+
+    def attend(self, arguments: AttentionArguments) -> None:
+        self._library.pilotfish_attend(self.level, ctypes.byref(arguments))
+
+
+def _checked(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise ValueError(f"the native kernels compute in float32 on the CPU, not {tensor.dtype} on {tensor.device}")
+    return tensor

@@ -1,0 +1,311 @@
+/* The kernels themselves, once for each instruction set: native.c includes this file several times with
+ *
+ *   NAME(x)   x with the instruction set's suffix
+ *   TARGET    the function attribute that turns the instruction set on
+ *   LANES     floats in a vector register
+ *   MAX_TILE  rows of a tile of the matrix product: as many accumulators as there are registers for
+ *   VALUE_PARTS  registers of one value row that attention sums at a time, for QUERIES queries at once
+ *
+ * The rule that everything here keeps: one row's result is computed by the same operations in the same order however many
+ * rows there are and whichever span they belong to. So a verified row equals the decoded row bit for bit. Sums therefore
+ * run over k (or over the keys) in one fixed order, tails included, and nothing is split by the number of rows or threads.
+ */
+
+typedef float NAME(vec) __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef int32_t NAME(ivec) __attribute__((vector_size(LANES * 4), aligned(4)));
+#define VEC NAME(vec)
+#define IVEC NAME(ivec)
+#define PARTS (PANEL / LANES) /* registers across a panel */
+
+INLINE TARGET VEC NAME(load)(const float *p) { return *(const VEC *)p; }
+INLINE TARGET void NAME(store)(float *p, VEC v) { *(VEC *)p = v; }
+INLINE TARGET VEC NAME(splat)(float x) { return (VEC){0} + x; }
+
+INLINE TARGET VEC NAME(select)(IVEC mask, VEC yes, VEC no) { return (VEC)((mask & (IVEC)yes) | (~mask & (IVEC)no)); }
+
+/* exp, after Cephes' expf: within 2 units in the last place over the whole range, 0 below -87.3. */
+INLINE TARGET VEC NAME(exp)(VEC x) {
+  const VEC low = NAME(splat)(-87.33654f), high = NAME(splat)(88.72f);
+  IVEC under = x < low;
+  x = NAME(select)(under, low, x);
+  x = NAME(select)(x > high, high, x);
+  const VEC magic = NAME(splat)(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
+  VEC n = (x * 1.44269504088896341f + magic) - magic;
+  VEC r = x - n * 0.693359375f - n * -2.12194440e-4f;
+  VEC y = NAME(splat)(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  IVEC power = (__builtin_convertvector(n, IVEC) + 127) << 23;
+  VEC scaled = y * (VEC)power;
+  return NAME(select)(under, NAME(splat)(0.0f), scaled);
+}
+
+INLINE TARGET float NAME(sum)(VEC v) {
+  float s = 0;
+  for (int width = LANES / 2; width >= 1; width /= 2)
+    for (int i = 0; i < width; i++) v[i] += v[i + width];
+  s = v[0];
+  return s;
+}
+
+/* out[rows][PANEL] = x[rows] . panel (+ bias + residual); the panel is in[k][PANEL]. `next` is what to prefetch. */
+#define TILE(ROWS)                                                                                                      \
+  INLINE TARGET void NAME(tile##ROWS)(const float *x, int64_t in, const float *panel, const float *bias,                \
+                                      const float *residual, float *out, int64_t stride, int columns,                   \
+                                      const float *next) {                                                              \
+    VEC acc[ROWS][PARTS];                                                                                               \
+    for (int r = 0; r < ROWS; r++)                                                                                      \
+      for (int j = 0; j < PARTS; j++) acc[r][j] = (VEC){0};                                                             \
+    for (int64_t k = 0; k < in; k++) {                                                                                  \
+      VEC b[PARTS];                                                                                                     \
+      UNROLL for (int j = 0; j < PARTS; j++) b[j] = NAME(load)(panel + PANEL * k + LANES * j);                          \
+      if (next) __builtin_prefetch(next + PANEL * k, 0, 2);                                                             \
+      UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int j = 0; j < PARTS; j++) acc[r][j] += x[r * in + k] * b[j];   \
+    }                                                                                                                   \
+    for (int r = 0; r < ROWS; r++) {                                                                                    \
+      float *o = out + r * stride;                                                                                      \
+      const float *res = residual ? residual + r * stride : 0;                                                          \
+      if (columns == PANEL) {                                                                                           \
+        for (int j = 0; j < PARTS; j++) {                                                                               \
+          VEC y = acc[r][j];                                                                                            \
+          if (bias) y += NAME(load)(bias + LANES * j);                                                                  \
+          if (res) y += NAME(load)(res + LANES * j);                                                                    \
+          NAME(store)(o + LANES * j, y);                                                                                \
+        }                                                                                                               \
+      } else {                                                                                                          \
+        for (int c = 0; c < columns; c++) {                                                                             \
+          float y = acc[r][c / LANES][c % LANES];                                                                       \
+          if (bias) y += bias[c];                                                                                       \
+          if (res) y += res[c];                                                                                         \
+          o[c] = y;                                                                                                     \
+        }                                                                                                               \
+      }                                                                                                                 \
+    }                                                                                                                   \
+  }
+
+TILE(1) TILE(2) TILE(3) TILE(4)
+#if MAX_TILE > 4
+TILE(5) TILE(6)
+#endif
+#if MAX_TILE > 6
+TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
+#endif
+
+#define CASE(ROWS)                                                                             \
+  case ROWS:                                                                                   \
+    NAME(tile##ROWS)(x, in, panel, bias, residual, out, stride, columns, next);                \
+    break;
+
+TARGET static void NAME(tile)(int rows, const float *x, int64_t in, const float *panel, const float *bias,
+                              const float *residual, float *out, int64_t stride, int columns, const float *next) {
+  switch (rows) {
+    CASE(1) CASE(2) CASE(3) CASE(4)
+#if MAX_TILE > 4
+    CASE(5) CASE(6)
+#endif
+#if MAX_TILE > 6
+    CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+  }
+}
+
+/* Rows are taken in blocks that stay in the second-level cache while every panel passes by; in a block, panel by panel,
+ * in tiles of as equal a height as can be. While the later tiles of a panel compute, the next panel is fetched. */
+TARGET static void NAME(linear)(const float *x, const float *packed, const float *bias, const float *residual, float *out,
+                                int64_t rows, int64_t columns, int64_t in) {
+  const int64_t panels = (columns + PANEL - 1) / PANEL;
+  for (int64_t block = 0; block < rows; block += ROW_BLOCK) {
+    const int64_t height = rows - block < ROW_BLOCK ? rows - block : ROW_BLOCK;
+    const int64_t tiles = (height + MAX_TILE - 1) / MAX_TILE;
+    PARALLEL_FOR
+    for (int64_t p = 0; p < panels; p++) {
+      const float *panel = packed + p * in * PANEL;
+      const int64_t left = columns - p * PANEL;
+      int64_t row = block;
+      for (int64_t t = 0; t < tiles; t++) {
+        const int64_t n = height / tiles + (t < height % tiles);
+        NAME(tile)((int)n, x + row * in, in, panel, bias ? bias + p * PANEL : 0,
+                   residual ? residual + row * columns + p * PANEL : 0, out + row * columns + p * PANEL, columns,
+                   left < PANEL ? (int)left : PANEL, t == 0 ? (n >= 3 ? panel + PANEL * 128 : 0) : panel + PANEL * in);
+        row += n;
+      }
+    }
+  }
+}
+
+#undef CASE
+
+TARGET static void NAME(rms_norm)(const float *x, int64_t row_stride, int64_t group_stride, const float *weight, float *out,
+                                  int64_t rows, int64_t groups, int64_t size, float eps) {
+  PARALLEL_FOR_IF(rows * groups * size > 16384)
+  for (int64_t i = 0; i < rows * groups; i++) {
+    const float *source = x + (i / groups) * row_stride + (i % groups) * group_stride;
+    float *target = out + i * size;
+    VEC squares = {0};
+    for (int64_t k = 0; k < size; k += LANES) {
+      VEC v = NAME(load)(source + k);
+      squares += v * v;
+    }
+    const float scale = 1.0f / sqrtf(NAME(sum)(squares) / (float)size + eps);
+    for (int64_t k = 0; k < size; k += LANES)
+      NAME(store)(target + k, NAME(load)(source + k) * scale * NAME(load)(weight + k));
+  }
+}
+
+TARGET static void NAME(silu_mul)(const float *gate_up, float *out, int64_t rows, int64_t size) {
+  PARALLEL_FOR_IF(rows * size > 8192)
+  for (int64_t r = 0; r < rows; r++) {
+    const float *gate = gate_up + r * 2 * size, *up = gate + size;
+    for (int64_t k = 0; k < size; k += LANES) {
+      VEC g = NAME(load)(gate + k);
+      NAME(store)(out + r * size + k, g / (1.0f + NAME(exp)(-g)) * NAME(load)(up + k));
+    }
+  }
+}
+
+/* x[row][head][dim], in place: the first half of a head's dimensions with the second (Hugging Face's order). */
+TARGET static void NAME(rotate)(float *x, int64_t row_stride, const int64_t *positions, const float *cos_sin, int64_t rows,
+                                int64_t heads, int64_t dim) {
+  const int64_t half = dim / 2;
+  PARALLEL_FOR_IF(rows * heads * dim > 16384)
+  for (int64_t r = 0; r < rows; r++) {
+    const float *cosine = cos_sin + positions[r] * dim, *sine = cosine + half;
+    for (int64_t h = 0; h < heads; h++) {
+      float *low = x + r * row_stride + h * dim, *high = low + half;
+      for (int64_t k = 0; k < half; k++) {
+        const float a = low[k], b = high[k];
+        low[k] = a * cosine[k] - b * sine[k];
+        high[k] = b * cosine[k] + a * sine[k];
+      }
+    }
+  }
+}
+
+/* Scores of up to QUERIES queries of one KV head against the keys of one block: keys are [dim][block_size], so a register
+ * holds one dimension of LANES keys, and each key's sum runs over the dimensions in order. */
+INLINE TARGET void NAME(score_block)(int queries, const float *const *q, const float *key, int64_t block_size, int64_t dim,
+                                     float scale, float *const *scores) {
+  for (int64_t lane = 0; lane < block_size; lane += LANES) {
+    VEC acc[QUERIES];
+    UNROLL for (int i = 0; i < queries; i++) acc[i] = (VEC){0};
+    for (int64_t k = 0; k < dim; k++) {
+      const VEC column = NAME(load)(key + k * block_size + lane);
+      UNROLL for (int i = 0; i < queries; i++) acc[i] += q[i][k] * column;
+    }
+    UNROLL for (int i = 0; i < queries; i++) NAME(store)(scores[i] + lane, acc[i] * scale);
+  }
+}
+
+/* out[i] = sum over keys [first, last) of weights[i][key] * value[key], in the keys' order */
+INLINE TARGET void NAME(mix_values)(int queries, float *const *weights, const float *values, const int32_t *table,
+                                    int64_t block_size, int64_t stride, int64_t dim, int64_t first, int64_t last,
+                                    const float *inverse, float *const *out) {
+  for (int64_t d = 0; d < dim; d += VALUE_PARTS * LANES) {
+    VEC acc[QUERIES][VALUE_PARTS];
+    const int parts = dim - d < VALUE_PARTS * LANES ? (int)((dim - d) / LANES) : VALUE_PARTS;
+    UNROLL for (int i = 0; i < queries; i++) UNROLL for (int p = 0; p < VALUE_PARTS; p++) acc[i][p] = (VEC){0};
+    for (int64_t j = first; j < last;) {
+      const int64_t end = j + block_size < last ? j + block_size : last; /* first is at a block's start */
+      const float *value = values + (int64_t)table[j / block_size] * block_size * stride + d;
+      for (; j < end; j++, value += stride) {
+        if (parts == VALUE_PARTS) {
+          UNROLL for (int p = 0; p < VALUE_PARTS; p++) {
+            const VEC v = NAME(load)(value + p * LANES);
+            UNROLL for (int i = 0; i < queries; i++) acc[i][p] += weights[i][j - first] * v;
+          }
+        } else {
+          for (int p = 0; p < parts; p++) {
+            const VEC v = NAME(load)(value + p * LANES);
+            UNROLL for (int i = 0; i < queries; i++) acc[i][p] += weights[i][j - first] * v;
+          }
+        }
+      }
+    }
+    for (int i = 0; i < queries; i++)
+      for (int p = 0; p < parts; p++) NAME(store)(out[i] + d + p * LANES, acc[i][p] * inverse[i]);
+  }
+}
+
+/* Attention of up to QUERIES queries that share a KV head. What a query may not see weighs exactly 0, which leaves its sums
+ * as they are: so it does not matter which queries share a tile. */
+INLINE TARGET void NAME(attend_tile)(const struct attention *a, int queries, const float *const *q, const int64_t *first,
+                                     const int64_t *last, int64_t kv_head, const int32_t *table, float *scratch,
+                                     float *const *out) {
+  const int64_t block_size = a->block_size, stride = a->kv_heads * a->dim;
+  int64_t start = first[0], stop = last[0];
+  for (int i = 1; i < queries; i++) {
+    start = first[i] < start ? first[i] : start;
+    stop = last[i] > stop ? last[i] : stop;
+  }
+  start = start / block_size * block_size;
+  const int64_t padded = (stop - start + block_size - 1) / block_size * block_size;
+  float *scores[QUERIES], inverse[QUERIES];
+  for (int i = 0; i < queries; i++) scores[i] = scratch + i * a->scratch_size;
+  for (int64_t j = 0; j < padded; j += block_size) {
+    float *here[QUERIES];
+    for (int i = 0; i < queries; i++) here[i] = scores[i] + j;
+    const float *key = a->keys + ((int64_t)table[(start + j) / block_size] * a->kv_heads + kv_head) * a->dim * block_size;
+    NAME(score_block)(queries, q, key, block_size, a->dim, a->scale, here);
+  }
+  for (int i = 0; i < queries; i++) {
+    for (int64_t j = start; j < first[i]; j++) scores[i][j - start] = -INFINITY;
+    for (int64_t j = last[i]; j < start + padded; j++) scores[i][j - start] = -INFINITY;
+    VEC tops = NAME(splat)(-INFINITY), total = {0};
+    for (int64_t j = 0; j < padded; j += LANES) {
+      const VEC s = NAME(load)(scores[i] + j);
+      tops = NAME(select)(s > tops, s, tops);
+    }
+    float top = tops[0];
+    for (int lane = 1; lane < LANES; lane++) top = tops[lane] > top ? tops[lane] : top;
+    for (int64_t j = 0; j < padded; j += LANES) {
+      const VEC e = NAME(exp)(NAME(load)(scores[i] + j) - top);
+      total += e;
+      NAME(store)(scores[i] + j, e);
+    }
+    inverse[i] = 1.0f / NAME(sum)(total);
+  }
+  NAME(mix_values)(queries, scores, a->values + kv_head * a->dim, table, block_size, stride, a->dim, start, stop, inverse,
+                   out);
+}
+
+#define CASE(N)                                                                        \
+  case N:                                                                              \
+    NAME(attend_tile)(a, N, q, first, last, kv_head, table, scratch, out);             \
+    break;
+
+/* The queries of a span that share a KV head, (row, head) pairs in order, are taken QUERIES at a time. */
+TARGET static void NAME(attend)(const struct attention *a) {
+  const int64_t group = a->heads / a->kv_heads;
+  for (int64_t span = 0; span < a->spans; span++) {
+    const int64_t row = a->cu_query_lens[span], length = a->cu_query_lens[span + 1] - row;
+    const int64_t before = a->context_lens[span] - length; /* keys that the first query sees besides its own */
+    const int32_t *table = a->block_tables + span * a->max_blocks;
+    const int64_t total = length * group, tiles = (total + QUERIES - 1) / QUERIES;
+    PARALLEL_FOR_DYNAMIC_IF(total * a->kv_heads * (before + length) > 512)
+    for (int64_t item = 0; item < tiles * a->kv_heads; item++) {
+      const int64_t kv_head = item % a->kv_heads, tile = tiles - 1 - item / a->kv_heads; /* the longest first */
+      const float *q[QUERIES];
+      float *out[QUERIES], *scratch = a->scratch + thread_number() * QUERIES * a->scratch_size;
+      int64_t first[QUERIES], last[QUERIES];
+      const int queries = total - tile * QUERIES < QUERIES ? (int)(total - tile * QUERIES) : QUERIES;
+      for (int i = 0; i < queries; i++) {
+        const int64_t pair = tile * QUERIES + i, offset = pair / group, head = kv_head * group + pair % group;
+        q[i] = a->query + (row + offset) * a->query_stride + head * a->dim;
+        out[i] = a->out + ((row + offset) * a->heads + head) * a->dim;
+        last[i] = before + offset + 1;
+        first[i] = a->window > 0 && last[i] > a->window ? last[i] - a->window : 0;
+      }
+      switch (queries) { CASE(1) CASE(2) CASE(3) CASE(4) }
+    }
+  }
+}
+
+#undef VEC
+#undef IVEC
+#undef PARTS
+#undef TILE
+#undef CASE

@@ -1,0 +1,48 @@
+"""The reference kernels: torch's operators, on any device and in any floating dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class TorchLinear:
+    weight: torch.Tensor  # (out_features, in_features)
+    bias: torch.Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+
+class TorchKernels:
+    name = "torch"
+
+    def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> TorchLinear:
+        return TorchLinear(weight.contiguous(), None if bias is None else bias.contiguous())
+
+    def linear(self, x: torch.Tensor, weight: TorchLinear, residual: torch.Tensor | None = None) -> torch.Tensor:
+        y = F.linear(x, weight.weight, weight.bias)
+        return y if residual is None else y.add_(residual)
+
+    def embed(self, ids: torch.Tensor, weight: TorchLinear) -> torch.Tensor:
+        return F.embedding(ids, weight.weight)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+    def rotate_(self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> None:
+        cosine, sine = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # (rows, 1, head_dim / 2) each
+        low, high = x.float().chunk(2, dim=-1)
+        x.copy_(torch.cat((low * cosine - high * sine, high * cosine + low * sine), dim=-1))
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up

@@ -1,0 +1,66 @@
+"""What an attention backend is: spans of queries over a paged KV cache. One file per backend beside this one.
+
+The terms are flash-attn's (flash_attn_varlen_func with a block table): causal, aligned to the bottom right, so the last
+query of a span sees the whole context and the one before it one key less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """The spans of one step, flat: rows cu_query_lens[i] to cu_query_lens[i + 1] are those of span i.
+
+    All tensors are on the model's device. The lists are the same numbers for backends that loop on the host.
+    """
+
+    cu_query_lens: torch.Tensor  # (spans + 1,) int32
+    context_lens: torch.Tensor  # (spans,) int32: keys that a span's last query sees, the span's own included
+    block_tables: torch.Tensor  # (spans, max_blocks) int32; entries past a span's context are 0 and never read
+    slots: torch.Tensor  # (rows,) int64: block * block_size + offset, where each row's key and value go
+    query_lens: list[int]
+    contexts: list[int]
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's keys and values, block by block: (num_blocks, block_size, kv_heads, head_dim) each, as flash-attn has
+    them, unless the backend that allocated them has a layout of its own."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class AttentionBackend(Protocol):
+    name: str
+
+    def allocate(
+        self,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> LayerCache:
+        """An empty cache for one layer. On the CPU the system hands out its memory page by page, on first use."""
+        ...
+
+    def attend(
+        self,
+        query: torch.Tensor,  # (rows, heads, head_dim)
+        key: torch.Tensor,  # (rows, kv_heads, head_dim)
+        value: torch.Tensor,  # (rows, kv_heads, head_dim)
+        cache: LayerCache,
+        batch: AttentionBatch,
+        scale: float,
+        window: int | None = None,  # each query sees this many keys, itself included; None: all
+    ) -> torch.Tensor:
+        """Write the rows' keys and values to their slots, then attend: (rows, heads * head_dim)."""
+        ...

@@ -1,0 +1,68 @@
+"""Attention by the package's own CPU kernels: bit-equal for every batch, span and chunk."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.kernels.native import AttentionArguments, NativeKernels
+from engine.layers.attention.interface import AttentionBatch, LayerCache
+
+
+class NativeAttention:
+    name = "native"
+
+    def __init__(self, kernels: NativeKernels) -> None:
+        self._kernels = kernels
+
+    def allocate(
+        self,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> LayerCache:
+        # Keys lie dimension by dimension, so that a register holds several keys and no sum runs across it.
+        keys = torch.empty(num_blocks, kv_heads, head_dim, block_size, dtype=dtype, device=device)
+        values = torch.empty(num_blocks, block_size, kv_heads, head_dim, dtype=dtype, device=device)
+        return LayerCache(keys, values)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: LayerCache,
+        batch: AttentionBatch,
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        self._kernels.write_cache(key, value, cache.keys, cache.values, batch.slots)
+        rows, heads, head_dim = query.shape
+        out = torch.empty(rows, heads * head_dim)
+        scratch_size = -(-max(batch.contexts) // batch.block_size) * batch.block_size
+        scratch = self._kernels.attention_scratch(scratch_size)
+        self._kernels.attend(
+            AttentionArguments(
+                query=query.data_ptr(),
+                keys=cache.keys.data_ptr(),
+                values=cache.values.data_ptr(),
+                cu_query_lens=batch.cu_query_lens.data_ptr(),
+                context_lens=batch.context_lens.data_ptr(),
+                block_tables=batch.block_tables.data_ptr(),
+                out=out.data_ptr(),
+                scratch=scratch.data_ptr(),
+                query_stride=query.stride(0),
+                spans=len(batch.query_lens),
+                max_blocks=batch.block_tables.shape[1],
+                heads=heads,
+                kv_heads=cache.keys.shape[1],
+                dim=head_dim,
+                block_size=batch.block_size,
+                window=window or 0,
+                scratch_size=scratch_size,
+                scale=scale,
+            )
+        )
+        return out

@@ -1,0 +1,28 @@
+"""The KV cache's tensors, and how many blocks of them fit. Which block belongs to whom is `block_pool`'s."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.layers.attention.interface import AttentionBackend, LayerCache
+from engine.models.config import ModelConfig
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def allocate(
+    config: ModelConfig,
+    attention: AttentionBackend,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[LayerCache]:
+    """Empty caches, one for each layer."""
+    return [
+        attention.allocate(num_blocks, block_size, config.num_kv_heads, config.head_dim, dtype, device)
+        for _ in range(config.num_layers)
+    ]

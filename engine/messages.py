@@ -1,0 +1,71 @@
+"""What crosses between the API process and the engine process: msgspec structs in MessagePack over pyzmq."""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine.request import Delta, EngineInfo, Request
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    request: Request
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    request_ids: tuple[str, ...]
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Stop at once; what still runs ends with finish_reason "abort"."""
+
+
+class StepStats(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine step, for the metrics. Counters are of this step alone; gauges are as it ended."""
+
+    running: int
+    waiting: int
+    rows: int
+    """Token rows that the target computed."""
+    prompt_tokens: int
+    """Of those, rows of prefill chunks."""
+    generated_tokens: int
+    drafted: dict[str, int] = {}
+    """Tokens verified in this step, by drafter."""
+    accepted: dict[str, int] = {}
+    preemptions: int = 0
+    prefix_queried_tokens: int = 0
+    """Prompt tokens of sequences admitted in this step, and how many of them the prefix cache had."""
+    prefix_hit_tokens: int = 0
+    blocks_total: int
+    blocks_used: int
+    """Held by a sequence."""
+    blocks_cached: int
+    """Not held, but kept for the prefix cache."""
+    seconds: dict[str, float] = {}
+    """By phase: plan, draft, forward, sample, commit."""
+
+
+class Loading(msgspec.Struct, frozen=True, tag="loading"):
+    """How far start-up is: what is being done, and the share of it that is done (0 to 1)."""
+
+    what: str
+    share: float
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    info: EngineInfo
+
+
+class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
+    deltas: tuple[Delta, ...]
+    stats: StepStats | None = None
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine cannot start or go on; the process ends after this message."""
+
+    error: str
+
+
+ToEngine = Submit | Abort | Shutdown
+FromEngine = Loading | Ready | Outputs | Failed

@@ -1,0 +1,46 @@
+"""ModelConfig: a decoder's shape, whichever file format it came from. Read by `engine.weights`, used by the models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding. `kind` is Hugging Face's rope_type: "default", "linear" or "llama3"."""
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The shape of a Llama-family decoder (Llama, SmolLM2, Mistral, Qwen2, Qwen3)."""
+
+    architecture: str
+    """Hugging Face's model_type: "llama", "mistral", "qwen2", "qwen3"."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_embeddings: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    """Keys that a query sees, itself included; None: all."""
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    dtype: str = "float32"
+    """The checkpoint's own ("float32", "bfloat16", "float16")."""

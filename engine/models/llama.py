@@ -1,0 +1,174 @@
+"""The Llama family's decoder: Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen3, told apart by their ModelConfig alone.
+
+(arXiv 2302.13971, 2307.09288, 2407.21783; Qwen2's biases 2407.10671; Qwen3's norms of query and key 2505.09388.)
+The model is written once against `Kernels` and `AttentionBackend`; it knows no sequences, only rows and their batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from engine.errors import ModelError
+from engine.kernels.interface import Kernels, PreparedLinear
+from engine.layers.attention.interface import AttentionBackend, AttentionBatch, LayerCache
+from engine.models.config import ModelConfig
+from engine.models.rope import cos_sin_table
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    input_norm: torch.Tensor
+    qkv: PreparedLinear  # query, key and value heads in this order
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    output: PreparedLinear
+    post_norm: torch.Tensor
+    gate_up: PreparedLinear  # gate, then up
+    down: PreparedLinear
+
+
+class LlamaModel:
+    """Rows in, hidden states out; `logits` of those rows that are asked for.
+
+    Raises ModelError if `weights` lack a tensor. They are consumed one by one: a fused matrix is laid out as soon as its
+    parts are there, so that the peak is the model and a few tensors.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        kernels: Kernels,
+        attention: AttentionBackend,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        max_positions: int,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.kernels = kernels
+        self.attention = attention
+        self.cos_sin = cos_sin_table(config.rope, config.head_dim, max_positions).to(device)
+        store = _WeightStore(config, kernels, device)
+        for name, tensor in weights:
+            store.add(name, tensor)
+        self.embedding = store.linear("model.embed_tokens")
+        self.head = self.embedding if config.tie_embeddings else store.linear("lm_head")
+        self.norm = store.tensor("model.norm.weight")
+        self.layers = [self._layer(store, f"model.layers.{i}.") for i in range(config.num_layers)]
+
+    def _layer(self, store: _WeightStore, prefix: str) -> DecoderLayer:
+        norms = self.config.qk_norm
+        return DecoderLayer(
+            input_norm=store.tensor(prefix + "input_layernorm.weight"),
+            qkv=store.linear(prefix + "self_attn.qkv_proj"),
+            q_norm=store.tensor(prefix + "self_attn.q_norm.weight") if norms else None,
+            k_norm=store.tensor(prefix + "self_attn.k_norm.weight") if norms else None,
+            output=store.linear(prefix + "self_attn.o_proj"),
+            post_norm=store.tensor(prefix + "post_attention_layernorm.weight"),
+            gate_up=store.linear(prefix + "mlp.gate_up_proj"),
+            down=store.linear(prefix + "mlp.down_proj"),
+        )
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,  # (rows,) int64
+        positions: torch.Tensor,  # (rows,) int64
+        batch: AttentionBatch,
+        caches: list[LayerCache],
+    ) -> torch.Tensor:
+        """Hidden states after the last layer, before the final norm: (rows, hidden_size)."""
+        eps, kernels = self.config.rms_norm_eps, self.kernels
+        hidden = kernels.embed(token_ids, self.embedding)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            attended = self._attend(layer, kernels.rms_norm(hidden, layer.input_norm, eps), positions, batch, cache)
+            hidden = kernels.linear(attended, layer.output, residual=hidden)
+            gate_up = kernels.linear(kernels.rms_norm(hidden, layer.post_norm, eps), layer.gate_up)
+            hidden = kernels.linear(kernels.silu_mul(gate_up), layer.down, residual=hidden)
+        return hidden
+
+    def _attend(
+        self, layer: DecoderLayer, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, cache: LayerCache
+    ) -> torch.Tensor:
+        config, kernels = self.config, self.kernels
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        qkv = kernels.linear(x, layer.qkv).view(len(x), heads + 2 * kv_heads, config.head_dim)
+        query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            query = kernels.rms_norm(query, layer.q_norm, config.rms_norm_eps)
+            key = kernels.rms_norm(key, layer.k_norm, config.rms_norm_eps)
+            kernels.rotate_(query, positions, self.cos_sin)
+            kernels.rotate_(key, positions, self.cos_sin)
+            value = value.contiguous()
+        else:
+            kernels.rotate_(qkv[:, : heads + kv_heads], positions, self.cos_sin)
+        scale = config.head_dim**-0.5
+        return self.attention.attend(query, key, value, cache, batch, scale, config.sliding_window)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(rows, hidden_size) as `forward` returns them -> (rows, vocab_size)."""
+        return self.kernels.linear(self.kernels.rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.head)
+
+
+_FUSED = {
+    "self_attn.q_proj": ("self_attn.qkv_proj", 0, 3),
+    "self_attn.k_proj": ("self_attn.qkv_proj", 1, 3),
+    "self_attn.v_proj": ("self_attn.qkv_proj", 2, 3),
+    "mlp.gate_proj": ("mlp.gate_up_proj", 0, 2),
+    "mlp.up_proj": ("mlp.gate_up_proj", 1, 2),
+}
+
+
+class _WeightStore:
+    """Collects named tensors, fuses and lays out the matrices. Names are Hugging Face's, less the last part."""
+
+    def __init__(self, config: ModelConfig, kernels: Kernels, device: torch.device) -> None:
+        self._kernels, self._device = kernels, device
+        self._tensors: dict[str, torch.Tensor] = {}  # norms and biases
+        self._parts: dict[str, dict[int, torch.Tensor]] = {}
+        self._linears: dict[str, PreparedLinear] = {}
+        self._biased = {
+            "self_attn.qkv_proj": config.qkv_bias,
+            "self_attn.o_proj": config.output_bias,
+            "mlp.gate_up_proj": config.mlp_bias,
+            "mlp.down_proj": config.mlp_bias,
+        }
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        tensor = tensor.to(self._device)
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and tensor.ndim == 1:
+            self._tensors[name] = tensor
+            return
+        path, index, count = _fused_place(module)
+        parts = self._parts.setdefault(f"{path}.{kind}", {})
+        parts[index] = tensor
+        biased = next((wanted for end, wanted in self._biased.items() if path.endswith(end)), False)
+        kinds = ("weight", "bias") if biased else ("weight",)
+        if all(len(self._parts.get(f"{path}.{k}", ())) == count for k in kinds):
+            fused = {k: _joined(self._parts.pop(f"{path}.{k}")) for k in kinds}
+            self._linears[path] = self._kernels.prepare_linear(fused["weight"], fused.get("bias"))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        if name not in self._tensors:
+            raise ModelError(f"the model's files have no tensor {name!r}")
+        return self._tensors.pop(name)
+
+    def linear(self, path: str) -> PreparedLinear:
+        if path not in self._linears:
+            there = sorted(name for name in self._parts if name.startswith(path + "."))
+            raise ModelError(f"the model's files lack tensors of {path!r}" + (f"; only parts of {there} are there" if there else ""))
+        return self._linears.pop(path)
+
+
+def _fused_place(module: str) -> tuple[str, int, int]:
+    """Where a matrix lies: (path of the fused one, its index in it, how many there are)."""
+    for end, (fused, index, count) in _FUSED.items():
+        if module.endswith(end):
+            return module.removesuffix(end) + fused, index, count
+    return module, 0, 1
+
+
+def _joined(parts: dict[int, torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([parts[i] for i in range(len(parts))])

@@ -1,0 +1,197 @@
+"""The engine process: one EngineCore behind two sockets. What crosses them is in `engine.messages`; who starts it, and
+talks to it, is `engine.client`.
+
+`python -m engine.process` reads one line of JSON, a `Launch`, from its standard input, which its parent then holds open
+for as long as it lives: end of file there means that the parent has gone, however it went, and ends this process.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from engine.config import EngineConfig
+from engine.errors import ParameterError, PilotfishError
+from engine.messages import Abort, Failed, FromEngine, Loading, Outputs, Ready, Shutdown, StepStats, Submit, ToEngine
+from engine.request import Delta, EngineInfo, Request
+
+logger = logging.getLogger(__name__)
+
+LINGER_MS = 2000
+"""How long the last messages may take to leave, when the process ends."""
+
+Progress = Callable[[str, float], None]
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine process is started with. `directory` is private to it and its parent, and holds their sockets.
+
+    Each side binds the socket that it reads and connects the one that it writes: a connected PUSH socket queues at
+    once, so nothing that is sent waits for the other side to be there.
+    """
+
+    config: EngineConfig
+    directory: str
+
+    @property
+    def to_engine(self) -> str:
+        return f"ipc://{self.directory}/engine"
+
+    @property
+    def from_engine(self) -> str:
+        return f"ipc://{self.directory}/client"
+
+
+class StepResult(Protocol):
+    """What a step brought: see `engine.core`."""
+
+    @property
+    def deltas(self) -> list[Delta]: ...
+    @property
+    def stats(self) -> StepStats: ...
+
+
+class Core(Protocol):
+    """What this process needs of an EngineCore, without the torch that comes with importing one."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+    def add(self, request: Request) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def has_work(self) -> bool: ...
+    def step(self) -> StepResult: ...
+
+
+CreateCore = Callable[[EngineConfig, Progress], Core]
+
+
+def run(create_core: CreateCore) -> int:
+    """Serve until told to stop, and return the exit status: 0 after a Shutdown, 1 after a failure (sent as Failed).
+
+    `create_core` is called once, after the watch on the parent has begun: imports that take their time belong into it.
+    """
+    # Ctrl-C reaches every process of the terminal; it is the server's to drain and then to stop its engine.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:
+        launch = msgspec.json.decode(stdin.readline(), type=Launch)
+    threading.Thread(target=_end_with_parent, args=(launch.directory,), name="parent-watch", daemon=True).start()
+    connection = _Connection(launch)
+    try:
+        core = create_core(launch.config, lambda what, share: connection.send(Loading(what, share)))
+        # What is loaded stays: keep it out of every later collection, which would stall a step for long.
+        gc.collect()
+        gc.freeze()
+        connection.send(Ready(core.info))
+        _serve(core, connection)
+    except Exception as error:
+        if not isinstance(error, PilotfishError):
+            logger.exception("the engine failed")
+        connection.send(Failed(_one_line(error)))
+        return 1
+    finally:
+        connection.close()
+    return 0
+
+
+def _serve(core: Core, connection: _Connection) -> None:
+    """Step while there is work, and sleep on the socket while there is none; return after a Shutdown."""
+    live: set[str] = set()
+    stopping = False
+    while not stopping or core.has_work():
+        for message in connection.receive(wait=not core.has_work()):
+            match message:
+                case Submit(request=request):
+                    try:
+                        core.add(request)
+                    except ParameterError as error:
+                        refusal = Delta(request_id=request.id, finish_reason="error", error=error.message)
+                        connection.send(Outputs((refusal,)))
+                    else:
+                        live.add(request.id)
+                case Abort(request_ids=request_ids):
+                    for request_id in request_ids:
+                        core.abort(request_id)
+                case Shutdown():
+                    stopping = True
+                    for request_id in live:
+                        core.abort(request_id)
+        if core.has_work():
+            result = core.step()
+            live.difference_update(delta.request_id for delta in result.deltas if delta.finish_reason is not None)
+            connection.send(Outputs(tuple(result.deltas), result.stats))
+
+
+class _Connection:
+    """The engine's ends of the two sockets.
+
+    Their queues have no limit: with one, a server that is slow to read would stall the step of every request, or lose
+    text. What can pile up is bounded by what the requests in flight may still generate, a few tens of bytes per token.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(ToEngine).decode
+        self._context = zmq.Context()
+        self._reader = self._context.socket(zmq.PULL)
+        self._reader.set_hwm(0)
+        self._reader.bind(launch.to_engine)
+        self._writer = self._context.socket(zmq.PUSH)
+        self._writer.set_hwm(0)
+        self._writer.linger = LINGER_MS
+        self._writer.connect(launch.from_engine)
+
+    def send(self, message: FromEngine) -> None:
+        self._writer.send(self._encode(message))
+
+    def receive(self, wait: bool) -> list[ToEngine]:
+        """Every message that has come; with `wait`, at least one."""
+        messages: list[ToEngine] = []
+        flags = 0 if wait else zmq.NOBLOCK
+        try:
+            while True:
+                messages.append(self._decode(self._reader.recv(flags)))
+                flags = zmq.NOBLOCK
+        except zmq.Again:
+            return messages
+
+    def close(self) -> None:
+        self._reader.close(linger=0)
+        self._writer.close()
+        self._context.term()
+
+
+def _end_with_parent(directory: str) -> None:
+    """End this process, wherever it is, once the parent's end of standard input is closed."""
+    # Not through sys.stdin: a daemon thread that holds its lock would crash the interpreter's own shutdown.
+    while os.read(0, 4096):
+        pass
+    shutil.rmtree(directory, ignore_errors=True)
+    os._exit(1)
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    if isinstance(error, PilotfishError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _create_core(config: EngineConfig, progress: Progress) -> Core:
+    from engine.core import EngineCore  # takes seconds, and the parent may die in them
+
+    return EngineCore(config, progress)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s")
+    sys.exit(run(_create_core))

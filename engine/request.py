@@ -1,0 +1,123 @@
+"""Request: what a client asked for, in tokens; what comes back: deltas. Both cross the process boundary (msgspec)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from engine.errors import ParameterError
+from engine.sampling.params import MAX_SEED, SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to decode. Never changes; `n` answers to a prompt are n requests (see `fan_out`)."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    speculation: str | None = None
+    """None: the engine's default; "off": plain decoding; or a drafter's name."""
+    arrival: float = 0.0
+    """time.monotonic() when the client's request came in (one clock for all processes of a machine)."""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability (natural log) of a token and of the likeliest ones at its place, likeliest first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class RequestStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What happened to a request; times are time.monotonic() seconds."""
+
+    arrival: float
+    scheduled: float
+    first_token: float
+    finished: float
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    """Of those, found in the prefix cache."""
+    generated_tokens: int
+    drafter: str
+    """The drafter that drafted most of its tokens; "none" if nothing was drafted."""
+    drafted_tokens: int
+    accepted_tokens: int
+    steps: int
+    """Engine steps in which it decoded."""
+    preemptions: int
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step has added to a request. The last one has a finish_reason and stats."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One for each of token_ids, if asked for."""
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    """Once, with the first delta, one for each prompt token (None for the first, which nothing predicts)."""
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    """The end-of-text or stop token that ended it: the last of token_ids, and not part of the text."""
+    error: str | None = None
+    stats: RequestStats | None = None
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine says of itself once its model is loaded."""
+
+    model: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    drafters: tuple[str, ...]
+    default_drafter: str
+    dtype: str
+    device: str
+    kernels: str
+    load_seconds: float
+
+
+def check_request(request: Request, info: EngineInfo) -> None:
+    """Raise ParameterError for a request that this engine can never serve."""
+    request.params.check()
+    length, limit = len(request.prompt_ids), info.max_model_len
+    if length == 0:
+        raise ParameterError("prompt", "the prompt has no tokens, but must have at least one")
+    if length + 1 > limit:
+        raise ParameterError(
+            "prompt",
+            f"the prompt has {length} tokens, but this model's context is {limit} tokens, of which the answer needs at least 1",
+        )
+    low, high = min(request.prompt_ids), max(request.prompt_ids)
+    if low < 0 or high >= info.vocab_size:
+        raise ParameterError("prompt", f"token id {low if low < 0 else high} is not between 0 and {info.vocab_size - 1}")
+    for name, ids in (("logit_bias", request.params.logit_bias), ("stop_token_ids", request.params.stop_token_ids)):
+        for token in ids:
+            if not 0 <= token < info.vocab_size:
+                raise ParameterError(name, f"{name} has token id {token}, which is not between 0 and {info.vocab_size - 1}")
+    if request.speculation not in (None, "off", *info.drafters):
+        known = ", ".join(repr(name) for name in ("off", *info.drafters))
+        raise ParameterError("speculation", f"speculation is {request.speculation!r}, but this server knows {known}")
+
+
+def fan_out(request: Request, count: int, seed: int) -> list[Request]:
+    """`count` requests for the same prompt, each with its own seed; the first has `seed` itself.
+
+    So the first of n answers is the answer that n = 1 gives.
+    """
+    requests = []
+    for i in range(count):
+        mixed = (seed + i * 0x9E3779B97F4A7C15) & MAX_SEED if i else seed
+        params = msgspec.structs.replace(request.params, seed=mixed)
+        identity = request.id if count == 1 else f"{request.id}-{i}"
+        requests.append(msgspec.structs.replace(request, id=identity, params=params))
+    return requests

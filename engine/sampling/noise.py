@@ -1,0 +1,85 @@
+"""Noise that is a function of where it is used: of a seed, a place in the sequence, a token id, and a stream.
+
+There is no generator and no state: whoever asks for the noise at a place gets the same, in any batch and at any time.
+How tokens are drawn with it is in `sampler` and `engine.speculation.verify`.
+
+Two counter-based mixes. A row's key is SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
+generators", OOPSLA 2014) over seed, stream and place. The noise of its tokens is triple32, a 32-bit finalizer of
+hash-prospector (Wellons, https://github.com/skeeto/hash-prospector), over the token id, with one half of the row's key
+mixed in before the first multiplication and the other before the second: 32-bit words, because vector units multiply
+those several times as fast as 64-bit ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+
+DRAW = 0
+"""Stream of the noise that draws a token from a distribution: the target's, and a drafter's own."""
+ACCEPT = 1
+"""Stream of the uniforms that accept or reject a drafted token (rejection verification only)."""
+RESIDUAL = 2
+"""Stream of the noise that draws from what a rejected token leaves (rejection verification only)."""
+
+_MASK = 0xFFFFFFFFFFFFFFFF
+_GOLDEN = 0x9E3779B97F4A7C15
+_STREAM = 0xD1B54A32D192ED03  # odd, and no multiple of _GOLDEN that a place or a request's seeds would reach
+
+# triple32's multipliers, as signed words
+_TRIPLE_1 = 0xED5AD4BB - (1 << 32)
+_TRIPLE_2 = 0xAC4C1B51 - (1 << 32)
+_TRIPLE_3 = 0x31848BAB
+
+
+def row_key(seed: int, place: int, stream: int = DRAW) -> int:
+    """The key of a row of noise, 0 to 2**64 - 1.
+
+    seed: any 64 bits, signed or not; place: index, in tokens from the start of the prompt, of the token that is drawn.
+    """
+    key = _mix64(seed & _MASK)
+    key = _mix64(key + (stream + 1) * _STREAM & _MASK)
+    return _mix64(key + (place + 1) * _GOLDEN & _MASK)
+
+
+def uniform(key: int) -> float:
+    """A number in [0, 1) of 53 random bits."""
+    return (_mix64(key + _GOLDEN & _MASK) >> 11) * 2.0**-53
+
+
+def log_exponential(keys: Seq[int], tokens: torch.Tensor) -> torch.Tensor:
+    """log E, E an independent exponential variable of rate 1 for each (key, token): float32, between -22.2 and 2.9.
+
+    Its negative is standard Gumbel noise: argmax(log p - log E) = argmax(p / E) is a draw from p.
+
+    keys: one `row_key` for each row; tokens: token ids of each row, (rows, count), or of all, (1, count); any integer
+    type. -> (rows, count) on the device of `tokens`.
+    """
+    m = _bits31(keys, tokens)
+    # v = (m + 1/2) / 2**31 to float32's relative precision, so fine where E is small and a token may win. The factor is
+    # a hair less than 2**-31 since the largest m round up to 2**31, and 1 - v must stay above 0.
+    v = m.to(torch.float32).mul_(-(2.0**-31) * (1 - 2.0**-24)).sub_(2.0**-32)
+    return v.log1p_().neg_().log_()
+
+
+def _bits31(keys: Seq[int], tokens: torch.Tensor) -> torch.Tensor:
+    """31 random bits for each (key, token): int32, not negative."""
+    halves = [[key >> 32 for key in keys], [key & 0xFFFFFFFF for key in keys]]
+    high, low = torch.tensor(halves, device=tokens.device).to(torch.int32).unsqueeze(2)  # (rows, 1) each
+    z = torch.bitwise_xor(tokens.to(torch.int32), low)
+    spare = torch.empty_like(z)
+    z.mul_(_TRIPLE_1)
+    z.bitwise_xor_(torch.bitwise_right_shift(z, 11, out=spare).bitwise_and_((1 << 21) - 1))
+    z.add_(high).mul_(_TRIPLE_2)
+    z.bitwise_xor_(torch.bitwise_right_shift(z, 15, out=spare).bitwise_and_((1 << 17) - 1))
+    z.mul_(_TRIPLE_3)
+    # An arithmetic shift here clears the sign and, whatever the sign was, maps the other 31 bits one to one.
+    return z.bitwise_xor_(torch.bitwise_right_shift(z, 14, out=spare))
+
+
+def _mix64(z: int) -> int:
+    """SplitMix64's finalizer, of 0 to 2**64 - 1."""
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK
+    return z ^ z >> 31

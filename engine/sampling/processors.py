@@ -1,0 +1,230 @@
+"""From a model's logits to the distribution that tokens are drawn from: bias, penalties, temperature, and truncation.
+
+Two stages. `adjust` changes a few logits of some rows: logit_bias, penalties, min_tokens. `truncate` finds what the
+sampled rows may draw: temperature, top_k, top_p, min_p. `process` is both, for who wants plain logits back. A row's
+result depends on nothing but that row, to the last bit: not on the batch around it, and not on the path taken.
+Drawing is in `sampler`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.sampling.params import SamplingParams
+from engine.sampling.spans import LogitRow, LogitSpan, rows_of
+
+_HUGE = 1e30
+_TINY = 1e-37
+_BLOCK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """What some sampled rows may draw, after temperature and truncation."""
+
+    rows: list[LogitRow]
+    ids: torch.Tensor
+    """Token ids, ascending, int64 (rows, count); or (1, vocab) int32, the whole vocabulary, for all rows. Rows with
+    fewer tokens than others are filled up with id 0 at logit -inf."""
+    logits: torch.Tensor
+    """(rows, count) float32: 0 for the likeliest token of a row, -inf for those that may not be drawn."""
+
+    @property
+    def whole(self) -> bool:
+        """The columns are all token ids, of every row."""
+        return self.ids.dtype == torch.int32
+
+    def of(self, lines: list[int]) -> Support:
+        """The part of it that is these lines' (indices into `rows`)."""
+        ids = self.ids if self.whole else self.ids[lines]
+        return Support([self.rows[line] for line in lines], ids, self.logits[lines])
+
+    def probabilities(self) -> torch.Tensor:
+        """softmax(logits), (rows, count) float32."""
+        if self.whole:
+            return torch.softmax(self.logits, 1)
+        mass = self.logits.exp().double()
+        return (mass / mass.cumsum(1)[:, -1:]).float()  # a running sum does not depend on the filling of other rows
+
+
+@torch.inference_mode()
+def process(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] = ()) -> torch.Tensor:
+    """Logits of the distribution that each row is drawn from: (rows, vocab), -inf for what may not be drawn.
+
+    Per row, in this order: logit_bias, repetition penalty (over prompt and answer; arXiv 1909.05858), presence and
+    frequency penalties (over the answer), min_tokens; then, unless greedy, temperature, top_k, top_p, min_p. The answer
+    includes the drafted tokens before the row. Sampled rows come out with 0 as their highest logit.
+
+    logits: (rows, vocab), the rows of `spans` one after the other; float32 is changed in place, other types are copied
+    to float32. Returned as they are, whatever their type, if nothing applies (greedy and no adjustments).
+    """
+    logits = adjust(logits, spans, eos_token_ids)
+    for support in truncate(logits, rows_of(spans)):
+        logits = logits.float()
+        shaped = support.logits
+        if not support.whole:
+            empty = torch.full((len(support.rows), logits.shape[1]), -math.inf, device=logits.device)
+            shaped = empty.scatter_reduce_(1, support.ids, support.logits, "amax")
+        logits[[row.at for row in support.rows]] = shaped
+    return logits
+
+
+@torch.inference_mode()
+def adjust(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] = ()) -> torch.Tensor:
+    """Apply logit_bias, penalties and min_tokens; see `process`. Costs nothing for spans that use none of them."""
+    end = 0
+    for span in spans:
+        start, end = end, end + span.rows
+        params = span.sequence.params
+        early = min(params.min_tokens - (span.first_place - span.sequence.prompt_len), span.rows)
+        penalized = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
+        if not (params.logit_bias or penalized or early > 0):
+            continue
+        logits = logits.float()
+        block = logits[start:end]
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=logits.device)
+            bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=logits.device)
+            block.index_add_(1, ids, bias.expand(span.rows, -1))
+        if penalized:
+            _penalize(block, span)
+        if early > 0:
+            stops = [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)]
+            block[:early].index_fill_(1, torch.tensor(stops, dtype=torch.int64, device=logits.device), -math.inf)
+    return logits
+
+
+def _penalize(block: torch.Tensor, span: LogitSpan) -> None:
+    """Repetition, presence and frequency penalties for the rows of one span, (rows, vocab), in place."""
+    params, prompt_len = span.sequence.params, span.sequence.prompt_len
+    first, repetition = span.first_place, params.repetition_penalty
+    start = 0 if repetition != 1.0 else prompt_len
+    text = [*span.sequence.tokens, *span.draft]
+    columns = {token: i for i, token in enumerate(dict.fromkeys(text[start : first + span.rows - 1]))}
+    if not columns:
+        return
+    seen = np.zeros((span.rows, len(columns)), dtype=bool)
+    seen[:, : len(set(text[start:first]))] = True  # columns are in the order of first appearance
+    counts = np.zeros((span.rows, len(columns)))
+    counts += np.bincount([columns[token] for token in text[prompt_len:first]], minlength=len(columns))
+    for place in range(first, first + span.rows - 1):
+        column, later = columns[text[place]], place - first + 1
+        seen[later:, column] = True
+        counts[later:, column] += 1
+    penalty = counts * params.frequency_penalty + (counts > 0) * params.presence_penalty
+    ids = torch.tensor(list(columns), device=block.device)
+    logits = block.index_select(1, ids).double()
+    if repetition != 1.0:
+        repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+        logits = torch.where(torch.from_numpy(seen).to(block.device), repeated, logits)
+    logits -= torch.from_numpy(penalty).to(block.device)
+    block.index_copy_(1, ids, logits.clamp_(-_HUGE, _HUGE).float())
+
+
+def truncate(logits: torch.Tensor, rows: Seq[LogitRow]) -> list[Support]:
+    """Apply temperature, top_k, top_p and min_p to the sampled ones of `rows`; greedy rows are left out.
+
+    logits: (rows, vocab) from `adjust`; not changed. top_k keeps the likeliest k tokens, top_p the fewest likeliest of
+    those that together have at least that share of their probability, min_p those at least that share as likely as the
+    likeliest. Of equally likely tokens the lower ids go first.
+    """
+    vocab = logits.shape[1]
+    whole: list[LogitRow] = []
+    cut: list[LogitRow] = []
+    for row in rows:
+        params = row.sequence.params
+        if not params.greedy:
+            restricted = 0 < params.top_k < vocab or params.top_p < 1.0 or params.min_p > 0.0
+            (cut if restricted else whole).append(row)
+    supports = []
+    if whole:
+        ids = torch.arange(vocab, dtype=torch.int32, device=logits.device).unsqueeze(0)
+        supports.append(Support(whole, ids, _scaled(logits, whole)))
+    if cut:
+        supports.append(_cut(_scaled(logits, cut), cut))
+    return supports
+
+
+def _scaled(logits: torch.Tensor, rows: list[LogitRow]) -> torch.Tensor:
+    """(logits - highest) / temperature of these rows, which cannot overflow: (rows, vocab) float32, a copy."""
+    chosen = logits.index_select(0, torch.tensor([row.at for row in rows], device=logits.device)).float()
+    temperatures = [max(row.sequence.params.temperature, _TINY) for row in rows]
+    chosen -= chosen.amax(1, keepdim=True)
+    if any(temperature != 1.0 for temperature in temperatures):
+        chosen /= torch.tensor(temperatures, device=logits.device).unsqueeze(1)
+    return chosen
+
+
+def _cut(scaled: torch.Tensor, rows: list[LogitRow]) -> Support:
+    """Truncate rows of scaled logits, (rows, vocab)."""
+    params = [row.sequence.params for row in rows]
+    vocab = scaled.shape[1]
+    totals = torch.ones(len(rows), 1, device=scaled.device)
+    if any(p.top_p < 1.0 and not 0 < p.top_k < vocab for p in params):
+        # In units of the likeliest token's probability. softmax sums each row in an order that no other row changes.
+        totals = 1.0 / torch.softmax(scaled, 1).amax(1, keepdim=True)
+    if scaled.device.type != "cpu":
+        ids = torch.arange(vocab, device=scaled.device).expand(len(rows), -1)
+        return Support(rows, ids, _kept(scaled, totals, params))
+    # Sorting all of the vocabulary is what would cost most here, so first leave out what cannot be in the result.
+    found = _contenders(scaled, totals, params)
+    ids = torch.zeros(len(rows), max(1, *map(len, found)), dtype=torch.int64)
+    logits = torch.full(ids.shape, -math.inf)
+    for i, contenders in enumerate(found):
+        chosen = torch.from_numpy(contenders)
+        ids[i, : len(contenders)] = chosen
+        logits[i, : len(contenders)] = scaled[i, chosen]
+    return Support(rows, ids, _kept(logits, totals, params))
+
+
+def _contenders(scaled: torch.Tensor, totals: torch.Tensor, params: list[SamplingParams]) -> list[np.ndarray]:
+    """Of each row, ids (ascending, int64) of tokens among which are all that top_k, top_p and min_p keep.
+
+    They are those above a level, so the likeliest come whole, ties included. On the CPU only.
+    """
+    vocab = scaled.shape[1]
+    array = scaled.numpy()
+    found = []
+    for i, (row, p) in enumerate(zip(array, params, strict=True)):
+        floor = math.log(p.min_p) - 1e-3 if p.min_p else -math.inf
+        levels = [floor]
+        if 0 < p.top_k < vocab:
+            # The k-th highest of the blocks' highest logits is no higher than the k-th highest of all.
+            blocks = vocab // _BLOCK
+            pool = scaled[i, : blocks * _BLOCK].view(blocks, _BLOCK).amax(1) if p.top_k <= blocks else scaled[i]
+            levels = [max(floor, pool.topk(p.top_k, sorted=False).values.amin().item())]
+        elif p.top_p < 1.0:
+            total = totals[i].item()
+            levels = [max(floor, math.log(share * (1.0 - p.top_p) * total)) for share in (1e-2, 1e-4)] + levels
+        for level in levels:
+            contenders = np.flatnonzero(row >= np.float32(level))
+            if level == levels[-1] or np.exp(row[contenders]).sum(dtype=np.float64) > p.top_p * total * (1 + 1e-5):
+                break
+        found.append(contenders)
+    return found
+
+
+def _kept(logits: torch.Tensor, totals: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """`logits` (rows, count) with -inf for what top_k, top_p and min_p leave out; changed in place.
+
+    Columns in the order of token ids; the highest logit is 0. totals: (rows, 1), sum of the vocabulary's exp(logits).
+    """
+    count = logits.shape[1]
+    limits = [(p.top_k if p.top_k > 0 else math.inf, p.top_p if p.top_p < 1.0 else math.inf, p.min_p) for p in params]
+    top_k, top_p, min_p = torch.tensor(limits, dtype=torch.float64, device=logits.device).T.unsqueeze(2)
+    ordered, order = logits.sort(dim=1, descending=True, stable=True)
+    within = torch.arange(count, device=logits.device) < top_k
+    # Summed one after the other in float64: neither other rows nor what follows in a row can change a sum.
+    mass = ordered.exp().double().masked_fill_(~within, 0.0)
+    upto = mass.cumsum(1)
+    total = torch.where(top_k < math.inf, upto[:, -1:], totals)
+    keep = within & (upto - mass < top_p * total) & (ordered >= min_p.log()) & (ordered > -math.inf)
+    last = keep.sum(1, keepdim=True).sub_(1).clamp_(min=0)  # none is kept of a row of nan
+    lowest, place = ordered.gather(1, last), order.gather(1, last)
+    dropped = (logits < lowest) | ((logits == lowest) & (torch.arange(count, device=logits.device) > place))
+    return logits.masked_fill_(dropped, -math.inf)

@@ -1,0 +1,137 @@
+"""The scheduler: which sequences advance in this step, and by how many tokens. It knows blocks, no tensors, no models.
+
+Continuous batching with chunked prefill: those who decode come first and always get their rows; what is left of the
+step's token budget goes to prompts, oldest first, in chunks. So a long prompt costs the others one chunk's time a step.
+Blocks run out: the youngest running sequence gives all of its back and is computed again later (preemption by
+recomputation); the oldest can always go on, so there is no deadlock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from engine.memory.block_pool import BlockPool
+from engine.sequence import Sequence
+from engine.speculation.drafter import NO_DRAFT, Draft
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSpan:
+    """Positions [start, stop) of a sequence; those from len(sequence.tokens) on are the draft's."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    draft: Draft = NO_DRAFT
+
+    @property
+    def draws(self) -> bool:
+        """It reaches the end of what is known, so its last rows draw tokens."""
+        return self.stop >= len(self.sequence.tokens)
+
+
+@dataclass(slots=True)
+class StepPlan:
+    spans: list[PlannedSpan] = field(default_factory=list)
+    preemptions: int = 0
+    admitted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return sum(span.stop - span.start for span in self.spans)
+
+
+class Scheduler:
+    def __init__(self, pool: BlockPool, max_num_seqs: int, max_batch_tokens: int) -> None:
+        self._pool = pool
+        self._max_num_seqs = max_num_seqs
+        self._max_batch_tokens = max_batch_tokens
+        self.waiting: deque[Sequence] = deque()  # oldest first: admission is in order, so all are younger than the running
+        self.running: list[Sequence] = []  # oldest first
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence has ended: its blocks are free on return."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.blocks.release()
+
+    def decoding(self) -> list[Sequence]:
+        """The sequences that will draw a token in the next step, and may be drafted for."""
+        return [sequence for sequence in self.running if sequence.decoding]
+
+    def plan(self, drafts: Mapping[Sequence, Draft]) -> StepPlan:
+        """The next step's spans; their blocks are reserved. A draft may come out shorter, or not at all."""
+        plan = StepPlan()
+        decoding = self.decoding()
+        budget = self._max_batch_tokens - len(decoding)
+        # Where prompts wait for rows, drafts leave them half of the step.
+        prompts = bool(self.waiting) or len(decoding) < len(self.running)
+        draft_budget = budget // 2 if prompts else budget
+        for sequence in decoding:
+            if sequence not in self.running:
+                continue  # preempted for an older one
+            draft = _shortened(drafts.get(sequence, NO_DRAFT), draft_budget)
+            if (reserved := self._reserve(sequence, draft, plan)) is not None:
+                draft_budget -= len(reserved.tokens)
+                budget -= len(reserved.tokens)
+                stop = len(sequence.tokens) + len(reserved.tokens)
+                plan.spans.append(PlannedSpan(sequence, sequence.computed, stop, reserved))
+        for sequence in self.running:
+            if not sequence.decoding:
+                budget -= self._chunk(sequence, budget, plan)
+        if not plan.preemptions:
+            self._admit(budget, plan)
+        return plan
+
+    def _reserve(self, sequence: Sequence, draft: Draft, plan: StepPlan) -> Draft | None:
+        """Blocks for the sequence's next rows: returns the draft there was room for; None if it was preempted itself."""
+        while not sequence.blocks.reserve(len(sequence.tokens) + len(draft.tokens)):
+            if draft.tokens:
+                draft = NO_DRAFT  # a draft is a guess: nobody is preempted for it
+                continue
+            youngest = self.running.pop()
+            youngest.blocks.release()
+            youngest.computed = 0
+            youngest.preemptions += 1
+            plan.preemptions += 1
+            self.waiting.appendleft(youngest)
+            if youngest is sequence:
+                return None
+        return draft
+
+    def _chunk(self, sequence: Sequence, budget: int, plan: StepPlan) -> int:
+        """Plan the next piece of a sequence's prompt; returns its rows."""
+        stop = min(len(sequence.tokens), sequence.computed + budget)
+        if stop <= sequence.computed:
+            return 0
+        plan.spans.append(PlannedSpan(sequence, sequence.computed, stop))
+        return stop - sequence.computed
+
+    def _admit(self, budget: int, plan: StepPlan) -> None:
+        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
+            sequence = self.waiting[0]
+            if sequence.params.prompt_logprobs is None:  # these need every prompt position's logits
+                sequence.computed = sequence.blocks.claim_prefix(sequence.tokens)
+            # The whole prompt's blocks at once, and one for each running sequence's next tokens: a sequence that is let in
+            # is not thrown out again by the next token of an older one.
+            if not sequence.blocks.reserve(len(sequence.tokens)) or self._pool.available < len(self.running):
+                sequence.blocks.release()
+                sequence.computed = 0
+                return
+            self.waiting.popleft()
+            self.running.append(sequence)
+            plan.admitted.append(sequence)
+            budget -= self._chunk(sequence, budget, plan)
+
+
+def _shortened(draft: Draft, limit: int) -> Draft:
+    if len(draft.tokens) <= limit:
+        return draft
+    return Draft(draft.tokens[:limit], None if draft.probs is None else draft.probs[:limit]) if limit > 0 else NO_DRAFT

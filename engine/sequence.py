@@ -1,0 +1,56 @@
+"""Sequence: a request being decoded. Its tokens, how many of them are computed, and where its KV cache lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from engine.memory.block_table import BlockTable
+from engine.request import Request, TokenLogprobs
+from engine.sampling.params import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`tokens` is prompt and answer; the KV cache holds `tokens[:computed]` (and may hold rejected tokens beyond it,
+    which the next step overwrites). A decoding sequence has computed == len(tokens) - 1: the last token is yet to run."""
+
+    request: Request
+    seed: int
+    blocks: BlockTable
+    drafter: str = "none"
+    """The drafter its request asks for, "none" for plain decoding."""
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    cached_prompt_tokens: int = 0
+    drafted: dict[str, int] = field(default_factory=dict)
+    accepted: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    scheduled: float = 0.0
+    first_token: float = 0.0
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            self.tokens = list(self.request.prompt_ids)
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def output_len(self) -> int:
+        return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def decoding(self) -> bool:
+        """All but the last token are computed, so the next step draws a token."""
+        return self.computed == len(self.tokens) - 1

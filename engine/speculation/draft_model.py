@@ -1,0 +1,156 @@
+"""Drafting with a small model of the same vocabulary (arXiv 2211.17192, 2302.01318).
+
+The draft runs through the same ModelRunner, on the same kinds of span, batched over the sequences. It has a block pool and
+KV tensors of its own, so that whatever happens to a draft's cache never touches the target's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.execution.runner import ModelRunner
+from engine.execution.spans import Span
+from engine.memory.block_pool import BlockPool
+from engine.memory.block_table import BlockTable
+from engine.sampling.processors import process
+from engine.sampling.sampler import draw
+from engine.sampling.spans import LogitSpan
+from engine.sequence import Sequence
+from engine.speculation.drafter import NO_DRAFT, Draft, DraftRequest
+
+
+@dataclass(slots=True)
+class _Cached:
+    """What the draft's KV cache holds of a sequence: its first `committed` tokens, then `drafted` ones."""
+
+    blocks: BlockTable
+    committed: int = 0
+    drafted: list[int] = field(default_factory=list)
+
+    def catch_up(self, tokens: list[int]) -> int:
+        """Count what is still true now that the sequence is `tokens`; returns how many of them are cached."""
+        for token in self.drafted:
+            if self.committed >= len(tokens) or tokens[self.committed] != token:
+                break
+            self.committed += 1
+        self.drafted = []
+        self.committed = min(self.committed, len(tokens) - 1)  # the last one's logits are needed
+        return self.committed
+
+
+@dataclass(slots=True)
+class _Drafting:
+    """One sequence's draft while it grows."""
+
+    request: DraftRequest
+    cached: _Cached
+    tokens: list[int] = field(default_factory=list)
+    probs: list[torch.Tensor] = field(default_factory=list)
+
+    def span(self) -> LogitSpan:
+        return LogitSpan(self.request.sequence, tuple(self.tokens), rows=1)
+
+
+class DraftModelDrafter:
+    """`keep_probs`: also return the distributions that the tokens were drawn from (rejection verification needs them).
+
+    At most `max_batch_tokens` rows are caught up in a call: a sequence with a long prompt gets no draft until the draft
+    model has read it, chunk by chunk.
+    """
+
+    name = "draft-model"
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        pool: BlockPool,
+        eos_token_ids: tuple[int, ...],
+        max_batch_tokens: int,
+        keep_probs: bool = False,
+    ) -> None:
+        self._runner = runner
+        self._pool = pool
+        self._eos_token_ids = eos_token_ids
+        self._max_batch_tokens = max_batch_tokens
+        self._keep_probs = keep_probs
+        self._cached: dict[str, _Cached] = {}
+
+    def propose(self, requests: list[DraftRequest]) -> list[Draft]:
+        asked = {request.sequence.id for request in requests}
+        active: list[_Drafting] = []
+        spans: list[Span] = []
+        budget = self._max_batch_tokens
+        for request in requests:
+            cached = self._reserved(request, asked)
+            if cached is None or budget <= 0:
+                continue
+            tokens, start = request.sequence.tokens, cached.committed
+            stop = min(len(tokens), start + budget)
+            budget -= stop - start
+            complete = stop == len(tokens)
+            spans.append(Span(tokens[start:stop], start, cached.blocks.blocks, logit_rows=int(complete)))
+            cached.committed = stop
+            cached.blocks.commit(tokens, stop)
+            if complete:
+                active.append(_Drafting(request, cached))
+        finished = active
+        while spans:
+            logits = self._runner.run(spans)
+            self._draw(logits, active)
+            active = [drafting for drafting in active if len(drafting.tokens) < drafting.request.limit]
+            spans = [self._next_span(drafting) for drafting in active]
+        drafts = {
+            drafting.request.sequence.id: Draft(
+                tuple(drafting.tokens), torch.stack(drafting.probs) if drafting.probs else None
+            )
+            for drafting in finished
+        }
+        return [drafts.get(request.sequence.id, NO_DRAFT) for request in requests]
+
+    def release(self, sequence: Sequence) -> None:
+        cached = self._cached.pop(sequence.id, None)
+        if cached is not None:
+            cached.blocks.release()
+
+    def _reserved(self, request: DraftRequest, asked: set[str]) -> _Cached | None:
+        """The sequence's cache with room for its tokens and the draft; None if there is none to be had."""
+        tokens = request.sequence.tokens
+        cached = self._cached.get(request.sequence.id)
+        if cached is None:
+            cached = self._cached[request.sequence.id] = _Cached(BlockTable(self._pool))
+            cached.committed = cached.blocks.claim_prefix(tokens)
+        cached.catch_up(tokens)
+        # The last drafted token is never run.
+        length = len(tokens) + request.limit - 1
+        if cached.blocks.reserve(length):
+            return cached
+        for identity in [identity for identity in self._cached if identity not in asked]:  # not decoding at present
+            self._cached.pop(identity).blocks.release()
+        if cached.blocks.reserve(length):
+            return cached
+        self.release(request.sequence)
+        return None
+
+    def _draw(self, logits: torch.Tensor, active: list[_Drafting]) -> None:
+        if not active:
+            return
+        spans = [drafting.span() for drafting in active]
+        processed = process(logits, spans, self._eos_token_ids)
+        probs = torch.softmax(processed, dim=-1) if self._keep_probs else None
+        for i, (drafting, token) in enumerate(zip(active, draw(processed, spans), strict=True)):
+            drafting.tokens.append(token)
+            if probs is not None:
+                drafting.probs.append(_certain(probs[i], token) if drafting.request.sequence.params.greedy else probs[i])
+
+    def _next_span(self, drafting: _Drafting) -> Span:
+        token, cached = drafting.tokens[-1], drafting.cached
+        place = len(drafting.request.sequence.tokens) + len(drafting.tokens) - 1
+        cached.drafted.append(token)
+        return Span([token], place, cached.blocks.blocks, logit_rows=1)
+
+
+def _certain(probs: torch.Tensor, token: int) -> torch.Tensor:
+    """All probability on `token`, in the shape of `probs`."""
+    return torch.zeros_like(probs).index_fill_(0, torch.tensor([token], device=probs.device), 1.0)

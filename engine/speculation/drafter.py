@@ -1,0 +1,48 @@
+"""What a drafter is: something that proposes the next tokens of some sequences. One file per drafter beside this one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRequest:
+    """Ask for at most `limit` (>= 1) tokens to follow `sequence.tokens`."""
+
+    sequence: Sequence
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Proposed tokens; `probs` is the distribution each was drawn from, (len(tokens), vocab) float32, or None where the
+    drafter is certain (probability 1 on its token, as prompt lookup is)."""
+
+    tokens: tuple[int, ...] = ()
+    probs: torch.Tensor | None = None
+
+
+NO_DRAFT = Draft()
+
+
+class Drafter(Protocol):
+    """Proposals never change the text, only its speed: a drafter may be wrong, and may propose fewer tokens or none.
+
+    A drafter reads `sequence.tokens` when it is asked and catches up with what was added since it last saw the sequence;
+    it is not told of acceptance. Tokens that it saw never change (a sequence only grows).
+    """
+
+    name: str
+
+    def propose(self, requests: list[DraftRequest]) -> list[Draft]:
+        """One Draft for each of `requests`, in their order."""
+        ...
+
+    def release(self, sequence: Sequence) -> None:
+        """Forget a sequence that has ended (or was never seen): its memory is free afterwards."""
+        ...

@@ -1,0 +1,227 @@
+"""Verification: from the target's logits behind drafted tokens to the tokens that are appended to each sequence.
+
+Plain decoding is the verification of an empty draft. What ends a sequence (an end-of-text token among the accepted
+ones, max_tokens) is not judged here: who commits the tokens cuts them off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from engine.request import TokenLogprobs
+from engine.sampling.logprobs import token_logprobs
+from engine.sampling.noise import ACCEPT, RESIDUAL, row_key, uniform
+from engine.sampling.processors import Support, adjust, truncate
+from engine.sampling.sampler import choose, race
+from engine.sampling.spans import LogitRow, LogitSpan
+from engine.speculation.drafter import Draft
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a step appends to a sequence: the accepted part of its draft, and one token of the target's own."""
+
+    tokens: list[int]
+    accepted: int
+    """Drafted tokens among them: len(tokens) - 1."""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One for each of tokens, of the raw logits; None unless the request asks for them."""
+
+
+class Verifier(Protocol):
+    def verify(self, logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft]) -> list[Verdict]:
+        """One Verdict for each span.
+
+        logits: (rows, vocab) of the target, raw, the rows of `spans` one after the other; may be changed. For every i
+        spans[i].draft == drafts[i].tokens and spans[i].rows == len(drafts[i].tokens) + 1.
+        """
+        ...
+
+
+class CoupledVerifier:
+    """A drafted token is accepted while it is the very token that the target draws at its place.
+
+    What the target draws there depends on its distribution and on noise keyed by seed and place, so the text is the
+    same with any draft (drafter-invariant speculative decoding, arXiv 2408.07978).
+
+    lazy: look at the rows behind a drafted token only once it is accepted. By default so on the CPU, where rows cost
+    time and looking at a result costs none; elsewhere all rows are drawn at once.
+    """
+
+    def __init__(self, eos_token_ids: Seq[int], lazy: bool | None = None) -> None:
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._lazy = lazy
+
+    @torch.inference_mode()
+    def verify(self, logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft]) -> list[Verdict]:
+        def draw(adjusted: torch.Tensor, rows: list[_Row]) -> list[int]:
+            return choose(adjusted, [row.logits for row in rows])
+
+        return _verify(logits, spans, drafts, self._eos_token_ids, self._lazy, draw)
+
+
+class RejectionVerifier:
+    """Accept a drafted token with probability min(1, p / q), else draw from what is left of p.
+
+    Speculative sampling, arXiv 2211.17192 and 2302.01318; q is the distribution that the draft was drawn from, or 1 on
+    its token. The tokens have the target's distribution, but which they are depends on the draft: the same seed and the
+    same drafts give the same text. `lazy` as in CoupledVerifier.
+    """
+
+    def __init__(self, eos_token_ids: Seq[int], lazy: bool | None = None) -> None:
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._lazy = lazy
+
+    @torch.inference_mode()
+    def verify(self, logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft]) -> list[Verdict]:
+        return _verify(logits, spans, drafts, self._eos_token_ids, self._lazy, _accept_or_redraw)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row to judge, and what was drafted at the place that it predicts: nothing behind the last drafted token."""
+
+    logits: LogitRow
+    drafted: int | None
+    probs: torch.Tensor | None
+    """The distribution that `drafted` was drawn from, (vocab,)."""
+
+
+_Judge = Callable[[torch.Tensor, list[_Row]], list[int]]
+"""A token for each of some rows of adjusted logits: the drafted one means that it is accepted."""
+
+
+def _verify(
+    logits: torch.Tensor,
+    spans: list[LogitSpan],
+    drafts: list[Draft],
+    eos_token_ids: Seq[int],
+    lazy: bool | None,
+    judge: _Judge,
+) -> list[Verdict]:
+    """Follow each draft up to the first row whose token is not the drafted one."""
+    starts = [0]
+    for span, draft in zip(spans, drafts, strict=True):
+        if span.rows != len(draft.tokens) + 1:
+            raise ValueError(f"a span of {span.rows} rows cannot verify {len(draft.tokens)} drafted tokens")
+        starts.append(starts[-1] + span.rows)
+    # adjust works in place, and log-probabilities are the raw model's
+    raw = {
+        i: logits[starts[i] : starts[i + 1]].clone()
+        for i, span in enumerate(spans)
+        if span.sequence.params.logprobs is not None
+    }
+    logits = adjust(logits, spans, eos_token_ids)
+    lazy = logits.device.type == "cpu" if lazy is None else lazy
+    tokens: list[list[int]] = [[] for _ in spans]
+    open_spans = list(range(len(spans)))
+    while open_spans:
+        rows: list[_Row] = []
+        for i in open_spans:
+            at = len(tokens[i])
+            for r in range(at, at + 1 if lazy else spans[i].rows):
+                row = LogitRow(starts[i] + r, spans[i].sequence, spans[i].first_place + r)
+                rows.append(_row(row, drafts[i], r))
+        judged = iter(zip(rows, judge(logits, rows), strict=True))
+        still_open = []
+        for i in open_spans:
+            going = True
+            for _ in range(1 if lazy else spans[i].rows):
+                row_of, token = next(judged)
+                if going:
+                    tokens[i].append(token)
+                    going = token == row_of.drafted
+            if going:
+                still_open.append(i)
+        open_spans = still_open
+    return _verdicts(spans, tokens, raw)
+
+
+def _row(logits: LogitRow, draft: Draft, r: int) -> _Row:
+    if r == len(draft.tokens):
+        return _Row(logits, None, None)
+    return _Row(logits, draft.tokens[r], None if draft.probs is None else draft.probs[r])
+
+
+def _verdicts(spans: list[LogitSpan], tokens: list[list[int]], raw: dict[int, torch.Tensor]) -> list[Verdict]:
+    logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+    if raw:
+        rows = torch.cat([block[: len(tokens[i])] for i, block in raw.items()])
+        top = [spans[i].sequence.params.logprobs or 0 for i in raw for _ in tokens[i]]
+        found = iter(token_logprobs(rows, [token for i in raw for token in tokens[i]], top))
+        logprobs = {i: tuple(next(found) for _ in tokens[i]) for i in raw}
+    return [Verdict(own, len(own) - 1, logprobs.get(i)) for i, own in enumerate(tokens)]
+
+
+def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """What is left of p once a token drawn from q is rejected, not normalized: max(0, p - q), (rows, tokens) each.
+
+    p itself where nothing is left: then p and q differ by rounding alone.
+    """
+    left = (p - q).clamp_(min=0.0)
+    return torch.where(left.amax(1, keepdim=True) > 0.0, left, p)
+
+
+def _accept_or_redraw(adjusted: torch.Tensor, rows: list[_Row]) -> list[int]:
+    """Rejection verification's judge: the drafted token or one from the residual; greedy rows by their likeliest."""
+    by_index = {row.logits.at: row for row in rows}
+    greedy = [row.logits for row in rows if row.logits.sequence.params.greedy]
+    tokens = dict(zip((row.at for row in greedy), choose(adjusted, greedy), strict=True))
+    for support in truncate(adjusted, [row.logits for row in rows]):
+        judged = _judge_sampled(support, [by_index[row.at] for row in support.rows])
+        tokens |= dict(zip((row.at for row in support.rows), judged, strict=True))
+    return [tokens[row.logits.at] for row in rows]
+
+
+def _judge_sampled(support: Support, rows: list[_Row]) -> list[int]:
+    tokens = [-1 if row.drafted is None else row.drafted for row in rows]
+    column, present = _find(support, tokens)
+    p = support.probabilities()
+    p_drafted = torch.where(present, p.gather(1, column), 0.0).squeeze(1).tolist()
+    q_drafted = [1.0] * len(rows)
+    soft = [(i, row.probs[row.drafted]) for i, row in enumerate(rows) if row.probs is not None]
+    if soft:
+        for (i, _), q_i in zip(soft, torch.stack([q_i for _, q_i in soft]).tolist(), strict=True):
+            q_drafted[i] = q_i
+    redrawn = []
+    for i, row in enumerate(rows):
+        key = row_key(row.logits.sequence.seed, row.logits.place, ACCEPT)
+        if row.drafted is not None and uniform(key) * q_drafted[i] >= p_drafted[i]:
+            redrawn.append(i)
+    if redrawn:
+        q = _drafters(support, rows, redrawn, column, present)
+        left = Support([support.rows[i] for i in redrawn], support.of(redrawn).ids, residual(p[redrawn], q).log_())
+        for i, token in zip(redrawn, race(left, RESIDUAL), strict=True):
+            tokens[i] = token
+    undrafted = [i for i, row in enumerate(rows) if row.drafted is None]
+    if undrafted:
+        for i, token in zip(undrafted, race(support.of(undrafted)), strict=True):
+            tokens[i] = token
+    return tokens
+
+
+def _find(support: Support, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Column of each row's token in the support, and whether it is there: (rows, 1) each."""
+    wanted = torch.tensor(tokens, device=support.logits.device).unsqueeze(1)
+    if support.whole:
+        return wanted.clamp(min=0), wanted >= 0
+    column = (support.ids == wanted).int().argmax(1, keepdim=True)
+    return column, support.ids.gather(1, column) == wanted
+
+
+def _drafters(
+    support: Support, rows: list[_Row], which: list[int], column: torch.Tensor, present: torch.Tensor
+) -> torch.Tensor:
+    """q, the distributions that the tokens of rows `which` were drawn from, over the support: (len(which), count)."""
+    q = torch.zeros(len(which), support.logits.shape[1], device=support.logits.device)
+    q.scatter_(1, column[which], present[which].float())
+    for line, i in enumerate(which):
+        probs = rows[i].probs
+        if probs is not None:
+            q[line] = probs if support.whole else probs[support.ids[i]]
+    return q

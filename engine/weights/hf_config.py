@@ -1,0 +1,140 @@
+"""Hugging Face's config.json and generation_config.json as a ModelConfig. No torch, no transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ModelError
+from engine.models.config import ModelConfig, RopeConfig
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The shape that `folder`/config.json describes, end-of-text ids from generation_config.json where there is one.
+
+    Defaults of fields that config.json leaves out are those of transformers' configuration classes. Raises ModelError
+    for a file that cannot be read and for a model that the engine does not know.
+    """
+    path = folder / "config.json"
+    raw = _read(path)
+    kind = raw.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise ModelError(f"{path}: model_type is {kind!r}, but the engine knows {', '.join(MODEL_TYPES)}")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method")
+        raise ModelError(f"{path}: the weights are quantized ({method!r}), but must be plain ones, or a GGUF file")
+    if (activation := raw.get("hidden_act", "silu")) != "silu":
+        raise ModelError(f"{path}: hidden_act is {activation!r}, but the engine knows 'silu'")
+    hidden, heads = _size(path, raw, "hidden_size"), _size(path, raw, "num_attention_heads")
+    layers = _size(path, raw, "num_hidden_layers")
+    attention_bias = kind in ("llama", "qwen3") and bool(raw.get("attention_bias", False))
+    return ModelConfig(
+        architecture=kind,
+        vocab_size=_size(path, raw, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=_size(path, raw, "intermediate_size"),
+        num_layers=layers,
+        num_heads=heads,
+        # transformers: null means as many as heads, absent means the class's own default
+        num_kv_heads=raw.get("num_key_value_heads", _DEFAULT_KV_HEADS[kind]) or heads,
+        head_dim=raw.get("head_dim", _DEFAULT_HEAD_DIM.get(kind)) or hidden // heads,
+        max_position=raw.get("max_position_embeddings", _DEFAULT_MAX_POSITION[kind]),
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rope=_rope(path, raw),
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=kind == "qwen2" or attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)),
+        qk_norm=kind == "qwen3",
+        sliding_window=_sliding_window(path, raw, layers),
+        eos_token_ids=eos_token_ids(folder),
+        bos_token_id=raw.get("bos_token_id"),
+        dtype=_dtype(raw),
+    )
+
+
+def eos_token_ids(folder: Path) -> tuple[int, ...]:
+    """Ids of the tokens that end a text: generation_config.json's if it has any, else config.json's, else none."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            ids = _read(folder / name).get("eos_token_id")
+            if ids is not None:
+                return tuple(ids) if isinstance(ids, list) else (ids,)
+    return ()
+
+
+_DEFAULT_KV_HEADS: dict[str, int | None] = {"llama": None, "mistral": 8, "qwen2": 32, "qwen3": 32}
+_DEFAULT_HEAD_DIM = {"qwen3": 128}
+_DEFAULT_MAX_POSITION = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} has {type(value).__name__} at its top, but must have an object")
+    return value
+
+
+def _size(path: Path, raw: dict[str, Any], name: str) -> int:
+    value = raw.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise ModelError(f"{path}: {name} is {value!r}, but must be a positive number")
+    return value
+
+
+def _dtype(raw: dict[str, Any]) -> str:
+    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"  # transformers 4 wrote torch_dtype
+    return name if name in ("float32", "bfloat16", "float16") else "float32"
+
+
+def _rope(path: Path, raw: dict[str, Any]) -> RopeConfig:
+    """rope_parameters as transformers 5 writes them, or rope_theta and rope_scaling as version 4 did."""
+    values = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
+    theta = float(values.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    kind = values.get("rope_type", values.get("type", "default"))
+    if (partial := float(values.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)))) != 1.0:
+        raise ModelError(f"{path}: partial_rotary_factor is {partial}, but the engine rotates whole heads (1.0)")
+    try:
+        if kind == "default":
+            return RopeConfig(theta=theta)
+        if kind == "linear":
+            return RopeConfig(theta=theta, kind=kind, factor=float(values["factor"]))
+        if kind == "llama3":
+            return RopeConfig(
+                theta=theta,
+                kind=kind,
+                factor=float(values["factor"]),
+                low_freq_factor=float(values["low_freq_factor"]),
+                high_freq_factor=float(values["high_freq_factor"]),
+                original_max_position=int(values["original_max_position_embeddings"]),
+            )
+    except KeyError as error:
+        raise ModelError(f"{path}: rope scaling of type {kind!r} lacks {error.args[0]!r}") from error
+    raise ModelError(f"{path}: rope_type is {kind!r}, but the engine knows 'default', 'linear' and 'llama3'")
+
+
+def _sliding_window(path: Path, raw: dict[str, Any], layers: int) -> int | None:
+    """Mistral's holds for all layers; Qwen's only where it is switched on, and there may be layers without."""
+    window = raw.get("sliding_window", 4096)  # transformers' default where the file says nothing
+    kinds = set(raw.get("layer_types") or ())
+    if raw["model_type"] == "llama" or window is None:
+        return None
+    if raw["model_type"] in ("qwen2", "qwen3"):
+        if not raw.get("use_sliding_window", False):
+            return None
+        if not kinds:
+            first = raw.get("max_window_layers", 28)
+            kinds = {"full_attention" if i < first else "sliding_attention" for i in range(layers)}
+    if kinds == {"full_attention"}:
+        return None
+    if len(kinds) > 1:
+        raise ModelError(f"{path}: some layers have a sliding window and some have none, which the engine does not know")
+    return int(window)
