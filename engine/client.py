@@ -71,7 +71,7 @@ class AsyncEngine:
         self._settled = asyncio.Event()
         """Set when the engine is ready, or never will be."""
         self._ended = asyncio.Event()
-        """Set when nothing more is to be heard from the engine."""
+        """Set when it is dead."""
         self._connection: _Connection | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -222,8 +222,6 @@ class AsyncEngine:
         queue = self._requests.pop(delta.request_id, None) if ended else self._requests.get(delta.request_id)
         if queue is not None:
             queue.put_nowait(delta)
-        if self.state == "stopping" and not self._requests:
-            self._ended.set()
 
     async def _watch_process(self, process: asyncio.subprocess.Process, directory: str) -> None:
         """Wait for the end of the process, whatever its cause; then everything that waits for it is told."""
@@ -262,7 +260,7 @@ class AsyncEngine:
 class _Connection:
     """The client's ends of the two sockets, read by the event loop itself.
 
-    zmq.asyncio would do the same through a future for each message, at four times the cost where messages have piled up.
+    zmq.asyncio does the same through a future for each message, at four times the cost where messages have piled up.
     ZeroMQ's file descriptor tells of changes, not of messages, and any call on a socket may swallow a change: so this
     reads until there is nothing left, and reads from a socket that does nothing else.
     """

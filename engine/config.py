@@ -58,7 +58,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Most tokens drafted for a sequence in one step."""
     ngram_max: Positive = 4
     """Longest suffix that the n-gram drafter looks up; it falls back to shorter ones down to `ngram_min`."""
-    ngram_min: Positive = 2
+    ngram_min: Positive = 1
     verification: Verification = "coupled"
 
     seed: NotNegative | None = None

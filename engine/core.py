@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from engine.build import Engine, build
@@ -151,10 +152,10 @@ class EngineCore:
         sequence.computed = len(sequence.tokens) - 1
         sequence.blocks.commit(sequence.tokens, sequence.computed)
         sequence.steps += 1
-        if planned.draft.tokens:
-            drafted = len(planned.draft.tokens)
+        drafted, accepted = len(planned.draft.tokens), min(verdict.accepted, len(tokens))
+        if drafted:
             sequence.drafted[sequence.drafter] = sequence.drafted.get(sequence.drafter, 0) + drafted
-            sequence.accepted += min(verdict.accepted, len(tokens))
+            sequence.accepted += accepted
         if first:
             sequence.first_token = time.monotonic()
         delta = Delta(
@@ -162,6 +163,10 @@ class EngineCore:
             token_ids=tuple(tokens),
             logprobs=None if verdict.logprobs is None else verdict.logprobs[: len(tokens)],
             prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,
+            scheduled=sequence.scheduled if first else None,
+            cached_prompt_tokens=sequence.cached_prompt_tokens if first else 0,
+            drafted=drafted,
+            accepted=accepted,
         )
         return delta if reason is None else self._end(sequence, reason, delta, stop_token)
 
@@ -198,15 +203,8 @@ class EngineCore:
             steps=sequence.steps,
             preemptions=sequence.preemptions,
         )
-        return Delta(
-            request_id=sequence.id,
-            token_ids=delta.token_ids if delta else (),
-            logprobs=delta.logprobs if delta else None,
-            prompt_logprobs=delta.prompt_logprobs if delta else None,
-            finish_reason=reason,
-            stop_token=stop_token,
-            stats=stats,
-        )
+        delta = delta or Delta(request_id=sequence.id)
+        return msgspec.structs.replace(delta, finish_reason=reason, stop_token=stop_token, stats=stats)
 
     def _stats(
         self, plan: StepPlan, verdicts: list[Verdict], deltas: list[Delta], seconds: dict[str, float]

@@ -19,7 +19,7 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import ConfigError, EngineDeadError, ParameterError
 from engine.messages import StepStats
-from engine.request import Delta, EngineInfo, FinishReason, Request, RequestStats, TokenLogprobs, check_request, fan_out
+from engine.request import Delta, EngineInfo, FinishReason, Request, RequestStats, TokenLogprobs, fan_out
 from engine.sampling.params import SamplingParams
 
 DEFAULT_PARAMS = SamplingParams()
@@ -47,7 +47,8 @@ class Completion:
         """Take in the next delta of its request."""
         self.token_ids.extend(delta.token_ids)
         if delta.logprobs is not None:
-            self.logprobs = [*(self.logprobs or ()), *delta.logprobs]
+            self.logprobs = self.logprobs or []
+            self.logprobs.extend(delta.logprobs)
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = list(delta.prompt_logprobs)
         if delta.finish_reason is not None:
@@ -186,15 +187,11 @@ class LLM:
         if self._streaming:
             raise RuntimeError("another stream of this LLM is open: finish or close it first")
         live: set[str] = set()
-        for request in requests:
-            check_request(request, core.info)
-            if request.id in live:
-                raise ParameterError("request_id", f"request id {request.id!r} is given twice")
-            live.add(request.id)
         self._streaming = True
         try:
             for request in requests:
                 core.add(self._complete(request))
+                live.add(request.id)
             while live:
                 result = core.step()
                 live.difference_update(delta.request_id for delta in result.deltas if delta.finish_reason is not None)

@@ -87,15 +87,19 @@ def run(create_core: CreateCore) -> int:
     threading.Thread(target=_end_with_parent, args=(launch.directory,), name="parent-watch", daemon=True).start()
     connection = _Connection(launch)
     try:
-        core = create_core(launch.config, lambda what, share: connection.send(Loading(what, share)))
+        try:
+            core = create_core(launch.config, lambda what, share: connection.send(Loading(what, share)))
+        except PilotfishError as error:  # the settings' or the files' fault: a traceback says no more
+            logger.error("the engine cannot start: %s", error)
+            connection.send(Failed(_one_line(error)))
+            return 1
         # What is loaded stays: keep it out of every later collection, which would stall a step for long.
         gc.collect()
         gc.freeze()
         connection.send(Ready(core.info))
         _serve(core, connection)
     except Exception as error:
-        if not isinstance(error, PilotfishError):
-            logger.exception("the engine failed")
+        logger.exception("the engine failed")
         connection.send(Failed(_one_line(error)))
         return 1
     finally:
@@ -107,7 +111,7 @@ def _serve(core: Core, connection: _Connection) -> None:
     """Step while there is work, and sleep on the socket while there is none; return after a Shutdown."""
     live: set[str] = set()
     stopping = False
-    while not stopping or core.has_work():
+    while not stopping:
         for message in connection.receive(wait=not core.has_work()):
             match message:
                 case Submit(request=request):

@@ -61,6 +61,13 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     """One for each of token_ids, if asked for."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     """Once, with the first delta, one for each prompt token (None for the first, which nothing predicts)."""
+    scheduled: float | None = None
+    """With the first delta: when the request left the queue; `cached_prompt_tokens` is as in RequestStats."""
+    cached_prompt_tokens: int = 0
+    drafted: int = 0
+    """Tokens drafted for this step, and how many of token_ids were among them: a client that stops in mid-stream, at a
+    stop string, gets no stats."""
+    accepted: int = 0
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     """The end-of-text or stop token that ended it: the last of token_ids, and not part of the text."""

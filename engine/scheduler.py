@@ -24,12 +24,9 @@ class PlannedSpan:
     sequence: Sequence
     start: int
     stop: int
+    draws: bool
+    """It reaches the end of what is known, so its last rows draw tokens."""
     draft: Draft = NO_DRAFT
-
-    @property
-    def draws(self) -> bool:
-        """It reaches the end of what is known, so its last rows draw tokens."""
-        return self.stop >= len(self.sequence.tokens)
 
 
 @dataclass(slots=True)
@@ -82,7 +79,7 @@ class Scheduler:
                 draft_budget -= len(reserved.tokens)
                 budget -= len(reserved.tokens)
                 stop = len(sequence.tokens) + len(reserved.tokens)
-                plan.spans.append(PlannedSpan(sequence, sequence.computed, stop, reserved))
+                plan.spans.append(PlannedSpan(sequence, sequence.computed, stop, draws=True, draft=reserved))
         for sequence in self.running:
             if not sequence.decoding:
                 budget -= self._chunk(sequence, budget, plan)
@@ -111,7 +108,7 @@ class Scheduler:
         stop = min(len(sequence.tokens), sequence.computed + budget)
         if stop <= sequence.computed:
             return 0
-        plan.spans.append(PlannedSpan(sequence, sequence.computed, stop))
+        plan.spans.append(PlannedSpan(sequence, sequence.computed, stop, draws=stop == len(sequence.tokens)))
         return stop - sequence.computed
 
     def _admit(self, budget: int, plan: StepPlan) -> None:

@@ -73,7 +73,11 @@ def _why_not_native(device: torch.device, dtype: torch.dtype, model: ModelConfig
 
 
 def thread_count(config: EngineConfig) -> int:
-    return config.num_threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if config.num_threads:
+        return config.num_threads
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def load_model(

@@ -121,7 +121,7 @@ TARGET static void NAME(linear)(const float *x, const float *packed, const float
   for (int64_t block = 0; block < rows; block += ROW_BLOCK) {
     const int64_t height = rows - block < ROW_BLOCK ? rows - block : ROW_BLOCK;
     const int64_t tiles = (height + MAX_TILE - 1) / MAX_TILE;
-    PARALLEL_FOR
+    PARALLEL_FOR_IF(height * columns * in > 65536) /* less takes no longer than waking a thread */
     for (int64_t p = 0; p < panels; p++) {
       const float *panel = packed + p * in * PANEL;
       const int64_t left = columns - p * PANEL;

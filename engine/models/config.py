@@ -15,6 +15,8 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    freq_factors: tuple[float, ...] | None = None
+    """What each of the head_dim / 2 frequencies is divided by: GGUF files have llama3's scaling in this form."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

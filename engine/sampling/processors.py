@@ -102,22 +102,21 @@ def adjust(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] 
 def _penalize(block: torch.Tensor, span: LogitSpan) -> None:
     """Repetition, presence and frequency penalties for the rows of one span, (rows, vocab), in place."""
     params, prompt_len = span.sequence.params, span.sequence.prompt_len
-    first, repetition = span.first_place, params.repetition_penalty
+    repetition = params.repetition_penalty
     start = 0 if repetition != 1.0 else prompt_len
-    text = [*span.sequence.tokens, *span.draft]
-    columns = {token: i for i, token in enumerate(dict.fromkeys(text[start : first + span.rows - 1]))}
-    if not columns:
+    text = [*span.sequence.tokens, *span.draft][start : span.first_place + span.rows - 1]
+    if not text:
         return
-    seen = np.zeros((span.rows, len(columns)), dtype=bool)
-    seen[:, : len(set(text[start:first]))] = True  # columns are in the order of first appearance
-    counts = np.zeros((span.rows, len(columns)))
-    counts += np.bincount([columns[token] for token in text[prompt_len:first]], minlength=len(columns))
-    for place in range(first, first + span.rows - 1):
-        column, later = columns[text[place]], place - first + 1
+    unique, columns = np.unique(np.array(text), return_inverse=True)
+    known = span.first_place - start
+    seen = np.zeros((span.rows, len(unique)), dtype=bool)
+    seen[:, columns[:known]] = True
+    counts = np.tile(np.bincount(columns[prompt_len - start : known], minlength=len(unique)), (span.rows, 1))
+    for later, column in enumerate(columns[known:], start=1):
         seen[later:, column] = True
         counts[later:, column] += 1
     penalty = counts * params.frequency_penalty + (counts > 0) * params.presence_penalty
-    ids = torch.tensor(list(columns), device=block.device)
+    ids = torch.from_numpy(unique).to(block.device)
     logits = block.index_select(1, ids).double()
     if repetition != 1.0:
         repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
@@ -169,62 +168,77 @@ def _cut(scaled: torch.Tensor, rows: list[LogitRow]) -> Support:
         # In units of the likeliest token's probability. softmax sums each row in an order that no other row changes.
         totals = 1.0 / torch.softmax(scaled, 1).amax(1, keepdim=True)
     if scaled.device.type != "cpu":
-        ids = torch.arange(vocab, device=scaled.device).expand(len(rows), -1)
-        return Support(rows, ids, _kept(scaled, totals, params))
-    # Sorting all of the vocabulary is what would cost most here, so first leave out what cannot be in the result.
-    found = _contenders(scaled, totals, params)
-    ids = torch.zeros(len(rows), max(1, *map(len, found)), dtype=torch.int64)
-    logits = torch.full(ids.shape, -math.inf)
-    for i, contenders in enumerate(found):
-        chosen = torch.from_numpy(contenders)
-        ids[i, : len(contenders)] = chosen
-        logits[i, : len(contenders)] = scaled[i, chosen]
-    return Support(rows, ids, _kept(logits, totals, params))
+        whole = torch.arange(vocab, dtype=torch.int32, device=scaled.device).unsqueeze(0)
+        return Support(rows, whole, kept_of_all(scaled, totals, params))
+    found = [kept_ids(*each) for each in zip(scaled, totals.squeeze(1).tolist(), params, strict=True)]
+    return gather_support(rows, scaled, found)
 
 
-def _contenders(scaled: torch.Tensor, totals: torch.Tensor, params: list[SamplingParams]) -> list[np.ndarray]:
-    """Of each row, ids (ascending, int64) of tokens among which are all that top_k, top_p and min_p keep.
+def gather_support(rows: list[LogitRow], logits: torch.Tensor, ids: list[np.ndarray]) -> Support:
+    """The support of rows of logits, (rows, vocab) on the CPU, of which only the tokens `ids` (ascending) are left."""
+    columns = torch.zeros(len(rows), max(1, *map(len, ids)), dtype=torch.int64)
+    values = torch.full(columns.shape, -math.inf)
+    for i, kept in enumerate(ids):
+        chosen = torch.from_numpy(kept)
+        columns[i, : len(kept)] = chosen
+        values[i, : len(kept)] = logits[i, chosen]
+    return Support(rows, columns, values)
 
-    They are those above a level, so the likeliest come whole, ties included. On the CPU only.
+
+def kept_ids(scaled: torch.Tensor, total: float, p: SamplingParams) -> np.ndarray:
+    """Ids, ascending, of what top_k, top_p and min_p keep of one row, (vocab,) on the CPU: (count,) int64.
+
+    The highest logit is 0; total: the sum of exp(logits). Sorting all of the vocabulary is what would cost most, so
+    first everything below a level is left out, a level above which the result must lie. None of a row of nan.
     """
-    vocab = scaled.shape[1]
-    array = scaled.numpy()
-    found = []
-    for i, (row, p) in enumerate(zip(array, params, strict=True)):
-        floor = math.log(p.min_p) - 1e-3 if p.min_p else -math.inf
-        levels = [floor]
-        if 0 < p.top_k < vocab:
-            # The k-th highest of the blocks' highest logits is no higher than the k-th highest of all.
-            blocks = vocab // _BLOCK
-            pool = scaled[i, : blocks * _BLOCK].view(blocks, _BLOCK).amax(1) if p.top_k <= blocks else scaled[i]
-            levels = [max(floor, pool.topk(p.top_k, sorted=False).values.amin().item())]
-        elif p.top_p < 1.0:
-            total = totals[i].item()
-            levels = [max(floor, math.log(share * (1.0 - p.top_p) * total)) for share in (1e-2, 1e-4)] + levels
-        for level in levels:
-            contenders = np.flatnonzero(row >= np.float32(level))
-            if level == levels[-1] or np.exp(row[contenders]).sum(dtype=np.float64) > p.top_p * total * (1 + 1e-5):
-                break
-        found.append(contenders)
-    return found
+    vocab, row = len(scaled), scaled.numpy()
+    floor = math.log(p.min_p) - 1e-3 if p.min_p else float(np.finfo(np.float32).min)
+    levels = [floor]
+    if 0 < p.top_k < vocab:
+        # The k-th highest of the blocks' highest logits is no higher than the k-th highest of all.
+        blocks = vocab // _BLOCK
+        pool = scaled[: blocks * _BLOCK].view(blocks, _BLOCK).amax(1) if p.top_k <= blocks else scaled
+        levels = [pool.topk(p.top_k, sorted=False).values.amin().item()]
+    elif p.top_p < 1.0:
+        tail = math.log((1.0 - p.top_p) * total)
+        levels = [max(floor, tail + math.log(share)) for share in (1e-2, 1e-3, 1e-4)] + levels
+    for level in levels:
+        contenders = np.flatnonzero(row >= np.float32(level))
+        if level == levels[-1] or np.exp(row[contenders], dtype=np.float64).sum() > p.top_p * total * (1 + 1e-9):
+            break
+    if not len(contenders):
+        return contenders
+    logits = row[contenders]
+    ordered = np.sort(logits)[::-1]
+    count = min(len(ordered), p.top_k) if p.top_k > 0 else len(ordered)
+    if p.top_p < 1.0:
+        mass = np.exp(ordered[:count], dtype=np.float64).cumsum()
+        share = p.top_p * (mass[-1] if 0 < p.top_k < vocab else total)
+        count = min(count, int(np.searchsorted(mass, share)) + 1)
+    if p.min_p:
+        count = min(count, int(np.count_nonzero(ordered >= math.log(p.min_p))))
+    if count == len(ordered):
+        return contenders
+    lowest = ordered[count - 1]
+    above = logits > lowest
+    equal = np.flatnonzero(logits == lowest)
+    above[equal[: count - np.count_nonzero(above)]] = True
+    return contenders[above]
 
 
-def _kept(logits: torch.Tensor, totals: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """`logits` (rows, count) with -inf for what top_k, top_p and min_p leave out; changed in place.
+def kept_of_all(scaled: torch.Tensor, totals: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
+    """`kept_ids` for many rows at once, without a look at them: `scaled` with -inf for the rest. For the GPU.
 
-    Columns in the order of token ids; the highest logit is 0. totals: (rows, 1), sum of the vocabulary's exp(logits).
+    scaled: (rows, vocab) float32, changed in place; totals: (rows, 1). The same set as `kept_ids`, up to rounding.
     """
-    count = logits.shape[1]
     limits = [(p.top_k if p.top_k > 0 else math.inf, p.top_p if p.top_p < 1.0 else math.inf, p.min_p) for p in params]
-    top_k, top_p, min_p = torch.tensor(limits, dtype=torch.float64, device=logits.device).T.unsqueeze(2)
-    ordered, order = logits.sort(dim=1, descending=True, stable=True)
-    within = torch.arange(count, device=logits.device) < top_k
-    # Summed one after the other in float64: neither other rows nor what follows in a row can change a sum.
-    mass = ordered.exp().double().masked_fill_(~within, 0.0)
+    top_k, top_p, min_p = torch.tensor(limits, dtype=torch.float64, device=scaled.device).T.unsqueeze(2)
+    places = torch.arange(scaled.shape[1], device=scaled.device)
+    ordered, order = scaled.sort(dim=1, descending=True, stable=True)
+    mass = ordered.double().exp_().masked_fill_(places >= top_k, 0.0)
     upto = mass.cumsum(1)
-    total = torch.where(top_k < math.inf, upto[:, -1:], totals)
-    keep = within & (upto - mass < top_p * total) & (ordered >= min_p.log()) & (ordered > -math.inf)
+    total = torch.where(top_k < scaled.shape[1], upto[:, -1:], totals)
+    keep = (places < top_k) & (upto - mass < top_p * total) & (ordered >= min_p.log()) & (ordered > -math.inf)
     last = keep.sum(1, keepdim=True).sub_(1).clamp_(min=0)  # none is kept of a row of nan
     lowest, place = ordered.gather(1, last), order.gather(1, last)
-    dropped = (logits < lowest) | ((logits == lowest) & (torch.arange(count, device=logits.device) > place))
-    return logits.masked_fill_(dropped, -math.inf)
+    return scaled.masked_fill_((scaled < lowest) | ((scaled == lowest) & (places > place)), -math.inf)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from engine.sampling.noise import DRAW, log_exponential, row_key
-from engine.sampling.processors import Support, truncate
+from engine.sampling.processors import Support, gather_support, truncate
 from engine.sampling.spans import LogitRow, LogitSpan, rows_of
 
 # Elements of noise made at once on the CPU: the few arrays of this size that it takes stay in a core's cache.
@@ -87,22 +87,14 @@ def _supports(processed: torch.Tensor, rows: list[LogitRow]) -> list[Support]:
     if not rows:
         return []
     logits = processed.index_select(0, torch.tensor([row.at for row in rows], device=processed.device))
-    if logits.device.type == "cpu":
-        found = [np.flatnonzero(row > -math.inf) for row in logits.numpy()]
-        few = [i for i, ids in enumerate(found) if len(ids) < logits.shape[1] // 2]
-    else:
-        few = []
-    supports = []
+    ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device).unsqueeze(0)
+    whole = Support(rows, ids, logits)
+    if logits.device.type != "cpu":
+        return [whole]
+    found = [np.flatnonzero(row > -math.inf) for row in logits.numpy()]
+    few = [i for i, kept in enumerate(found) if len(kept) < logits.shape[1] // 2]
+    if not few:
+        return [whole]
     many = sorted(set(range(len(rows))).difference(few))
-    if few:
-        ids = torch.zeros(len(few), max(len(found[i]) for i in few), dtype=torch.int64)
-        values = torch.full(ids.shape, -math.inf)
-        for line, i in enumerate(few):
-            chosen = torch.from_numpy(found[i])
-            ids[line, : len(chosen)] = chosen
-            values[line, : len(chosen)] = logits[i, chosen]
-        supports.append(Support([rows[i] for i in few], ids, values))
-    if many:
-        ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device).unsqueeze(0)
-        supports.append(Support([rows[i] for i in many], ids, logits[many] if few else logits))
-    return supports
+    short = gather_support([rows[i] for i in few], logits[few], [found[i] for i in few])
+    return [short, whole.of(many)] if many else [short]

@@ -81,6 +81,7 @@ class DraftModelDrafter:
         asked = {request.sequence.id for request in requests}
         active: list[_Drafting] = []
         spans: list[Span] = []
+        read: list[tuple[_Cached, list[int]]] = []
         budget = self._max_batch_tokens
         for request in requests:
             cached = self._reserved(request, asked)
@@ -92,12 +93,15 @@ class DraftModelDrafter:
             complete = stop == len(tokens)
             spans.append(Span(tokens[start:stop], start, cached.blocks.blocks, logit_rows=int(complete)))
             cached.committed = stop
-            cached.blocks.commit(tokens, stop)
+            read.append((cached, tokens))
             if complete:
                 active.append(_Drafting(request, cached))
         finished = active
         while spans:
             logits = self._runner.run(spans)
+            while read:  # in the cache only now
+                cached, tokens = read.pop()
+                cached.blocks.commit(tokens, cached.committed)
             self._draw(logits, active)
             active = [drafting for drafting in active if len(drafting.tokens) < drafting.request.limit]
             spans = [self._next_span(drafting) for drafting in active]

@@ -17,6 +17,7 @@ class NgramDrafter:
     """Looks up the last `ngram_max` tokens, then fewer, down to `ngram_min`, and drafts what followed them.
 
     Of several occurrences the most recent counts, as a text repeats what it said last: a list's format, a loop, a name.
+    A longer match is stronger evidence and gets a longer draft, 2n + 1 tokens for a match of n.
     Time and memory are proportional to the tokens times the number of lengths. Raises ConfigError unless
     1 <= ngram_min <= ngram_max.
     """
@@ -30,7 +31,7 @@ class NgramDrafter:
         self._indices: dict[str, _Index] = {}
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
-        """One Draft for each of `requests`: `limit` tokens, or none where no suffix occurs earlier in the text."""
+        """One Draft for each of `requests`; none where no suffix occurs earlier in the text."""
         return [self._draft(request.sequence, request.limit) for request in requests]
 
     def release(self, sequence: Sequence) -> None:
@@ -46,7 +47,7 @@ class NgramDrafter:
         for length, followers in zip(self._lengths, index.followers, strict=True):
             start = followers.get(tuple(tokens[-length:]))
             if start is not None:
-                return Draft(_copy(tokens, start, limit))
+                return Draft(_copy(tokens, start, min(limit, 2 * length + 1)))
         return NO_DRAFT
 
     def _catch_up(self, index: _Index, tokens: list[int]) -> None:

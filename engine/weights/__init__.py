@@ -1,0 +1,42 @@
+"""Weights: from the files of a model to its shape and its tensors, whichever format they are in.
+
+`catalog` finds the files. It and `hf_config` import no torch, and neither does this page until weights are read: the
+API process comes here, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from engine.models.config import ModelConfig
+from engine.weights.catalog import ModelFiles
+
+if TYPE_CHECKING:
+    import torch
+
+
+def read_config(files: ModelFiles) -> ModelConfig:
+    """The model's shape. Raises ModelError for files that cannot be read or a model that the engine does not know."""
+    if files.format == "gguf":
+        from engine.weights import gguf
+
+        return gguf.read_config(files.path)
+    from engine.weights import hf_config
+
+    return hf_config.read_config(files.path)
+
+
+def iter_weights(files: ModelFiles, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor under Hugging Face's name, in `dtype` on the CPU, one at a time in the order of the computation.
+
+    A tied head is left out. A tensor may share memory with the mapped file: to be copied if it is to be changed. Raises
+    ModelError if a tensor is missing, is not one of this model's, or has another shape than `config` gives it.
+    """
+    if files.format == "gguf":
+        from engine.weights import gguf
+
+        return gguf.iter_weights(files.path, config, dtype)
+    from engine.weights import safetensors
+
+    return safetensors.iter_weights(files.path, config, dtype)

@@ -29,7 +29,7 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """Where a model lies: `path` is the .gguf file, or the Hugging Face folder (config.json, *.safetensors, tokenizer)."""
+    """Where a model lies: `path` is the .gguf file, or the Hugging Face folder (configuration, weights, tokenizer)."""
 
     name: str
     """What clients call it: the catalogue's name, the hub's, or the stem of the file or folder."""
@@ -80,7 +80,7 @@ def resolve(model: str, progress: Progress | None = None) -> ModelFiles:
         if entry.name == model:
             return ModelFiles(entry.name, "gguf", fetch(entry, progress))
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():  # an empty name would be the current folder
         if not (path / "config.json").is_file():
             raise ModelError(f"the folder {model!r} has no config.json, so it is not a Hugging Face model")
         return ModelFiles(path.resolve().name, "huggingface", path.resolve())

@@ -136,5 +136,7 @@ def _sliding_window(path: Path, raw: dict[str, Any], layers: int) -> int | None:
     if kinds == {"full_attention"}:
         return None
     if len(kinds) > 1:
-        raise ModelError(f"{path}: some layers have a sliding window and some have none, which the engine does not know")
+        raise ModelError(
+            f"{path}: some layers have a sliding window and some have none, which the engine does not know"
+        )
     return int(window)

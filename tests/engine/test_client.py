@@ -313,7 +313,7 @@ async def test_a_finished_or_unstarted_generator_aborts_nothing(
 # Dying
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM], ids=lambda sent: sent.name)
 async def test_a_process_killed_in_mid_request_ends_every_request(
     engine: AsyncEngine, folders: Callable[[], list[Path]], sent: signal.Signals
 ) -> None:
@@ -472,3 +472,49 @@ async def test_stop_before_start(make: Make) -> None:
     await engine.stop()
     with pytest.raises(EngineDeadError, match="stopped"):
         await engine.wait_ready()
+
+
+# With a real core
+
+
+async def test_a_real_engine_says_what_the_engine_in_this_process_says(tiny_llama: Path, sockets: Path) -> None:
+    from engine.llm import LLM  # torch, which this test alone needs
+
+    steps: list[StepStats] = []
+    config = EngineConfig(model=str(tiny_llama), kv_cache_memory=4 << 20, num_threads=1)
+    params = SamplingParams(max_tokens=30, temperature=0.8, top_p=0.9, ignore_eos=True, logprobs=1, prompt_logprobs=0)
+    prompts = [[5 + i] * (20 * i + 1) for i in range(8)]
+    each = [msgspec.structs.replace(params, seed=i) for i in range(8)]
+    with LLM(config) as llm:
+        expected = [(one.token_ids, one.logprobs, one.prompt_logprobs) for one in llm.generate(prompts, each)]
+        requests = llm.requests(prompts, each)
+        info = llm.info
+    engine = AsyncEngine(config, on_stats=steps.append)
+    await engine.start()
+    try:
+        assert msgspec.structs.replace(await engine.wait_ready(), load_seconds=0) == msgspec.structs.replace(
+            info, load_seconds=0
+        )
+        endless = msgspec.structs.replace(params, max_tokens=1900)
+        left = engine.generate(Request(id="left", prompt_ids=(1, 2, 3), params=endless))
+        await anext(left)
+        answers = await asyncio.gather(*(collect(engine, one) for one in requests))
+        await left.aclose()
+        await until(lambda: engine.in_flight == 0)
+    finally:
+        await engine.stop()
+    got = []
+    for deltas in answers:
+        logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
+        got.append((tokens(deltas), logprobs, list(deltas[0].prompt_logprobs or ())))
+    assert got == expected
+    assert max(step.running for step in steps) == 9
+    assert (steps[-1].running, steps[-1].blocks_used) == (0, 0)
+
+
+async def test_a_real_engine_names_the_model_that_it_does_not_find(sockets: Path) -> None:
+    engine = AsyncEngine(EngineConfig(model="./no-such-folder"))
+    await engine.start()
+    with pytest.raises(EngineDeadError, match="no-such-folder"):
+        await engine.wait_ready()
+    await engine.stop()

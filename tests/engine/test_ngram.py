@@ -37,7 +37,7 @@ def scan(tokens: list[int], ngram_max: int, ngram_min: int, limit: int) -> tuple
         for start in range(len(tokens) - 1, length - 1, -1):
             if tokens[start - length : start] == tokens[-length:]:
                 text = list(tokens)
-                for offset in range(limit):
+                for offset in range(min(limit, 2 * length + 1)):  # a longer match, a longer draft
                     text.append(text[start + offset])
                 return tuple(text[len(tokens) :])
     return ()
@@ -71,9 +71,16 @@ def test_the_most_recent_of_the_longest_matches_counts() -> None:
     assert propose(NgramDrafter(2, 2), make_sequence(tokens), 2) == (70, 9)
 
 
-def test_a_loop_is_drafted_to_full_length() -> None:
+def test_a_loop_is_drafted_beyond_the_texts_end() -> None:
     assert propose(NgramDrafter(4, 2), make_sequence([7, 1, 2, 3, 1, 2, 3, 1, 2, 3]), 8) == (1, 2, 3, 1, 2, 3, 1, 2)
-    assert propose(NgramDrafter(4, 2), make_sequence([5, 5, 5]), 8) == (5,) * 8
+    assert propose(NgramDrafter(4, 2), make_sequence([5, 5, 5]), 8) == (5,) * 5
+
+
+def test_a_longer_match_gets_a_longer_draft() -> None:
+    text = list(range(20))
+    for length in (1, 2, 3, 4):
+        draft = propose(NgramDrafter(4, 1), make_sequence([*text, 99, *text[3 : 3 + length]]), 20)
+        assert draft == tuple(text[3 + length : 3 + length + 2 * length + 1])
 
 
 def test_no_match_is_no_draft() -> None:
@@ -116,8 +123,9 @@ def test_a_step_reads_what_was_added_however_long_the_text_is(period: int, added
 
 def test_release_frees_the_memory_and_forgets_the_text() -> None:
     drafter = NgramDrafter(4, 2)
-    unrelated = make_sequence([1, 2, 3, 1, 2], "b")
-    assert propose(drafter, unrelated, 1) == (3,)
+    unrelated = make_sequence([2, 3, 1], "b")
+    kept = unrelated.tokens = CountedTokens(unrelated.tokens * 100)
+    assert propose(drafter, unrelated, 1) == (2,)
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
@@ -131,7 +139,9 @@ def test_release_frees_the_memory_and_forgets_the_text() -> None:
         tracemalloc.stop()
     assert after - before < 100_000  # bytes; the index of 3000 tokens takes more than a million
     assert propose(drafter, make_sequence([1000, 1001]), 8) == ()
-    assert propose(drafter, unrelated, 1) == (3,)
+    kept.reads = 0
+    assert propose(drafter, unrelated, 1) == (2,)
+    assert kept.reads < 20  # still indexed
 
 
 @pytest.mark.parametrize(("ngram_max", "ngram_min"), [(4, 0), (2, 3), (0, 0)])

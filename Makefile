@@ -1,0 +1,44 @@
+# make serve   set up on first use, then serve the default model   (make serve ARGS="--model ... --port ...")
+# make test    set up on first use, then run the tests             (make test ARGS="-k scheduler")
+# make check   linter, formatter and type checker
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The kernels are compiled on installation: they are part of what makes an installation stale.
+SOURCES := pyproject.toml setup.py engine/kernels/native.c engine/kernels/native_target.h
+
+.PHONY: serve test check format clean
+
+serve: $(VENV)/.installed
+	@$(BIN)/pilotfish serve $(ARGS)
+
+test: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+$(BIN)/python:
+	@echo "Making a virtual environment in $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Pilotfish needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python $(SOURCES)
+	@echo "Installing Pilotfish and what it needs (once, some minutes)"
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing what the tests need"
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info engine/kernels/_native*.so

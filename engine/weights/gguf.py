@@ -1,0 +1,194 @@
+"""GGUF files of the Llama family: hyper-parameters as a ModelConfig, tensors under Hugging Face's names, dequantized.
+
+Metadata keys and tensor names are those of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; `gguf_header`
+reads them, the gguf package dequantizes. The tokenizer inside the file is the server's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+
+from engine.errors import ModelError
+from engine.models.config import ModelConfig, RopeConfig
+from engine.weights.gguf_header import Header, TensorPlace, read_header
+from engine.weights.names import check_names, check_shape, expected_shapes
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+"""Mistral's models are "llama" in this format."""
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The shape that the file's metadata and tensors describe. Raises ModelError for a model that the engine does not
+    know, and for a file that lacks a value."""
+    header = read_header(path)
+    architecture = header.metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ModelError(
+            f"{path}: the architecture is {architecture!r}, but the engine knows {', '.join(ARCHITECTURES)}"
+        )
+    values = _Values(path, architecture, header.metadata)
+    if experts := values.get("expert_count", 0):
+        raise ModelError(f"{path}: the model is a mixture of {experts} experts, but the engine knows dense ones only")
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ModelError(f"{path} lacks tensor 'token_embd.weight', or it is not a matrix")
+    hidden, heads = values.size("embedding_length"), values.size("attention.head_count")
+    head_dim = values.get("attention.key_length", hidden // heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if (size := values.get(name, head_dim)) != head_dim:
+            raise ModelError(
+                f"{path}: {architecture}.{name} is {size}, but the engine needs that of a head's keys, {head_dim}"
+            )
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=embedding.shape[0],
+        hidden_size=hidden,
+        intermediate_size=values.size("feed_forward_length"),
+        num_layers=values.size("block_count"),
+        num_heads=heads,
+        num_kv_heads=values.size("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_position=values.size("context_length"),
+        rms_norm_eps=values.get("attention.layer_norm_rms_epsilon", 1e-5),
+        rope=_rope(path, header, values),
+        tie_embeddings="output.weight" not in header.tensors,
+        qkv_bias="blk.0.attn_q.bias" in header.tensors,
+        output_bias="blk.0.attn_output.bias" in header.tensors,
+        mlp_bias="blk.0.ffn_up.bias" in header.tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in header.tensors,
+        sliding_window=values.get("attention.sliding_window", None),
+        eos_token_ids=eos_token_ids(header.metadata),
+        bos_token_id=header.metadata.get("tokenizer.ggml.bos_token_id"),
+        dtype=_dtype(header),
+    )
+
+
+def eos_token_ids(metadata: dict[str, Any]) -> tuple[int, ...]:
+    """Ids of the tokens that end a text, a turn or a message (Llama 3 has all three)."""
+    ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return tuple(dict.fromkeys(id_ for id_ in ids if id_ is not None))
+
+
+def iter_weights(path: Path, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """See `engine.weights.iter_weights`. Dequantized in float32, then rounded to `dtype`."""
+    places = {_hf_name(name): place for name, place in read_header(path).tensors.items() if not _derived(name)}
+    shapes = expected_shapes(config)
+    check_names(path, places.keys(), shapes.keys())
+    with path.open("rb") as file:
+        for name, wanted in shapes.items():
+            place = places[name]
+            check_shape(path, place.name, place.shape, wanted)
+            file.seek(place.offset)
+            tensor = _dequantized(path, place, np.fromfile(file, dtype=np.uint8, count=place.size))
+            if config.architecture == "llama" and ".q_proj." in name:
+                tensor = _halves(tensor, config.num_heads)
+            elif config.architecture == "llama" and ".k_proj." in name:
+                tensor = _halves(tensor, config.num_kv_heads)
+            yield name, tensor.to(dtype)
+
+
+class _Values:
+    """The metadata of one architecture."""
+
+    def __init__(self, path: Path, architecture: str, metadata: dict[str, Any]) -> None:
+        self._path, self._architecture, self._metadata = path, architecture, metadata
+
+    def get(self, name: str, default: Any) -> Any:
+        return self._metadata.get(f"{self._architecture}.{name}", default)
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """Also refuses what some models have for each layer: a list."""
+        value = self.get(name, default)
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(f"{self._path}: {self._architecture}.{name} is {value!r}, but must be a positive number")
+        return value
+
+
+def _rope(path: Path, header: Header, values: _Values) -> RopeConfig:
+    theta = float(values.get("rope.freq_base", 10000.0))
+    kind = values.get("rope.scaling.type", "none")
+    factor = float(values.get("rope.scaling.factor", values.get("rope.scale_linear", 1.0)))
+    factors = header.tensors.get(ROPE_FACTORS)
+    if kind not in ("none", "linear"):
+        raise ModelError(f"{path}: rope.scaling.type is {kind!r}, but the engine knows 'none' and 'linear'")
+    scaled = factor != 1.0 and (kind == "linear" or "rope.scaling.type" not in header.metadata)
+    freq_factors = None
+    if factors is not None:
+        with path.open("rb") as file:
+            file.seek(factors.offset)
+            raw = np.fromfile(file, dtype=np.uint8, count=factors.size)
+        freq_factors = tuple(_dequantized(path, factors, raw).tolist())
+    return RopeConfig(
+        theta=theta, kind="linear" if scaled else "default", factor=factor if scaled else 1.0, freq_factors=freq_factors
+    )
+
+
+def _dtype(header: Header) -> str:
+    """The file's own where it is plain. The quantized ones come from bfloat16 models nearly always, and float16 could
+    overflow where those do not."""
+    plain = {Kind.F32: "float32", Kind.F16: "float16"}
+    kinds = {tensor.kind for tensor in header.tensors.values() if len(tensor.shape) == 2}
+    return plain.get(next(iter(kinds)), "bfloat16") if len(kinds) == 1 else "bfloat16"
+
+
+def _hf_name(name: str) -> str:
+    """Hugging Face's name of a tensor, or its own if it has none there."""
+    parts = name.split(".")
+    if parts[0] == "blk" and len(parts) == 4 and parts[2] in _LAYER_NAMES:
+        return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
+    if len(parts) == 2 and parts[0] in _NAMES:
+        return f"{_NAMES[parts[0]]}.{parts[1]}"
+    return name
+
+
+def _derived(name: str) -> bool:
+    """Rotary frequencies: those of the whole model are in its RopeConfig, old files have copies in each layer."""
+    return name == ROPE_FACTORS or name.endswith((".attn_rot_embd.weight", ".rope_freqs.weight"))
+
+
+def _dequantized(path: Path, place: TensorPlace, raw: np.ndarray) -> torch.Tensor:
+    """float32, of the tensor's shape."""
+    if place.kind == Kind.F32:
+        return torch.from_numpy(raw.view(np.float32)).view(place.shape)
+    if place.kind == Kind.F16:
+        return torch.from_numpy(raw.view(np.float16)).view(place.shape).float()
+    if place.kind == Kind.BF16:
+        return torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16).view(place.shape).float()
+    try:
+        values = gguf.dequantize(raw.reshape(*place.shape[:-1], -1), place.kind)
+    except NotImplementedError as error:
+        raise ModelError(
+            f"{path}: tensor {place.name!r} is {place.kind.name}, which the gguf package cannot read"
+        ) from error
+    return torch.from_numpy(values)
+
+
+def _halves(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of each head from (x0, y0, x1, y1, ...), where llama.cpp's converter puts the pairs that are rotated
+    together, to Hugging Face's (x0, x1, ..., y0, y1, ...)."""
+    size = len(tensor) // heads
+    return tensor.view(heads, size // 2, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)

@@ -1,0 +1,61 @@
+"""Weights of a Hugging Face folder: one model.safetensors, or several with model.safetensors.index.json."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.errors import ModelError
+from engine.models.config import ModelConfig
+from engine.weights.names import HEAD, check_names, check_shape, expected_shapes
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+"""Old checkpoints hold the rotary frequencies, which follow from the configuration."""
+
+
+def iter_weights(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """See `engine.weights.iter_weights`. The files are mapped, so only the pages in use take memory."""
+    with ExitStack() as stack:
+        shards = {path: stack.enter_context(_open(path)) for path in _shards(folder)}
+        places = {name: path for path, shard in shards.items() for name in shard.keys()}  # noqa: SIM118
+        shapes = expected_shapes(config)
+        ignored = {name for name in places if _BUFFER.fullmatch(name)}
+        if config.tie_embeddings:
+            ignored.add(HEAD)
+        check_names(folder, places.keys() - ignored, shapes.keys())
+        for name, wanted in shapes.items():
+            tensor = shards[places[name]].get_tensor(name)
+            check_shape(places[name], name, tuple(tensor.shape), wanted)
+            if not tensor.is_floating_point():
+                raise ModelError(f"{places[name]}: tensor {name!r} is {tensor.dtype}, but must be a floating-point one")
+            yield name, tensor.to(dtype)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The folder's weight files. An index decides if there is one, as other files may lie beside its own."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"cannot read {index}: {error}") from error
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    raise ModelError(f"{folder} has neither {SINGLE} nor {INDEX}: the engine reads safetensors files (or GGUF) only")
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,48 @@
+"""The FastAPI application: routes, middleware and errors around a Service. Who runs it is `server.serve`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from engine.client import AsyncEngine
+from server import VERSION
+from server.auth import ApiKeys
+from server.config import ServerConfig
+from server.errors import install_handlers
+from server.metrics import Metrics
+from server.middleware import BodyLimit, RequestContext
+from server.routes import chat, completions, health, metrics, models, tokenization
+from server.service import Service
+from server.tokenizer import Tokenizer
+
+
+def create_app(
+    engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, stats: Metrics, names: tuple[str, ...]
+) -> FastAPI:
+    """An application that serves `engine`, which its caller has made with `on_stats=stats.step`, and has started: so it
+    can load while the rest is set up. `names`: what clients may call the model.
+
+    It answers while the engine loads (see /ready). When it is shut down, it stops the engine.
+    `app.state.service.gate` closes it to new requests, and knows when the last is done.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await engine.stop()
+
+    app = FastAPI(title="Pilotfish", version=VERSION, lifespan=lifespan)
+    app.state.service = Service(engine, tokenizer, config, stats, names)
+    for module in (completions, chat, models, tokenization, health, metrics):
+        app.include_router(module.router)
+    install_handlers(app)
+    # The last added is the outermost.
+    app.add_middleware(BodyLimit, limit=config.max_body_bytes)
+    app.add_middleware(ApiKeys, keys=config.api_key)
+    app.add_middleware(RequestContext, metrics=stats)
+    return app

@@ -1,0 +1,41 @@
+"""API keys: "Authorization: Bearer KEY", as OpenAI's clients send it, compared in constant time."""
+
+from __future__ import annotations
+
+import hmac
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.errors import ApiError
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})
+"""What load balancers and Prometheus ask, without a key."""
+
+
+class ApiKeys:
+    """Refuses a request without one of `keys` with status 401, before its body is read. No keys: all may come in."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+        self._app = app
+        self._keys = tuple(key.encode() for key in keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or not self._keys:
+            return await self._app(scope, receive, send)
+        refusal = self._refusal(Headers(scope=scope).get("authorization", ""))
+        if refusal is None:
+            return await self._app(scope, receive, send)
+        response = refusal.response
+        response.headers["www-authenticate"] = "Bearer"
+        await response(scope, receive, send)
+
+    def _refusal(self, authorization: str) -> ApiError | None:
+        scheme, _, given = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not given.strip():
+            message = "You didn't provide an API key: send it as the header 'Authorization: Bearer KEY'."
+            return ApiError(401, message, code="invalid_api_key")
+        key = given.strip().encode("latin-1", errors="replace")
+        # All of them are compared, whichever is right, so that the time tells nothing.
+        matches = [hmac.compare_digest(key, known) for known in self._keys]
+        return None if any(matches) else ApiError(401, "Incorrect API key provided.", code="invalid_api_key")

@@ -1,0 +1,74 @@
+"""The `pilotfish` command. `pilotfish serve` has a flag for each field of EngineConfig and ServerConfig."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError, ModelError
+from server import VERSION
+from server.config import ServerConfig
+from server.settings import add_flags, load, read_yaml
+
+API_KEY_VARIABLE = "PILOTFISH_API_KEY"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, 1 if it failed, 2 if it was asked for something impossible."""
+    options = vars(_parser().parse_args(arguments))
+    try:
+        engine_config, config = read_settings(options)
+        # Imported here: --help and mistakes need none of it.
+        from server.console import Console
+        from server.serve import configure_logging, serve
+
+        configure_logging(config.log_level)
+        return serve(engine_config, config, Console())
+    except ConfigError as error:
+        print(f"pilotfish: {error}", file=sys.stderr)
+        return 2
+    except ModelError as error:
+        print(f"pilotfish: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # while files are downloaded: nothing is running yet
+        return 130
+
+
+def read_settings(options: dict[str, object]) -> tuple[EngineConfig, ServerConfig]:
+    """Both configs from the flags that were given, the environment and the file of `--config`. Raises ConfigError."""
+    path = options.get("config")
+    content = read_yaml(str(path), (EngineConfig, ServerConfig)) if path else {}
+    config = load(ServerConfig, content, options)
+    if key := os.environ.get(API_KEY_VARIABLE):
+        config = msgspec.structs.replace(config, api_key=(*config.api_key, key))
+    return load(EngineConfig, content, options).check(), config.check()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pilotfish",
+        description="An OpenAI-compatible serving engine around speculative decoding that never changes the text.",
+    )
+    parser.add_argument("--version", action="version", version=f"pilotfish {VERSION}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description="Serve a model over an OpenAI-compatible HTTP API. Without any flags: a small model, on port 8000.",
+        allow_abbrev=False,
+    )
+    serve.add_argument(
+        "--config", metavar="FILE", help="a YAML file with any of the settings below, by their names; flags win over it"
+    )
+    add_flags(serve, EngineConfig, "engine")
+    add_flags(serve, ServerConfig, "server")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""ServerConfig: every setting of the HTTP server, one schema for flags, YAML and code. The engine's are in
+`engine.config`. Sizes are bytes, times seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from engine.config import NotNegative, Positive
+from engine.errors import ConfigError
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the engine is served. Raises ConfigError from `check()`; msgspec raises ValidationError for wrong types."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all of this machine's."""
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
+    """Port to listen on; 0 for any that is free."""
+    api_key: tuple[str, ...] = ()
+    """A key that clients must send as "Authorization: Bearer KEY"; give it several times for several keys. The
+    environment variable PILOTFISH_API_KEY is one more."""
+    served_model_name: tuple[str, ...] = ()
+    """What clients call the model, instead of its own name; give it several times for several names."""
+    chat_template: str | None = None
+    """A file with a jinja2 chat template to use instead of the model's own."""
+
+    max_queue: NotNegative = 256
+    """Most sequences that may wait beside the max_num_seqs that run; more are refused with status 429."""
+    max_body_bytes: Positive = 8 * 2**20
+    """Largest request body; a larger one is refused with status 413."""
+    drain_timeout: Annotated[float, Meta(ge=0)] = 30.0
+    """Seconds that running requests may take to finish after SIGTERM or Ctrl-C."""
+    log_level: LogLevel = "info"
+    """Least serious messages to log; info has a line for each request, but not for probes that went well."""
+
+    def check(self) -> ServerConfig:
+        """Return self, or raise ConfigError for settings that cannot work."""
+        for name, values in (("api_key", self.api_key), ("served_model_name", self.served_model_name)):
+            if not all(value.strip() for value in values):
+                raise ConfigError(f"{name} is empty: give it a value, or leave it out")
+        return self

@@ -1,0 +1,202 @@
+"""Errors as OpenAI sends them: {"error": {"message", "type", "param", "code"}} with the right status.
+
+`ApiError` is what a route raises; `as_api_error` turns what the engine raises into one. Nothing of an internal error
+reaches a client but the id to look for in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from engine.errors import EngineDeadError, EngineNotReadyError, ParameterError
+
+logger = logging.getLogger(__name__)
+
+INVALID_REQUEST = "invalid_request_error"
+SERVER_ERROR = "server_error"
+
+LOADING_RETRY_SECONDS = 2
+STOPPING_RETRY_SECONDS = 10
+QUEUE_RETRY_SECONDS = 1
+
+
+class ApiError(Exception):
+    """An answer other than 200. `retry_after`: whole seconds after which it is worth another try."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = INVALID_REQUEST,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+    @property
+    def body(self) -> bytes:
+        # What is quoted from a request may have lone surrogates, which UTF-8 cannot carry.
+        message, param = (
+            text and text.encode("utf-8", "backslashreplace").decode() for text in (self.message, self.param)
+        )
+        fields = {"message": message, "type": self.type, "param": param, "code": self.code}
+        return msgspec.json.encode({"error": fields})
+
+    @property
+    def response(self) -> Response:
+        headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        return Response(self.body, self.status, headers, media_type="application/json")
+
+
+def bad_parameter(param: str, message: str, code: str | None = "invalid_value") -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def model_not_found(name: str, served: tuple[str, ...]) -> ApiError:
+    known = " or ".join(repr(known) for known in served)
+    return ApiError(
+        404, f"The model {name!r} does not exist: this server has {known}.", param="model", code="model_not_found"
+    )
+
+
+def loading() -> ApiError:
+    return ApiError(
+        503,
+        "The model is still loading: try again shortly, or wait until /ready answers 200.",
+        type=SERVER_ERROR,
+        code="model_loading",
+        retry_after=LOADING_RETRY_SECONDS,
+    )
+
+
+def stopping() -> ApiError:
+    return ApiError(
+        503, "The server is stopping.", type=SERVER_ERROR, code="server_stopping", retry_after=STOPPING_RETRY_SECONDS
+    )
+
+
+def queue_full(in_flight: int, limit: int) -> ApiError:
+    return ApiError(
+        429,
+        f"The queue is full: {in_flight} of at most {limit} sequences are in flight. Try again later.",
+        type="rate_limit_error",
+        code="queue_full",
+        retry_after=QUEUE_RETRY_SECONDS,
+    )
+
+
+def engine_dead() -> ApiError:
+    return ApiError(503, "The engine has ended; the server must be restarted.", type=SERVER_ERROR, code="engine_dead")
+
+
+def internal(request_id: str) -> ApiError:
+    message = (
+        f"The server had an error while processing your request. Its log has more under the request id {request_id}."
+    )
+    return ApiError(500, message, type=SERVER_ERROR, code="internal_error")
+
+
+def as_api_error(error: Exception, request_id: str) -> ApiError:
+    """What a client is told of `error`; what it must not be told is logged."""
+    match error:
+        case ApiError():
+            return error
+        case ParameterError(param=param, message=message):
+            return bad_parameter(param, message)
+        case EngineNotReadyError():
+            return stopping() if "stopping" in str(error) else loading()
+        case EngineDeadError():
+            return engine_dead()
+        case HTTPException():
+            return _routing_error(error)
+        case RequestValidationError():
+            return _validation_error(error)
+    logger.error("request %s failed", request_id, exc_info=error)
+    return internal(request_id)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Let every error of a route that has a meaning come out in OpenAI's form; others are the middleware's."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        api_error = as_api_error(error, request.state.request_id)
+        if isinstance(error, HTTPException) and error.headers:
+            response = api_error.response
+            response.headers.update(error.headers)
+            return response
+        return api_error.response
+
+    for kind in (
+        ApiError, ParameterError, EngineNotReadyError, EngineDeadError, HTTPException, RequestValidationError,
+    ):  # fmt: skip
+        app.add_exception_handler(kind, handle)
+
+
+def parameter_name(location: tuple[str | int, ...]) -> str:
+    """("messages", 0, "content") as clients write it: messages[0].content."""
+    name = ""
+    for part in location:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
+    return name
+
+
+def _routing_error(error: HTTPException) -> ApiError:
+    if error.status_code == 404:
+        return ApiError(
+            404, "Unknown request URL: see the server's /docs for those that there are.", code="unknown_url"
+        )
+    if error.status_code == 405:
+        return ApiError(405, "This URL does not take this method.", code="method_not_allowed")
+    if error.status_code == 413:
+        return ApiError(413, error.detail, code="body_too_large")
+    message = error.detail or HTTPStatus(error.status_code).phrase
+    return ApiError(error.status_code, message, type=INVALID_REQUEST if error.status_code < 500 else SERVER_ERROR)
+
+
+def _validation_error(error: RequestValidationError) -> ApiError:
+    """The first thing that pydantic found wrong, with the parameter's name and what would be right."""
+    first: dict[str, Any] = error.errors()[0]
+    kind, value, context = first["type"], first.get("input"), first.get("ctx", {})
+    location = tuple(part for part in first["loc"] if part != "body")
+    param = parameter_name(location)
+    if kind == "json_invalid":
+        reason = context.get("error", "")
+        return ApiError(400, f"The request's body is not valid JSON: {reason}.", code="invalid_json")
+    if not location:
+        return ApiError(400, "The request needs a body that is a JSON object, sent as Content-Type: application/json.")
+    match kind:
+        case "missing":
+            return bad_parameter(param, f"Missing required parameter: '{param}'.", "missing_required_parameter")
+        case "extra_forbidden":
+            return bad_parameter(param, f"Unrecognized request argument supplied: {param}", "unknown_parameter")
+        case "greater_than_equal":
+            return bad_parameter(param, f"{param} is {value!r}, but must be at least {context['ge']}")
+        case "less_than_equal":
+            return bad_parameter(param, f"{param} is {value!r}, but must be at most {context['le']}")
+        case "unsupported_parameter":
+            return bad_parameter(param, f"{param} {first['msg']}", "unsupported_parameter")
+        case "invalid_parameter":
+            return bad_parameter(param, f"{param} {first['msg']}")
+    wanted = first["msg"].removeprefix("Input ")
+    return bad_parameter(param, f"{param} is {_shortened(value)}, but {wanted}", "invalid_type")
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,119 @@
+"""What completions and chat have in common in their requests, and the checks that pydantic's own types do not make.
+
+Types are strict: "0.7" is not a number. Fields that neither OpenAI nor Pilotfish knows are refused. Bounds of sampling
+parameters are the engine's (`engine.sampling.params`); here are those of what the engine never sees.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
+from pydantic_core import PydanticCustomError
+
+MAX_CHOICES = 128
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 1000
+
+Prompt = str | list[int]
+
+
+class ApiModel(BaseModel):
+    """A JSON object with these fields and no others."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def wrong(problem: str) -> PydanticCustomError:
+    """A parameter's value is wrong: `problem` follows its name in the message."""
+    return PydanticCustomError("invalid_parameter", "{problem}", {"problem": problem})
+
+
+def unsupported(problem: str) -> PydanticCustomError:
+    """A parameter asks for what this server cannot do (yet)."""
+    return PydanticCustomError("unsupported_parameter", "{problem}", {"problem": problem})
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise wrong("must be a string or a list of strings")
+    if len(stops) > MAX_STOPS:
+        raise wrong(f"has {len(stops)} strings, but may have at most {MAX_STOPS}")
+    for stop in stops:
+        if not 0 < len(stop) <= MAX_STOP_LENGTH:
+            raise wrong(f"has a string of {len(stop)} characters, but each must have 1 to {MAX_STOP_LENGTH}")
+    return tuple(stops)
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise wrong('must be an object that gives token ids their biases, such as {"50256": -100}')
+    biases = {}
+    for key, bias in value.items():
+        if not str(key).isdecimal() or isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise wrong(f"has {key!r}: {bias!r}, but must have token ids as keys and numbers as values")
+        biases[int(key)] = float(bias)
+    return biases
+
+
+def _neutral(value: Any) -> None:
+    if value not in (None, [], {}, ""):
+        raise unsupported("is not supported by this server: leave it out")
+
+
+Stops = Annotated[tuple[str, ...], PlainValidator(_stops, json_schema_input_type=str | list[str] | None)]
+LogitBias = Annotated[dict[int, float], PlainValidator(_logit_bias, json_schema_input_type=dict[str, float] | None)]
+Unsupported = Annotated[Any, AfterValidator(_neutral)]
+"""A field that OpenAI knows and this server does not: only null or something empty will do."""
+Choices = Annotated[int | None, Field(ge=1, le=MAX_CHOICES)]
+
+
+class StreamOptions(ApiModel):
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+    """Against those who watch the network; OpenAI's own servers pad chunks. Here it has no effect."""
+
+
+class GenerationRequest(ApiModel):
+    """The fields that completions and chat share. null stands for a field's default."""
+
+    model: str
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: LogitBias = {}
+    max_tokens: int | None = None
+    n: Choices = None
+    seed: int | None = None
+    """The same seed gives the same text, whatever else the server does meanwhile."""
+    stop: Stops = ()
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    # What other servers of open models take, by the names that are usual there.
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    speculation: str | None = None
+    """Pilotfish's own: a drafter's name, or "off" for none; null: the server's default. Never changes the text."""
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage

@@ -1,0 +1,34 @@
+"""The bodies of POST /tokenize and /detokenize, in vLLM's form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import model_validator
+
+from server.protocol.chat import Message
+from server.protocol.common import ApiModel, wrong
+
+
+class TokenizeRequest(ApiModel):
+    """A prompt, or the messages of a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    """Default: true for a prompt, false for messages, whose chat template has them."""
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise wrong("must be given, or messages, but not both")
+        return self
+
+
+class DetokenizeRequest(ApiModel):
+    model: str | None = None
+    tokens: list[int]

@@ -1,0 +1,44 @@
+"""GET /health, /ready and /version: for whoever watches the server. No API key is needed."""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from server import VERSION
+from server.errors import ApiError
+from server.service import ServiceDependency
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(service: ServiceDependency) -> Response:
+    """200 while the engine lives, loading included; 503 once it is dead and only a restart helps."""
+    if service.engine.state == "dead":
+        return _status(503, "dead", service.engine.error)
+    return _status(200, "alive")
+
+
+@router.get("/ready")
+async def ready(service: ServiceDependency) -> Response:
+    """200 while requests are taken and steps are made."""
+    try:
+        service.ready()
+    except ApiError as error:
+        return _status(503, error.code or "unavailable", error.message, error.retry_after)
+    if service.stuck:
+        return _status(503, "stuck", "There are requests, but the engine makes no steps.")
+    return _status(200, "ready")
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    return {"version": VERSION}
+
+
+def _status(status: int, word: str, reason: str | None = None, retry_after: int | None = None) -> Response:
+    headers = {} if retry_after is None else {"retry-after": str(retry_after)}
+    body = {"status": word} if reason is None else {"status": word, "reason": reason}
+    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")

@@ -1,0 +1,18 @@
+"""GET /metrics, for Prometheus. No API key is needed."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+
+from server.service import ServiceDependency
+
+router = APIRouter()
+
+
+@router.get("/metrics")
+async def metrics(service: ServiceDependency) -> Response:
+    if service.engine.state == "dead":
+        service.metrics.engine_gone()
+    return Response(service.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})

@@ -1,0 +1,42 @@
+"""POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from server.errors import bad_parameter
+from server.protocol.responses import Detokenized, Tokenized
+from server.protocol.tokenization import DetokenizeRequest, TokenizeRequest
+from server.service import ServiceDependency
+
+router = APIRouter()
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, service: ServiceDependency) -> Tokenized:
+    """The ids of a prompt, or of a conversation as /v1/chat/completions would give it to the model."""
+    info = service.ready()
+    service.check_model(body.model)
+    if body.messages is not None:
+        text = service.render(body.messages, body.add_generation_prompt, body.chat_template_kwargs)
+        ids = await service.encode(text, "messages", bool(body.add_special_tokens))
+    else:
+        ids = await service.encode(body.prompt or "", "prompt", body.add_special_tokens is not False)
+    strings = [service.tokenizer.token(id_) for id_ in ids] if body.return_token_strs else None
+    return {
+        "count": len(ids),
+        "max_model_len": info.max_model_len,
+        "tokens": list(ids),
+        "token_strs": strings,
+    }
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, service: ServiceDependency) -> Detokenized:
+    """The text of ids, special tokens included."""
+    info = service.ready()
+    service.check_model(body.model)
+    for id_ in body.tokens:
+        if not 0 <= id_ < info.vocab_size:
+            raise bad_parameter("tokens", f"tokens has {id_}, but must have ids between 0 and {info.vocab_size - 1}")
+    return {"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)}

@@ -1,0 +1,209 @@
+"""Running the server: model files, the port, the engine, uvicorn, and a graceful end. The command is `server.cli`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from engine.client import AsyncEngine
+from engine.config import EngineConfig
+from engine.errors import ConfigError, EngineDeadError
+from engine.weights.catalog import ModelFiles, resolve
+from server import VERSION
+from server.admission import Gate
+from server.app import create_app
+from server.auth import OPEN_PATHS
+from server.config import ServerConfig
+from server.console import Console
+from server.metrics import Metrics
+from server.tokenizer import Tokenizer, load_tokenizer
+
+KEEP_ALIVE_SECONDS = 75
+CLOSE_SECONDS = 5
+"""How long connections may take to close once the last answer is written."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def serve(engine_config: EngineConfig, config: ServerConfig, console: Console) -> int:
+    """Serve until SIGTERM or Ctrl-C; returns the process's exit status: 0, or 1 if the engine could not start.
+
+    Raises ConfigError or ModelError for what is wrong with the settings or the model's files, before anything is
+    started.
+    """
+    engine_config.check()
+    config.check()
+    console.line(f"Pilotfish {VERSION}")
+    template = _read_template(config.chat_template)
+    with _bound(config) as listener:
+        files = resolve(engine_config.model, console.progress)
+        if engine_config.draft_model is not None:
+            resolve(engine_config.draft_model, console.progress)
+        names = config.served_model_name or (files.name,)
+        running = _Running(engine_config, config, console, files, names, template)
+        with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
+            return runner.run(running.run(listener))
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handlers, which would close the port before the last answers are written."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Running:
+    """One run of the server."""
+
+    def __init__(
+        self,
+        engine_config: EngineConfig,
+        config: ServerConfig,
+        console: Console,
+        files: ModelFiles,
+        names: tuple[str, ...],
+        chat_template: str | None,
+    ) -> None:
+        self._config = config
+        self._console = console
+        self._files = files
+        self._names = names
+        self._chat_template = chat_template
+        self._metrics = Metrics()
+        self._engine = AsyncEngine(engine_config, on_stats=self._metrics.step, on_loading=console.progress)
+        self._server: _Server | None = None
+        self._stopping: asyncio.Task[None] | None = None
+        self._gate: Gate | None = None
+        self._asked = asyncio.Event()
+        self._status = 0
+
+    async def run(self, listener: socket.socket) -> int:
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            await self._engine.start()  # it loads while the tokenizer does
+            tokenizer = await asyncio.to_thread(self._load_tokenizer)
+            if not self._asked.is_set():
+                await self._serve(tokenizer, listener)
+        finally:
+            await self._engine.stop()
+        return self._status
+
+    def _load_tokenizer(self) -> Tokenizer:
+        tokenizer = load_tokenizer(self._files)
+        if self._chat_template is not None:
+            tokenizer.chat_template = self._chat_template
+        return tokenizer
+
+    async def _serve(self, tokenizer: Tokenizer, listener: socket.socket) -> None:
+        app = create_app(self._engine, tokenizer, self._config, self._metrics, self._names)
+        self._gate = app.state.service.gate
+        settings = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=self._config.log_level in ("debug", "info"),
+            ws="none",
+            lifespan="on",
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=CLOSE_SECONDS,
+            backlog=2048,
+        )
+        self._server = _Server(settings)
+        host, port = listener.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        announcement = asyncio.create_task(self._announce(url))
+        drain = asyncio.create_task(self._drain_when_asked())
+        try:
+            await self._server.serve(sockets=[listener])
+        finally:
+            for task in (announcement, drain):
+                task.cancel()
+            await asyncio.gather(announcement, drain, return_exceptions=True)
+
+    async def _announce(self, url: str) -> None:
+        """Say when the model is loaded. An engine that cannot start is the end of the server."""
+        try:
+            info = await self._engine.wait_ready()
+        except EngineDeadError as error:
+            if not self._asked.is_set():
+                self._console.line(f"pilotfish: the engine could not start: {error}")
+                self._status = 1
+                assert self._server is not None
+                self._server.should_exit = True
+            return
+        self._metrics.ready(info)
+        self._console.ready(info, url, self._names[0], bool(self._config.api_key))
+
+    def _on_signal(self) -> None:
+        """The first signal asks for a graceful end, the second for one at once."""
+        if self._asked.is_set() and self._server is not None:
+            self._server.should_exit = self._server.force_exit = True
+        self._asked.set()
+
+    async def _drain_when_asked(self) -> None:
+        """Take no more requests, let those that run finish, then let uvicorn end."""
+        await self._asked.wait()
+        assert self._gate is not None
+        assert self._server is not None
+        self._gate.close()
+        if self._gate.in_flight:
+            allowed = self._config.drain_timeout
+            self._console.line(
+                f"Stopping: {self._gate.in_flight} answers may take {allowed:g} s to finish (again to stop now)"
+            )
+        else:
+            self._console.line("Stopping")
+        if not await self._gate.wait_idle(self._config.drain_timeout):
+            self._console.line(f"Aborting {self._gate.in_flight} answers")
+            await self._engine.stop()  # they end with an error
+        self._server.should_exit = True
+
+
+@contextlib.contextmanager
+def _bound(config: ServerConfig) -> Iterator[socket.socket]:
+    """A socket on the host and port of the settings: one that is taken is found out before a model is loaded."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((config.host, config.port))
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"cannot listen on {config.host}, port {config.port}: {reason}") from error
+        yield listener
+
+
+def _read_template(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template in {path}: {error}") from error
+
+
+def _not_a_probe(record: logging.LogRecord) -> bool:
+    """Whether a line of the access log is worth its place: probes that went well come every few seconds."""
+    match record.args:
+        case (_, _, str(path), _, int(status)):
+            return path not in OPEN_PATHS or status >= 500
+    return True
+
+
+def configure_logging(level: str) -> None:
+    """One line for each message, to standard error; uvicorn says what it does only if something is wrong with it."""
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.getLogger("uvicorn.access").addFilter(_not_a_probe)
+    for name in ("httpx", "huggingface_hub", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)

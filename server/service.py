@@ -1,0 +1,130 @@
+"""Service: what the routes work with. One for each application, reached through FastAPI's dependencies."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from contextlib import AbstractContextManager
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from engine.client import AsyncEngine
+from engine.errors import ParameterError
+from engine.request import EngineInfo
+from server import VERSION
+from server.admission import Gate
+from server.config import ServerConfig
+from server.errors import ApiError, bad_parameter, engine_dead, loading, model_not_found, stopping
+from server.metrics import Metrics
+from server.protocol.chat import Message
+from server.text import Vocabulary
+from server.tokenizer import Tokenizer
+
+LONG_TEXT = 8192
+"""Characters from which a text is tokenized in a thread: 1 ms or so, which streams would feel."""
+STUCK_SECONDS = 60.0
+"""With requests in flight and no step for so long, the engine is not ready."""
+
+
+class Service:
+    """The engine, the tokenizer and everything between them and a route. `names`: what the model may be called."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        tokenizer: Tokenizer,
+        config: ServerConfig,
+        metrics: Metrics,
+        names: tuple[str, ...],
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.vocabulary = Vocabulary(tokenizer)
+        self.config = config
+        self.metrics = metrics
+        self.names = names
+        self.gate = Gate()
+        self.created = int(time.time())
+        self._fingerprint = ""
+
+    def ready(self) -> EngineInfo:
+        """The engine's info. Raises ApiError 503 while it loads, stops or is dead."""
+        if self.engine.state == "dead" and not self.gate.closed:
+            raise engine_dead()
+        if self.engine.state in ("stopping", "dead") or self.gate.closed:
+            raise stopping()
+        if self.engine.state == "starting" or self.engine.info is None:
+            raise loading()
+        return self.engine.info
+
+    @property
+    def stuck(self) -> bool:
+        """There is work, but the engine has made no step for a long time."""
+        since = max(self.metrics.last_step, self.gate.busy_since)
+        return self.gate.in_flight > 0 and time.monotonic() - since > STUCK_SECONDS
+
+    def fingerprint(self, info: EngineInfo) -> str:
+        """OpenAI's system_fingerprint: as long as it is the same, the same seed gives the same text."""
+        if not self._fingerprint:
+            parts = (VERSION, info.model, info.dtype, info.device, info.kernels)
+            self._fingerprint = "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+        return self._fingerprint
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError 404 for a model that is not served here."""
+        if name is not None and name not in self.names:
+            raise model_not_found(name, self.names)
+
+    def admit(self, count: int, info: EngineInfo) -> AbstractContextManager[None]:
+        """Let `count` sequences in (see `Gate.admit`)."""
+        return self.gate.admit(count, info.max_num_seqs + self.config.max_queue)
+
+    async def encode(self, text: str, param: str, add_special_tokens: bool) -> tuple[int, ...]:
+        """Token ids of a text that the client sent as `param`."""
+        try:
+            if len(text) < LONG_TEXT:
+                return tuple(self.tokenizer.encode(text, add_special_tokens))
+            return tuple(await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens))
+        except ParameterError as error:
+            raise ParameterError(param, error.message) from error
+
+    def render(
+        self, messages: list[Message], add_generation_prompt: bool = True, variables: dict[str, Any] | None = None
+    ) -> str:
+        """The prompt of a conversation. `variables` are for the model's chat template. Raises ParameterError if it
+        refuses them."""
+        for name in _TEMPLATE_ARGUMENTS.intersection(variables or {}):
+            raise bad_parameter("chat_template_kwargs", f"chat_template_kwargs must not have {name!r}")
+        plain = [{"role": _ROLES.get(message.role, message.role), "content": message.content} for message in messages]
+        for given, message in zip(plain, messages, strict=True):
+            if message.name is not None:
+                given["name"] = message.name
+        return self.tokenizer.apply_chat_template(plain, add_generation_prompt, **(variables or {}))
+
+
+_ROLES = {"developer": "system"}
+"""OpenAI's newer name, which templates of open models do not know."""
+_TEMPLATE_ARGUMENTS = frozenset({"messages", "conversation", "chat_template", "add_generation_prompt", "tokenize"})
+"""What is not the client's to say."""
+
+
+def check_length(param: str, length: int, info: EngineInfo) -> None:
+    """Raise ApiError 400 for a prompt that leaves no room in the model's context for an answer."""
+    if length + 1 > info.max_model_len:
+        raise ApiError(
+            400,
+            f"This model's maximum context length is {info.max_model_len} tokens, of which an answer needs at least 1. "
+            f"However, your {param} resulted in {length} tokens.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def get_service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceDependency = Annotated[Service, Depends(get_service)]

@@ -1,0 +1,172 @@
+"""Promise 2: speculation never changes the text. Whatever drafts, however long, in whatever company: the same tokens."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from tiny import make_tiny
+
+from engine.llm import LLM, Completion
+from engine.sampling.params import SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=48, ignore_eos=True)
+PARAMS = {
+    "greedy": GREEDY,
+    "sampled": SAMPLED,
+    "hot": SamplingParams(temperature=1.0, seed=3, max_tokens=48, ignore_eos=True),
+    "penalties": msgspec.structs.replace(
+        SAMPLED, presence_penalty=0.5, frequency_penalty=0.4, repetition_penalty=1.2, min_tokens=30, ignore_eos=False
+    ),
+    "greedy penalties": msgspec.structs.replace(GREEDY, frequency_penalty=0.7, repetition_penalty=1.1),
+    "bias": msgspec.structs.replace(SAMPLED, logit_bias={5: 4.0, 9: -100.0, 17: 2.5}, top_k=40, min_p=0.01),
+    "stops": msgspec.structs.replace(SAMPLED, stop_token_ids=tuple(range(200, 240)), min_tokens=5, ignore_eos=False),
+}
+
+
+def prompts(count: int) -> list[list[int]]:
+    """Prompts that repeat themselves, so that lookup finds something; of different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for i in range(count):
+        words = torch.randint(3, 512, (5 + 3 * i,), generator=generator).tolist()
+        made.append((words * 4)[: 12 + 9 * i])
+    return made
+
+
+def texts(completions: list[Completion]) -> list[tuple[list[int], str | None]]:
+    return [(completion.token_ids, completion.finish_reason) for completion in completions]
+
+
+@pytest.fixture(scope="module", params=["native", "torch"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not the target, and not unlike it: one layer of its two."""
+    return make_tiny("llama", tmp_path_factory.mktemp("draft") / "draft", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def make(tiny: Callable[[str], Path], kernels: str) -> Callable[..., LLM]:
+    def build(**settings: object) -> LLM:
+        defaults = {"model": str(tiny("llama")), "kernels": kernels, "kv_cache_memory": 4 << 20, "num_threads": 1}
+        return LLM(**{**defaults, **settings})
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def vanilla(make: Callable[..., LLM]) -> Callable[[str], list[tuple[list[int], str | None]]]:
+    """Each prompt alone, without speculation: the text that everything else must equal."""
+    llm = make(speculation="none", prefix_caching=False)
+    known: dict[str, list[tuple[list[int], str | None]]] = {}
+
+    def text(name: str) -> list[tuple[list[int], str | None]]:
+        if name not in known:
+            known[name] = [texts(llm.generate([prompt], PARAMS[name]))[0] for prompt in prompts(8)]
+        return known[name]
+
+    return text
+
+
+@pytest.fixture(scope="module")
+def speculative(make: Callable[..., LLM], draft: Path) -> LLM:
+    return make(draft_model=str(draft), speculation="draft-model", num_draft_tokens=5)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("drafter", ["off", "ngram", "draft-model"])
+@pytest.mark.parametrize("name", PARAMS)
+def test_drafters_and_batches(name: str, drafter: str, batch: int, speculative: LLM, vanilla: Callable) -> None:
+    wanted, got = vanilla(name), []
+    for start in range(0, 8, batch):
+        got += speculative.generate(prompts(8)[start : start + batch], PARAMS[name], speculation=drafter)
+    assert texts(got) == wanted
+    if drafter != "off" and "penalties" not in name:
+        assert sum(completion.stats.drafted_tokens for completion in got) > 0
+    assert speculative.core._engine.pool.used == 0
+
+
+def test_a_mixed_batch(speculative: LLM, vanilla: Callable) -> None:
+    """Requests of one batch differ in everything."""
+    names = list(PARAMS)
+    mixed = [names[i % len(names)] for i in range(8)]
+    drafters = [("off", "ngram", "draft-model")[i % 3] for i in range(8)]
+    got = speculative.generate(prompts(8), [PARAMS[name] for name in mixed], speculation=drafters)
+    assert texts(got) == [vanilla(name)[i] for i, name in enumerate(mixed)]
+
+
+def test_the_target_as_its_own_draft_is_always_right(make: Callable[..., LLM], tiny: Callable[[str], Path], vanilla: Callable) -> None:
+    llm = make(draft_model=str(tiny("llama")), speculation="draft-model", num_draft_tokens=4)
+    for name in PARAMS:
+        got = llm.generate(prompts(8), PARAMS[name])
+        assert texts(got) == vanilla(name)
+        for completion in got:
+            stats = completion.stats
+            assert stats.drafter == "draft-model"
+            if completion.finish_reason == "length":  # a stop cuts off what was accepted behind it
+                assert stats.accepted_tokens == stats.drafted_tokens > 0
+
+
+@pytest.mark.parametrize("drafter", ["off", "ngram", "draft-model"])
+@pytest.mark.parametrize("name", ["greedy", "sampled", "penalties"])
+def test_preemption(name: str, drafter: str, make: Callable[..., LLM], draft: Path, vanilla: Callable) -> None:
+    """A pool that cannot hold half of the batch."""
+    bytes_per_block = 2 * 3 * 16 * 2 * 16 * 4  # keys and values of two layers and the draft's one
+    llm = make(draft_model=str(draft), kv_cache_memory=12 * bytes_per_block, prefix_caching=False)
+    got = llm.generate(prompts(8), PARAMS[name], speculation=drafter)
+    assert texts(got) == vanilla(name)
+    assert sum(completion.stats.preemptions for completion in got) > 0
+    assert llm.core._engine.pool.available == llm.info.num_blocks
+
+
+@pytest.mark.parametrize("drafter", ["off", "ngram", "draft-model"])
+def test_prefix_cache_hits(drafter: str, speculative: LLM, vanilla: Callable) -> None:
+    for name in ("greedy", "sampled"):
+        speculative.generate(prompts(8), PARAMS[name], speculation=drafter)
+        again = speculative.generate(prompts(8), PARAMS[name], speculation=drafter)
+        assert texts(again) == vanilla(name)
+        assert sum(completion.stats.cached_prompt_tokens for completion in again) > 0
+
+
+@pytest.mark.parametrize("budget", [8, 17])
+def test_chunked_prefill(budget: int, make: Callable[..., LLM], vanilla: Callable) -> None:
+    llm = make(max_batch_tokens=budget, max_num_seqs=8, speculation="ngram")
+    assert texts(llm.generate(prompts(8), SAMPLED)) == vanilla("sampled")
+
+
+def test_logprobs_are_the_same_numbers(speculative: LLM, kernels: str) -> None:
+    """Not only the tokens: on the CPU's own kernels a verified row is the decoded row, to the last bit."""
+    params = msgspec.structs.replace(SAMPLED, logprobs=3)
+    alone = [speculative.generate([prompt], params, speculation="off")[0] for prompt in prompts(8)]
+    together = speculative.generate(prompts(8), params, speculation="ngram")
+    for one, other in zip(alone, together, strict=True):
+        assert len(one.logprobs) == len(one.token_ids)
+        if kernels == "native":
+            assert one.logprobs == other.logprobs
+        assert [entry.token_id for entry in one.logprobs] == [entry.token_id for entry in other.logprobs] == one.token_ids
+
+
+def test_prompt_logprobs_do_not_depend_on_the_chunks(make: Callable[..., LLM], kernels: str) -> None:
+    params = msgspec.structs.replace(GREEDY, prompt_logprobs=2, max_tokens=4)
+    whole = make(speculation="none").generate(prompts(8), params)
+    pieces = make(speculation="ngram", max_batch_tokens=9, max_num_seqs=8).generate(prompts(8), params)
+    for one, other in zip(whole, pieces, strict=True):
+        assert len(one.prompt_logprobs) == len(one.prompt_ids)
+        assert one.prompt_logprobs[0] is None
+        assert [entry.token_id for entry in one.prompt_logprobs[1:]] == list(one.prompt_ids[1:])
+        if kernels == "native":
+            assert one.prompt_logprobs == other.prompt_logprobs
+
+
+def test_rejection_verification_runs_and_is_exact_where_it_is_greedy(make: Callable[..., LLM], draft: Path, vanilla: Callable) -> None:
+    llm = make(draft_model=str(draft), speculation="draft-model", verification="rejection")
+    assert texts(llm.generate(prompts(8), GREEDY)) == vanilla("greedy")
+    sampled = llm.generate(prompts(8), SAMPLED)
+    assert sum(completion.stats.accepted_tokens for completion in sampled) > 0
+    assert texts(llm.generate(prompts(8), SAMPLED)) == texts(sampled)

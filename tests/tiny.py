@@ -1,0 +1,146 @@
+"""Small random models of every kind the engine knows, made by transformers itself, each with a small tokenizer.
+
+Random weights as transformers initialises them give logits that are nearly flat and biases that are zero; these are
+drawn so that logits spread by several units, attention is sharp and every parameter matters.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCAB_SIZE = 512
+END_OF_TEXT, IM_START, IM_END = 0, 1, 2
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": IM_START,
+    "eos_token_id": IM_END,
+}
+# The original context is so short that all three of the scaling's ranges are met by a prompt of 40 tokens.
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_KINDS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": _LLAMA3_ROPE}),  # Llama 3.1
+    "llama-tied": (  # Llama 3.2, SmolLM2
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"rope_parameters": _LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True},
+    ),
+    "llama2": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 4}),
+    "llama-linear": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+    "llama-biased": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 8}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32, "num_hidden_layers": 3}),
+}
+KINDS = tuple(_KINDS)
+
+
+def make_tiny(kind: str, path: Path, *, seed: int = 0, max_shard_size: str = "1GB", **overrides: Any) -> Path:
+    """Save a random model of `kind` and its tokenizer in the folder `path`, and return it.
+
+    `overrides` are fields of transformers' configuration. The same seed and shape give the same weights; all models
+    share one tokenizer, so any of them can draft for any other.
+    """
+    build_model(kind, seed=seed, **overrides).save_pretrained(path, max_shard_size=max_shard_size)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(),
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def build_model(kind: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """The model of `make_tiny` itself: float32, on the CPU, in evaluation mode."""
+    config_class, model_class, own = _KINDS[kind]
+    with torch.random.fork_rng(devices=[]):  # what transformers draws is overwritten, and must not disturb a test
+        model = model_class(config_class(**(_SHAPE | own | overrides))).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            elif name.endswith("bias") or "embed_tokens" in name or "lm_head" in name:
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(noise * 1.5 * parameter.shape[1] ** -0.5)
+    return model
+
+
+@cache
+def train_tokenizer() -> Tokenizer:
+    """Byte-level BPE with exactly VOCAB_SIZE tokens: any text can be encoded, and characters may be split."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        min_frequency=1,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([_TEXT], trainer)
+    return tokenizer
+
+
+_TEXT = """
+system user assistant. You are a helpful assistant. Answer the question in one sentence.
+The pilotfish swims ahead of the shark and keeps it company; in return the shark keeps other hunters away from it.
+A small model swims ahead of a large one: it drafts a few tokens, the large one verifies them all in a single step, and
+whoever is waiting for the text reads it sooner. When the draft is wrong nothing is lost but the time it took.
+What is the capital of France? The capital of France is Paris. What is two plus three? Two plus three is five.
+def add(first, second):
+    \"\"\"Return the sum of two numbers.\"\"\"
+    return first + second
+for i in range(10):
+    print(i, add(i, 1))
+Once upon a time there was a little fish that lived near the surface of the warm sea. Every morning it looked for its
+friend, and every evening it told the others where they had been: past the rocks, under the bridge, along the harbour
+wall, and out to where the water is deep and dark and nothing moves but the light.
+"""
