@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # The kernels are compiled on installation: they are part of what makes an installation stale.
-SOURCES := pyproject.toml setup.py engine/kernels/native.c engine/kernels/native_target.h
+SOURCES := pyproject.toml setup.py $(wildcard engine/kernels/*.[ch])
 
 .PHONY: serve test check format clean
 

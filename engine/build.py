@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-import torch
-
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.execution.loader import Platform, Progress, load_model, thread_count
+from engine.execution.loader import Platform, Progress, load_model
 from engine.execution.runner import ModelRunner
 from engine.memory import kv_cache
 from engine.memory.block_pool import BlockPool
@@ -36,7 +34,6 @@ class Engine:
 def build(config: EngineConfig, progress: Progress) -> Engine:
     """Raises ConfigError for settings that cannot work together, ModelError for a model that cannot be read."""
     start = time.perf_counter()
-    torch.set_num_threads(thread_count(config))
     target, platform, files = load_model(config.model, None, config, config.max_model_len, progress)
     draft = None
     if config.draft_model is not None:

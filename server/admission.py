@@ -22,15 +22,15 @@ class Gate:
         self._idle.set()
 
     @contextmanager
-    def admit(self, count: int, limit: int) -> Iterator[None]:
+    def admit(self, count: int, limit: int, param: str) -> Iterator[None]:
         """Let `count` sequences in until the block is left. Raises ApiError 429 if there were more than `limit` then,
-        503 if the gate is closed, 400 for a count that can never be let in.
+        503 if the gate is closed, 400 (for `param`) if `count` alone is more.
         """
         if self.closed:
             raise stopping()
         if count > limit:
             raise bad_parameter(
-                "n", f"the request asks for {count} answers, but this server takes at most {limit} sequences at once"
+                param, f"the request asks for {count} answers, but this server takes at most {limit} sequences at once"
             )
         if self.in_flight + count > limit:
             raise queue_full(self.in_flight, limit)

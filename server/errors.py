@@ -120,7 +120,7 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         case ParameterError(param=param, message=message):
             return bad_parameter(param, message)
         case EngineNotReadyError():
-            return stopping() if "stopping" in str(error) else loading()
+            return stopping()  # routes ask `Service.ready` first: what was ready then can only have begun to stop
         case EngineDeadError():
             return engine_dead()
         case HTTPException():

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -48,7 +48,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, console: Console) -
             resolve(engine_config.draft_model, console.progress)
         names = config.served_model_name or (files.name,)
         running = _Running(engine_config, config, console, files, names, template)
-        with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(running.run(listener))
 
 
@@ -167,6 +167,15 @@ class _Running:
             self._console.line(f"Aborting {self._gate.in_flight} answers")
             await self._engine.stop()  # they end with an error
         self._server.should_exit = True
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's, where there is one: it is for Linux and macOS alone."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 @contextlib.contextmanager

@@ -77,9 +77,9 @@ class Service:
         if name is not None and name not in self.names:
             raise model_not_found(name, self.names)
 
-    def admit(self, count: int, info: EngineInfo) -> AbstractContextManager[None]:
+    def admit(self, count: int, info: EngineInfo, param: str) -> AbstractContextManager[None]:
         """Let `count` sequences in (see `Gate.admit`)."""
-        return self.gate.admit(count, info.max_num_seqs + self.config.max_queue)
+        return self.gate.admit(count, info.max_num_seqs + self.config.max_queue, param)
 
     async def encode(self, text: str, param: str, add_special_tokens: bool) -> tuple[int, ...]:
         """Token ids of a text that the client sent as `param`."""

@@ -46,15 +46,30 @@ class Detokenizer:
 
     def __init__(self, vocabulary: Vocabulary, skip_special_tokens: bool = True) -> None:
         self._bytes_of = vocabulary.text_bytes_of if skip_special_tokens else vocabulary.bytes_of
-        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+        self._held = b""
 
     def feed(self, ids: Iterable[int]) -> str:
         """The characters that `ids` complete."""
-        return self._decode(b"".join(map(self._bytes_of, ids)))
+        return self._decode(b"".join(map(self._bytes_of, ids)), False)
 
     def finish(self) -> str:
         """What was held back, now that nothing follows."""
         return self._decode(b"", True)
+
+    def breaks(self, id_: int) -> bool:
+        """Whether `id_` does not go on with what is held back, which then becomes a U+FFFD before it."""
+        first = self._bytes_of(id_)[:1]
+        if not self._held or not first:
+            return False
+        text, used = codecs.utf_8_decode(self._held + first, "replace", False)
+        whole = len(text) == 1 and used == len(self._held) + 1
+        return used > 0 and not whole
+
+    def _decode(self, data: bytes, final: bool) -> str:
+        data = self._held + data
+        text, used = codecs.utf_8_decode(data, "replace", final)
+        self._held = data[used:]
+        return text
 
 
 class StopStrings:
@@ -169,7 +184,8 @@ class AnswerText:
         text = ""
         for i, id_ in enumerate(spelled):
             if logprobs is not None:
-                self._waiting.append(TokenEntry(id_, self._decoded, logprobs[i]))
+                offset = self._decoded + self._detokenizer.breaks(id_)
+                self._waiting.append(TokenEntry(id_, offset, logprobs[i]))
             self.tokens += 1
             text += self._add(self._detokenizer.feed((id_,)))
             if self.stopped:

@@ -39,7 +39,8 @@ class Platform:
 
 
 def choose_platform(config: EngineConfig, model: ModelConfig) -> Platform:
-    """Raises ConfigError where the settings ask for what this machine or model cannot do."""
+    """Where `model` will compute, its threads set up. Raises ConfigError where the settings ask for what this machine or
+    model cannot do."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but torch sees no CUDA device here")
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -53,8 +54,12 @@ def choose_platform(config: EngineConfig, model: ModelConfig) -> Platform:
     if config.kernels == "torch" or reason:
         if reason and config.kernels == "auto" and device.type == "cpu":
             logger.warning("running on torch's operators: %s", reason)
+        torch.set_num_threads(thread_count(config))
         return Platform(device, dtype, TorchKernels(), TorchAttention())
     kernels = NativeKernels()
+    kernels.set_threads(thread_count(config))
+    # What is left to torch is small, and its threads, which spin, would only be in the way of the kernels' own.
+    torch.set_num_threads(1)
     return Platform(device, dtype, kernels, NativeAttention(kernels))
 
 

@@ -2,37 +2,52 @@
  *
  * Plain C with GCC's vector extension, which clang has too: native_target.h is compiled for AVX-512, AVX2 and the
  * compiler's default target, and the best that the processor has is chosen when the library is loaded. Called through
- * ctypes by native.py, which checks shapes; nothing is checked here. No allocation, no state.
+ * ctypes by native.py, which checks shapes; nothing is checked here. No allocation; no state but the threads'.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+
+#include "threads.h"
 
 #define PANEL 16      /* columns of a packed panel */
 #define QUERIES 4     /* queries of an attention tile */
 #define ROW_BLOCK 96  /* rows of a block: 96 rows of 1536 floats are 576 KiB, within a second-level cache */
+#define PREFETCH 128  /* steps of k, 64 bytes each, that memory is asked ahead: about its latency times its bandwidth */
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
-#ifdef _OPENMP
-#define PARALLEL_FOR _Pragma("omp parallel for schedule(static)")
-#define PARALLEL_FOR_IF(condition) OMP(omp parallel for schedule(static) if (condition))
-#define PARALLEL_FOR_DYNAMIC_IF(condition) OMP(omp parallel for schedule(dynamic, 4) if (condition))
-#define OMP(text) _Pragma(#text)
-INLINE int thread_number(void) { return omp_get_thread_num(); }
-#else
-#define PARALLEL_FOR
-#define PARALLEL_FOR_IF(condition)
-#define PARALLEL_FOR_DYNAMIC_IF(condition)
-INLINE int thread_number(void) { return 0; }
-#endif
+/* The arguments of the kernels. Strides are in floats. */
 
-/* The arguments of attend; native.py has the same structure. Strides are in floats. */
+struct linear {
+  const float *x, *packed, *bias, *residual;
+  float *out;
+  int64_t rows, columns, in;
+};
+
+struct rms_norm {
+  const float *x, *weight;
+  float *out;
+  int64_t row_stride, group_stride, groups, size;
+  float eps;
+};
+
+struct silu_mul {
+  const float *gate_up;
+  float *out;
+  int64_t size;
+};
+
+struct rotate {
+  float *x; /* row, head, dim */
+  const int64_t *positions;
+  const float *cos_sin;
+  int64_t row_stride, heads, dim;
+};
+
+/* native.py has the same structure. */
 struct attention {
   const float *query; /* rows x heads x dim, row stride query_stride */
   const float *keys;   /* num_blocks x kv_heads x dim x block_size */
@@ -91,15 +106,10 @@ static int best_level(void) {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return 2;
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
 }
-#define DISPATCH(level, call) \
-  switch (level) {            \
-    case 2: JOIN(call, _avx512) ARGUMENTS; break; \
-    case 1: JOIN(call, _avx2) ARGUMENTS; break;   \
-    default: JOIN(call, _default) ARGUMENTS;      \
-  }
+#define PICK(level, kernel) ((level) == 2 ? JOIN(kernel, _avx512) : (level) == 1 ? JOIN(kernel, _avx2) : JOIN(kernel, _default))
 #else
 static int best_level(void) { return 0; }
-#define DISPATCH(level, call) JOIN(call, _default) ARGUMENTS
+#define PICK(level, kernel) JOIN(kernel, _default)
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
@@ -107,58 +117,66 @@ static int best_level(void) { return 0; }
 EXPORT int pilotfish_level(void) { return best_level(); }
 EXPORT int64_t pilotfish_panel(void) { return PANEL; }
 EXPORT int64_t pilotfish_queries(void) { return QUERIES; }
-EXPORT int pilotfish_max_threads(void) {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
+
+/* Returns how many threads there are: fewer than asked for where the system has no more. */
+EXPORT int pilotfish_set_threads(int threads) { return set_threads(threads); }
+EXPORT int pilotfish_threads(void) { return pool.threads; }
+
+struct pack {
+  const float *weight;
+  float *packed;
+  int64_t columns, in;
+};
+
+static void pack(const void *arguments, int64_t begin, int64_t end, int thread) {
+  (void)thread;
+  const struct pack *a = arguments;
+  for (int64_t p = begin; p < end; p++)
+    for (int64_t k = 0; k < a->in; k++)
+      for (int64_t c = 0; c < PANEL; c++)
+        a->packed[(p * a->in + k) * PANEL + c] = p * PANEL + c < a->columns ? a->weight[(p * PANEL + c) * a->in + k] : 0.0f;
 }
 
 /* weight (columns x in, row-major) -> panels of PANEL columns, [panel][k][PANEL], zero beyond the last column */
 EXPORT void pilotfish_pack(const float *weight, float *packed, int64_t columns, int64_t in) {
-  const int64_t panels = (columns + PANEL - 1) / PANEL;
-  PARALLEL_FOR
-  for (int64_t p = 0; p < panels; p++)
-    for (int64_t k = 0; k < in; k++)
-      for (int64_t c = 0; c < PANEL; c++)
-        packed[(p * in + k) * PANEL + c] = p * PANEL + c < columns ? weight[(p * PANEL + c) * in + k] : 0.0f;
+  const struct pack a = {weight, packed, columns, in};
+  parallel_for((columns + PANEL - 1) / PANEL, columns * in, pack, &a);
 }
 
 /* out[i] = row ids[i] of the weight that was packed: an embedding lookup in a tied head */
 EXPORT void pilotfish_unpack_rows(const float *packed, const int64_t *ids, float *out, int64_t count, int64_t in) {
-  PARALLEL_FOR_IF(count > 8)
   for (int64_t i = 0; i < count; i++) {
     const float *panel = packed + ids[i] / PANEL * in * PANEL + ids[i] % PANEL;
     for (int64_t k = 0; k < in; k++) out[i * in + k] = panel[k * PANEL];
   }
 }
 
+/* Rows are taken in blocks that stay in the second-level cache while every panel passes by. */
 EXPORT void pilotfish_linear(int level, const float *x, const float *packed, const float *bias, const float *residual,
                              float *out, int64_t rows, int64_t columns, int64_t in) {
-#define ARGUMENTS (x, packed, bias, residual, out, rows, columns, in)
-  DISPATCH(level, linear)
-#undef ARGUMENTS
+  for (int64_t row = 0; row < rows; row += ROW_BLOCK) {
+    const int64_t height = rows - row < ROW_BLOCK ? rows - row : ROW_BLOCK;
+    const struct linear a = {x + row * in, packed, bias, residual ? residual + row * columns : 0, out + row * columns,
+                             height, columns, in};
+    parallel_for((columns + PANEL - 1) / PANEL, height * columns * in, PICK(level, linear), &a);
+  }
 }
 
 EXPORT void pilotfish_rms_norm(int level, const float *x, int64_t row_stride, int64_t group_stride, const float *weight,
                                float *out, int64_t rows, int64_t groups, int64_t size, float eps) {
-#define ARGUMENTS (x, row_stride, group_stride, weight, out, rows, groups, size, eps)
-  DISPATCH(level, rms_norm)
-#undef ARGUMENTS
+  const struct rms_norm a = {x, weight, out, row_stride, group_stride, groups, size, eps};
+  parallel_for(rows * groups, rows * groups * size, PICK(level, rms_norm), &a);
 }
 
 EXPORT void pilotfish_silu_mul(int level, const float *gate_up, float *out, int64_t rows, int64_t size) {
-#define ARGUMENTS (gate_up, out, rows, size)
-  DISPATCH(level, silu_mul)
-#undef ARGUMENTS
+  const struct silu_mul a = {gate_up, out, size};
+  parallel_for(rows, rows * size * 4, PICK(level, silu_mul), &a);
 }
 
 EXPORT void pilotfish_rotate(int level, float *x, int64_t row_stride, const int64_t *positions, const float *cos_sin,
                              int64_t rows, int64_t heads, int64_t dim) {
-#define ARGUMENTS (x, row_stride, positions, cos_sin, rows, heads, dim)
-  DISPATCH(level, rotate)
-#undef ARGUMENTS
+  const struct rotate a = {x, positions, cos_sin, row_stride, heads, dim};
+  parallel_for(rows, rows * heads * dim, PICK(level, rotate), &a);
 }
 
 /* The rows' keys and values to their slots of the cache, laid out as `struct attention` says; row stride `stride`. */
@@ -172,10 +190,15 @@ EXPORT void pilotfish_write_cache(const float *key, const float *value, int64_t 
   }
 }
 
-EXPORT void pilotfish_attend(int level, const struct attention *arguments) {
-#define ARGUMENTS (arguments)
-  DISPATCH(level, attend)
-#undef ARGUMENTS
+EXPORT void pilotfish_attend(int level, const struct attention *a) {
+  const int64_t group = a->heads / a->kv_heads;
+  int64_t tiles = 0, work = 0;
+  for (int64_t span = 0; span < a->spans; span++) {
+    const int64_t length = a->cu_query_lens[span + 1] - a->cu_query_lens[span];
+    tiles += (length * group + QUERIES - 1) / QUERIES * a->kv_heads;
+    work += length * a->heads * a->context_lens[span] * a->dim;
+  }
+  parallel_for(tiles, work, PICK(level, attend), a);
 }
 
 /* An importable module with nothing in it, so that Python's own machinery builds and finds the library. */

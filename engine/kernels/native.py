@@ -166,9 +166,13 @@ class NativeKernels:
             block_size,
         )
 
+    def set_threads(self, count: int) -> int:
+        """Compute with `count` threads from now on, in this process; returns how many the system has given."""
+        return int(self._library.pilotfish_set_threads(count))
+
     def attention_scratch(self, context: int) -> torch.Tensor:
         """Space for the scores of a tile of queries over `context` keys, for each thread that a call may use."""
-        threads, queries = self._library.pilotfish_max_threads(), self._library.pilotfish_queries()
+        threads, queries = self._library.pilotfish_threads(), self._library.pilotfish_queries()
         return torch.empty(threads, queries, context)
 
     def attend(self, arguments: AttentionArguments) -> None:

@@ -113,73 +113,71 @@ TARGET static void NAME(tile)(int rows, const float *x, int64_t in, const float 
   }
 }
 
-/* Rows are taken in blocks that stay in the second-level cache while every panel passes by; in a block, panel by panel,
- * in tiles of as equal a height as can be. While the later tiles of a panel compute, the next panel is fetched. */
-TARGET static void NAME(linear)(const float *x, const float *packed, const float *bias, const float *residual, float *out,
-                                int64_t rows, int64_t columns, int64_t in) {
-  const int64_t panels = (columns + PANEL - 1) / PANEL;
-  for (int64_t block = 0; block < rows; block += ROW_BLOCK) {
-    const int64_t height = rows - block < ROW_BLOCK ? rows - block : ROW_BLOCK;
-    const int64_t tiles = (height + MAX_TILE - 1) / MAX_TILE;
-    PARALLEL_FOR_IF(height * columns * in > 65536) /* less takes no longer than waking a thread */
-    for (int64_t p = 0; p < panels; p++) {
-      const float *panel = packed + p * in * PANEL;
-      const int64_t left = columns - p * PANEL;
-      int64_t row = block;
-      for (int64_t t = 0; t < tiles; t++) {
-        const int64_t n = height / tiles + (t < height % tiles);
-        NAME(tile)((int)n, x + row * in, in, panel, bias ? bias + p * PANEL : 0,
-                   residual ? residual + row * columns + p * PANEL : 0, out + row * columns + p * PANEL, columns,
-                   left < PANEL ? (int)left : PANEL, t == 0 ? (n >= 3 ? panel + PANEL * 128 : 0) : panel + PANEL * in);
-        row += n;
-      }
+/* Panels [begin, end) of a matrix product. Rows are taken in tiles of as equal a height as can be. While the first tile of
+ * a panel computes, memory is asked for what comes next: it takes more rows than two to be slower than memory. While the
+ * later tiles compute, the next panel is fetched. */
+TARGET static void NAME(linear)(const void *arguments, int64_t begin, int64_t end, int thread) {
+  (void)thread;
+  const struct linear *a = arguments;
+  const int64_t in = a->in, columns = a->columns, tiles = (a->rows + MAX_TILE - 1) / MAX_TILE;
+  for (int64_t p = begin; p < end; p++) {
+    const float *panel = a->packed + p * in * PANEL;
+    const int64_t left = columns - p * PANEL;
+    for (int64_t t = 0, row = 0; t < tiles; t++) {
+      const int64_t n = a->rows / tiles + (t < a->rows % tiles);
+      const float *next = t > 0 ? panel + PANEL * in : n > 2 ? panel + PANEL * PREFETCH : 0;
+      NAME(tile)((int)n, a->x + row * in, in, panel, a->bias ? a->bias + p * PANEL : 0,
+                 a->residual ? a->residual + row * columns + p * PANEL : 0, a->out + row * columns + p * PANEL, columns,
+                 left < PANEL ? (int)left : PANEL, next);
+      row += n;
     }
   }
 }
 
 #undef CASE
 
-TARGET static void NAME(rms_norm)(const float *x, int64_t row_stride, int64_t group_stride, const float *weight, float *out,
-                                  int64_t rows, int64_t groups, int64_t size, float eps) {
-  PARALLEL_FOR_IF(rows * groups * size > 16384)
-  for (int64_t i = 0; i < rows * groups; i++) {
-    const float *source = x + (i / groups) * row_stride + (i % groups) * group_stride;
-    float *target = out + i * size;
+TARGET static void NAME(rms_norm)(const void *arguments, int64_t begin, int64_t end, int thread) {
+  (void)thread;
+  const struct rms_norm *a = arguments;
+  for (int64_t i = begin; i < end; i++) {
+    const float *source = a->x + (i / a->groups) * a->row_stride + (i % a->groups) * a->group_stride;
+    float *target = a->out + i * a->size;
     VEC squares = {0};
-    for (int64_t k = 0; k < size; k += LANES) {
-      VEC v = NAME(load)(source + k);
+    for (int64_t k = 0; k < a->size; k += LANES) {
+      const VEC v = NAME(load)(source + k);
       squares += v * v;
     }
-    const float scale = 1.0f / sqrtf(NAME(sum)(squares) / (float)size + eps);
-    for (int64_t k = 0; k < size; k += LANES)
-      NAME(store)(target + k, NAME(load)(source + k) * scale * NAME(load)(weight + k));
+    const float scale = 1.0f / sqrtf(NAME(sum)(squares) / (float)a->size + a->eps);
+    for (int64_t k = 0; k < a->size; k += LANES)
+      NAME(store)(target + k, NAME(load)(source + k) * scale * NAME(load)(a->weight + k));
   }
 }
 
-TARGET static void NAME(silu_mul)(const float *gate_up, float *out, int64_t rows, int64_t size) {
-  PARALLEL_FOR_IF(rows * size > 8192)
-  for (int64_t r = 0; r < rows; r++) {
-    const float *gate = gate_up + r * 2 * size, *up = gate + size;
-    for (int64_t k = 0; k < size; k += LANES) {
-      VEC g = NAME(load)(gate + k);
-      NAME(store)(out + r * size + k, g / (1.0f + NAME(exp)(-g)) * NAME(load)(up + k));
+TARGET static void NAME(silu_mul)(const void *arguments, int64_t begin, int64_t end, int thread) {
+  (void)thread;
+  const struct silu_mul *a = arguments;
+  for (int64_t r = begin; r < end; r++) {
+    const float *gate = a->gate_up + r * 2 * a->size, *up = gate + a->size;
+    for (int64_t k = 0; k < a->size; k += LANES) {
+      const VEC g = NAME(load)(gate + k);
+      NAME(store)(a->out + r * a->size + k, g / (1.0f + NAME(exp)(-g)) * NAME(load)(up + k));
     }
   }
 }
 
-/* x[row][head][dim], in place: the first half of a head's dimensions with the second (Hugging Face's order). */
-TARGET static void NAME(rotate)(float *x, int64_t row_stride, const int64_t *positions, const float *cos_sin, int64_t rows,
-                                int64_t heads, int64_t dim) {
-  const int64_t half = dim / 2;
-  PARALLEL_FOR_IF(rows * heads * dim > 16384)
-  for (int64_t r = 0; r < rows; r++) {
-    const float *cosine = cos_sin + positions[r] * dim, *sine = cosine + half;
-    for (int64_t h = 0; h < heads; h++) {
-      float *low = x + r * row_stride + h * dim, *high = low + half;
+/* The first half of a head's dimensions with the second (Hugging Face's order), in place. */
+TARGET static void NAME(rotate)(const void *arguments, int64_t begin, int64_t end, int thread) {
+  (void)thread;
+  const struct rotate *a = arguments;
+  const int64_t half = a->dim / 2;
+  for (int64_t r = begin; r < end; r++) {
+    const float *cosine = a->cos_sin + a->positions[r] * a->dim, *sine = cosine + half;
+    for (int64_t h = 0; h < a->heads; h++) {
+      float *low = a->x + r * a->row_stride + h * a->dim, *high = low + half;
       for (int64_t k = 0; k < half; k++) {
-        const float a = low[k], b = high[k];
-        low[k] = a * cosine[k] - b * sine[k];
-        high[k] = b * cosine[k] + a * sine[k];
+        const float x = low[k], y = high[k];
+        low[k] = x * cosine[k] - y * sine[k];
+        high[k] = y * cosine[k] + x * sine[k];
       }
     }
   }
@@ -277,30 +275,34 @@ INLINE TARGET void NAME(attend_tile)(const struct attention *a, int queries, con
     NAME(attend_tile)(a, N, q, first, last, kv_head, table, scratch, out);             \
     break;
 
-/* The queries of a span that share a KV head, (row, head) pairs in order, are taken QUERIES at a time. */
-TARGET static void NAME(attend)(const struct attention *a) {
+/* Tiles [begin, end) of a step. The queries of a span that share a KV head, (row, head) pairs in order, are taken QUERIES
+ * at a time; a span's tiles are numbered one after the other, KV head by KV head. */
+TARGET static void NAME(attend)(const void *arguments, int64_t begin, int64_t end, int thread) {
+  const struct attention *a = arguments;
   const int64_t group = a->heads / a->kv_heads;
-  for (int64_t span = 0; span < a->spans; span++) {
+  float *scratch = a->scratch + thread * QUERIES * a->scratch_size;
+  int64_t item = 0; /* of the span's first tile */
+  for (int64_t span = 0; span < a->spans && item < end; span++) {
     const int64_t row = a->cu_query_lens[span], length = a->cu_query_lens[span + 1] - row;
     const int64_t before = a->context_lens[span] - length; /* keys that the first query sees besides its own */
     const int32_t *table = a->block_tables + span * a->max_blocks;
-    const int64_t total = length * group, tiles = (total + QUERIES - 1) / QUERIES;
-    PARALLEL_FOR_DYNAMIC_IF(total * a->kv_heads * (before + length) > 512)
-    for (int64_t item = 0; item < tiles * a->kv_heads; item++) {
-      const int64_t kv_head = item % a->kv_heads, tile = tiles - 1 - item / a->kv_heads; /* the longest first */
+    const int64_t total = length * group, tiles = (total + QUERIES - 1) / QUERIES, last_item = item + tiles * a->kv_heads;
+    for (int64_t i = begin > item ? begin : item; i < end && i < last_item; i++) {
+      const int64_t kv_head = (i - item) % a->kv_heads, tile = (i - item) / a->kv_heads;
       const float *q[QUERIES];
-      float *out[QUERIES], *scratch = a->scratch + thread_number() * QUERIES * a->scratch_size;
+      float *out[QUERIES];
       int64_t first[QUERIES], last[QUERIES];
       const int queries = total - tile * QUERIES < QUERIES ? (int)(total - tile * QUERIES) : QUERIES;
-      for (int i = 0; i < queries; i++) {
-        const int64_t pair = tile * QUERIES + i, offset = pair / group, head = kv_head * group + pair % group;
-        q[i] = a->query + (row + offset) * a->query_stride + head * a->dim;
-        out[i] = a->out + ((row + offset) * a->heads + head) * a->dim;
-        last[i] = before + offset + 1;
-        first[i] = a->window > 0 && last[i] > a->window ? last[i] - a->window : 0;
+      for (int j = 0; j < queries; j++) {
+        const int64_t pair = tile * QUERIES + j, offset = pair / group, head = kv_head * group + pair % group;
+        q[j] = a->query + (row + offset) * a->query_stride + head * a->dim;
+        out[j] = a->out + ((row + offset) * a->heads + head) * a->dim;
+        last[j] = before + offset + 1;
+        first[j] = a->window > 0 && last[j] > a->window ? last[j] - a->window : 0;
       }
       switch (queries) { CASE(1) CASE(2) CASE(3) CASE(4) }
     }
+    item = last_item;
   }
 }
 

@@ -79,7 +79,7 @@ def _between(name: str, value: float, low: float, high: float, open_low: bool = 
     if inside and (math.isfinite(value) or isinstance(value, int)):
         return
     if high == math.inf:
-        wanted = f"greater than {low}" if open_low else f"at least {low}"
+        wanted = f"finite and greater than {low}" if open_low else f"at least {low}"
     else:
         wanted = f"greater than {low} and at most {high}" if open_low else f"between {low} and {high}"
     raise ParameterError(name, f"{name} is {value}, but must be {wanted}")

@@ -55,10 +55,10 @@ async def create_chat_completion(body: ChatRequest, request: Request, service: S
     service.check_model(body.model)
     _check(body)
     identity = f"chatcmpl-{uuid.uuid4().hex}"
-    answers = await _answers(service, info, body, identity, request.state.arrival)
-    reply = _Reply(service, body, answers, identity, int(time.time()), service.fingerprint(info))
     with ExitStack() as admission:
-        admission.enter_context(service.admit(len(answers), info))
+        admission.enter_context(service.admit(body.choices, info, "n"))
+        answers = await _answers(service, info, body, identity, request.state.arrival)
+        reply = _Reply(service, body, answers, identity, int(time.time()), service.fingerprint(info))
         request.state.admitted = True
         if body.stream:
             return EventStream(_events(reply), admission.pop_all())

@@ -48,10 +48,6 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
     service.check_model(body.model)
     _check(body)
     identity = f"cmpl-{uuid.uuid4().hex}"
-    answers: list[Answer] = []
-    for i, prompt in enumerate(body.prompt):
-        name = identity if len(body.prompt) == 1 else f"{identity}-{i}"
-        answers += await _answers(service, info, body, name, i, prompt, request.state.arrival)
     head = {
         "id": identity,
         "object": "text_completion",
@@ -59,9 +55,14 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
         "model": body.model,
         "system_fingerprint": service.fingerprint(info),
     }
-    reply = _Reply(service, body, answers, head)
+    each = body.best_of or body.choices
     with ExitStack() as admission:
-        admission.enter_context(service.admit(len(answers), info))
+        admission.enter_context(service.admit(len(body.prompt) * each, info, "n" if each > 1 else "prompt"))
+        answers: list[Answer] = []
+        for i, prompt in enumerate(body.prompt):
+            name = identity if len(body.prompt) == 1 else f"{identity}-{i}"
+            answers += await _answers(service, info, body, name, i, prompt, request.state.arrival)
+        reply = _Reply(service, body, answers, head)
         request.state.admitted = True
         if body.stream:
             return EventStream(_events(reply), admission.pop_all())

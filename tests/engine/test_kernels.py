@@ -1,5 +1,7 @@
 """The native kernels against torch's operators, and the promise they exist for: rows do not know of each other."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -18,7 +20,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(params=LEVELS, ids=lambda level: ("default", "avx2", "avx512")[level])
 def kernels(request):
-    return NativeKernels(request.param)
+    kernels = NativeKernels(request.param)
+    assert kernels.set_threads(3) == 3  # more than there are cores here: chunks are done out of order
+    yield kernels
+    kernels.set_threads(1)
 
 
 def random(*shape, seed=0):
@@ -119,3 +124,29 @@ def test_attention_rows_do_not_know_of_each_other(kernels, window):
         got = attend(backend, cache, [beside, Span([0] * (stop - start), start, A)], window)
         rows.append(got[start % 3 + 1 :])
     assert torch.equal(torch.cat(rows), whole)
+
+
+def test_threads(kernels):
+    """Many loops one after the other, from several callers at once, with ever other numbers of threads."""
+    x, prepared = random(8, 256), kernels.prepare_linear(random(512, 256, seed=1))
+    wanted = kernels.linear(x, prepared)
+
+    def caller(first: int) -> bool:
+        same = True
+        for i in range(300):
+            if i % 50 == 0:
+                kernels.set_threads((first + i // 50) % 4 + 1)
+            same &= torch.equal(kernels.linear(x, prepared), wanted)
+        return same
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(caller, range(3)))
+
+
+def test_a_loop_does_not_wait_for_threads_that_do_not_run(kernels):
+    """64 threads on a machine of few cores: most of them never get there in time, and need not."""
+    x, prepared = random(8, 576), kernels.prepare_linear(random(1536, 576, seed=1))
+    wanted = kernels.linear(x, prepared)
+    kernels.set_threads(64)
+    for _ in range(200):
+        assert torch.equal(kernels.linear(x, prepared), wanted)

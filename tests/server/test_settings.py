@@ -136,6 +136,6 @@ def test_the_version_is_said() -> None:
 
 
 def test_the_server_imports_no_torch() -> None:
-    program = "import sys, server.cli, server.serve, server.app; print([m for m in sys.modules if m.split('.')[0] == 'torch'])"
+    program = "import sys, server.cli, server.serve, server.app; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert result.stdout.strip() == "False"

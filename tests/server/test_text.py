@@ -1,4 +1,4 @@
-"""Text of answers as it grows: against all ids decoded at once, and against stop strings looked for in the whole text."""
+"""Text of answers as it grows: against all ids decoded at once, and against stop strings looked for in all of it."""
 
 from __future__ import annotations
 
@@ -139,10 +139,12 @@ def test_logprobs_come_with_their_text_and_never_before_it(
     assert [entry.logprobs for entry in entries] == logprobs[: len(entries)]
     if not stopped:
         assert len(entries) == len(ids)
-    detokenizer, at = Detokenizer(VOCABULARY), offset
-    for entry in entries:
-        assert entry.offset == at
-        at += len(detokenizer.feed((entry.token_id,)))
+    spelled = [VOCABULARY.text_bytes_of(id_) for id_ in ids]
+    for i, entry in enumerate(entries):
+        before, after = b"".join(spelled[:i]).decode(errors="replace"), b"".join(spelled[i:]).decode(errors="replace")
+        within = len(before) + len(after) > len(b"".join(spelled).decode(errors="replace"))  # a character
+        if spelled[i]:
+            assert entry.offset == offset + len(before) - within
 
 
 @pytest.mark.parametrize("logprobs", [None, [TokenLogprobs(0, -0.5), TokenLogprobs(1, -0.5), TokenLogprobs(9, -0.1)]])

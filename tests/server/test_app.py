@@ -1,0 +1,355 @@
+"""The application around a scripted engine: what must hold whatever the engine says, and whenever it says it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from scripted_engine import INFO, Script, ScriptedEngine, say
+
+from engine.errors import EngineDeadError
+from engine.request import Delta, Request, TokenLogprobs
+from engine.weights.catalog import ModelFiles
+from server.app import create_app
+from server.config import ServerConfig
+from server.metrics import Metrics
+from server.tokenizer import Tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_llama: Path) -> Tokenizer:
+    return load_tokenizer(ModelFiles("tiny", "huggingface", tiny_llama))
+
+
+class Client:
+    """An application with its scripted engine, and an HTTP client on it."""
+
+    def __init__(self, tokenizer: Tokenizer, script: Script, config: ServerConfig) -> None:
+        self.engine = ScriptedEngine(script)
+        self.metrics = Metrics()
+        self.app = create_app(self.engine, tokenizer, config, self.metrics, ("tiny",))  # type: ignore[arg-type]
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test", timeout=10)
+
+    async def complete(self, **body: Any) -> httpx.Response:
+        return await self.http.post("/v1/completions", json={"model": "tiny", "prompt": "a", **body})
+
+    async def chat(self, **body: Any) -> httpx.Response:
+        messages = [{"role": "user", "content": "a"}]
+        return await self.http.post("/v1/chat/completions", json={"model": "tiny", "messages": messages, **body})
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+@pytest.fixture
+def client(tokenizer: Tokenizer) -> Callable[..., Any]:
+    @asynccontextmanager
+    async def opened(script: Script = lambda request: say(request, [1]), **config: Any) -> AsyncIterator[Client]:
+        made = Client(tokenizer, script, ServerConfig(**config))
+        async with made.http:
+            yield made
+
+    return opened
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The chunks of a stream, which must end as one does."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    blocks = response.text.split("\n\n")
+    assert blocks[-2:] == ["data: [DONE]", ""]
+    return [json.loads(block.removeprefix("data: ")) for block in blocks[:-2]]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("groups", [[[0], [1], [2], [3]], [[0, 1, 2, 3]], [[0, 1], [2, 3]]])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_string_within_a_delta_cuts_as_it_does_token_by_token(
+    client: Any, tokenizer: Tokenizer, groups: list[list[int]], stream: bool
+) -> None:
+    ids = tokenizer.encode("light and water", add_special_tokens=False)
+    stop = next(i for i, id_ in enumerate(ids) if i >= 2 and len(tokenizer.token(id_)) >= 2)
+    text = tokenizer.decode(ids[:stop])
+    parts = [[ids[stop - 2 + i] for i in group if stop - 2 + i < len(ids)] for group in groups]
+
+    def script(request: Request) -> list[Delta]:
+        return say(request, ids[: stop - 2], *parts, ids[:1])
+
+    want = text + tokenizer.token(ids[stop])[:1]
+    async with client(script) as served:
+        response = await served.complete(
+            max_tokens=40, stop=[tokenizer.token(ids[stop])[1:]], stream=stream, logprobs=0,
+            **({"stream_options": {"include_usage": True}} if stream else {}),
+        )  # fmt: skip
+        if stream:
+            chunks = events(response)
+            shown = "".join(chunk["choices"][0]["text"] for chunk in chunks[:-1])
+            usage, reason = chunks[-1]["usage"], chunks[-2]["choices"][0]["finish_reason"]
+            tokens = [token for chunk in chunks[:-1] for token in chunk["choices"][0]["logprobs"]["tokens"]]
+        else:
+            body = response.json()
+            choice, usage = body["choices"][0], body["usage"]
+            shown, reason, tokens = choice["text"], choice["finish_reason"], choice["logprobs"]["tokens"]
+        assert (shown, reason) == (want, "stop")
+        assert usage["completion_tokens"] == stop + 1
+        assert tokens == [tokenizer.token(id_) for id_ in ids[: stop + 1]]
+        assert len(served.engine.aborted) == 1
+        assert served.metric("pilotfish_requests_total", outcome="stop") == 1
+
+
+async def test_a_stopped_answer_counts_what_was_drafted_for_it(client: Any, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("abcdef", add_special_tokens=False)
+
+    def script(request: Request) -> list[Delta]:
+        return say(request, ids[:1], ids[1:3], ids[3:], drafted=8, accepted=5)
+
+    async with client(script) as served:
+        response = (await served.complete(stop=tokenizer.token(ids[1]))).json()
+        assert response["usage"]["completion_tokens"] == 2
+        # One delta was looked at, of which one token counts: 8 were drafted for it, at most 1 of them is in the answer.
+        timings = response["timings"]
+        assert (timings["drafted_tokens"], timings["accepted_tokens"], timings["drafter"]) == (8, 1, "ngram")
+        details = response["usage"]["completion_tokens_details"]
+        assert details == {"accepted_prediction_tokens": 1, "rejected_prediction_tokens": 7}
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "retry"), [("starting", "model_loading", True), ("dead", "engine_dead", False)]
+)
+async def test_an_engine_that_is_not_there_is_503(client: Any, state: str, code: str, retry: bool) -> None:
+    async with client() as served:
+        served.engine.state = state
+        for response in (await served.complete(), await served.chat(), await served.chat(stream=True)):
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == code
+            assert ("retry-after" in response.headers) == retry
+        assert (await served.http.get("/ready")).status_code == 503
+        assert (await served.http.get("/health")).status_code == (503 if state == "dead" else 200)
+        assert (await served.http.get("/v1/models")).json()["data"][0]["id"] == "tiny"
+        assert served.metric("pilotfish_requests_total", outcome="refused") == 3
+
+
+async def test_a_closed_gate_lets_in_nobody_but_those_within_finish(client: Any) -> None:
+    go = asyncio.Event()
+    async with client(lambda request: [*say(request, [5], [6])[:1], go, *say(request, [5], [6])[1:]]) as served:
+        first = asyncio.create_task(served.complete())
+        gate = served.app.state.service.gate
+        await until(lambda: gate.in_flight == 1)
+        gate.close()
+        response = await served.complete()
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "server_stopping")
+        assert int(response.headers["retry-after"]) > 0
+        assert (await served.http.get("/ready")).status_code == 503
+        assert (await served.http.get("/health")).status_code == 200
+        assert not await gate.wait_idle(0.01)
+        go.set()
+        assert (await first).json()["usage"]["completion_tokens"] == 2
+        assert await gate.wait_idle(1)
+
+
+async def test_a_full_queue_is_429_until_there_is_room(client: Any) -> None:
+    go = asyncio.Event()
+    async with client(lambda request: [go, *say(request, [5])], max_queue=1) as served:
+        running = [asyncio.create_task(served.complete(n=2)), asyncio.create_task(served.complete(stream=True))]
+        await until(lambda: len(served.engine.requests) == 3)
+        response = await served.complete()
+        assert response.status_code == 429
+        assert response.json()["error"]["type"] == "rate_limit_error"
+        assert int(response.headers["retry-after"]) > 0
+        response = await served.complete(n=4)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "n")
+        go.set()
+        assert [answered.status_code for answered in await asyncio.gather(*running)] == [200, 200]
+        assert (await served.complete()).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_client_that_leaves_ends_its_requests(client: Any, stream: bool, n: int) -> None:
+    never = asyncio.Event()
+    async with client(lambda request: [*say(request, [5], [6])[:1], never], max_queue=9) as served:
+        sent, left = asyncio.Event(), asyncio.Event()
+        body = json.dumps({"model": "tiny", "prompt": "a", "n": n, "stream": stream}).encode()
+        asked = False
+
+        async def receive() -> dict[str, Any]:
+            nonlocal asked
+            if not asked:
+                asked = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.set()
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+        task = asyncio.create_task(served.app(scope, receive, send))
+        await until(lambda: len(served.engine.requests) == n and (sent.is_set() or not stream))
+        left.set()
+        await asyncio.wait_for(task, 5)
+        assert len(served.engine.aborted) == n
+        assert served.app.state.service.gate.in_flight == 0
+        assert served.metric("pilotfish_requests_total", outcome="abort") == n
+
+
+async def test_an_engine_that_dies_in_mid_stream_ends_the_stream_with_an_error(client: Any) -> None:
+    async with client(lambda request: [*say(request, [5], [6])[:1], EngineDeadError("killed by a test")]) as served:
+        *_, last = events(await served.chat(stream=True))
+        assert last["error"]["type"] == "server_error"
+        assert last["error"]["code"] == "engine_dead"
+        response = await served.chat(n=2)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_dead")
+        assert served.metric("pilotfish_requests_total", outcome="error") >= 2
+        assert served.app.state.service.gate.in_flight == 0
+
+
+@pytest.mark.parametrize(("reason", "status"), [("abort", 503), ("error", 500)])
+async def test_a_request_that_the_engine_gives_up_is_an_error(client: Any, reason: Any, status: int) -> None:
+    async with client(lambda request: [Delta(request_id=request.id, finish_reason=reason)]) as served:
+        response = await served.complete()
+        assert response.status_code == status
+        assert response.json()["error"]["type"] == "server_error"
+        assert served.metric("pilotfish_requests_total", outcome=reason) == 1
+
+
+async def test_what_nobody_expected_is_500_with_an_id_to_look_for_and_nothing_else(
+    client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with client(lambda request: [ZeroDivisionError("a secret")]) as served:
+        with caplog.at_level(logging.ERROR):
+            response = await served.complete()
+            chunks = events(await served.complete(stream=True))
+        assert response.status_code == 500
+        for error in (response.json()["error"], chunks[-1]["error"]):
+            assert (error["type"], error["code"]) == ("server_error", "internal_error")
+            assert "secret" not in error["message"]
+        request_id = response.headers["x-request-id"]
+        assert request_id in response.json()["error"]["message"]
+        assert request_id in caplog.text
+        assert "ZeroDivisionError: a secret" in caplog.text
+
+
+@pytest.mark.parametrize("given", ["mine-1.2:3", "a" * 128])
+async def test_a_clients_own_request_id_comes_back(client: Any, given: str) -> None:
+    async with client() as served:
+        response = await served.http.get("/version", headers={"x-request-id": given})
+        assert response.headers["x-request-id"] == given
+
+
+@pytest.mark.parametrize("given", ["", "a" * 129, "two words", "<script>"])
+async def test_a_request_id_that_is_not_sane_is_replaced(client: Any, given: str) -> None:
+    async with client() as served:
+        ids = [
+            (await served.http.get(path, headers={"x-request-id": given})).headers["x-request-id"]
+            for path in ("/version", "/nowhere")
+        ]
+        assert all(id_.startswith("req-") for id_ in ids)
+        assert ids[0] != ids[1]
+
+
+@pytest.mark.parametrize("counted", [True, False])
+async def test_a_body_that_is_too_large_is_413(client: Any, counted: bool) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(4):
+            yield b" " * 50
+
+    async with client(max_body_bytes=100) as served:
+        response = await served.http.post("/v1/completions", content=b" " * 200 if counted else chunks())
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "body_too_large"
+        assert "100 bytes" in response.json()["error"]["message"]
+        assert (await served.complete()).status_code == 200
+
+
+async def test_keys_are_asked_for_everywhere_but_by_probes(client: Any) -> None:
+    async with client(api_key=("one", "zwei-ä")) as served:
+        for headers in ({}, {"authorization": "Bearer two"}, {"authorization": "one"}, {"authorization": "Bearer "}):
+            response = await served.http.post("/v1/completions", content=b"not even read", headers=headers)
+            assert response.status_code == 401
+            assert response.json()["error"]["code"] == "invalid_api_key"
+        for path in ("/health", "/ready", "/metrics", "/version"):
+            assert (await served.http.get(path)).status_code == 200
+        for key in (b"one", "zwei-ä".encode()):
+            headers = [(b"authorization", b"Bearer " + key)]
+            assert (await served.http.get("/v1/models", headers=headers)).status_code == 200
+
+
+async def test_seeds_and_limits_reach_the_engine(client: Any) -> None:
+    async with client(max_queue=8) as served:
+        await served.complete(n=3, seed=11, max_tokens=10**30, top_k=10**30, speculation="off")
+        first, *others = served.engine.requests
+        assert first.params.seed == 11
+        assert len({request.params.seed for request in served.engine.requests}) == 3
+        assert first.params.max_tokens == INFO.max_model_len - len(first.prompt_ids)
+        assert first.params.top_k == INFO.vocab_size
+        assert all(request.speculation == "off" for request in [first, *others])
+        await served.complete()
+        assert served.engine.requests[-1].params.seed == 7  # the engine's, which a configured seed makes reproducible
+        assert served.engine.requests[-1].params.max_tokens == 16
+        await served.chat()
+        chat = served.engine.requests[-1]
+        assert chat.params.max_tokens == INFO.max_model_len - len(chat.prompt_ids)
+
+
+async def test_best_of_returns_the_likeliest_by_the_mean(client: Any, tokenizer: Tokenizer) -> None:
+    a, b, c = tokenizer.encode("abc", add_special_tokens=False)
+
+    def script(request: Request) -> list[Delta]:
+        # By the sum the first would win, by the mean the third.
+        choice = int(request.id.rpartition("-")[2])
+        values = {0: [(a, -1.0)], 1: [(b, -3.0)], 2: [(c, -0.5)] * 4}[choice]
+        logprobs = tuple(TokenLogprobs(id_, value) for id_, value in values)
+        return [
+            Delta(
+                request_id=request.id,
+                token_ids=tuple(id_ for id_, _ in values),
+                logprobs=logprobs,
+                finish_reason="length",
+            )
+        ]
+
+    async with client(script) as served:
+        response = (await served.complete(best_of=3, n=2)).json()
+        assert [choice["text"] for choice in response["choices"]] == ["cccc", "a"]
+        assert [choice["index"] for choice in response["choices"]] == [0, 1]
+        assert all(choice["logprobs"] is None for choice in response["choices"])
+        assert response["usage"]["completion_tokens"] == 6
+
+
+async def test_latencies_are_counted_per_token(client: Any) -> None:
+    async with client(lambda request: say(request, [5], [6, 7, 8], [9, 10])) as served:
+        await served.complete()
+        assert served.metric("pilotfish_time_to_first_token_seconds_count") == 1
+        assert served.metric("pilotfish_inter_token_latency_seconds_count") == 5
+        assert served.metric("pilotfish_request_duration_seconds_count") == 1
+        rate = served.metric("pilotfish_request_decode_tokens_per_second_sum")
+        gaps = served.metric("pilotfish_inter_token_latency_seconds_sum")
+        assert rate == pytest.approx(5 / gaps, rel=0.05)
+
+
+async def test_an_engine_that_makes_no_steps_is_not_ready(client: Any) -> None:
+    go = asyncio.Event()
+    async with client(lambda request: [go, *say(request, [5])]) as served:
+        running = asyncio.create_task(served.complete())
+        gate = served.app.state.service.gate
+        await until(lambda: gate.in_flight == 1)
+        assert (await served.http.get("/ready")).status_code == 200
+        gate.busy_since -= 100
+        response = await served.http.get("/ready")
+        assert (response.status_code, response.json()["status"]) == (503, "stuck")
+        go.set()
+        await running
+        assert (await served.http.get("/ready")).status_code == 200
