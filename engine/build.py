@@ -55,9 +55,7 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
     if draft is not None:
         pool = BlockPool(num_blocks, config.block_size, config.prefix_caching)
         keep_probs = config.verification == "rejection"
-        drafters.append(
-            DraftModelDrafter(runner(draft), pool, eos_token_ids, config.max_batch_tokens, keep_probs)
-        )
+        drafters.append(DraftModelDrafter(runner(draft), pool, eos_token_ids, config.max_batch_tokens, keep_probs))
     speculator = Speculator(drafters, config.num_draft_tokens, max_model_len)
     verifier = RejectionVerifier if config.verification == "rejection" else CoupledVerifier
     info = EngineInfo(
@@ -87,7 +85,7 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
 def _check_draft(target: ModelConfig, draft: ModelConfig, name: str) -> None:
     if draft.vocab_size != target.vocab_size:
         raise ConfigError(
-            f"draft_model {name!r} has a vocabulary of {draft.vocab_size} tokens, the target one of {target.vocab_size}: "
+            f"draft_model {name!r} has a vocabulary of {draft.vocab_size} tokens, the target of {target.vocab_size}: "
             "a draft needs the target's own tokenizer"
         )
 

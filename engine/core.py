@@ -117,7 +117,7 @@ class EngineCore:
                 sequence, known = planned.sequence, planned.sequence.prompt_logprobs
                 if not known:
                     known.append(None)  # nothing predicts the first token
-                # Row i of the span predicts the token at start + i + 1; a preempted sequence knows some of them already.
+                # Row i of the span predicts the token at start + i + 1; a preempted sequence knows some already.
                 first, stop = len(known), min(planned.stop + 1, sequence.prompt_len)
                 if first < stop:
                     offset = row + first - planned.start - 1
@@ -222,7 +222,9 @@ class EngineCore:
             waiting=len(self._scheduler.waiting),
             rows=plan.rows,
             prompt_tokens=sum(
-                max(0, min(p.stop, p.sequence.prompt_len) - p.start) for p in plan.spans if p.start < p.sequence.prompt_len
+                max(0, min(p.stop, p.sequence.prompt_len) - p.start)
+                for p in plan.spans
+                if p.start < p.sequence.prompt_len
             ),
             generated_tokens=sum(len(delta.token_ids) for delta in deltas),
             drafted=drafted,

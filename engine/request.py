@@ -102,15 +102,19 @@ def check_request(request: Request, info: EngineInfo) -> None:
     if length + 1 > limit:
         raise ParameterError(
             "prompt",
-            f"the prompt has {length} tokens, but this model's context is {limit} tokens, of which the answer needs at least 1",
+            f"the prompt has {length} tokens, but this model's context is {limit} tokens, and the answer needs one",
         )
     low, high = min(request.prompt_ids), max(request.prompt_ids)
     if low < 0 or high >= info.vocab_size:
-        raise ParameterError("prompt", f"token id {low if low < 0 else high} is not between 0 and {info.vocab_size - 1}")
+        raise ParameterError(
+            "prompt", f"token id {low if low < 0 else high} is not between 0 and {info.vocab_size - 1}"
+        )
     for name, ids in (("logit_bias", request.params.logit_bias), ("stop_token_ids", request.params.stop_token_ids)):
         for token in ids:
             if not 0 <= token < info.vocab_size:
-                raise ParameterError(name, f"{name} has token id {token}, which is not between 0 and {info.vocab_size - 1}")
+                raise ParameterError(
+                    name, f"{name} has token id {token}, which is not between 0 and {info.vocab_size - 1}"
+                )
     if request.speculation not in (None, "off", *info.drafters):
         known = ", ".join(repr(name) for name in ("off", *info.drafters))
         raise ParameterError("speculation", f"speculation is {request.speculation!r}, but this server knows {known}")

@@ -45,7 +45,9 @@ class Scheduler:
         self._pool = pool
         self._max_num_seqs = max_num_seqs
         self._max_batch_tokens = max_batch_tokens
-        self.waiting: deque[Sequence] = deque()  # oldest first: admission is in order, so all are younger than the running
+        self.waiting: deque[Sequence] = (
+            deque()
+        )  # oldest first: admission is in order, so all are younger than the running
         self.running: list[Sequence] = []  # oldest first
 
     def add(self, sequence: Sequence) -> None:
@@ -88,7 +90,7 @@ class Scheduler:
         return plan
 
     def _reserve(self, sequence: Sequence, draft: Draft, plan: StepPlan) -> Draft | None:
-        """Blocks for the sequence's next rows: returns the draft there was room for; None if it was preempted itself."""
+        """Blocks for the sequence's next rows: the draft there was room for; None if it was preempted itself."""
         while not sequence.blocks.reserve(len(sequence.tokens) + len(draft.tokens)):
             if draft.tokens:
                 draft = NO_DRAFT  # a draft is a guess: nobody is preempted for it
@@ -116,8 +118,8 @@ class Scheduler:
             sequence = self.waiting[0]
             if sequence.params.prompt_logprobs is None:  # these need every prompt position's logits
                 sequence.computed = sequence.blocks.claim_prefix(sequence.tokens)
-            # The whole prompt's blocks at once, and one for each running sequence's next tokens: a sequence that is let in
-            # is not thrown out again by the next token of an older one.
+            # The whole prompt's blocks at once, and one for each running sequence's next tokens: a sequence that is let
+            # in is not thrown out again by the next token of an older one.
             if not sequence.blocks.reserve(len(sequence.tokens)) or self._pool.available < len(self.running):
                 sequence.blocks.release()
                 sequence.computed = 0

@@ -12,7 +12,7 @@ from engine.sampling.params import SamplingParams
 @dataclass(slots=True, eq=False)
 class Sequence:
     """`tokens` is prompt and answer; the KV cache holds `tokens[:computed]` (and may hold rejected tokens beyond it,
-    which the next step overwrites). A decoding sequence has computed == len(tokens) - 1: the last token is yet to run."""
+    which the next step overwrites). A decoding one has computed == len(tokens) - 1: the last token is yet to run."""
 
     request: Request
     seed: int

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -34,13 +35,15 @@ class Platform:
 
     device: torch.device
     dtype: torch.dtype
-    kernels: Kernels
+    kernels: Kernels[Any]
     attention: AttentionBackend
 
 
 def choose_platform(config: EngineConfig, model: ModelConfig) -> Platform:
-    """Where `model` will compute, its threads set up. Raises ConfigError where the settings ask for what this machine or
-    model cannot do."""
+    """Where `model` will compute, its threads set up.
+
+    Raises ConfigError where the settings ask for what this machine or model cannot do.
+    """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but torch sees no CUDA device here")
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")

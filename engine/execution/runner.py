@@ -22,8 +22,8 @@ class ModelRunner:
     def run(self, spans: Seq[Span]) -> torch.Tensor:
         """Compute the spans in one pass; their keys and values are in the cache afterwards.
 
-        Returns the logits of each span's last `logit_rows` rows, spans in order: (sum of logit_rows, vocab_size), in the
-        model's dtype.
+        Returns the logits of each span's last `logit_rows` rows, spans in order: (sum of logit_rows, vocab_size), in
+        the model's dtype.
         """
         batch = flatten(spans, self._block_size, self._device)
         hidden = self.model.forward(batch.token_ids, batch.positions, batch.attention, self._caches)

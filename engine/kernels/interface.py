@@ -6,7 +6,7 @@ attention over the paged cache has its own interface, `engine.layers.attention`.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -21,22 +21,23 @@ class PreparedLinear(Protocol):
     def out_features(self) -> int: ...
 
 
-class Kernels(Protocol):
+Prepared = TypeVar("Prepared", bound=PreparedLinear)
+
+
+class Kernels(Protocol[Prepared]):
     """All tensors are on one device and of one dtype, positions and ids apart; results are new tensors unless said."""
 
     name: str
 
-    def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PreparedLinear:
+    def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Prepared:
         """Lay out `weight` (out_features, in_features) once, at loading. The caller drops its own copy afterwards."""
         ...
 
-    def linear(
-        self, x: torch.Tensor, weight: PreparedLinear, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, weight: Prepared, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x @ weight.T + bias + residual: (rows, in_features) -> (rows, out_features)."""
         ...
 
-    def embed(self, ids: torch.Tensor, weight: PreparedLinear) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor, weight: Prepared) -> torch.Tensor:
         """Rows of a weight matrix: (rows,) int64 -> (rows, in_features). A tied head is its own embedding."""
         ...
 

@@ -4,8 +4,8 @@ They exist for two properties that a verify pass needs and that general matrix l
 
 - one row's result does not depend, to the last bit, on how many rows are computed with it, so that a verified token is
   the decoded token and not merely close to it;
-- a pass over a handful of rows costs hardly more than a pass over one: weights are read once, in the order in which they
-  lie in memory, and rows share them in registers.
+- a pass over a handful of rows costs hardly more than a pass over one: weights are read once, in the order in which
+  they lie in memory, and rows share them in registers.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class NativeKernels:
     def __init__(self, level: int | None = None) -> None:
         library = load_library()
         if library is None:
-            raise RuntimeError("the native kernels were not built: install with a C compiler, or choose kernels 'torch'")
+            raise RuntimeError(
+                "the native kernels were not built: install with a C compiler, or choose kernels 'torch'"
+            )
         self._library = library
         self._panel = int(library.pilotfish_panel())
         best = int(library.pilotfish_level())

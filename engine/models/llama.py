@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,14 +34,14 @@ class DecoderLayer:
 class LlamaModel:
     """Rows in, hidden states out; `logits` of those rows that are asked for.
 
-    Raises ModelError if `weights` lack a tensor. They are consumed one by one: a fused matrix is laid out as soon as its
-    parts are there, so that the peak is the model and a few tensors.
+    Raises ModelError if `weights` lack a tensor. They are consumed one by one: a fused matrix is laid out as soon as
+    its parts are there, so that the peak is the model and a few tensors.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        kernels: Kernels,
+        kernels: Kernels[Any],
         attention: AttentionBackend,
         weights: Iterable[tuple[str, torch.Tensor]],
         max_positions: int,
@@ -123,7 +124,7 @@ _FUSED = {
 class _WeightStore:
     """Collects named tensors, fuses and lays out the matrices. Names are Hugging Face's, less the last part."""
 
-    def __init__(self, config: ModelConfig, kernels: Kernels, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels[Any], device: torch.device) -> None:
         self._kernels, self._device = kernels, device
         self._tensors: dict[str, torch.Tensor] = {}  # norms and biases
         self._parts: dict[str, dict[int, torch.Tensor]] = {}
@@ -158,7 +159,9 @@ class _WeightStore:
     def linear(self, path: str) -> PreparedLinear:
         if path not in self._linears:
             there = sorted(name for name in self._parts if name.startswith(path + "."))
-            raise ModelError(f"the model's files lack tensors of {path!r}" + (f"; only parts of {there} are there" if there else ""))
+            raise ModelError(
+                f"the model's files lack tensors of {path!r}" + (f"; only parts of {there} are there" if there else "")
+            )
         return self._linears.pop(path)
 
 

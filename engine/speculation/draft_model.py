@@ -1,7 +1,7 @@
 """Drafting with a small model of the same vocabulary (arXiv 2211.17192, 2302.01318).
 
-The draft runs through the same ModelRunner, on the same kinds of span, batched over the sequences. It has a block pool and
-KV tensors of its own, so that whatever happens to a draft's cache never touches the target's.
+The draft runs through the same ModelRunner, on the same kinds of span, batched over the sequences. It has a block pool
+and KV tensors of its own, so that whatever happens to a draft's cache never touches the target's.
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ class DraftModelDrafter:
         for i, (drafting, token) in enumerate(zip(active, draw(processed, spans), strict=True)):
             drafting.tokens.append(token)
             if probs is not None:
-                drafting.probs.append(_certain(probs[i], token) if drafting.request.sequence.params.greedy else probs[i])
+                drafting.probs.append(
+                    _certain(probs[i], token) if drafting.request.sequence.params.greedy else probs[i]
+                )
 
     def _next_span(self, drafting: _Drafting) -> Span:
         token, cached = drafting.tokens[-1], drafting.cached

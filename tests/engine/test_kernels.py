@@ -33,7 +33,12 @@ def random(*shape, seed=0):
 @pytest.mark.parametrize("rows", [1, 2, 5, 7, 13, 33, 97, 200])
 @pytest.mark.parametrize(("columns", "size"), [(16, 16), (40, 64), (577, 96), (48, 1536)])
 def test_linear(kernels, rows, columns, size):
-    x, weight, bias, residual = random(rows, size), random(columns, size, seed=1), random(columns, seed=2), random(rows, columns)
+    x, weight, bias, residual = (
+        random(rows, size),
+        random(columns, size, seed=1),
+        random(columns, seed=2),
+        random(rows, columns),
+    )
     prepared = kernels.prepare_linear(weight, bias)
     wanted = (x.double() @ weight.double().T + bias.double() + residual.double()).float()
     got = kernels.linear(x, prepared, residual)

@@ -1,4 +1,4 @@
-"""Promise 2: speculation never changes the text. Whatever drafts, however long, in whatever company: the same tokens."""
+"""Promise 2: speculation never changes the text. Whoever drafts, however much, in whatever company: the same tokens."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -101,7 +101,9 @@ def test_a_mixed_batch(speculative: LLM, vanilla: Callable) -> None:
     assert texts(got) == [vanilla(name)[i] for i, name in enumerate(mixed)]
 
 
-def test_the_target_as_its_own_draft_is_always_right(make: Callable[..., LLM], tiny: Callable[[str], Path], vanilla: Callable) -> None:
+def test_the_target_as_its_own_draft_is_always_right(
+    make: Callable[..., LLM], tiny: Callable[[str], Path], vanilla: Callable
+) -> None:
     llm = make(draft_model=str(tiny("llama")), speculation="draft-model", num_draft_tokens=4)
     for name in PARAMS:
         got = llm.generate(prompts(8), PARAMS[name])
@@ -149,7 +151,9 @@ def test_logprobs_are_the_same_numbers(speculative: LLM, kernels: str) -> None:
         assert len(one.logprobs) == len(one.token_ids)
         if kernels == "native":
             assert one.logprobs == other.logprobs
-        assert [entry.token_id for entry in one.logprobs] == [entry.token_id for entry in other.logprobs] == one.token_ids
+        assert (
+            [entry.token_id for entry in one.logprobs] == [entry.token_id for entry in other.logprobs] == one.token_ids
+        )
 
 
 def test_prompt_logprobs_do_not_depend_on_the_chunks(make: Callable[..., LLM], kernels: str) -> None:
@@ -164,7 +168,9 @@ def test_prompt_logprobs_do_not_depend_on_the_chunks(make: Callable[..., LLM], k
             assert one.prompt_logprobs == other.prompt_logprobs
 
 
-def test_rejection_verification_runs_and_is_exact_where_it_is_greedy(make: Callable[..., LLM], draft: Path, vanilla: Callable) -> None:
+def test_rejection_verification_runs_and_is_exact_where_it_is_greedy(
+    make: Callable[..., LLM], draft: Path, vanilla: Callable
+) -> None:
     llm = make(draft_model=str(draft), speculation="draft-model", verification="rejection")
     assert texts(llm.generate(prompts(8), GREEDY)) == vanilla("greedy")
     sampled = llm.generate(prompts(8), SAMPLED)
