@@ -33,8 +33,8 @@ NO_DRAFT = Draft()
 class Drafter(Protocol):
     """Proposals never change the text, only its speed: a drafter may be wrong, and may propose fewer tokens or none.
 
-    A drafter reads `sequence.tokens` when asked and catches up with what was added since it last saw the sequence; it is
-    not told of acceptance. Tokens that it saw never change (a sequence only grows).
+    A drafter reads `sequence.tokens` when asked and catches up with what was added since it last saw the sequence; it
+    is not told of acceptance. Tokens that it saw never change (a sequence only grows).
     """
 
     name: str
