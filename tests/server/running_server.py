@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ import openai
 import psutil
 
 READY_SECONDS = 60
+
+MODEL = "llama"
+"""What a server of the folder of the fixture tiny_llama calls its model."""
+PROMPT = "The sea was calm and the light on the water"
+MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is light?"}]
+FIXED: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "seed": 5, "extra_body": {"ignore_eos": True}}
+"""A completion that is the same each time, and as long as max_tokens."""
 
 
 class RunningServer:
@@ -45,12 +53,16 @@ class RunningServer:
         except httpx.TransportError:
             return None
 
-    def wait_for(self, path: str, status: int) -> None:
-        deadline = time.monotonic() + READY_SECONDS
-        while self.status(path) != status:
+    def wait_until(self, condition: Callable[[], bool], seconds: float = READY_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.02)
+            time.sleep(0.01)
+
+    def wait_for(self, path: str, status: int) -> None:
+        """Until a GET is answered with this status."""
+        self.wait_until(lambda: self.status(path) == status)
 
     def metric(self, name: str) -> float:
         """A sample of /metrics, by its name and labels as they stand there."""
@@ -74,3 +86,11 @@ class RunningServer:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+
+
+def tokens_of(server: RunningServer, text: str) -> list[int]:
+    """What /tokenize makes of a text."""
+    response = server.http.post("/tokenize", json={"model": MODEL, "prompt": text})
+    assert response.status_code == 200
+    tokens: list[int] = response.json()["tokens"]
+    return tokens

@@ -49,7 +49,7 @@ class Client:
 
 
 @pytest.fixture
-def client(tokenizer: Tokenizer) -> Callable[..., Any]:
+def serving(tokenizer: Tokenizer) -> Callable[..., Any]:
     @asynccontextmanager
     async def opened(script: Script = lambda request: say(request, [1]), **config: Any) -> AsyncIterator[Client]:
         made = Client(tokenizer, script, ServerConfig(**config))
@@ -76,7 +76,7 @@ async def until(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("groups", [[[0], [1], [2], [3]], [[0, 1, 2, 3]], [[0, 1], [2, 3]]])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_stop_string_within_a_delta_cuts_as_it_does_token_by_token(
-    client: Any, tokenizer: Tokenizer, groups: list[list[int]], stream: bool
+    serving: Any, tokenizer: Tokenizer, groups: list[list[int]], stream: bool
 ) -> None:
     ids = tokenizer.encode("light and water", add_special_tokens=False)
     stop = next(i for i, id_ in enumerate(ids) if i >= 2 and len(tokenizer.token(id_)) >= 2)
@@ -87,7 +87,7 @@ async def test_a_stop_string_within_a_delta_cuts_as_it_does_token_by_token(
         return say(request, ids[: stop - 2], *parts, ids[:1])
 
     want = text + tokenizer.token(ids[stop])[:1]
-    async with client(script) as served:
+    async with serving(script) as served:
         response = await served.complete(
             max_tokens=40, stop=[tokenizer.token(ids[stop])[1:]], stream=stream, logprobs=0,
             **({"stream_options": {"include_usage": True}} if stream else {}),
@@ -108,13 +108,13 @@ async def test_a_stop_string_within_a_delta_cuts_as_it_does_token_by_token(
         assert served.metric("pilotfish_requests_total", outcome="stop") == 1
 
 
-async def test_a_stopped_answer_counts_what_was_drafted_for_it(client: Any, tokenizer: Tokenizer) -> None:
+async def test_a_stopped_answer_counts_what_was_drafted_for_it(serving: Any, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("abcdef", add_special_tokens=False)
 
     def script(request: Request) -> list[Delta]:
         return say(request, ids[:1], ids[1:3], ids[3:], drafted=8, accepted=5)
 
-    async with client(script) as served:
+    async with serving(script) as served:
         response = (await served.complete(stop=tokenizer.token(ids[1]))).json()
         assert response["usage"]["completion_tokens"] == 2
         # One delta was looked at, of which one token counts: 8 were drafted for it, at most 1 of them is in the answer.
@@ -127,8 +127,8 @@ async def test_a_stopped_answer_counts_what_was_drafted_for_it(client: Any, toke
 @pytest.mark.parametrize(
     ("state", "code", "retry"), [("starting", "model_loading", True), ("dead", "engine_dead", False)]
 )
-async def test_an_engine_that_is_not_there_is_503(client: Any, state: str, code: str, retry: bool) -> None:
-    async with client() as served:
+async def test_an_engine_that_is_not_there_is_503(serving: Any, state: str, code: str, retry: bool) -> None:
+    async with serving() as served:
         served.engine.state = state
         for response in (await served.complete(), await served.chat(), await served.chat(stream=True)):
             assert response.status_code == 503
@@ -140,9 +140,9 @@ async def test_an_engine_that_is_not_there_is_503(client: Any, state: str, code:
         assert served.metric("pilotfish_requests_total", outcome="refused") == 3
 
 
-async def test_a_closed_gate_lets_in_nobody_but_those_within_finish(client: Any) -> None:
+async def test_a_closed_gate_lets_in_nobody_but_those_within_finish(serving: Any) -> None:
     go = asyncio.Event()
-    async with client(lambda request: [*say(request, [5], [6])[:1], go, *say(request, [5], [6])[1:]]) as served:
+    async with serving(lambda request: [*say(request, [5], [6])[:1], go, *say(request, [5], [6])[1:]]) as served:
         first = asyncio.create_task(served.complete())
         gate = served.app.state.service.gate
         await until(lambda: gate.in_flight == 1)
@@ -158,9 +158,9 @@ async def test_a_closed_gate_lets_in_nobody_but_those_within_finish(client: Any)
         assert await gate.wait_idle(1)
 
 
-async def test_a_full_queue_is_429_until_there_is_room(client: Any) -> None:
+async def test_a_full_queue_is_429_until_there_is_room(serving: Any) -> None:
     go = asyncio.Event()
-    async with client(lambda request: [go, *say(request, [5])], max_queue=1) as served:
+    async with serving(lambda request: [go, *say(request, [5])], max_queue=1) as served:
         running = [asyncio.create_task(served.complete(n=2)), asyncio.create_task(served.complete(stream=True))]
         await until(lambda: len(served.engine.requests) == 3)
         response = await served.complete()
@@ -176,9 +176,9 @@ async def test_a_full_queue_is_429_until_there_is_room(client: Any) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("n", [1, 3])
-async def test_a_client_that_leaves_ends_its_requests(client: Any, stream: bool, n: int) -> None:
+async def test_a_client_that_leaves_ends_its_requests(serving: Any, stream: bool, n: int) -> None:
     never = asyncio.Event()
-    async with client(lambda request: [*say(request, [5], [6])[:1], never], max_queue=9) as served:
+    async with serving(lambda request: [*say(request, [5], [6])[:1], never], max_queue=9) as served:
         sent, left = asyncio.Event(), asyncio.Event()
         body = json.dumps({"model": "tiny", "prompt": "a", "n": n, "stream": stream}).encode()
         asked = False
@@ -205,8 +205,8 @@ async def test_a_client_that_leaves_ends_its_requests(client: Any, stream: bool,
         assert served.metric("pilotfish_requests_total", outcome="abort") == n
 
 
-async def test_an_engine_that_dies_in_mid_stream_ends_the_stream_with_an_error(client: Any) -> None:
-    async with client(lambda request: [*say(request, [5], [6])[:1], EngineDeadError("killed by a test")]) as served:
+async def test_an_engine_that_dies_in_mid_stream_ends_the_stream_with_an_error(serving: Any) -> None:
+    async with serving(lambda request: [*say(request, [5], [6])[:1], EngineDeadError("killed by a test")]) as served:
         *_, last = events(await served.chat(stream=True))
         assert last["error"]["type"] == "server_error"
         assert last["error"]["code"] == "engine_dead"
@@ -217,8 +217,8 @@ async def test_an_engine_that_dies_in_mid_stream_ends_the_stream_with_an_error(c
 
 
 @pytest.mark.parametrize(("reason", "status"), [("abort", 503), ("error", 500)])
-async def test_a_request_that_the_engine_gives_up_is_an_error(client: Any, reason: Any, status: int) -> None:
-    async with client(lambda request: [Delta(request_id=request.id, finish_reason=reason)]) as served:
+async def test_a_request_that_the_engine_gives_up_is_an_error(serving: Any, reason: Any, status: int) -> None:
+    async with serving(lambda request: [Delta(request_id=request.id, finish_reason=reason)]) as served:
         response = await served.complete()
         assert response.status_code == status
         assert response.json()["error"]["type"] == "server_error"
@@ -226,9 +226,9 @@ async def test_a_request_that_the_engine_gives_up_is_an_error(client: Any, reaso
 
 
 async def test_what_nobody_expected_is_500_with_an_id_to_look_for_and_nothing_else(
-    client: Any, caplog: pytest.LogCaptureFixture
+    serving: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with client(lambda request: [ZeroDivisionError("a secret")]) as served:
+    async with serving(lambda request: [ZeroDivisionError("a secret")]) as served:
         with caplog.at_level(logging.ERROR):
             response = await served.complete()
             chunks = events(await served.complete(stream=True))
@@ -243,15 +243,15 @@ async def test_what_nobody_expected_is_500_with_an_id_to_look_for_and_nothing_el
 
 
 @pytest.mark.parametrize("given", ["mine-1.2:3", "a" * 128])
-async def test_a_clients_own_request_id_comes_back(client: Any, given: str) -> None:
-    async with client() as served:
+async def test_a_clients_own_request_id_comes_back(serving: Any, given: str) -> None:
+    async with serving() as served:
         response = await served.http.get("/version", headers={"x-request-id": given})
         assert response.headers["x-request-id"] == given
 
 
 @pytest.mark.parametrize("given", ["", "a" * 129, "two words", "<script>"])
-async def test_a_request_id_that_is_not_sane_is_replaced(client: Any, given: str) -> None:
-    async with client() as served:
+async def test_a_request_id_that_is_not_sane_is_replaced(serving: Any, given: str) -> None:
+    async with serving() as served:
         ids = [
             (await served.http.get(path, headers={"x-request-id": given})).headers["x-request-id"]
             for path in ("/version", "/nowhere")
@@ -261,12 +261,12 @@ async def test_a_request_id_that_is_not_sane_is_replaced(client: Any, given: str
 
 
 @pytest.mark.parametrize("counted", [True, False])
-async def test_a_body_that_is_too_large_is_413(client: Any, counted: bool) -> None:
+async def test_a_body_that_is_too_large_is_413(serving: Any, counted: bool) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(4):
             yield b" " * 50
 
-    async with client(max_body_bytes=100) as served:
+    async with serving(max_body_bytes=100) as served:
         response = await served.http.post("/v1/completions", content=b" " * 200 if counted else chunks())
         assert response.status_code == 413
         assert response.json()["error"]["code"] == "body_too_large"
@@ -274,8 +274,8 @@ async def test_a_body_that_is_too_large_is_413(client: Any, counted: bool) -> No
         assert (await served.complete()).status_code == 200
 
 
-async def test_keys_are_asked_for_everywhere_but_by_probes(client: Any) -> None:
-    async with client(api_key=("one", "zwei-ä")) as served:
+async def test_keys_are_asked_for_everywhere_but_by_probes(serving: Any) -> None:
+    async with serving(api_key=("one", "zwei-ä")) as served:
         for headers in ({}, {"authorization": "Bearer two"}, {"authorization": "one"}, {"authorization": "Bearer "}):
             response = await served.http.post("/v1/completions", content=b"not even read", headers=headers)
             assert response.status_code == 401
@@ -287,8 +287,8 @@ async def test_keys_are_asked_for_everywhere_but_by_probes(client: Any) -> None:
             assert (await served.http.get("/v1/models", headers=headers)).status_code == 200
 
 
-async def test_seeds_and_limits_reach_the_engine(client: Any) -> None:
-    async with client(max_queue=8) as served:
+async def test_seeds_and_limits_reach_the_engine(serving: Any) -> None:
+    async with serving(max_queue=8) as served:
         await served.complete(n=3, seed=11, max_tokens=10**30, top_k=10**30, speculation="off")
         first, *others = served.engine.requests
         assert first.params.seed == 11
@@ -304,7 +304,7 @@ async def test_seeds_and_limits_reach_the_engine(client: Any) -> None:
         assert chat.params.max_tokens == INFO.max_model_len - len(chat.prompt_ids)
 
 
-async def test_best_of_returns_the_likeliest_by_the_mean(client: Any, tokenizer: Tokenizer) -> None:
+async def test_best_of_returns_the_likeliest_by_the_mean(serving: Any, tokenizer: Tokenizer) -> None:
     a, b, c = tokenizer.encode("abc", add_special_tokens=False)
 
     def script(request: Request) -> list[Delta]:
@@ -321,7 +321,7 @@ async def test_best_of_returns_the_likeliest_by_the_mean(client: Any, tokenizer:
             )
         ]
 
-    async with client(script) as served:
+    async with serving(script) as served:
         response = (await served.complete(best_of=3, n=2)).json()
         assert [choice["text"] for choice in response["choices"]] == ["cccc", "a"]
         assert [choice["index"] for choice in response["choices"]] == [0, 1]
@@ -329,8 +329,8 @@ async def test_best_of_returns_the_likeliest_by_the_mean(client: Any, tokenizer:
         assert response["usage"]["completion_tokens"] == 6
 
 
-async def test_latencies_are_counted_per_token(client: Any) -> None:
-    async with client(lambda request: say(request, [5], [6, 7, 8], [9, 10])) as served:
+async def test_latencies_are_counted_per_token(serving: Any) -> None:
+    async with serving(lambda request: say(request, [5], [6, 7, 8], [9, 10])) as served:
         await served.complete()
         assert served.metric("pilotfish_time_to_first_token_seconds_count") == 1
         assert served.metric("pilotfish_inter_token_latency_seconds_count") == 5
@@ -340,9 +340,9 @@ async def test_latencies_are_counted_per_token(client: Any) -> None:
         assert rate == pytest.approx(5 / gaps, rel=0.05)
 
 
-async def test_an_engine_that_makes_no_steps_is_not_ready(client: Any) -> None:
+async def test_an_engine_that_makes_no_steps_is_not_ready(serving: Any) -> None:
     go = asyncio.Event()
-    async with client(lambda request: [go, *say(request, [5])]) as served:
+    async with serving(lambda request: [go, *say(request, [5])]) as served:
         running = asyncio.create_task(served.complete())
         gate = served.app.state.service.gate
         await until(lambda: gate.in_flight == 1)

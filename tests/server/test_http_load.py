@@ -1,0 +1,81 @@
+"""A real server with many clients, with clients that leave, and what its metrics tell of it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+from running_server import FIXED, MODEL, PROMPT, RunningServer
+
+
+async def test_64_requests_at_once_get_the_answers_they_get_alone(server: RunningServer) -> None:
+    prompts = [f"{PROMPT} {i % 8}" for i in range(64)]
+    async with server.async_client() as client:
+
+        async def ask(i: int) -> str:
+            asked: dict[str, Any] = {"model": MODEL, "prompt": prompts[i], "max_tokens": 8, "seed": i % 8}
+            if i % 2:
+                return (await client.completions.create(**asked)).choices[0].text
+            stream = await client.completions.create(**asked, stream=True)
+            return "".join([chunk.choices[0].text async for chunk in stream])
+
+        together = await asyncio.gather(*(ask(i) for i in range(64)))
+        alone = [await ask(i) for i in range(8)]
+    assert together == alone * 8
+    assert server.metric("pilotfish_sequences_running") == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_blocks(server: RunningServer, stream: bool) -> None:
+    aborted = server.metric('pilotfish_requests_total{outcome="abort"}')
+    body = {"model": MODEL, "prompt": [7] * 300, "max_tokens": 1700, "ignore_eos": True, "stream": stream, "n": 2}
+    body["speculation"] = "off"
+    with httpx.Client(base_url=server.url) as http:
+        if stream:
+            with http.stream("POST", "/v1/completions", json=body) as response:
+                lines = response.iter_lines()
+                assert next(lines).startswith("data: ")
+                assert server.metric("pilotfish_kv_blocks_used") >= 300 / 16
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                http.post("/v1/completions", json=body, timeout=0.5)
+    server.wait_until(lambda: server.metric("pilotfish_kv_blocks_used") == 0, seconds=3)
+    assert server.metric("pilotfish_sequences_running") == 0
+    assert server.metric('pilotfish_requests_total{outcome="abort"}') == aborted + 2
+
+
+def test_metrics_tell_of_what_was_done(server: RunningServer, client: openai.OpenAI) -> None:
+    names = (
+        "pilotfish_generated_tokens_total",
+        "pilotfish_prompt_tokens_total",
+        'pilotfish_requests_total{outcome="length"}',
+        'pilotfish_requests_total{outcome="refused"}',
+        "pilotfish_time_to_first_token_seconds_count",
+        "pilotfish_inter_token_latency_seconds_count",
+        "pilotfish_request_queue_seconds_count",
+        'pilotfish_drafted_tokens_total{drafter="ngram"}',
+        'pilotfish_accepted_tokens_total{drafter="ngram"}',
+    )
+    before = [server.metric(name) for name in names]
+    completion = client.completions.create(**FIXED | {"prompt": [9, 8, 7] * 5, "max_tokens": 20})
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model=MODEL, prompt=PROMPT, temperature=9)
+    timings = (completion.model_extra or {})["timings"]
+    prompt_tokens = 15 - timings["cached_tokens"]
+    grown = [server.metric(name) - old for name, old in zip(names, before, strict=True)]
+    assert grown == [20, prompt_tokens, 1, 1, 1, 19, 1, timings["drafted_tokens"], timings["accepted_tokens"]]
+    assert server.metric("pilotfish_kv_blocks_total") > 100
+    for phase in ("plan", "draft", "forward", "sample", "commit"):
+        name = f'pilotfish_step_phase_seconds_count{{phase="{phase}"}}'
+        assert server.metric(name) == server.metric("pilotfish_engine_steps_total")
+
+
+def test_the_api_process_holds_no_torch(server: RunningServer) -> None:
+    libraries = [entry.path for entry in psutil.Process(server.process.pid).memory_maps()]
+    assert libraries
+    assert not [path for path in libraries if "torch" in path]
+    assert [entry.path for entry in server.engine.memory_maps() if "torch" in entry.path]  # so they are to be seen
