@@ -9,17 +9,24 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.execution.loader import Platform, Progress, load_model
 from engine.execution.runner import ModelRunner
+from engine.execution.spans import Span
 from engine.memory import kv_cache
 from engine.memory.block_pool import BlockPool
 from engine.memory.free import free_memory
 from engine.models.config import ModelConfig
-from engine.models.llama import LlamaModel
+from engine.models.interface import Model
 from engine.request import EngineInfo
+from engine.speculation.controller import Controller
 from engine.speculation.draft_model import DraftModelDrafter
 from engine.speculation.drafter import Drafter
 from engine.speculation.ngram import NgramDrafter
+from engine.speculation.prediction import PredictionDrafter
 from engine.speculation.speculator import Speculator
+from engine.speculation.suffix import SuffixDrafter
 from engine.speculation.verify import CoupledVerifier, RejectionVerifier, Verifier
+
+CALIBRATED = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+"""Rows of the passes that are timed at start: as many as decoding and verification have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +51,28 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
     num_blocks = _block_count(config, models, platform)
     max_model_len = _max_model_len(config, target.config, num_blocks)
 
-    def runner(model: LlamaModel) -> ModelRunner:
+    def runner(model: Model) -> ModelRunner:
         caches = kv_cache.allocate(
             model.config, platform.attention, num_blocks, config.block_size, platform.dtype, platform.device
         )
         return ModelRunner(model, caches, config.block_size, platform.device)
 
     eos_token_ids = target.config.eos_token_ids
-    drafters: list[Drafter] = [NgramDrafter(config.ngram_max, config.ngram_min)]
+    drafters: list[Drafter] = [
+        NgramDrafter(config.ngram_max, config.ngram_min),
+        SuffixDrafter(),
+        PredictionDrafter(),
+    ]
     if draft is not None:
         pool = BlockPool(num_blocks, config.block_size, config.prefix_caching)
         keep_probs = config.verification == "rejection"
         drafters.append(DraftModelDrafter(runner(draft), pool, eos_token_ids, config.max_batch_tokens, keep_probs))
-    speculator = Speculator(drafters, config.num_draft_tokens, max_model_len)
+    target_runner = runner(target)
+    controller = None
+    if config.adaptive_drafts:
+        controller = Controller()
+        controller.target.calibrate(_calibrate(target_runner, config, progress))
+    speculator = Speculator(drafters, config.num_draft_tokens, max_model_len, controller)
     verifier = RejectionVerifier if config.verification == "rejection" else CoupledVerifier
     info = EngineInfo(
         model=files.name,
@@ -75,11 +91,27 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
     )
     return Engine(
         info=info,
-        runner=runner(target),
+        runner=target_runner,
         pool=BlockPool(num_blocks, config.block_size, config.prefix_caching),
         speculator=speculator,
         verifier=verifier(eos_token_ids),
     )
+
+
+def _calibrate(runner: ModelRunner, config: EngineConfig, progress: Progress) -> dict[int, float]:
+    """Seconds of a pass by rows, each the better of two; what it writes to the cache nobody reads."""
+    counts = [rows for rows in CALIBRATED if rows <= config.max_batch_tokens]
+    seconds: dict[int, float] = {}
+    for i, rows in enumerate(counts):
+        spans = [Span([0] * rows, 0, [0] * -(-rows // config.block_size), logit_rows=rows)]
+        times = []
+        for _ in range(2):
+            begin = time.perf_counter()
+            runner.run(spans)
+            times.append(time.perf_counter() - begin)
+        seconds[rows] = min(times)
+        progress("measuring", (i + 1) / len(counts))
+    return seconds
 
 
 def _check_draft(target: ModelConfig, draft: ModelConfig, name: str) -> None:

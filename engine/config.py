@@ -15,7 +15,7 @@ from engine.errors import ConfigError
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
 
-Speculation = Literal["none", "ngram", "draft-model"]
+Speculation = Literal["none", "ngram", "suffix", "draft-model"]
 Verification = Literal["coupled", "rejection"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -33,6 +33,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: DType = "auto"
     """Of weights and KV cache. auto: float32 on the CPU, the checkpoint's own on a GPU."""
     device: DeviceName = "auto"
+    """auto: the GPU if there is one."""
     kernels: KernelsName = "auto"
     """native: this package's own CPU kernels, bit-equal for every batch and span; torch: torch's operators."""
     num_threads: NotNegative = 0
@@ -42,24 +43,32 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Most tokens of prompt and answer together; 0: the model's own limit, or less if the KV cache is smaller."""
     max_num_seqs: Positive = 32
     """Most sequences that run in one step; the others wait."""
-    max_batch_tokens: Positive = 256
+    max_batch_tokens: Positive = 128
     """Token rows of one step: what is left of it by the decoding sequences goes to prefill chunks."""
     block_size: Positive = 16
     """Tokens in a KV-cache block."""
     kv_cache_memory: NotNegative = 0
     """Bytes of the KV cache; 0: `kv_cache_share` of the memory that is free once the weights are loaded."""
     kv_cache_share: Annotated[float, Meta(gt=0, le=1)] = 0.05
+    """See kv_cache_memory."""
     prefix_caching: bool = True
+    """Keep the KV cache of finished requests, as long as there is room, for prompts that begin as they did."""
 
     speculation: Speculation = "ngram"
     """The drafter that a request gets unless it names another (or "off")."""
     draft_model: str | None = None
+    """A model of the same vocabulary as the target's, named as `model` is; loaded if it is given."""
     num_draft_tokens: Positive = 8
     """Most tokens drafted for a sequence in one step."""
+    adaptive_drafts: bool = True
+    """Draft as many tokens as promise the highest goodput, down to none; false: always as many as can be."""
     ngram_max: Positive = 4
     """Longest suffix that the n-gram drafter looks up; it falls back to shorter ones down to `ngram_min`."""
     ngram_min: Positive = 1
+    """Shortest suffix that it looks up."""
     verification: Verification = "coupled"
+    """coupled: the same seed gives the same text with any drafter or none; rejection: more drafted tokens are accepted,
+    but the text of a sampled answer depends on what was drafted."""
 
     seed: NotNegative | None = None
     """Where requests without a seed get theirs from; None: from the operating system."""

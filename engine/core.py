@@ -18,7 +18,7 @@ from engine.errors import ParameterError
 from engine.execution.spans import Span
 from engine.memory.block_table import BlockTable
 from engine.messages import StepStats
-from engine.request import Delta, EngineInfo, FinishReason, Request, RequestStats, check_request
+from engine.request import Delta, EngineInfo, FinishReason, Request, RequestStats, check_request, drafters_of
 from engine.sampling.logprobs import prompt_logprobs
 from engine.sampling.params import MAX_SEED
 from engine.sampling.spans import LogitSpan
@@ -54,12 +54,11 @@ class EngineCore:
         if request.id in self._sequences:
             raise ParameterError("request_id", f"a request with id {request.id!r} is running already")
         seed = request.params.seed if request.params.seed is not None else secrets.randbelow(MAX_SEED)
-        drafter = request.speculation or self.info.default_drafter
         sequence = Sequence(
             request=request,
             seed=seed,
             blocks=BlockTable(self._engine.pool),
-            drafter="none" if drafter == "off" else drafter,
+            drafters=drafters_of(request, self.info.default_drafter),
         )
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
@@ -77,7 +76,7 @@ class EngineCore:
         """Plan, draft, run, verify, commit."""
         engine, clock = self._engine, _Phases()
         with clock.phase("draft"):
-            drafts = engine.speculator.draft(self._scheduler.decoding())
+            drafts = engine.speculator.draft(self._scheduler.decoding(), self._scheduler.prompt_rows())
         with clock.phase("plan"):
             plan = self._scheduler.plan(drafts)
             self._note_admissions(plan)
@@ -86,6 +85,8 @@ class EngineCore:
         with clock.phase("sample"):
             verdicts = self._verify(plan, logits) if logits is not None else []
         with clock.phase("commit"):
+            if plan.spans:
+                engine.speculator.observe_step(plan.rows, clock.seconds["forward"] + clock.seconds["sample"])
             deltas, self._ended = self._ended, []
             deltas += self._commit(plan, verdicts)
         return StepResult(deltas, self._stats(plan, verdicts, deltas, clock.seconds))
@@ -146,15 +147,17 @@ class EngineCore:
     def _commit_tokens(self, planned: PlannedSpan, verdict: Verdict) -> Delta:
         """Append what was drawn, up to a stop; the keys and values of rejected tokens are overwritten later."""
         sequence = planned.sequence
+        self._engine.speculator.observe_tokens(sequence, verdict.tokens)
         first = sequence.output_len == 0
         tokens, reason, stop_token = self._until_stop(sequence, verdict.tokens)
         sequence.tokens.extend(tokens)
         sequence.computed = len(sequence.tokens) - 1
         sequence.blocks.commit(sequence.tokens, sequence.computed)
         sequence.steps += 1
-        drafted, accepted = len(planned.draft.tokens), min(verdict.accepted, len(tokens))
+        drafter, drafted = planned.draft.drafter, len(planned.draft.tokens)
+        accepted = min(verdict.accepted, len(tokens))
         if drafted:
-            sequence.drafted[sequence.drafter] = sequence.drafted.get(sequence.drafter, 0) + drafted
+            sequence.drafted[drafter] = sequence.drafted.get(drafter, 0) + drafted
             sequence.accepted += accepted
         if first:
             sequence.first_token = time.monotonic()
@@ -167,6 +170,7 @@ class EngineCore:
             cached_prompt_tokens=sequence.cached_prompt_tokens if first else 0,
             drafted=drafted,
             accepted=accepted,
+            drafter=drafter,
         )
         return delta if reason is None else self._end(sequence, reason, delta, stop_token)
 
@@ -213,7 +217,7 @@ class EngineCore:
         accepted: dict[str, int] = {}
         for planned, verdict in zip((p for p in plan.spans if p.draws), verdicts, strict=True):
             if planned.draft.tokens:
-                name = planned.sequence.drafter
+                name = planned.draft.drafter
                 drafted[name] = drafted.get(name, 0) + len(planned.draft.tokens)
                 accepted[name] = accepted.get(name, 0) + verdict.accepted
         pool = self._engine.pool

@@ -19,7 +19,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     speculation: str | None = None
-    """None: the engine's default; "off": plain decoding; or a drafter's name."""
+    """None: the prediction's drafter if there is a prediction, else the engine's default; "off": plain decoding; or a
+    drafter's name."""
+    prediction_ids: tuple[int, ...] = ()
+    """What the answer is expected to be, as far as that is known."""
     arrival: float = 0.0
     """time.monotonic() when the client's request came in (one clock for all processes of a machine)."""
 
@@ -68,6 +71,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens drafted for this step, and how many of token_ids were among them: a client that stops in mid-stream, at a
     stop string, gets no stats."""
     accepted: int = 0
+    drafter: str = ""
+    """Who drafted them; "" if nothing was."""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     """The end-of-text or stop token that ended it: the last of token_ids, and not part of the text."""
@@ -104,13 +109,16 @@ def check_request(request: Request, info: EngineInfo) -> None:
             "prompt",
             f"the prompt has {length} tokens, but this model's context is {limit} tokens, and the answer needs one",
         )
-    low, high = min(request.prompt_ids), max(request.prompt_ids)
-    if low < 0 or high >= info.vocab_size:
-        raise ParameterError(
-            "prompt", f"token id {low if low < 0 else high} is not between 0 and {info.vocab_size - 1}"
-        )
-    for name, ids in (("logit_bias", request.params.logit_bias), ("stop_token_ids", request.params.stop_token_ids)):
-        for token in ids:
+    for name, ids in (("prompt", request.prompt_ids), ("prediction", request.prediction_ids)):
+        low, high = min(ids, default=0), max(ids, default=0)
+        if low < 0 or high >= info.vocab_size:
+            raise ParameterError(
+                name,
+                f"{name} has token id {low if low < 0 else high}, which is not between 0 and {info.vocab_size - 1}",
+            )
+    params = request.params
+    for name, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        for token in tokens:
             if not 0 <= token < info.vocab_size:
                 raise ParameterError(
                     name, f"{name} has token id {token}, which is not between 0 and {info.vocab_size - 1}"
@@ -118,6 +126,15 @@ def check_request(request: Request, info: EngineInfo) -> None:
     if request.speculation not in (None, "off", *info.drafters):
         known = ", ".join(repr(name) for name in ("off", *info.drafters))
         raise ParameterError("speculation", f"speculation is {request.speculation!r}, but this server knows {known}")
+
+
+def drafters_of(request: Request, default: str) -> tuple[str, ...]:
+    """Who may draft for a request, in their order; `default` is the engine's own drafter, or "off"."""
+    if request.speculation is not None:
+        names = [request.speculation]
+    else:
+        names = ["prediction", default] if request.prediction_ids else [default]
+    return tuple(name for name in names if name != "off")
 
 
 def fan_out(request: Request, count: int, seed: int) -> list[Request]:

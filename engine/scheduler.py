@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from engine.memory.block_pool import BlockPool
 from engine.sequence import Sequence
-from engine.speculation.drafter import NO_DRAFT, Draft
+from engine.speculation.drafter import NO_DRAFT, Draft, shortened
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,13 @@ class Scheduler:
         """The sequences that will draw a token in the next step, and may be drafted for."""
         return [sequence for sequence in self.running if sequence.decoding]
 
+    def prompt_rows(self) -> int:
+        """Rows that the next step will have for prompts, as far as can be said before it is planned."""
+        unread = sum(len(s.tokens) - s.computed for s in self.running if not s.decoding)
+        if len(self.running) < self._max_num_seqs:
+            unread += sum(len(sequence.tokens) for sequence in islice(self.waiting, self._max_num_seqs))
+        return min(unread, self._max_batch_tokens)
+
     def plan(self, drafts: Mapping[Sequence, Draft]) -> StepPlan:
         """The next step's spans; their blocks are reserved. A draft may come out shorter, or not at all."""
         plan = StepPlan()
@@ -76,7 +84,7 @@ class Scheduler:
         for sequence in decoding:
             if sequence not in self.running:
                 continue  # preempted for an older one
-            draft = _shortened(drafts.get(sequence, NO_DRAFT), draft_budget)
+            draft = shortened(drafts.get(sequence, NO_DRAFT), draft_budget)
             if (reserved := self._reserve(sequence, draft, plan)) is not None:
                 draft_budget -= len(reserved.tokens)
                 budget -= len(reserved.tokens)
@@ -128,9 +136,3 @@ class Scheduler:
             self.running.append(sequence)
             plan.admitted.append(sequence)
             budget -= self._chunk(sequence, budget, plan)
-
-
-def _shortened(draft: Draft, limit: int) -> Draft:
-    if len(draft.tokens) <= limit:
-        return draft
-    return Draft(draft.tokens[:limit], None if draft.probs is None else draft.probs[:limit]) if limit > 0 else NO_DRAFT

@@ -17,12 +17,13 @@ class Sequence:
     request: Request
     seed: int
     blocks: BlockTable
-    drafter: str = "none"
-    """The drafter its request asks for, "none" for plain decoding."""
+    drafters: tuple[str, ...] = ()
+    """Who may draft for it: the first that has a proposal does. None for plain decoding."""
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     cached_prompt_tokens: int = 0
     drafted: dict[str, int] = field(default_factory=dict)
+    """Tokens by the drafter that drafted them."""
     accepted: int = 0
     steps: int = 0
     preemptions: int = 0

@@ -1,4 +1,5 @@
-"""The `pilotfish` command. `pilotfish serve` has a flag for each field of EngineConfig and ServerConfig."""
+"""The `pilotfish` command. `pilotfish serve` has a flag for each field of EngineConfig and ServerConfig; the other
+commands are in `server.commands`."""
 
 from __future__ import annotations
 
@@ -6,12 +7,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
 from engine.config import EngineConfig
-from engine.errors import ConfigError, ModelError
+from engine.errors import ConfigError, ModelError, ParameterError
 from server import VERSION
+from server.commands import bench, verify
 from server.config import ServerConfig
 from server.settings import add_flags, load, read_yaml
 
@@ -22,21 +25,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, 1 if it failed, 2 if it was asked for something impossible."""
     options = vars(_parser().parse_args(arguments))
     try:
-        engine_config, config = read_settings(options)
-        # Imported here: --help and mistakes need none of it.
-        from server.console import Console
-        from server.serve import configure_logging, serve
-
-        configure_logging(config.log_level)
-        return serve(engine_config, config, Console())
-    except ConfigError as error:
+        status: int = options["run"](options)
+        return status
+    except (ConfigError, ParameterError) as error:
         print(f"pilotfish: {error}", file=sys.stderr)
         return 2
     except ModelError as error:
         print(f"pilotfish: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # while files are downloaded: nothing is running yet
+    except KeyboardInterrupt:  # of serve, while files are downloaded: nothing is running yet
         return 130
+
+
+def _serve(options: dict[str, Any]) -> int:
+    engine_config, config = read_settings(options)
+    # Imported here: --help and mistakes need none of it.
+    from server.console import Console
+    from server.serve import configure_logging, serve
+
+    configure_logging(config.log_level)
+    return serve(engine_config, config, Console())
 
 
 def read_settings(options: dict[str, object]) -> tuple[EngineConfig, ServerConfig]:
@@ -67,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_flags(serve, EngineConfig, "engine")
     add_flags(serve, ServerConfig, "server")
+    serve.set_defaults(run=_serve)
+    bench.add_parser(commands)
+    verify.add_parser(commands)
     return parser
 
 

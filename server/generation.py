@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
@@ -19,6 +20,9 @@ from server.protocol.responses import Timings, Usage
 from server.text import AnswerText, Piece, TokenEntry
 
 logger = logging.getLogger(__name__)
+
+PREDICTION = "prediction"
+"""The drafter whose tokens OpenAI's usage counts."""
 
 
 class Answer:
@@ -35,7 +39,6 @@ class Answer:
         prompt_index: int,
         request: Request,
         text: AnswerText,
-        drafter: str,
         *,
         echo: str = "",
         echo_offsets: Sequence[int] = (),
@@ -45,12 +48,11 @@ class Answer:
         self.index = index
         self.prompt_index = prompt_index
         self.request = request
-        self.drafter = drafter
-        """The one that this request gets; "off" for none."""
         self.finish_reason: str | None = None
         self.cached_tokens = 0
-        self.drafted_tokens = 0
-        self.accepted_tokens = 0
+        self.drafted: Counter[str] = Counter()
+        """Drafted tokens by drafter, and which of them are in the answer."""
+        self.accepted: Counter[str] = Counter()
         self.logprob_sum = 0.0
         self.scheduled: float | None = None
         self.first_token: float | None = None
@@ -106,8 +108,9 @@ class Answer:
         return piece
 
     def _account(self, delta: Delta, kept: int, metrics: Metrics) -> None:
-        self.drafted_tokens += delta.drafted
-        self.accepted_tokens += min(delta.accepted, kept)
+        if delta.drafted:
+            self.drafted[delta.drafter] += delta.drafted
+            self.accepted[delta.drafter] += min(delta.accepted, kept)
         if delta.logprobs is not None:
             self.logprob_sum += sum(token.logprob for token in delta.logprobs[:kept])
         now = time.monotonic()
@@ -191,8 +194,8 @@ def usage(answers: Sequence[Answer]) -> Usage:
     prompts = {answer.prompt_index: answer for answer in reversed(answers)}.values()  # the first answer to each
     prompt_tokens = sum(len(answer.request.prompt_ids) for answer in prompts)
     completion_tokens = sum(answer.tokens for answer in answers)
-    accepted = sum(answer.accepted_tokens for answer in answers)
-    drafted = sum(answer.drafted_tokens for answer in answers)
+    accepted = sum(answer.accepted[PREDICTION] for answer in answers)
+    predicted = sum(answer.drafted[PREDICTION] for answer in answers)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -200,7 +203,7 @@ def usage(answers: Sequence[Answer]) -> Usage:
         "prompt_tokens_details": {"cached_tokens": sum(answer.cached_tokens for answer in prompts)},
         "completion_tokens_details": {
             "accepted_prediction_tokens": accepted,
-            "rejected_prediction_tokens": drafted - accepted,
+            "rejected_prediction_tokens": predicted - accepted,
         },
     }
 
@@ -212,16 +215,15 @@ def timings(answers: Sequence[Answer]) -> Timings:
     first = min((answer.first_token for answer in answers if answer.first_token is not None), default=None)
     decode = None if first is None else max(answer.last_token for answer in answers) - first
     after = sum(answer.tokens - answer.first_tokens for answer in answers)
-    drafted = sum(answer.drafted_tokens for answer in answers)
-    drafters = {answer.drafter for answer in answers if answer.drafted_tokens}
+    drafted = sum((answer.drafted for answer in answers), Counter[str]())
     return {
         "queue_ms": None if scheduled is None else _ms(scheduled - arrival),
         "ttft_ms": None if first is None else _ms(first - arrival),
         "decode_ms": None if decode is None else _ms(decode),
         "tokens_per_second": round(after / decode, 3) if decode and after else None,
-        "drafter": drafters.pop() if drafters else "none",
-        "drafted_tokens": drafted,
-        "accepted_tokens": sum(answer.accepted_tokens for answer in answers),
+        "drafter": max(drafted, key=lambda name: drafted[name], default="none"),
+        "drafted_tokens": drafted.total(),
+        "accepted_tokens": sum(answer.accepted.total() for answer in answers),
         "cached_tokens": usage(answers)["prompt_tokens_details"]["cached_tokens"],
     }
 

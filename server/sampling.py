@@ -61,9 +61,13 @@ def check_streaming(body: GenerationRequest) -> None:
         raise bad_parameter("stream_options", "stream_options is only allowed with stream: true")
 
 
-def drafter_of(body: GenerationRequest, info: EngineInfo) -> str:
-    """The drafter that a request gets."""
-    return body.speculation or info.default_drafter
+def check_prediction(body: GenerationRequest, answers: int) -> None:
+    """Raise ApiError 400 for a prediction where there is more than one answer, as OpenAI does."""
+    if body.prediction is not None and answers > 1:
+        raise bad_parameter(
+            "prediction",
+            f"prediction is for one answer, but this request asks for {answers}: leave it out, or ask for 1",
+        )
 
 
 def _given(value: float | None, default: float) -> float:

@@ -90,6 +90,10 @@ class Service:
         except ParameterError as error:
             raise ParameterError(param, error.message) from error
 
+    async def prediction(self, text: str | None) -> tuple[int, ...]:
+        """Token ids of what the client says that an answer will be: it stands in the middle of a text."""
+        return await self.encode(text, "prediction", add_special_tokens=False) if text else ()
+
     def render(
         self, messages: list[Message], add_generation_prompt: bool = True, variables: dict[str, Any] | None = None
     ) -> str:

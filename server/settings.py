@@ -12,7 +12,7 @@ import difflib
 import inspect
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -75,10 +75,14 @@ def settings_of(config: type[msgspec.Struct]) -> tuple[Setting, ...]:
     )
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type[msgspec.Struct], title: str) -> None:
-    """A flag for each field. One that is not given leaves nothing in the namespace (see `load`)."""
+def add_flags(
+    parser: argparse.ArgumentParser, config: type[msgspec.Struct], title: str, omit: Container[str] = ()
+) -> None:
+    """A flag for each field but those in `omit`. One that is not given leaves nothing in the namespace (see `load`)."""
     group = parser.add_argument_group(title)
     for setting in settings_of(config):
+        if setting.name in omit:
+            continue
         options: dict[str, Any] = {"dest": setting.name, "default": argparse.SUPPRESS, "help": _help(setting)}
         match setting.type:
             case msgspec.inspect.BoolType():

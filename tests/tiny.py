@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -72,6 +74,24 @@ _KINDS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 8}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32, "num_hidden_layers": 3}),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            "hidden_size": 96,  # its root is not a round number
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 8,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 KINDS = tuple(_KINDS)
 
@@ -104,12 +124,19 @@ def build_model(kind: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMode
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.2 * noise)
+                parameter.copy_(_gemma3_norm(name, noise) if kind == "gemma3" else 1 + 0.2 * noise)
             elif name.endswith("bias") or "embed_tokens" in name or "lm_head" in name:
                 parameter.copy_(0.5 * noise)
             else:
                 parameter.copy_(noise * 1.5 * parameter.shape[1] ** -0.5)
     return model
+
+
+def _gemma3_norm(name: str, noise: torch.Tensor) -> torch.Tensor:
+    """One less than what the norm multiplies by, in steps that survive adding one and taking it off again. The norms
+    behind a layer's parts are large: the embedding, which is scaled up, would drown the layers otherwise."""
+    after = ".post_attention_" in name or ".post_feedforward_" in name
+    return ((7.0 if after else 0.0) + 0.2 * noise).mul(1024).round() / 1024
 
 
 @cache

@@ -27,6 +27,11 @@ _PARTS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_GEMMA3_PARTS = _PARTS | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 
 def write_gguf(
@@ -47,7 +52,10 @@ def write_gguf(
     `tokenizer` (byte-level BPE) the file has it and the tiny models' chat template, else tokens without meaning.
     """
     config = model.config
-    arch = {"mistral": "llama"}.get(config.model_type, config.model_type)
+    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
+    rope = config.rope_parameters
+    if arch == "gemma3":
+        rope = rope["full_attention"]
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -58,11 +66,13 @@ def write_gguf(
     writer.add_key_length(head_dim(model))
     writer.add_value_length(head_dim(model))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_rope_dimension_count(head_dim(model))
-    if config.rope_parameters["rope_type"] == "linear":
+    if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+        writer.add_rope_scaling_factor(rope["factor"])
+    if arch == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
     _add_vocabulary(writer, config.vocab_size, tokenizer, add_bos)
     for name, value in (metadata or {}).items():
         add = writer.add_string if isinstance(value, str) else writer.add_uint32
@@ -76,7 +86,9 @@ def write_gguf(
             values = interleaved(values, config.num_attention_heads)
         elif arch == "llama" and ".k_proj." in name:
             values = interleaved(values, config.num_key_value_heads)
-        tensors[gguf_name(name)] = values
+        elif arch == "gemma3" and name.endswith("norm.weight"):
+            values = values + 1
+        tensors[gguf_name(name, arch)] = values
     if rope_factors is not None:
         tensors["rope_freqs.weight"] = np.array(rope_factors, dtype=np.float32)
     for name, values in (tensors | dict(replaced or {})).items():
@@ -116,14 +128,15 @@ def head_dim(model: PreTrainedModel) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, arch: str = "llama") -> str:
     top = {"model.embed_tokens.": "token_embd.", "model.norm.": "output_norm.", "lm_head.": "output."}
     for prefix, short in top.items():
         if name.startswith(prefix):
             return short + name.removeprefix(prefix)
     _, _, layer, rest = name.split(".", 3)
     module, _, kind = rest.rpartition(".")
-    return f"blk.{layer}.{_PARTS[module]}.{kind}"
+    parts = _GEMMA3_PARTS if arch == "gemma3" else _PARTS
+    return f"blk.{layer}.{parts[module]}.{kind}"
 
 
 def interleaved(values: np.ndarray, heads: int) -> np.ndarray:

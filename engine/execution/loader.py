@@ -19,9 +19,11 @@ from engine.layers.attention.interface import AttentionBackend
 from engine.layers.attention.native import NativeAttention
 from engine.layers.attention.torch import TorchAttention
 from engine.models.config import ModelConfig
-from engine.models.llama import LlamaModel
+from engine.models.interface import Model
+from engine.models.registry import model_class
 from engine.weights import iter_weights, read_config
 from engine.weights.catalog import ModelFiles, resolve
+from engine.weights.names import expected_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ def thread_count(config: EngineConfig) -> int:
 
 def load_model(
     name: str, platform: Platform | None, config: EngineConfig, max_positions: int, progress: Progress
-) -> tuple[LlamaModel, Platform, ModelFiles]:
+) -> tuple[Model, Platform, ModelFiles]:
     """Read a model's weights onto its device. `platform` None: the one that `config` chooses for this model.
 
     `max_positions` 0: as many as the model was made for. Raises ModelError, ConfigError.
@@ -100,13 +102,13 @@ def load_model(
     platform = platform or choose_platform(config, shape)
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        total = 3 + 9 * shape.num_layers  # about: only for the progress shown
+        total = len(expected_shapes(shape))
         for i, item in enumerate(iter_weights(files, shape, platform.dtype)):
             yield item
-            progress(f"loading {files.name}", min(1.0, (i + 1) / total))
+            progress(f"loading {files.name}", (i + 1) / total)
 
     with torch.inference_mode():
-        model = LlamaModel(
+        model = model_class(shape.architecture)(
             shape, platform.kernels, platform.attention, weights(), max_positions or shape.max_position, platform.device
         )
     return model, platform, files

@@ -8,11 +8,11 @@ import torch
 
 from engine.execution.spans import Span, flatten
 from engine.layers.attention.interface import LayerCache
-from engine.models.llama import LlamaModel
+from engine.models.interface import Model
 
 
 class ModelRunner:
-    def __init__(self, model: LlamaModel, caches: list[LayerCache], block_size: int, device: torch.device) -> None:
+    def __init__(self, model: Model, caches: list[LayerCache], block_size: int, device: torch.device) -> None:
         self.model = model
         self._caches = caches
         self._block_size = block_size

@@ -56,3 +56,8 @@ class Kernels(Protocol[Prepared]):
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up of (rows, 2 * size), gate first -> (rows, size)."""
         ...
+
+    def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """gelu(gate) * up of (rows, 2 * size), gate first -> (rows, size), by the tanh approximation of GELU
+        (arXiv 1606.08415)."""
+        ...

@@ -34,8 +34,8 @@ struct rms_norm {
   float eps;
 };
 
-struct silu_mul {
-  const float *gate_up;
+struct gated {
+  const float *gate_up; /* rows x (size of the gate, size of what it lets through) */
   float *out;
   int64_t size;
 };
@@ -169,8 +169,13 @@ EXPORT void pilotfish_rms_norm(int level, const float *x, int64_t row_stride, in
 }
 
 EXPORT void pilotfish_silu_mul(int level, const float *gate_up, float *out, int64_t rows, int64_t size) {
-  const struct silu_mul a = {gate_up, out, size};
+  const struct gated a = {gate_up, out, size};
   parallel_for(rows, rows * size * 4, PICK(level, silu_mul), &a);
+}
+
+EXPORT void pilotfish_gelu_mul(int level, const float *gate_up, float *out, int64_t rows, int64_t size) {
+  const struct gated a = {gate_up, out, size};
+  parallel_for(rows, rows * size * 5, PICK(level, gelu_mul), &a);
 }
 
 EXPORT void pilotfish_rotate(int level, float *x, int64_t row_stride, const int64_t *positions, const float *cos_sin,

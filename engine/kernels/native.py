@@ -18,6 +18,8 @@ from functools import cache
 
 import torch
 
+from engine.errors import ConfigError
+
 VECTOR = 16
 """Floats in the widest vector register: sizes of norms, gates and heads must be multiples of it."""
 
@@ -48,12 +50,15 @@ def load_library() -> ctypes.CDLL | None:
         "linear": (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64),
         "rms_norm": (c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_float),
         "silu_mul": (c_int, c_void_p, c_void_p, c_int64, c_int64),
+        "gelu_mul": (c_int, c_void_p, c_void_p, c_int64, c_int64),
         "rotate": (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64),
         "write_cache": (c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64),
         "attend": (c_int, POINTER(AttentionArguments)),
     }
     for name, arguments in signatures.items():
-        function = getattr(library, f"pilotfish_{name}")
+        function = getattr(library, f"pilotfish_{name}", None)
+        if function is None:
+            raise ConfigError(f"{spec.origin} was compiled from older sources: install the package again")
         function.argtypes, function.restype = arguments, None
     return library
 
@@ -145,6 +150,12 @@ class NativeKernels:
         rows, double = gate_up.shape
         out = torch.empty(rows, double // 2)
         self._library.pilotfish_silu_mul(self.level, gate_up.data_ptr(), out.data_ptr(), rows, double // 2)
+        return out
+
+    def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        rows, double = gate_up.shape
+        out = torch.empty(rows, double // 2)
+        self._library.pilotfish_gelu_mul(self.level, gate_up.data_ptr(), out.data_ptr(), rows, double // 2)
         return out
 
     def write_cache(

@@ -155,12 +155,27 @@ TARGET static void NAME(rms_norm)(const void *arguments, int64_t begin, int64_t 
 
 TARGET static void NAME(silu_mul)(const void *arguments, int64_t begin, int64_t end, int thread) {
   (void)thread;
-  const struct silu_mul *a = arguments;
+  const struct gated *a = arguments;
   for (int64_t r = begin; r < end; r++) {
     const float *gate = a->gate_up + r * 2 * a->size, *up = gate + a->size;
     for (int64_t k = 0; k < a->size; k += LANES) {
       const VEC g = NAME(load)(gate + k);
       NAME(store)(a->out + r * a->size + k, g / (1.0f + NAME(exp)(-g)) * NAME(load)(up + k));
+    }
+  }
+}
+
+/* (1 + tanh(y)) / 2 is 1 / (1 + exp(-2y)), without the difference that loses a small tanh's digits: so GELU's tanh
+ * approximation is g / (1 + exp(-2 sqrt(2 / pi) (g + 0.044715 g^3))). */
+TARGET static void NAME(gelu_mul)(const void *arguments, int64_t begin, int64_t end, int thread) {
+  (void)thread;
+  const struct gated *a = arguments;
+  for (int64_t r = begin; r < end; r++) {
+    const float *gate = a->gate_up + r * 2 * a->size, *up = gate + a->size;
+    for (int64_t k = 0; k < a->size; k += LANES) {
+      const VEC g = NAME(load)(gate + k);
+      const VEC y = g * (g * g * -7.135481627e-2f - 1.595769122f);
+      NAME(store)(a->out + r * a->size + k, g / (1.0f + NAME(exp)(y)) * NAME(load)(up + k));
     }
   }
 }

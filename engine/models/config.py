@@ -21,10 +21,10 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The shape of a Llama-family decoder (Llama, SmolLM2, Mistral, Qwen2, Qwen3)."""
+    """The shape of a decoder: the Llama family's (Llama, SmolLM2, Mistral, Qwen2, Qwen3) or Gemma 3's."""
 
     architecture: str
-    """Hugging Face's model_type: "llama", "mistral", "qwen2", "qwen3"."""
+    """A key of `engine.models.registry.MODELS`: "llama", "mistral", "qwen2", "qwen3", "gemma3"."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -42,6 +42,14 @@ class ModelConfig:
     qk_norm: bool = False
     sliding_window: int | None = None
     """Keys that a query sees, itself included; None: all."""
+    sliding_layers: tuple[bool, ...] = ()
+    """For each layer whether it has the sliding window; empty: every layer is as `sliding_window` says."""
+    local_rope: RopeConfig | None = None
+    """Rotary embedding of the layers with a sliding window; None: `rope`, as the others."""
+    attention_scale: float | None = None
+    """What scores are multiplied by before the softmax; None: head_dim ** -0.5."""
+    sandwich_norms: bool = False
+    """Attention and MLP have a norm after them as well."""
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     dtype: str = "float32"

@@ -61,6 +61,7 @@ class DraftModelDrafter:
     """
 
     name = "draft-model"
+    free = False
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class DraftModelDrafter:
             spans = [self._next_span(drafting) for drafting in active]
         drafts = {
             drafting.request.sequence.id: Draft(
-                tuple(drafting.tokens), torch.stack(drafting.probs) if drafting.probs else None
+                tuple(drafting.tokens), torch.stack(drafting.probs) if drafting.probs else None, self.name
             )
             for drafting in finished
         }

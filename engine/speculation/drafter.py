@@ -25,9 +25,22 @@ class Draft:
 
     tokens: tuple[int, ...] = ()
     probs: torch.Tensor | None = None
+    drafter: str = ""
+    evidence: int = 0
+    """How strong the drafter's reason is, in its own classes (the n-gram drafter's: the length of its match)."""
 
 
 NO_DRAFT = Draft()
+
+
+def shortened(draft: Draft, length: int) -> Draft:
+    """The first `length` tokens of a draft."""
+    if len(draft.tokens) <= length:
+        return draft
+    if length <= 0:
+        return NO_DRAFT
+    probs = None if draft.probs is None else draft.probs[:length]
+    return Draft(draft.tokens[:length], probs, draft.drafter, draft.evidence)
 
 
 class Drafter(Protocol):
@@ -38,6 +51,8 @@ class Drafter(Protocol):
     """
 
     name: str
+    free: bool
+    """Its proposals take no time worth counting, so it is asked at every step."""
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
         """One Draft for each of `requests`, in their order."""

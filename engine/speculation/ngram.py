@@ -23,6 +23,7 @@ class NgramDrafter:
     """
 
     name = "ngram"
+    free = True
 
     def __init__(self, ngram_max: int, ngram_min: int) -> None:
         if not 1 <= ngram_min <= ngram_max:
@@ -47,7 +48,7 @@ class NgramDrafter:
         for length, followers in zip(self._lengths, index.followers, strict=True):
             start = followers.get(tuple(tokens[-length:]))
             if start is not None:
-                return Draft(_copy(tokens, start, min(limit, 2 * length + 1)))
+                return Draft(_copy(tokens, start, min(limit, 2 * length + 1)), None, self.name, length)
         return NO_DRAFT
 
     def _catch_up(self, index: _Index, tokens: list[int]) -> None:

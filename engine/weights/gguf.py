@@ -1,4 +1,5 @@
-"""GGUF files of the Llama family: hyper-parameters as a ModelConfig, tensors under Hugging Face's names, dequantized.
+"""GGUF files of the Llama family and Gemma 3: hyper-parameters as a ModelConfig, tensors dequantized under Hugging
+Face's names.
 
 Metadata keys and tensor names are those of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; `gguf_header`
 reads them, the gguf package dequantizes. The tokenizer inside the file is the server's business.
@@ -7,6 +8,7 @@ reads them, the gguf package dequantizes. The tokenizer inside the file is the s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,13 @@ from engine.models.config import ModelConfig, RopeConfig
 from engine.weights.gguf_header import Header, TensorPlace, read_header
 from engine.weights.names import check_names, check_shape, expected_shapes
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 """Mistral's models are "llama" in this format."""
 
 ROPE_FACTORS = "rope_freqs.weight"
+
+CHUNK = 1 << 18
+"""Values that are dequantized at a time: the gguf package's intermediate arrays then stay in the processor's cache."""
 
 _NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
@@ -38,6 +43,11 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+}
+_GEMMA3_LAYER_NAMES = _LAYER_NAMES | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
 }
 
 
@@ -63,6 +73,7 @@ def read_config(path: Path) -> ModelConfig:
             raise ModelError(
                 f"{path}: {architecture}.{name} is {size}, but the engine needs that of a head's keys, {head_dim}"
             )
+    gemma3 = _gemma3(path, values) if architecture == "gemma3" else {}
     return ModelConfig(
         architecture=architecture,
         vocab_size=embedding.shape[0],
@@ -84,6 +95,7 @@ def read_config(path: Path) -> ModelConfig:
         eos_token_ids=eos_token_ids(header.metadata),
         bos_token_id=header.metadata.get("tokenizer.ggml.bos_token_id"),
         dtype=_dtype(header),
+        **gemma3,
     )
 
 
@@ -95,7 +107,8 @@ def eos_token_ids(metadata: dict[str, Any]) -> tuple[int, ...]:
 
 def iter_weights(path: Path, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """See `engine.weights.iter_weights`. Dequantized in float32, then rounded to `dtype`."""
-    places = {_hf_name(name): place for name, place in read_header(path).tensors.items() if not _derived(name)}
+    tensors = read_header(path).tensors
+    places = {_hf_name(name, config): place for name, place in tensors.items() if not _derived(name)}
     shapes = expected_shapes(config)
     check_names(path, places.keys(), shapes.keys())
     with path.open("rb") as file:
@@ -108,6 +121,8 @@ def iter_weights(path: Path, config: ModelConfig, dtype: torch.dtype) -> Iterato
                 tensor = _halves(tensor, config.num_heads)
             elif config.architecture == "llama" and ".k_proj." in name:
                 tensor = _halves(tensor, config.num_kv_heads)
+            elif config.architecture == "gemma3" and name.endswith("norm.weight"):
+                tensor = tensor - 1  # llama.cpp's converter stores what is multiplied by, Hugging Face one less
             yield name, tensor.to(dtype)
 
 
@@ -147,6 +162,31 @@ def _rope(path: Path, header: Header, values: _Values) -> RopeConfig:
     )
 
 
+def _gemma3(path: Path, values: _Values) -> dict[str, Any]:
+    """What only Gemma 3 has. Values that its files leave out are those that llama.cpp's src/models/gemma3.cpp takes."""
+    if (cap := values.get("final_logit_softcapping", 0.0)) != 0.0:
+        raise ModelError(f"{path}: gemma3.final_logit_softcapping is {cap}, but the engine knows Gemma 3 without")
+    layers = values.size("block_count")
+    pattern = values.get("attention.sliding_window_pattern", 6)
+    if values.get("attention.sliding_window", 0) == 0:
+        sliding = (False,) * layers
+    elif isinstance(pattern, int):  # the last of every so many layers sees everything
+        sliding = tuple(pattern == 0 or (i + 1) % pattern != 0 for i in range(layers))
+    else:
+        sliding = tuple(map(bool, pattern))
+    if len(sliding) != layers:
+        raise ModelError(f"{path}: sliding_window_pattern has {len(sliding)} layers, but the model {layers}")
+    local_rope = RopeConfig(theta=float(values.get("rope.freq_base_swa", 10000.0)))
+    # Only the 27B model, which the number of its layers gives away, scales by something else than a head's size.
+    scale = (values.size("embedding_length") // values.size("attention.head_count")) ** -0.5 if layers == 62 else None
+    return {
+        "sliding_layers": sliding,
+        "local_rope": local_rope,
+        "attention_scale": scale,
+        "sandwich_norms": True,
+    }
+
+
 def _dtype(header: Header) -> str:
     """The file's own where it is plain. The quantized ones come from bfloat16 models nearly always, and float16 could
     overflow where those do not."""
@@ -155,11 +195,12 @@ def _dtype(header: Header) -> str:
     return plain.get(next(iter(kinds)), "bfloat16") if len(kinds) == 1 else "bfloat16"
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, config: ModelConfig) -> str:
     """Hugging Face's name of a tensor, or its own if it has none there."""
+    layer_names = _GEMMA3_LAYER_NAMES if config.architecture == "gemma3" else _LAYER_NAMES
     parts = name.split(".")
-    if parts[0] == "blk" and len(parts) == 4 and parts[2] in _LAYER_NAMES:
-        return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
+    if parts[0] == "blk" and len(parts) == 4 and parts[2] in layer_names:
+        return f"model.layers.{parts[1]}.{layer_names[parts[2]]}.{parts[3]}"
     if len(parts) == 2 and parts[0] in _NAMES:
         return f"{_NAMES[parts[0]]}.{parts[1]}"
     return name
@@ -178,13 +219,17 @@ def _dequantized(path: Path, place: TensorPlace, raw: np.ndarray) -> torch.Tenso
         return torch.from_numpy(raw.view(np.float16)).view(place.shape).float()
     if place.kind == Kind.BF16:
         return torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16).view(place.shape).float()
+    width = place.shape[-1]
+    rows, step = raw.reshape(-1, raw.size * width // prod(place.shape)), max(1, CHUNK // width)
+    values = np.empty((len(rows), width), dtype=np.float32)
     try:
-        values = gguf.dequantize(raw.reshape(*place.shape[:-1], -1), place.kind)
+        for i in range(0, len(rows), step):
+            values[i : i + step] = gguf.dequantize(rows[i : i + step], place.kind)
     except NotImplementedError as error:
         raise ModelError(
             f"{path}: tensor {place.name!r} is {place.kind.name}, which the gguf package cannot read"
         ) from error
-    return torch.from_numpy(values)
+    return torch.from_numpy(values).view(place.shape)
 
 
 def _halves(tensor: torch.Tensor, heads: int) -> torch.Tensor:

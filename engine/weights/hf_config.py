@@ -9,7 +9,7 @@ from typing import Any
 from engine.errors import ModelError
 from engine.models.config import ModelConfig, RopeConfig
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma3")
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -26,6 +26,8 @@ def read_config(folder: Path) -> ModelConfig:
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method")
         raise ModelError(f"{path}: the weights are quantized ({method!r}), but must be plain ones, or a GGUF file")
+    if kind in ("gemma3_text", "gemma3"):
+        return _gemma3(folder, path, raw)
     if (activation := raw.get("hidden_act", "silu")) != "silu":
         raise ModelError(f"{path}: hidden_act is {activation!r}, but the engine knows 'silu'")
     hidden, heads = _size(path, raw, "hidden_size"), _size(path, raw, "num_attention_heads")
@@ -69,6 +71,80 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
 _DEFAULT_KV_HEADS: dict[str, int | None] = {"llama": None, "mistral": 8, "qwen2": 32, "qwen3": 32}
 _DEFAULT_HEAD_DIM = {"qwen3": 128}
 _DEFAULT_MAX_POSITION = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+
+
+def _gemma3(folder: Path, path: Path, raw: dict[str, Any]) -> ModelConfig:
+    """Gemma 3 by itself, or the text part of the model that sees images. Its published files leave out much."""
+    text = dict(_GEMMA3_DEFAULTS)
+    for part in (raw, raw.get("text_config") or {}):
+        text.update((name, value) for name, value in part.items() if value is not None)
+    for name, wanted in _GEMMA3_FIXED.items():
+        if (value := text.get(name, wanted)) != wanted:
+            raise ModelError(f"{path}: {name} is {value!r}, but the engine knows Gemma 3 with {wanted!r}")
+    layers, biased = _size(path, text, "num_hidden_layers"), bool(text.get("attention_bias", False))
+    every = text.get("sliding_window_pattern", text.get("_sliding_window_pattern", 6))
+    kinds = text.get("layer_types") or [
+        "sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)
+    ]
+    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        raise ModelError(
+            f"{path}: layer_types is {kinds!r}, but must be 'sliding_attention' or 'full_attention' for {layers} layers"
+        )
+    ropes = text.get("rope_parameters") or {}
+    rope = {"rope_theta": text["rope_theta"], "rope_scaling": text.get("rope_scaling")}
+    local_rope = {"rope_theta": text["rope_local_base_freq"]}
+    eos = text["eos_token_id"]
+    return ModelConfig(
+        architecture="gemma3",
+        vocab_size=_size(path, text, "vocab_size"),
+        hidden_size=_size(path, text, "hidden_size"),
+        intermediate_size=_size(path, text, "intermediate_size"),
+        num_layers=layers,
+        num_heads=_size(path, text, "num_attention_heads"),
+        num_kv_heads=_size(path, text, "num_key_value_heads"),
+        head_dim=_size(path, text, "head_dim"),
+        max_position=_size(path, text, "max_position_embeddings"),
+        rms_norm_eps=text["rms_norm_eps"],
+        rope=_rope(path, rope | {"rope_parameters": ropes.get("full_attention")}),
+        local_rope=_rope(path, local_rope | {"rope_parameters": ropes.get("sliding_attention")}),
+        tie_embeddings=bool(text["tie_word_embeddings"]),
+        qkv_bias=biased,
+        output_bias=biased,
+        qk_norm=True,
+        sliding_window=_size(path, text, "sliding_window"),
+        sliding_layers=tuple(kind == "sliding_attention" for kind in kinds),
+        attention_scale=float(text["query_pre_attn_scalar"]) ** -0.5,
+        sandwich_norms=True,
+        eos_token_ids=eos_token_ids(folder) or (tuple(eos) if isinstance(eos, list) else (eos,)),
+        bos_token_id=text["bos_token_id"],
+        dtype=_dtype(text),
+    )
+
+
+_GEMMA3_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+_GEMMA3_FIXED: dict[str, Any] = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -29,6 +29,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         if config.output_bias:
             shapes[prefix + "self_attn.o_proj.bias"] = (hidden,)
         shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        if config.sandwich_norms:
+            shapes[prefix + "pre_feedforward_layernorm.weight"] = (hidden,)
         for name, size, width in (
             ("gate_proj", inner, hidden),
             ("up_proj", inner, hidden),
@@ -37,6 +39,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}mlp.{name}.weight"] = (size, width)
             if config.mlp_bias:
                 shapes[f"{prefix}mlp.{name}.bias"] = (size,)
+        if config.sandwich_norms:
+            shapes[prefix + "post_feedforward_layernorm.weight"] = (hidden,)
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_embeddings:
         shapes[HEAD] = (config.vocab_size, hidden)

@@ -21,23 +21,39 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Old checkpoints hold the rotary frequencies, which follow from the configuration."""
 
+_SIGHT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+"""The part of Gemma 3 that sees images, which the engine does not use."""
+
 
 def iter_weights(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """See `engine.weights.iter_weights`. The files are mapped, so only the pages in use take memory."""
     with ExitStack() as stack:
         shards = {path: stack.enter_context(_open(path)) for path in _shards(folder)}
-        places = {name: path for path, shard in shards.items() for name in shard.keys()}  # noqa: SIM118
+        places = {
+            _text_name(stored): (path, stored)
+            for path, shard in shards.items()
+            for stored in shard.keys()  # noqa: SIM118
+            if not _SIGHT.match(stored)
+        }
         shapes = expected_shapes(config)
         ignored = {name for name in places if _BUFFER.fullmatch(name)}
         if config.tie_embeddings:
             ignored.add(HEAD)
         check_names(folder, places.keys() - ignored, shapes.keys())
         for name, wanted in shapes.items():
-            tensor = shards[places[name]].get_tensor(name)
-            check_shape(places[name], name, tuple(tensor.shape), wanted)
+            path, stored = places[name]
+            tensor = shards[path].get_tensor(stored)
+            check_shape(path, name, tuple(tensor.shape), wanted)
             if not tensor.is_floating_point():
-                raise ModelError(f"{places[name]}: tensor {name!r} is {tensor.dtype}, but must be a floating-point one")
+                raise ModelError(f"{path}: tensor {name!r} is {tensor.dtype}, but must be a floating-point one")
             yield name, tensor.to(dtype)
+
+
+def _text_name(stored: str) -> str:
+    """The name that a tensor of a model's text part has where the model has no other part."""
+    if stored.startswith("model.language_model."):
+        return "model." + stored.removeprefix("model.language_model.")
+    return stored.removeprefix("language_model.")
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -70,7 +70,6 @@ class ChatRequest(GenerationRequest):
     store: bool | None = None
     service_tier: str | None = None
     parallel_tool_calls: bool | None = None
-    prediction: Any = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     safety_identifier: str | None = None

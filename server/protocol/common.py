@@ -66,8 +66,29 @@ def _neutral(value: Any) -> None:
         raise unsupported("is not supported by this server: leave it out")
 
 
+def _prediction(value: Any) -> str | None:
+    """The predicted text; parts of it follow each other without anything between them."""
+    if value is None:
+        return None
+    form = 'must be an object such as {"type": "content", "content": "the text that is expected"}'
+    if not isinstance(value, dict) or value.keys() != {"type", "content"}:
+        raise wrong(form)
+    if value["type"] != "content":
+        raise wrong(f"has type {value['type']!r}, but it must be 'content'")
+    content = value["content"]
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise wrong(f"{form}, with content a string or a list of text parts")
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise wrong('has a part of its content that is not a text part, such as {"type": "text", "text": "Hello"}')
+    return "".join(part["text"] for part in content)
+
+
 Stops = Annotated[tuple[str, ...], PlainValidator(_stops, json_schema_input_type=str | list[str] | None)]
 LogitBias = Annotated[dict[int, float], PlainValidator(_logit_bias, json_schema_input_type=dict[str, float] | None)]
+Prediction = Annotated[str | None, PlainValidator(_prediction, json_schema_input_type=dict[str, Any] | None)]
 Unsupported = Annotated[Any, AfterValidator(_neutral)]
 """A field that OpenAI knows and this server does not: only null or something empty will do."""
 Choices = Annotated[int | None, Field(ge=1, le=MAX_CHOICES)]
@@ -93,6 +114,8 @@ class GenerationRequest(ApiModel):
     seed: int | None = None
     """The same seed gives the same text, whatever else the server does meanwhile."""
     stop: Stops = ()
+    prediction: Prediction = None
+    """What the answer will be, or nearly: drafted from, so that it comes sooner. Never changes the text."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

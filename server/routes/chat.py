@@ -20,7 +20,7 @@ from server.generation import Answer, follow_all, timings, usage
 from server.logprobs import chat_logprobs
 from server.protocol.chat import ChatRequest
 from server.protocol.responses import ChatChoice, ChatCompletion
-from server.sampling import check_streaming, drafter_of, sampling_params
+from server.sampling import check_prediction, check_streaming, sampling_params
 from server.service import Service, ServiceDependency, check_length
 from server.text import AnswerText, Detokenizer, TokenEntry
 from server.transport import ClientGoneError, EventStream, until_disconnect
@@ -71,6 +71,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, service: S
 
 def _check(body: ChatRequest) -> None:
     check_streaming(body)
+    check_prediction(body, body.choices)
     if body.top_logprobs is not None and not body.logprobs:
         raise bad_parameter("top_logprobs", "top_logprobs is only allowed with logprobs: true")
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
@@ -95,11 +96,18 @@ async def _answers(
         max_tokens_name="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    asked = EngineRequest(id=identity, prompt_ids=ids, params=params, speculation=body.speculation, arrival=arrival)
+    asked = EngineRequest(
+        id=identity,
+        prompt_ids=ids,
+        params=params,
+        speculation=body.speculation,
+        prediction_ids=await service.prediction(body.prediction),
+        arrival=arrival,
+    )
     check_request(asked, info)
     seed = params.seed if params.seed is not None else service.engine.draw_seed()
     return [
-        Answer(i, 0, one, _text(service, body, params.min_tokens), drafter_of(body, info))
+        Answer(i, 0, one, _text(service, body, params.min_tokens))
         for i, one in enumerate(fan_out(asked, body.choices, seed))
     ]
 

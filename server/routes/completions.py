@@ -21,7 +21,7 @@ from server.logprobs import completion_logprobs
 from server.protocol.common import Prompt
 from server.protocol.completions import CompletionRequest
 from server.protocol.responses import Completion, CompletionChoice
-from server.sampling import check_streaming, drafter_of, sampling_params
+from server.sampling import check_prediction, check_streaming, sampling_params
 from server.service import Service, ServiceDependency, check_length
 from server.text import AnswerText, Detokenizer, TokenEntry
 from server.transport import ClientGoneError, EventStream, until_disconnect
@@ -75,6 +75,7 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
 
 def _check(body: CompletionRequest) -> None:
     check_streaming(body)
+    check_prediction(body, len(body.prompt) * (body.best_of or body.choices))
     if body.best_of is not None and body.best_of < body.choices:
         raise bad_parameter("best_of", f"best_of ({body.best_of}) must be at least n ({body.choices})")
     if body.best_of is not None and body.best_of > body.choices and body.stream:
@@ -109,7 +110,14 @@ async def _answers(
         logprobs=0 if body.logprobs is None and ranked else body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
-    asked = EngineRequest(id=identity, prompt_ids=ids, params=params, speculation=body.speculation, arrival=arrival)
+    asked = EngineRequest(
+        id=identity,
+        prompt_ids=ids,
+        params=params,
+        speculation=body.speculation,
+        prediction_ids=await service.prediction(body.prediction),
+        arrival=arrival,
+    )
     check_request(asked, info)
     seed = params.seed if params.seed is not None else service.engine.draw_seed()
     answers = []
@@ -129,7 +137,6 @@ async def _answers(
                 prompt_index,
                 one,
                 text,
-                drafter_of(body, info),
                 echo=echo,
                 echo_offsets=offsets,
                 only_echo=max_tokens == 0,

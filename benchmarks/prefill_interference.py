@@ -1,0 +1,104 @@
+"""What a long prompt costs those who are decoding: their inter-token latency before it arrives, and while it is read.
+
+    python benchmarks/prefill_interference.py --streams 7 --prompt-tokens 6000
+
+Chunked prefill promises that the prompt raises the streams' ITL p99 by no more than the time of one prefill chunk. That
+time is taken from reading a prompt of that length with nobody else there: the slowest of its steps, as later chunks see
+more keys. The streams decode without speculation, so each gap is one step and one token. Runs the engine in this
+process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+
+from engine.core import EngineCore
+from engine.llm import LLM
+from engine.request import Request
+from engine.sampling.params import SamplingParams
+
+STREAM_PROMPT = 64
+"""Tokens of the prompts of those who decode."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--streams", type=int, default=7)
+    parser.add_argument("--prompt-tokens", type=int, default=6000)
+    parser.add_argument("--before", type=int, default=100, help="steps that are timed before the prompt arrives")
+    parser.add_argument("--max-batch-tokens", type=int, default=128, help="token rows of a step")
+    args = parser.parse_args()
+
+    noise = random.Random(1)
+    with LLM(
+        model=args.model, speculation="none", max_batch_tokens=args.max_batch_tokens, kv_cache_memory=1 << 30
+    ) as llm:
+        core = llm.core
+
+        def ask(name: str, length: int, answer: int) -> None:
+            prompt = tuple(noise.randrange(100, llm.info.vocab_size) for _ in range(length))
+            params = SamplingParams(temperature=0.0, max_tokens=answer, ignore_eos=True, seed=1)
+            core.add(Request(id=name, prompt_ids=prompt, params=params))
+
+        ask("alone", args.prompt_tokens, 1)
+        chunks = steps_until(core, "alone", {})
+        room = llm.info.max_model_len - STREAM_PROMPT
+        for i in range(args.streams):
+            ask(f"stream-{i}", STREAM_PROMPT, room)
+        last: dict[str, float] = {}
+        while len(last) < args.streams:  # their prompts are read
+            step(core, last)
+        before = [gap for _ in range(args.before) for gap in step(core, last)[0]]
+        ask("prompt", args.prompt_tokens, 1)
+        during: list[float] = []
+        together = steps_until(core, "prompt", last, during)
+
+    show = "| {} | {} | {:.1f} | {:.1f} | {:.1f} |".format
+    print("| | count | p50, ms | p99, ms | max, ms |\n|---|---|---|---|---|")
+    for name, series in (
+        (f"ITL of {args.streams} streams before", before),
+        (f"ITL while {args.prompt_tokens} tokens are read", during),
+        ("step of a prefill chunk, alone", chunks),
+        ("step of a prefill chunk, with the streams", together),
+    ):
+        print(show(name, len(series), *(1e3 * quantile(series, share) for share in (0.5, 0.99, 1.0))))
+    rise, chunk = quantile(during, 0.99) - quantile(before, 0.99), max(chunks)
+    verdict = "kept" if rise <= chunk else "BROKEN"
+    print(
+        f"\nITL p99 rises by {1e3 * rise:.1f} ms; one prefill chunk takes up to {1e3 * chunk:.1f} ms: promise {verdict}"
+    )
+
+
+def step(core: EngineCore, last: dict[str, float]) -> tuple[list[float], float, set[str]]:
+    """Take a step. Returns each stream's gap since its last token (`last` is brought up to date), the step's seconds,
+    and who has got a token."""
+    start = time.perf_counter()
+    result = core.step()
+    now = time.perf_counter()
+    got = {delta.request_id for delta in result.deltas}
+    gaps = [now - last[name] for name in got if name in last]
+    last.update(dict.fromkeys(got, now))
+    return gaps, now - start, got
+
+
+def steps_until(core: EngineCore, name: str, last: dict[str, float], gaps: list[float] | None = None) -> list[float]:
+    """Seconds of each step up to the one that brings `name` its first token; others' gaps are added to `gaps`."""
+    seconds = []
+    while True:
+        own, took, got = step(core, last)
+        seconds.append(took)
+        if gaps is not None:
+            gaps += own
+        if name in got:
+            return seconds
+
+
+def quantile(series: list[float], share: float) -> float:
+    return sorted(series)[round(share * (len(series) - 1))]
+
+
+if __name__ == "__main__":
+    main()

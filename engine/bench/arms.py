@@ -1,0 +1,37 @@
+"""Arm: one way to serve the same requests. A server has all of them at once, as a request names its drafter itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.errors import ConfigError
+from engine.request import EngineInfo
+from engine.speculation.prediction import PredictionDrafter
+
+VANILLA, AUTO = "vanilla", "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    name: str
+    speculation: str | None
+    """As in Request: None is the engine's default."""
+
+
+def arms_of(names: Sequence[str], info: EngineInfo) -> list[Arm]:
+    """Vanilla, with which everything is compared, and the arms that are named, each once. No names: all there are.
+
+    Raises ConfigError for a name that the engine has no drafter for.
+    """
+    known = {VANILLA: "off", **{name: name for name in info.drafters}}
+    if not names:
+        names = [name for name in known if name != PredictionDrafter.name]  # these prompts bring no predictions
+        if info.default_drafter not in (*info.drafters, "off"):  # else it is one of them already
+            names.append(AUTO)
+    speculation: dict[str, str | None] = {**known, AUTO: None}
+    for name in names:
+        if name not in speculation:
+            listed = ", ".join(repr(each) for each in speculation)
+            raise ConfigError(f"arm is {name!r}, but {info.model} with these settings knows {listed}")
+    return [Arm(name, speculation[name]) for name in dict.fromkeys((VANILLA, *names))]

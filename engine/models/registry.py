@@ -1,0 +1,49 @@
+"""Which class computes which architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from engine.errors import ModelError
+from engine.kernels.interface import Kernels
+from engine.layers.attention.interface import AttentionBackend
+from engine.models.config import ModelConfig
+from engine.models.gemma3 import Gemma3Model
+from engine.models.interface import Model
+from engine.models.llama import LlamaModel
+
+
+class ModelClass(Protocol):
+    """Makes a model of a shape and its weights, which are consumed one by one; positions go up to `max_positions`.
+
+    Raises ModelError if `weights` lack a tensor.
+    """
+
+    def __call__(
+        self,
+        config: ModelConfig,
+        kernels: Kernels[Any],
+        attention: AttentionBackend,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        max_positions: int,
+        device: torch.device,
+    ) -> Model: ...
+
+
+MODELS: Mapping[str, ModelClass] = {
+    "llama": LlamaModel,
+    "mistral": LlamaModel,
+    "qwen2": LlamaModel,
+    "qwen3": LlamaModel,
+    "gemma3": Gemma3Model,
+}
+
+
+def model_class(architecture: str) -> ModelClass:
+    """The class for a ModelConfig's `architecture`. Raises ModelError for one that is not known."""
+    if architecture not in MODELS:
+        raise ModelError(f"the architecture is {architecture!r}, but the engine has {', '.join(MODELS)}")
+    return MODELS[architecture]

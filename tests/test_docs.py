@@ -1,0 +1,149 @@
+"""The documentation's tables against the code, so that neither can change alone; and its links."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+from fastapi.routing import APIRoute
+
+from engine.config import EngineConfig
+from engine.request import EngineInfo
+from server import routes
+from server.cli import read_settings
+from server.config import ServerConfig
+from server.metrics import PHASES, Metrics
+from server.protocol.chat import ChatRequest
+from server.protocol.completions import CompletionRequest
+from server.protocol.responses import Timings
+from server.protocol.tokenization import DetokenizeRequest, TokenizeRequest
+from server.settings import Setting, settings_of
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+
+
+def rows(page: str) -> list[list[str]]:
+    """The cells of all table rows of a page, but for the lines below the heads."""
+    lines = [line for line in (ROOT / "docs" / page).read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|---")]
+
+
+def code(cell: str) -> list[str]:
+    """What stands in backticks."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def test_every_metric_is_documented() -> None:
+    metrics = Metrics()
+    info = dict.fromkeys(("model", "dtype", "device", "kernels"), "")
+    numbers = dict.fromkeys(("vocab_size", "max_model_len", "num_blocks", "block_size", "max_num_seqs"), 1)
+    drafters = {"drafters": ("ngram",), "default_drafter": "ngram"}
+    metrics.ready(EngineInfo(**info, **numbers, **drafters, eos_token_ids=(), load_seconds=0.0))
+    known = {}
+    for family in metrics.registry.collect():
+        if family.name.startswith("pilotfish_"):
+            name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
+            labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+            known[name] = (family.type, labels)
+    documented = {
+        name[0]: (cells[1], set(code(cells[2])))
+        for cells in rows("metrics.md")
+        if (name := code(cells[0])) and len(cells) == 5
+    }
+    assert documented == known
+    (phases,) = (cells[4] for cells in rows("metrics.md") if "step_phase" in cells[0])
+    assert set(code(phases)) == set(PHASES)
+
+
+def flags(setting: Setting) -> list[str]:
+    both = isinstance(setting.type, msgspec.inspect.BoolType)
+    return [setting.flag, f"--no-{setting.flag[2:]}"] if both else [setting.flag]
+
+
+def default(setting: Setting) -> str:
+    if isinstance(setting.type, msgspec.inspect.BoolType):
+        return "on" if setting.default else "off"
+    return "" if setting.default in (None, ()) else f"`{setting.default}`"
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    settings = (*settings_of(EngineConfig), *settings_of(ServerConfig))
+    documented = [(code(flag), value) for flag, value, *_ in rows("configuration.md") if flag.startswith("`--")]
+    assert documented == [(flags(setting), default(setting)) for setting in settings]
+
+
+def test_every_choice_of_a_setting_is_documented() -> None:
+    meanings = {code(flag)[0]: code(rest[-1]) for flag, *rest in rows("configuration.md") if flag.startswith("`--")}
+    for setting in (*settings_of(EngineConfig), *settings_of(ServerConfig)):
+        if isinstance(setting.type, msgspec.inspect.LiteralType):
+            assert set(setting.type.values) <= set(meanings[setting.flag]), setting.flag
+
+
+def test_readmes_options_exist_with_these_defaults() -> None:
+    known = {setting.flag: default(setting) for setting in (*settings_of(EngineConfig), *settings_of(ServerConfig))} | {
+        "--kv-cache-memory": "5 % of what is free",
+        "--api-key": "none",
+    }
+    lines = [line.split("|") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `--")]
+    assert lines
+    for _, names, values, *_ in lines:
+        assert values.strip() == ", ".join(known[flag] for flag in code(names))
+    assert EngineConfig().kv_cache_share == 0.05
+
+
+def test_every_endpoint_is_documented() -> None:
+    modules = [importlib.import_module(f"{routes.__name__}.{name}") for name in ROUTES]
+    known = {
+        (method, re.sub(r"\{.*\}", "{id}", route.path))
+        for module in modules
+        for route in module.router.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods
+    }
+    documented = {(cells[0], code(cells[1])[0]) for cells in rows("http-api.md") if cells[0] in ("GET", "POST")}
+    assert documented == known
+
+
+ROUTES = sorted(path.stem for path in (ROOT / "server" / "routes").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest])
+def test_every_field_of_a_request_is_documented(model: type) -> None:
+    page = (ROOT / "docs" / "http-api.md").read_text()
+    assert [field for field in model.model_fields if f"`{field}`" not in page] == []
+
+
+def test_timings_are_documented() -> None:
+    page = [code(cells[0]) for cells in rows("http-api.md")]
+    assert [field for field in Timings.__annotations__ if [field] not in page] == []
+
+
+def test_every_error_code_is_documented() -> None:
+    documented = {name for cells in rows("http-api.md") for cell in cells[:2] for name in code(cell)}
+    for path in (ROOT / "server").rglob("*.py"):
+        for name in re.findall(r'code="([a-z_]+)"', path.read_text()):
+            assert name in documented, f"{path.name}: {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = re.findall(r"`((?:engine|server|tests|benchmarks|docs|configs)/[\w./-]+)`", page.read_text())
+    for path in named:
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_configs_can_be_read(file: Path) -> None:
+    engine, _ = read_settings({"config": str(file)})
+    assert engine.model == file.stem
