@@ -106,7 +106,9 @@ async def visit(server: Server, chats: list[list[dict[str, str]]], concurrency: 
         async with gate:
             return await ask(client, server, messages, args)
 
-    async with httpx.AsyncClient(timeout=1200, limits=httpx.Limits(max_connections=None)) as client:
+    async with httpx.AsyncClient(
+        timeout=1200, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    ) as client:
         start = time.perf_counter()
         answers = await asyncio.gather(*map(in_turn, chats))
         seconds = time.perf_counter() - start
