@@ -32,6 +32,15 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     drafted: dict[str, int] = {}
     """Tokens verified in this step, by drafter."""
     accepted: dict[str, int] = {}
+    drafted_at: dict[str, tuple[int, ...]] = {}
+    """Of `drafted` and `accepted`, by position in the draft, the first position first."""
+    accepted_at: dict[str, tuple[int, ...]] = {}
+    chosen: dict[str, int] = {}
+    """Decoding sequences by the drafter that was chosen for them in this step; "none" for plain decoding."""
+    predicted_goodput: float = 0.0
+    """Tokens per second that the controller expected of this step with what it chose, and of plain decoding; 0 where
+    nothing was predicted (a step without decoding, or an engine without the controller)."""
+    predicted_plain_goodput: float = 0.0
     preemptions: int = 0
     prefix_queried_tokens: int = 0
     """Prompt tokens of sequences admitted in this step, and how many of them the prefix cache had."""
