@@ -8,6 +8,7 @@ import torch
 
 from engine.execution.spans import Span, flatten
 from engine.layers.attention.interface import LayerCache
+from engine.models.features import FeatureTap
 from engine.models.interface import Model
 
 
@@ -19,14 +20,15 @@ class ModelRunner:
         self._device = device
 
     @torch.inference_mode()
-    def run(self, spans: Seq[Span]) -> torch.Tensor:
-        """Compute the spans in one pass; their keys and values are in the cache afterwards.
+    def run(self, spans: Seq[Span], tap: FeatureTap | None = None) -> torch.Tensor:
+        """Compute the spans in one pass; afterwards their keys and values are in the cache, and all rows' features in
+        `tap`.
 
         Returns the logits of each span's last `logit_rows` rows, spans in order: (sum of logit_rows, vocab_size), in
         the model's dtype.
         """
         batch = flatten(spans, self._block_size, self._device)
-        hidden = self.model.forward(batch.token_ids, batch.positions, batch.attention, self._caches)
+        hidden = self.model.forward(batch.token_ids, batch.positions, batch.attention, self._caches, tap)
         if len(batch.logit_rows) != len(hidden):
             hidden = hidden[batch.logit_rows]
         if not len(hidden):

@@ -6,6 +6,7 @@ attention over the paged cache has its own interface, `engine.layers.attention`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -21,6 +22,17 @@ class PreparedLinear(Protocol):
     def out_features(self) -> int: ...
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """A weight matrix in int8 with a scale for each output: row i is values[i] * scale[i]."""
+
+    values: torch.Tensor  # (out_features, in_features) int8
+    scale: torch.Tensor  # (out_features,) float32
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return (self.values.float() * self.scale.unsqueeze(1)).to(dtype)
+
+
 Prepared = TypeVar("Prepared", bound=PreparedLinear)
 
 
@@ -29,8 +41,12 @@ class Kernels(Protocol[Prepared]):
 
     name: str
 
-    def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Prepared:
-        """Lay out `weight` (out_features, in_features) once, at loading. The caller drops its own copy afterwards."""
+    def prepare_linear(self, weight: torch.Tensor | QuantizedRows, bias: torch.Tensor | None = None) -> Prepared:
+        """Lay out `weight` (out_features, in_features) once, at loading. The caller drops its own copy afterwards.
+
+        A quantized one stays so where the kernels can compute with it: the results are those of `dequantized`, up to
+        rounding. It cannot be embedded from.
+        """
         ...
 
     def linear(self, x: torch.Tensor, weight: Prepared, residual: torch.Tensor | None = None) -> torch.Tensor:

@@ -10,11 +10,16 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "threads.h"
 
 #define PANEL 16      /* columns of a packed panel */
 #define QUERIES 4     /* queries of an attention tile */
 #define ROW_BLOCK 96  /* rows of a block: 96 rows of 1536 floats are 576 KiB, within a second-level cache */
+#define INT8_WIDE 4   /* panels of int8 weights that one thread takes at a time */
 #define PREFETCH 128  /* steps of k, 64 bytes each, that memory is asked ahead: about its latency times its bandwidth */
 
 #define INLINE static inline __attribute__((always_inline))
@@ -23,6 +28,14 @@
 
 struct linear {
   const float *x, *packed, *bias, *residual;
+  float *out;
+  int64_t rows, columns, in;
+};
+
+struct linear_int8 {
+  const float *x;
+  const int8_t *packed;
+  const float *scale, *bias, *residual;
   float *out;
   int64_t rows, columns, in;
 };
@@ -65,12 +78,14 @@ struct attention {
 
 #define SUFFIX _default
 #define TARGET
+#define LOAD_BYTES(p) ((VEC){(p)[0], (p)[1], (p)[2], (p)[3]})
 #define LANES 4
 #define MAX_TILE 4
 #define VALUE_PARTS 2
 #include "native_target.h"
 #undef SUFFIX
 #undef TARGET
+#undef LOAD_BYTES
 #undef LANES
 #undef MAX_TILE
 #undef VALUE_PARTS
@@ -78,24 +93,28 @@ struct attention {
 #if defined(__x86_64__)
 #define SUFFIX _avx2
 #define TARGET __attribute__((target("avx2,fma")))
+#define LOAD_BYTES(p) ((VEC)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p)))))
 #define LANES 8
 #define MAX_TILE 6
 #define VALUE_PARTS 2
 #include "native_target.h"
 #undef SUFFIX
 #undef TARGET
+#undef LOAD_BYTES
 #undef LANES
 #undef MAX_TILE
 #undef VALUE_PARTS
 
 #define SUFFIX _avx512
 #define TARGET __attribute__((target("avx512f,avx512dq,fma")))
+#define LOAD_BYTES(p) ((VEC)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p)))))
 #define LANES 16
 #define MAX_TILE 12
 #define VALUE_PARTS 4
 #include "native_target.h"
 #undef SUFFIX
 #undef TARGET
+#undef LOAD_BYTES
 #undef LANES
 #undef MAX_TILE
 #undef VALUE_PARTS
@@ -160,6 +179,34 @@ EXPORT void pilotfish_linear(int level, const float *x, const float *packed, con
                              height, columns, in};
     parallel_for((columns + PANEL - 1) / PANEL, height * columns * in, PICK(level, linear), &a);
   }
+}
+
+struct pack_int8 {
+  const int8_t *weight;
+  int8_t *packed;
+  int64_t columns, in;
+};
+
+static void pack_int8(const void *arguments, int64_t begin, int64_t end, int thread) {
+  (void)thread;
+  const struct pack_int8 *a = arguments;
+  for (int64_t p = begin; p < end; p++)
+    for (int64_t k = 0; k < a->in; k++)
+      for (int64_t c = 0; c < PANEL; c++)
+        a->packed[(p * a->in + k) * PANEL + c] = p * PANEL + c < a->columns ? a->weight[(p * PANEL + c) * a->in + k] : 0;
+}
+
+/* As pilotfish_pack. */
+EXPORT void pilotfish_pack_int8(const int8_t *weight, int8_t *packed, int64_t columns, int64_t in) {
+  const struct pack_int8 a = {weight, packed, columns, in};
+  parallel_for((columns + PANEL - 1) / PANEL, columns * in, pack_int8, &a);
+}
+
+EXPORT void pilotfish_linear_int8(int level, const float *x, const int8_t *packed, const float *scale, const float *bias,
+                                  const float *residual, float *out, int64_t rows, int64_t columns, int64_t in) {
+  const struct linear_int8 a = {x, packed, scale, bias, residual, out, rows, columns, in};
+  const int64_t panels = (columns + PANEL - 1) / PANEL;
+  parallel_for((panels + INT8_WIDE - 1) / INT8_WIDE, rows * columns * in, PICK(level, linear_int8), &a);
 }
 
 EXPORT void pilotfish_rms_norm(int level, const float *x, int64_t row_stride, int64_t group_stride, const float *weight,

@@ -19,6 +19,7 @@ from functools import cache
 import torch
 
 from engine.errors import ConfigError
+from engine.kernels.interface import QuantizedRows
 
 VECTOR = 16
 """Floats in the widest vector register: sizes of norms, gates and heads must be multiples of it."""
@@ -48,6 +49,8 @@ def load_library() -> ctypes.CDLL | None:
         "pack": (c_void_p, c_void_p, c_int64, c_int64),
         "unpack_rows": (c_void_p, c_void_p, c_void_p, c_int64, c_int64),
         "linear": (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64),
+        "pack_int8": (c_void_p, c_void_p, c_int64, c_int64),
+        "linear_int8": (c_int, *(c_void_p,) * 6, c_int64, c_int64, c_int64),
         "rms_norm": (c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_float),
         "silu_mul": (c_int, c_void_p, c_void_p, c_int64, c_int64),
         "gelu_mul": (c_int, c_void_p, c_void_p, c_int64, c_int64),
@@ -66,6 +69,15 @@ def load_library() -> ctypes.CDLL | None:
 @dataclass(frozen=True, slots=True)
 class NativeLinear:
     packed: torch.Tensor  # (panels, in_features, panel) float32, see pilotfish_pack
+    bias: torch.Tensor | None
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class NativeInt8Linear:
+    packed: torch.Tensor  # (panels, in_features, panel) int8, as NativeLinear's
+    scale: torch.Tensor  # (out_features,) float32
     bias: torch.Tensor | None
     in_features: int
     out_features: int
@@ -92,17 +104,47 @@ class NativeKernels:
             raise ValueError(f"level is {level}, but this processor has 0 to {best}")
         self.level = best if level is None else level
 
-    def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> NativeLinear:
+    def prepare_linear(
+        self, weight: torch.Tensor | QuantizedRows, bias: torch.Tensor | None = None
+    ) -> NativeLinear | NativeInt8Linear:
+        if isinstance(weight, QuantizedRows):
+            return self._prepare_int8(weight, bias)
         weight = _checked(weight).contiguous()
         out_features, in_features = weight.shape
         packed = torch.empty(-(-out_features // self._panel), in_features, self._panel)
         self._library.pilotfish_pack(weight.data_ptr(), packed.data_ptr(), out_features, in_features)
         return NativeLinear(packed, None if bias is None else _checked(bias).contiguous(), in_features, out_features)
 
-    def linear(self, x: torch.Tensor, weight: NativeLinear, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def _prepare_int8(self, weight: QuantizedRows, bias: torch.Tensor | None) -> NativeInt8Linear:
+        values = weight.values.contiguous()
+        out_features, in_features = values.shape
+        packed = torch.empty(-(-out_features // self._panel), in_features, self._panel, dtype=torch.int8)
+        self._library.pilotfish_pack_int8(values.data_ptr(), packed.data_ptr(), out_features, in_features)
+        scale = _checked(weight.scale).contiguous()
+        return NativeInt8Linear(
+            packed, scale, None if bias is None else _checked(bias).contiguous(), in_features, out_features
+        )
+
+    def linear(
+        self, x: torch.Tensor, weight: NativeLinear | NativeInt8Linear, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
         x = x.contiguous()
         rows = x.shape[0]
         out = torch.empty(rows, weight.out_features)
+        if isinstance(weight, NativeInt8Linear):
+            self._library.pilotfish_linear_int8(
+                self.level,
+                x.data_ptr(),
+                weight.packed.data_ptr(),
+                weight.scale.data_ptr(),
+                None if weight.bias is None else weight.bias.data_ptr(),
+                None if residual is None else residual.contiguous().data_ptr(),
+                out.data_ptr(),
+                rows,
+                weight.out_features,
+                weight.in_features,
+            )
+            return out
         self._library.pilotfish_linear(
             self.level,
             x.data_ptr(),
@@ -116,7 +158,9 @@ class NativeKernels:
         )
         return out
 
-    def embed(self, ids: torch.Tensor, weight: NativeLinear) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor, weight: NativeLinear | NativeInt8Linear) -> torch.Tensor:
+        if isinstance(weight, NativeInt8Linear):
+            raise ValueError("an int8 matrix cannot be embedded from")
         out = torch.empty(len(ids), weight.in_features)
         self._library.pilotfish_unpack_rows(
             weight.packed.data_ptr(), ids.data_ptr(), out.data_ptr(), len(ids), weight.in_features

@@ -4,6 +4,7 @@
  *   TARGET    the function attribute that turns the instruction set on
  *   LANES     floats in a vector register
  *   MAX_TILE  rows of a tile of the matrix product: as many accumulators as there are registers for
+ *   LOAD_BYTES(p)  LANES int8 numbers as floats: compilers make a mess of the vector extension's own conversion
  *   VALUE_PARTS  registers of one value row that attention sums at a time, for QUERIES queries at once
  *
  * The rule that everything here keeps: one row's result is computed by the same operations in the same order however many
@@ -95,6 +96,8 @@ TILE(5) TILE(6)
 TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
 #endif
 
+#undef TILE
+
 #define CASE(ROWS)                                                                             \
   case ROWS:                                                                                   \
     NAME(tile##ROWS)(x, in, panel, bias, residual, out, stride, columns, next);                \
@@ -135,6 +138,76 @@ TARGET static void NAME(linear)(const void *arguments, int64_t begin, int64_t en
 }
 
 #undef CASE
+
+/* The same for weights in int8 with a scale for each column: out = (x . panel) * scale (+ bias + residual). Weights are a
+ * quarter of the bytes, so it is the latency of a sum's steps that a few rows wait for: WIDE panels are taken at a time,
+ * `apart` bytes from each other. Each sum keeps its order. */
+INLINE TARGET VEC NAME(load_bytes)(const int8_t *p) { return LOAD_BYTES(p); }
+
+#define TILE(ROWS, WIDE)                                                                                                \
+  INLINE TARGET void NAME(tile_int8_##ROWS##x##WIDE)(const struct linear_int8 *a, int64_t row, int64_t p) {             \
+    const int64_t in = a->in, apart = in * PANEL;                                                                       \
+    const float *x = a->x + row * in;                                                                                   \
+    const int8_t *panel = a->packed + p * apart;                                                                        \
+    VEC acc[ROWS][WIDE][PARTS];                                                                                         \
+    for (int r = 0; r < ROWS; r++)                                                                                      \
+      for (int w = 0; w < WIDE; w++)                                                                                    \
+        for (int j = 0; j < PARTS; j++) acc[r][w][j] = (VEC){0};                                                        \
+    for (int64_t k = 0; k < in; k++)                                                                                    \
+      UNROLL for (int w = 0; w < WIDE; w++) UNROLL for (int j = 0; j < PARTS; j++) {                                    \
+        const VEC b = NAME(load_bytes)(panel + w * apart + PANEL * k + LANES * j);                                      \
+        UNROLL for (int r = 0; r < ROWS; r++) acc[r][w][j] += x[r * in + k] * b;                                        \
+      }                                                                                                                 \
+    for (int r = 0; r < ROWS; r++)                                                                                      \
+      for (int w = 0; w < WIDE; w++)                                                                                    \
+        for (int c = 0; c < PANEL; c++) {                                                                               \
+          const int64_t column = (p + w) * PANEL + c, place = (row + r) * a->columns + column;                          \
+          if (column >= a->columns) break;                                                                              \
+          float y = acc[r][w][c / LANES][c % LANES] * a->scale[column];                                                 \
+          if (a->bias) y += a->bias[column];                                                                            \
+          if (a->residual) y += a->residual[place];                                                                     \
+          a->out[place] = y;                                                                                            \
+        }                                                                                                               \
+  }
+
+TILE(1, 1) TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(1, 4)
+#if LANES == 16 /* and twice as many registers */
+TILE(2, 4) TILE(3, 4) TILE(4, 4)
+#else
+TILE(2, 2)
+#endif
+
+#define CASE(ROWS, WIDE)                                  \
+  if (height == ROWS && last - p >= WIDE) {               \
+    NAME(tile_int8_##ROWS##x##WIDE)(a, row, p);           \
+    p += WIDE;                                            \
+    continue;                                             \
+  }
+
+/* Groups [begin, end) of INT8_WIDE panels. */
+TARGET static void NAME(linear_int8)(const void *arguments, int64_t begin, int64_t end, int thread) {
+  (void)thread;
+  const struct linear_int8 *a = arguments;
+  const int64_t panels = (a->columns + PANEL - 1) / PANEL;
+  for (int64_t group = begin; group < end; group++) {
+    const int64_t first = group * INT8_WIDE, last = first + INT8_WIDE < panels ? first + INT8_WIDE : panels;
+    for (int64_t row = 0, height; row < a->rows; row += height) {
+      height = a->rows - row < 4 ? a->rows - row : 4;
+      for (int64_t p = first; p < last;) {
+        CASE(1, 4)
+#if LANES == 16
+        CASE(2, 4) CASE(3, 4) CASE(4, 4)
+#else
+        CASE(2, 2)
+#endif
+        CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1)
+      }
+    }
+  }
+}
+
+#undef CASE
+#undef TILE
 
 TARGET static void NAME(rms_norm)(const void *arguments, int64_t begin, int64_t end, int thread) {
   (void)thread;
@@ -324,5 +397,4 @@ TARGET static void NAME(attend)(const void *arguments, int64_t begin, int64_t en
 #undef VEC
 #undef IVEC
 #undef PARTS
-#undef TILE
 #undef CASE

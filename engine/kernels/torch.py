@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from engine.kernels.interface import QuantizedRows
+
 
 @dataclass(frozen=True, slots=True)
 class TorchLinear:
@@ -25,7 +27,9 @@ class TorchLinear:
 class TorchKernels:
     name = "torch"
 
-    def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> TorchLinear:
+    def prepare_linear(self, weight: torch.Tensor | QuantizedRows, bias: torch.Tensor | None = None) -> TorchLinear:
+        if isinstance(weight, QuantizedRows):
+            weight = weight.dequantized(torch.float32 if bias is None else bias.dtype)
         return TorchLinear(weight.contiguous(), None if bias is None else bias.contiguous())
 
     def linear(self, x: torch.Tensor, weight: TorchLinear, residual: torch.Tensor | None = None) -> torch.Tensor:

@@ -54,3 +54,26 @@ class ModelConfig:
     bos_token_id: int | None = None
     dtype: str = "float32"
     """The checkpoint's own ("float32", "bfloat16", "float16")."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Eagle3Config:
+    """The shape of an EAGLE-3 draft (arXiv 2503.01840)."""
+
+    decoder: ModelConfig
+    """Its one layer; `vocab_size` is the target's."""
+    draft_vocab_size: int
+    target_hidden_size: int
+    feature_layers: tuple[int, ...]
+    """Whose inputs it reads, as `FeatureTap` numbers them; empty: `default_feature_layers` of the target."""
+    norm_before_residual: bool = False
+    """The residual stream goes on from the normed hidden state, not from the hidden state itself."""
+
+    def features_of(self, target: ModelConfig) -> tuple[int, ...]:
+        """The target's layers that this draft reads."""
+        return self.feature_layers or default_feature_layers(target.num_layers)
+
+
+def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
+    """A low, a middle and a high layer: those that the public EAGLE-3 drafts were trained on unless they say others."""
+    return (2, num_layers // 2, num_layers - 3)

@@ -16,6 +16,7 @@ import torch
 from engine.kernels.interface import Kernels, PreparedLinear
 from engine.layers.attention.interface import AttentionBackend, AttentionBatch, LayerCache
 from engine.models.config import ModelConfig
+from engine.models.features import FeatureTap
 from engine.models.rope import cos_sin_table
 from engine.models.weight_store import WeightStore
 
@@ -94,17 +95,22 @@ class Gemma3Model:
         positions: torch.Tensor,  # (rows,) int64
         batch: AttentionBatch,
         caches: list[LayerCache],
+        tap: FeatureTap | None = None,
     ) -> torch.Tensor:
         """Hidden states after the last layer, before the final norm: (rows, hidden_size)."""
         eps, kernels = self.config.rms_norm_eps, self.kernels
         hidden = kernels.embed(token_ids, self.embedding).mul_(self.embedding_scale)
-        for layer, cache in zip(self.layers, caches, strict=True):
+        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            if tap is not None:
+                tap.take(index, hidden)
             attended = self._attend(layer, kernels.rms_norm(hidden, layer.attention_norm, eps), positions, batch, cache)
             change = kernels.linear(attended, layer.output)
             hidden += kernels.rms_norm(change, layer.post_attention_norm, eps)
             gate_up = kernels.linear(kernels.rms_norm(hidden, layer.mlp_norm, eps), layer.gate_up)
             change = kernels.linear(kernels.gelu_mul(gate_up), layer.down)
             hidden += kernels.rms_norm(change, layer.post_mlp_norm, eps)
+        if tap is not None:
+            tap.take(len(self.layers), hidden)
         return hidden
 
     def _attend(

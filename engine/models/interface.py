@@ -6,13 +6,18 @@ from typing import Protocol
 
 import torch
 
+from engine.kernels.interface import PreparedLinear
 from engine.layers.attention.interface import AttentionBatch, LayerCache
 from engine.models.config import ModelConfig
+from engine.models.features import FeatureTap
 
 
 class Model(Protocol):
     @property
     def config(self) -> ModelConfig: ...
+
+    embedding: PreparedLinear  # (vocab_size, hidden_size)
+    head: PreparedLinear  # the same; the embedding itself where they are tied
 
     def forward(
         self,
@@ -20,9 +25,10 @@ class Model(Protocol):
         positions: torch.Tensor,  # (rows,) int64
         batch: AttentionBatch,
         caches: list[LayerCache],  # one for each layer
+        tap: FeatureTap | None = None,
     ) -> torch.Tensor:
         """Hidden states after the last layer, before the final norm: (rows, hidden_size). The rows' keys and values are
-        in the caches afterwards."""
+        in the caches afterwards, and what `tap` wants of the layers in between is in it."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

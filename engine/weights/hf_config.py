@@ -28,6 +28,14 @@ def read_config(folder: Path) -> ModelConfig:
         raise ModelError(f"{path}: the weights are quantized ({method!r}), but must be plain ones, or a GGUF file")
     if kind in ("gemma3_text", "gemma3"):
         return _gemma3(folder, path, raw)
+    return layer_config(folder, path, raw)
+
+
+def layer_config(folder: Path, path: Path, raw: dict[str, Any]) -> ModelConfig:
+    """The shape that `raw`, read from `path`, gives a model of the Llama family. Raises ModelError."""
+    kind = raw["model_type"]
+    if kind not in _DEFAULT_KV_HEADS:
+        raise ModelError(f"{path}: model_type is {kind!r}, but must be one of {', '.join(_DEFAULT_KV_HEADS)}")
     if (activation := raw.get("hidden_act", "silu")) != "silu":
         raise ModelError(f"{path}: hidden_act is {activation!r}, but the engine knows 'silu'")
     hidden, heads = _size(path, raw, "hidden_size"), _size(path, raw, "num_attention_heads")

@@ -28,12 +28,17 @@ def read_suites(paths: list[str], questions: int) -> dict[str, list[str]]:
     for path in map(Path, paths):
         if path.stem in suites:
             raise ConfigError(f"prompts has two files of the name {path.stem!r}: rename one, names tell suites apart")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the prompts in {path}: {error}") from error
-        suites[path.stem] = _spread(_prompts(text, str(path)), questions)
+        suites[path.stem] = _spread(read_prompts(path), questions)
     return suites
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """All prompts of a file, as `read_suites` reads them. Raises ConfigError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the prompts in {path}: {error}") from error
+    return _prompts(text, str(path))
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:

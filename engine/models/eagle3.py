@@ -1,0 +1,132 @@
+"""EAGLE-3's draft: one decoder layer that reads the target's hidden states (arXiv 2503.01840).
+
+The row of position t is made of the target's features of position t, fused to one hidden state, and of the embedding
+of the token at t + 1; its output predicts the token at t + 2. Further tokens are drafted with the layer's own output
+in the place of features. It knows no sequences, only rows and their batch, as the targets do. Its tensors' shapes and
+names are the public checkpoints': see `engine.weights.eagle3`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.kernels.interface import Kernels, PreparedLinear, QuantizedRows
+from engine.layers.attention.interface import AttentionBackend, AttentionBatch, LayerCache
+from engine.models.config import Eagle3Config
+from engine.models.rope import cos_sin_table
+
+
+@dataclass(frozen=True, slots=True)
+class SharedWeights:
+    """What a draft may take from its target: the embedding, and the head where the vocabularies are one."""
+
+    embedding: PreparedLinear
+    head: PreparedLinear
+
+
+class Eagle3Model:
+    """`weights` are those of `engine.weights.eagle3.read_weights`; an embedding or a head that is not among them is the
+    target's, which the shape must allow."""
+
+    def __init__(
+        self,
+        config: Eagle3Config,
+        kernels: Kernels[Any],
+        attention: AttentionBackend,
+        weights: Mapping[str, torch.Tensor | QuantizedRows],
+        max_positions: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        shared: SharedWeights,
+    ) -> None:
+        self.config = config
+        self.kernels = kernels
+        self.attention = attention
+        decoder = config.decoder
+        self.dtype = dtype
+        self.cos_sin = cos_sin_table(decoder.rope, decoder.head_dim, max_positions).to(device)
+
+        def tensor(name: str) -> torch.Tensor:
+            weight = weights[name]
+            assert isinstance(weight, torch.Tensor)
+            return weight.to(device)
+
+        def linear(*names: str) -> PreparedLinear:
+            biases = [tensor(f"{name}.bias") for name in names if f"{name}.bias" in weights]
+            parts = [weights[f"{name}.weight"] for name in names]
+            return kernels.prepare_linear(_joined(parts, device, dtype), torch.cat(biases) if biases else None)
+
+        self.fusion = linear("fc")
+        self.embedding_norm = tensor("layer.input_layernorm.weight").float()
+        self.hidden_norm = tensor("layer.hidden_norm.weight").float()
+        self.qkv = linear("layer.self_attn.q_proj", "layer.self_attn.k_proj", "layer.self_attn.v_proj")
+        self.q_norm = self.k_norm = None
+        if decoder.qk_norm:
+            self.q_norm, self.k_norm = (tensor(f"layer.self_attn.{name}_norm.weight").float() for name in "qk")
+        self.output = linear("layer.self_attn.o_proj")
+        self.mlp_norm = tensor("layer.post_attention_layernorm.weight").float()
+        self.gate_up = linear("layer.mlp.gate_proj", "layer.mlp.up_proj")
+        self.down = linear("layer.mlp.down_proj")
+        self.norm = tensor("norm.weight").float()
+        self.embedding = linear("embed_tokens") if "embed_tokens.weight" in weights else shared.embedding
+        self.head = linear("lm_head") if "lm_head.weight" in weights else shared.head
+        self.target_ids: torch.Tensor | None = None
+        """(draft_vocab_size,) int64: the target's id of each of the draft's tokens; None where they are the same."""
+        if "target_ids" in weights:
+            self.target_ids = tensor("target_ids")
+
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        """The target's features, (rows, layers * target_hidden_size) -> hidden states (rows, hidden_size)."""
+        return self.kernels.linear(features, self.fusion)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,  # (rows, hidden_size): of `fuse`, or an earlier row's output
+        token_ids: torch.Tensor,  # (rows,) int64: the token after each row's position, target's ids
+        positions: torch.Tensor,  # (rows,) int64
+        batch: AttentionBatch,
+        cache: LayerCache,
+    ) -> torch.Tensor:
+        """The layer's output, before the norm: (rows, hidden_size)."""
+        decoder, kernels = self.config.decoder, self.kernels
+        eps = decoder.rms_norm_eps
+        embedded = kernels.rms_norm(kernels.embed(token_ids, self.embedding), self.embedding_norm, eps)
+        normed = kernels.rms_norm(hidden, self.hidden_norm, eps)
+        heads, kv_heads = decoder.num_heads, decoder.num_kv_heads
+        qkv = kernels.linear(torch.cat((embedded, normed), dim=1), self.qkv)
+        qkv = qkv.view(len(hidden), heads + 2 * kv_heads, decoder.head_dim)
+        query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = kernels.rms_norm(query, self.q_norm, eps), kernels.rms_norm(key, self.k_norm, eps)
+            kernels.rotate_(query, positions, self.cos_sin)
+            kernels.rotate_(key, positions, self.cos_sin)
+            value = value.contiguous()
+        else:
+            kernels.rotate_(qkv[:, : heads + kv_heads], positions, self.cos_sin)
+        attended = self.attention.attend(query, key, value, cache, batch, decoder.head_dim**-0.5, None)
+        residual = normed if self.config.norm_before_residual else hidden
+        hidden = kernels.linear(attended, self.output, residual=residual)
+        gate_up = kernels.linear(kernels.rms_norm(hidden, self.mlp_norm, eps), self.gate_up)
+        return kernels.linear(kernels.silu_mul(gate_up), self.down, residual=hidden)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(rows, hidden_size) as `forward` returns them -> (rows, draft_vocab_size)."""
+        return self.kernels.linear(
+            self.kernels.rms_norm(hidden, self.norm, self.config.decoder.rms_norm_eps), self.head
+        )
+
+
+def _joined(
+    parts: Sequence[torch.Tensor | QuantizedRows], device: torch.device, dtype: torch.dtype
+) -> torch.Tensor | QuantizedRows:
+    """Matrices below one another, in `dtype` unless all of them are quantized."""
+    quantized = [part for part in parts if isinstance(part, QuantizedRows)]
+    if len(quantized) == len(parts) and dtype == torch.float32:
+        values, scales = torch.cat([part.values for part in quantized]), torch.cat([part.scale for part in quantized])
+        return QuantizedRows(values.to(device), scales.to(device))
+    plain = [part.dequantized(dtype) if isinstance(part, QuantizedRows) else part.to(dtype) for part in parts]
+    return torch.cat(plain).to(device)

@@ -1,0 +1,26 @@
+"""Features: hidden states of a few of the target's layers, taken as they pass, for a draft that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+
+
+class FeatureTap:
+    """Takes the hidden states that enter layers `layers` (`num_layers`: that leave the last one, before the final
+    norm), as Hugging Face numbers `hidden_states`. `features` is (rows, len(layers) * hidden_size) after a pass, in the
+    model's dtype, the layers side by side in the order of `layers`."""
+
+    def __init__(self, layers: Seq[int]) -> None:
+        self.layers = tuple(layers)
+        self.features: torch.Tensor | None = None
+
+    def take(self, layer: int, hidden: torch.Tensor) -> None:
+        """Called by a model with what enters `layer`, (rows, hidden_size); it is copied where it is wanted."""
+        for place, wanted in enumerate(self.layers):
+            if wanted == layer:
+                rows, size = hidden.shape
+                if self.features is None or len(self.features) != rows:
+                    self.features = hidden.new_empty(rows, len(self.layers) * size)
+                self.features[:, place * size : (place + 1) * size] = hidden

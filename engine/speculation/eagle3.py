@@ -1,0 +1,249 @@
+"""Drafting with an EAGLE-3 head, which reads the target's hidden states (arXiv 2503.01840).
+
+Rows of the head's KV cache are numbered as the sequence's positions, less those before the first that it has features
+of: a prefix that came out of the target's prefix cache has none, and the head goes without. Rotary embedding is
+relative, so it does not matter where a sequence's rows begin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.execution.spans import Span, flatten
+from engine.layers.attention.interface import LayerCache
+from engine.memory.block_pool import BlockPool
+from engine.memory.block_table import BlockTable
+from engine.models.eagle3 import Eagle3Model
+from engine.sampling.processors import process
+from engine.sampling.sampler import argmax, draw
+from engine.sampling.spans import LogitSpan
+from engine.sequence import Sequence
+from engine.speculation.drafter import NO_DRAFT, Draft, DraftRequest
+
+MOST_PENDING = 256
+"""Positions whose features are kept for a sequence that is not drafted for. When it is again, they are read at once; of
+a longer stretch only the last ones are, since a head that was told the target's features needs little more context."""
+PRIOR = 0.5
+"""How often a head's first token is taken to be right until that was seen."""
+
+
+@dataclass(slots=True)
+class _Known:
+    """What the head knows of a sequence."""
+
+    blocks: BlockTable
+    first: int = 0
+    """The position of its first row."""
+    computed: int = 0
+    """Its rows that are in the cache."""
+    pending: list[torch.Tensor] = field(default_factory=list)
+    """Features of the positions from `first + computed` on, that are not."""
+    rows_pending: int = 0
+
+    @property
+    def end(self) -> int:
+        """The position after the last one that features are known of."""
+        return self.first + self.computed + self.rows_pending
+
+
+class Eagle3Drafter:
+    """`keep_probs`: also return the distributions that tokens were drawn from (rejection verification needs them)."""
+
+    free = False
+
+    def __init__(
+        self,
+        name: str,
+        model: Eagle3Model,
+        feature_layers: tuple[int, ...],
+        cache: LayerCache,
+        pool: BlockPool,
+        eos_token_ids: tuple[int, ...],
+        max_batch_tokens: int,
+        device: torch.device,
+        keep_probs: bool = False,
+    ) -> None:
+        self.name = name
+        self.feature_layers = feature_layers
+        self._model = model
+        self._cache = cache
+        self._pool = pool
+        self._eos_token_ids = eos_token_ids
+        self._max_batch_tokens = max_batch_tokens
+        self._device = device
+        self._keep_probs = keep_probs
+        ids = model.target_ids
+        self._target_ids: list[int] | None = None if ids is None else ids.tolist()
+        self._known: dict[str, _Known] = {}
+        self.prior = PRIOR
+        self.passes: tuple[int, ...] = ()
+
+    def backlog(self, sequence: Sequence) -> int:
+        """Rows that a draft's first pass has to read; 0 where the head knows nothing of the sequence."""
+        known = self._known.get(sequence.id)
+        return 0 if known is None else known.rows_pending
+
+    def try_pass(self, rows: int) -> None:
+        """Compute a pass over so many rows, each a sequence's only one. What it writes to the cache nobody reads."""
+        hidden = torch.zeros(rows, self._model.config.decoder.hidden_size, device=self._device)
+        hidden = self._pass([Span([0], 0, [0], 1)] * rows, hidden.to(self._model.dtype))
+        argmax(self._model.logits(hidden))
+
+    def observe_features(self, sequence: Sequence, start: int, features: torch.Tensor) -> None:
+        """The target has computed positions [start, start + rows) of `sequence` for good: features (rows, size)."""
+        known = self._known.get(sequence.id)
+        if known is None:
+            known = self._known[sequence.id] = _Known(BlockTable(self._pool), first=start)
+        end = start + len(features)
+        if start > known.end:  # the target found what lies between in its cache
+            self._forget(known, start)
+        elif end <= known.end:  # computed anew, after a preemption
+            return
+        else:
+            features = features[known.end - start :]
+        # A copy, since what it is cut from is as large as the whole step.
+        known.pending.append(features.clone())
+        known.rows_pending += len(features)
+        if known.rows_pending > MOST_PENDING:
+            kept = torch.cat(known.pending)[-MOST_PENDING:]
+            self._forget(known, end - MOST_PENDING)
+            known.pending, known.rows_pending = [kept], MOST_PENDING
+
+    def propose(self, requests: list[DraftRequest]) -> list[Draft]:
+        """One Draft for each of `requests`; none for a sequence whose prompt the head has not read to its end."""
+        active: list[_Drafting] = []
+        spans: list[Span] = []
+        features: list[torch.Tensor] = []
+        budget = self._max_batch_tokens
+        for request in requests:
+            known = self._known.get(request.sequence.id)
+            tokens = request.sequence.tokens
+            if known is None or budget <= 0 or not self._reserve(known, len(tokens) - 1 - known.first + request.limit):
+                continue
+            waiting = known.pending[0] if len(known.pending) == 1 else torch.cat(known.pending)
+            count = min(len(waiting), budget)
+            budget -= count
+            position = known.first + known.computed
+            complete = count == len(waiting) and position + count == len(tokens) - 1
+            # Row t has the token at t + 1.
+            spans.append(
+                Span(tokens[position + 1 : position + 1 + count], known.computed, known.blocks.blocks, int(complete))
+            )
+            features.append(waiting[:count])
+            known.pending, known.rows_pending = ([waiting[count:]], len(waiting) - count) if not complete else ([], 0)
+            known.computed += count
+            if complete:
+                active.append(_Drafting(request, known))
+        passes = [sum(len(span.token_ids) for span in spans)]
+        self.passes = ()
+        if not spans:
+            return [NO_DRAFT] * len(requests)
+        hidden = self._model.fuse(torch.cat(features) if len(features) > 1 else features[0])
+        drafted = active
+        hidden = self._pass(spans, hidden)
+        depth = 0
+        while active:
+            going = self._draw(self._model.logits(hidden), active)
+            depth += 1
+            if not going:
+                break
+            if len(going) < len(active):
+                hidden = hidden[going]
+            active = [active[i] for i in going]
+            passes.append(len(active))
+            spans = [
+                Span([each.tokens[-1]], each.known.computed + depth - 1, each.known.blocks.blocks, 1) for each in active
+            ]
+            hidden = self._pass(spans, hidden)
+        self.passes = tuple(passes)
+        drafts = {each.request.sequence.id: each.draft(self.name) for each in drafted}
+        return [drafts.get(request.sequence.id, NO_DRAFT) for request in requests]
+
+    def release(self, sequence: Sequence) -> None:
+        known = self._known.pop(sequence.id, None)
+        if known is not None:
+            known.blocks.release()
+
+    def _pass(self, spans: list[Span], hidden: torch.Tensor) -> torch.Tensor:
+        """One pass of the head; returns its output of the rows whose logits are wanted."""
+        batch = flatten(spans, self._pool.block_size, self._device)
+        out = self._model.forward(hidden, batch.token_ids, batch.positions, batch.attention, self._cache)
+        return out if len(batch.logit_rows) == len(out) else out[batch.logit_rows]
+
+    def _draw(self, logits: torch.Tensor, active: list[_Drafting]) -> list[int]:
+        """Append a token to each draft; returns which of them go on."""
+        if not self._keep_probs and all(each.plain for each in active):
+            columns = argmax(logits)
+            tokens = columns if self._target_ids is None else [self._target_ids[column] for column in columns]
+            tops = logits[range(len(columns)), columns]
+            confidences = (tops - torch.logsumexp(logits.float(), dim=1)).exp().tolist()
+        else:
+            tokens, confidences = self._draw_processed(logits, active)
+        going = []
+        for i, (each, token, confidence) in enumerate(zip(active, tokens, confidences, strict=True)):
+            each.tokens.append(token)
+            each.confidences.append(confidence)
+            each.chance *= confidence
+            if len(each.tokens) < each.request.limit and each.chance >= each.request.floor:
+                going.append(i)
+        return going
+
+    def _draw_processed(self, logits: torch.Tensor, active: list[_Drafting]) -> tuple[list[int], list[float]]:
+        """As the target will draw: its processors, and the noise of each place."""
+        if self._model.target_ids is not None:
+            whole = logits.new_full((len(logits), self._model.config.decoder.vocab_size), float("-inf"))
+            whole[:, self._model.target_ids] = logits
+            logits = whole
+        spans = [LogitSpan(each.request.sequence, tuple(each.tokens), rows=1) for each in active]
+        processed = process(logits, spans, self._eos_token_ids)
+        tokens = draw(processed, spans)
+        probs = torch.softmax(processed.float(), dim=-1)
+        if self._keep_probs:
+            for each, row, token in zip(active, probs, tokens, strict=True):
+                if each.request.sequence.params.greedy:
+                    row = torch.zeros_like(row)
+                    row[token] = 1.0
+                each.probs.append(row)
+        return tokens, probs[range(len(tokens)), tokens].tolist()
+
+    def _reserve(self, known: _Known, rows: int) -> bool:
+        return known.rows_pending > 0 and known.blocks.reserve(rows)
+
+    def _forget(self, known: _Known, first: int) -> None:
+        """Begin anew at position `first`."""
+        known.blocks.release()
+        known.first, known.computed, known.pending, known.rows_pending = first, 0, [], 0
+
+
+@dataclass(slots=True)
+class _Drafting:
+    """One sequence's draft while it grows."""
+
+    request: DraftRequest
+    known: _Known
+    tokens: list[int] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
+    chance: float = 1.0
+    """That all of them are right."""
+    probs: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the likeliest token of the raw logits is what the target will look for."""
+        params = self.request.sequence.params
+        return (
+            params.greedy
+            and not params.logit_bias
+            and params.repetition_penalty == 1.0
+            and params.presence_penalty == params.frequency_penalty == 0.0
+        )
+
+    def draft(self, name: str) -> Draft:
+        return Draft(
+            tuple(self.tokens),
+            torch.stack(self.probs) if self.probs else None,
+            name,
+            confidences=tuple(self.confidences),
+        )
