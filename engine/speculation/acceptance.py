@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,7 +17,7 @@ PRIOR_WEIGHT = 4.0
 """In trials: of a drafter's prior, of its rate for a new class of evidence, of a position's for the next."""
 MEMORY = 300.0
 """Trials of a position that count; older ones fade."""
-OWN_WEIGHT = 6.0
+OWN_WEIGHT = 3.0
 """Accepted tokens after which a sequence's own experience counts as much as everybody's."""
 OWN_MEMORY = 50.0
 MOST = 0.98
@@ -27,6 +27,8 @@ CONFIDENCES = 10
 _Class = tuple[str, int]
 _ANY = -1
 """The class of all of a drafter's drafts: what is known before there is evidence, and where a new class begins."""
+_KEEP = 1 - 1 / MEMORY
+_KEEP_OWN = 1 - 1 / OWN_MEMORY
 _CONFIDENCE = 1000
 """The first class of confidence; those of evidence are below it."""
 
@@ -35,10 +37,19 @@ _CONFIDENCE = 1000
 class _Rates:
     """A class's trials by position."""
 
+    key: _Class
     row: int
     """In the table of rates."""
     tried: list[float]
     accepted: list[float]
+    rates: list[float] = field(default_factory=list)
+    """Acceptance by position, as the table has it."""
+    stale: bool = False
+    """Trials came in since."""
+
+    def add(self, position: int, right: bool) -> None:
+        self.tried[position] = self.tried[position] * _KEEP + 1
+        self.accepted[position] = self.accepted[position] * _KEEP + right
 
 
 @dataclass(slots=True)
@@ -66,7 +77,7 @@ class Acceptance:
         self.priors = dict(priors or {})
         self._classes: dict[_Class, _Rates] = {}
         self._table = np.zeros((16, longest))  # acceptance behind an accepted token, by class and position
-        self._stale: dict[_Class, _Rates] = {}
+        self._stale: list[_Rates] = []
         self._own: dict[str, dict[str, _Own]] = {}
         self._factors = np.ones((16, 2))  # slot 0 stays: a sequence without experience
         self._free_slots = list(range(15, 0, -1))
@@ -77,6 +88,15 @@ class Acceptance:
         (sequences, longest) float64, not increasing along a row."""
         count = len(sequence_ids)
         return self._survival(sequence_ids, [drafter] * count, [(drafter, _ANY)] * count)
+
+    def at_best(self, drafter: str) -> np.ndarray:
+        """How often its tokens may be right behind right ones, by position, as far as trials do not speak against it:
+        two standard deviations above what is known: (longest,) float64."""
+        known = self._rates((drafter, _ANY))
+        self._resolve(known)
+        rates = np.array(known.rates)
+        trials = np.array(known.tried) + PRIOR_WEIGHT
+        return np.minimum(MOST, rates + 2 * np.sqrt(rates * (1 - rates) / trials))
 
     def survival(self, sequence_ids: Seq[str], drafts: Seq[Draft]) -> np.ndarray:
         """Probability that the first 1, 2, ... tokens of each draft are all accepted; 0 where it has none: (drafts,
@@ -99,7 +119,7 @@ class Acceptance:
             agreed = self._compare(sequence_id, draft, 0, tokens)
             if agreed == len(draft.tokens):
                 if agreed < min(asked.get(draft.drafter, 0), self.longest):
-                    self._add((draft.drafter, _ANY), agreed, False)  # whoever asks for so many does not get them
+                    self._add(self._rates((draft.drafter, _ANY)), agreed, False)  # whoever asks for so many does not get them
             elif agreed == len(tokens) and draft.drafter not in (pending or ()):
                 pending = self._pending.setdefault(sequence_id, {})
                 pending[draft.drafter] = _Pending(draft, agreed)
@@ -118,19 +138,22 @@ class Acceptance:
     def _survival(
         self, sequence_ids: Seq[str], drafters: Seq[str], classes: Seq[_Class], drafts: Seq[Draft] = ()
     ) -> np.ndarray:
-        rows = [self._rates(each).row for each in classes]
+        known = self._classes
+        rows = [(known.get(each) or self._rates(each)).row for each in classes]
         confident = [
             (i, [self._rates(_confidence(draft, j)).row for j in range(min(self.longest, len(draft.confidences)))])
             for i, draft in enumerate(drafts)
             if draft.confidences
         ]
-        for key, rates in self._stale.items():
-            self._resolve(key, rates)
+        for rates in self._stale:
+            self._resolve(rates)
         self._stale.clear()
         chances = self._table[rows]
         for i, own_rows in confident:
             chances[i, : len(own_rows)] = self._table[own_rows, range(len(own_rows))]
-        slots = [self._slot(*pair) for pair in zip(sequence_ids, drafters, strict=True)]
+        owns, none = self._own, dict[str, _Own]()
+        found = [owns.get(each, none).get(drafter) for each, drafter in zip(sequence_ids, drafters, strict=True)]
+        slots = [own.slot if own is not None else 0 for own in found]
         if any(slots):
             factors = self._factors[slots]
             chances[:, 0] *= factors[:, 0]
@@ -138,10 +161,6 @@ class Acceptance:
         np.minimum(chances, MOST, out=chances)
         survival: np.ndarray = np.cumprod(chances, axis=1)
         return survival
-
-    def _slot(self, sequence_id: str, drafter: str) -> int:
-        own = self._own.get(sequence_id)
-        return own[drafter].slot if own and drafter in own else 0
 
     def _go_on(self, sequence_id: str, pending: _Pending, tokens: Seq[int]) -> bool:
         """Compare what is left of an earlier draft; whether there is more of it to compare."""
@@ -152,39 +171,44 @@ class Acceptance:
     def _compare(self, sequence_id: str, draft: Draft, start: int, tokens: Seq[int]) -> int:
         """Count the draft's tokens from `start` on against those that came, up to the first that differs; returns how
         many agreed."""
-        for i, token in enumerate(tokens):
-            position = start + i
-            if position == len(draft.tokens):
-                return i
-            right = draft.tokens[position] == token
-            key = _confidence(draft, position) if position < len(draft.confidences) else (draft.drafter, draft.evidence)
-            rates = self._rates(key)
-            self._count_own(sequence_id, draft.drafter, position > 0, float(self._table[rates.row, position]), right)
-            self._add(key, position, right)
-            self._add((draft.drafter, _ANY), position, right)
+        drafted, drafter = draft.tokens, draft.drafter
+        every, rates = self._rates((drafter, _ANY)), self._rates((drafter, draft.evidence))
+        own = self._own_of(sequence_id, drafter)
+        for position, token in enumerate(tokens, start):
+            if position == len(drafted):
+                return position - start
+            right = drafted[position] == token
+            if draft.confidences:
+                rates = self._rates(_confidence(draft, position))
+            later = position > 0
+            own.expected[later] = own.expected[later] * _KEEP_OWN + rates.rates[position]
+            own.accepted[later] = own.accepted[later] * _KEEP_OWN + right
+            factor = (own.accepted[later] + OWN_WEIGHT) / (own.expected[later] + OWN_WEIGHT)
+            self._factors[own.slot, int(later)] = factor
+            self._add(rates, position, right)
+            self._add(every, position, right)
             if not right:
-                return i
+                return position - start
         return len(tokens)
 
-    def _count_own(self, sequence_id: str, drafter: str, later: bool, expected: float, right: bool) -> None:
-        own = self._own.setdefault(sequence_id, {}).get(drafter)
+    def _own_of(self, sequence_id: str, drafter: str) -> _Own:
+        owns = self._own.get(sequence_id)
+        if owns is None:
+            owns = self._own[sequence_id] = {}
+        own = owns.get(drafter)
         if own is None:
             if not self._free_slots:
                 size = len(self._factors)
                 self._factors = np.concatenate([self._factors, np.ones((size, 2))])
                 self._free_slots = list(range(2 * size - 1, size - 1, -1))
-            own = self._own[sequence_id][drafter] = _Own(self._free_slots.pop(), [0.0, 0.0], [0.0, 0.0])
-        keep = 1 - 1 / OWN_MEMORY
-        own.expected[later] = own.expected[later] * keep + expected
-        own.accepted[later] = own.accepted[later] * keep + right
-        self._factors[own.slot, int(later)] = (own.accepted[later] + OWN_WEIGHT) / (own.expected[later] + OWN_WEIGHT)
+            own = owns[drafter] = _Own(self._free_slots.pop(), [0.0, 0.0], [0.0, 0.0])
+        return own
 
-    def _add(self, key: _Class, position: int, right: bool) -> None:
-        rates = self._rates(key)
-        keep = 1 - 1 / MEMORY
-        rates.tried[position] = rates.tried[position] * keep + 1
-        rates.accepted[position] = rates.accepted[position] * keep + right
-        self._stale[key] = rates
+    def _add(self, rates: _Rates, position: int, right: bool) -> None:
+        rates.add(position, right)
+        if not rates.stale:
+            rates.stale = True
+            self._stale.append(rates)
 
     def _rates(self, key: _Class) -> _Rates:
         rates = self._classes.get(key)
@@ -192,23 +216,25 @@ class Acceptance:
             row = len(self._classes)
             if row == len(self._table):
                 self._table = np.concatenate([self._table, np.zeros_like(self._table)])
-            rates = self._classes[key] = _Rates(row, [0.0] * self.longest, [0.0] * self.longest)
-            self._resolve(key, rates)
+            rates = self._classes[key] = _Rates(key, row, [0.0] * self.longest, [0.0] * self.longest)
+            self._resolve(rates)
         return rates
 
-    def _resolve(self, key: _Class, rates: _Rates) -> None:
+    def _resolve(self, rates: _Rates) -> None:
         """A position that was hardly reached is taken to be like the one before it, and the first like the drafter's."""
-        drafter, kind = key
+        drafter, kind = rates.key
         if kind >= _CONFIDENCE:
-            prior = (kind - _CONFIDENCE + 0.5) / CONFIDENCES
+            rate = (kind - _CONFIDENCE + 0.5) / CONFIDENCES
         elif kind == _ANY:
-            prior = self.priors.get(drafter, PRIOR)
+            rate = self.priors.get(drafter, PRIOR)
         else:
-            prior = float(self._table[self._rates((drafter, _ANY)).row, 0])
-        line = self._table[rates.row]
-        for position, (tried, accepted) in enumerate(zip(rates.tried, rates.accepted, strict=True)):
-            prior = (accepted + PRIOR_WEIGHT * prior) / (tried + PRIOR_WEIGHT)
-            line[position] = prior
+            rate = self._rates((drafter, _ANY)).rates[0]
+        line = []
+        for tried, accepted in zip(rates.tried, rates.accepted, strict=True):
+            rate = (accepted + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
+            line.append(rate)
+        rates.rates, rates.stale = line, False
+        self._table[rates.row] = line
 
 
 def _confidence(draft: Draft, position: int) -> _Class:

@@ -38,6 +38,8 @@ HORIZON = 32
 """Steps over which reading a text for the first time should pay off, less where the answer ends sooner."""
 SMOOTHING = 0.05
 """Weight of a step's overhead against what is known of it."""
+REST, NEARLY = 7, 0.97
+"""Steps in which a drafter is not thought about whose goodput alone is less than so much of plain decoding's."""
 _ROWS = ""
 """What is tried where the doubt is in what rows cost, and not in a drafter."""
 
@@ -100,6 +102,7 @@ class Controller:
         self.drafting: dict[str, RowCost] = {}
         """Passes of the drafters that cost time."""
         self._trials = Trials()
+        self._resting: dict[tuple[str, int], int] = {}  # steps, by drafter and load
         self._longest = longest
         self._positions = np.arange(longest)
         self._overhead = self._drawing = 0.0  # seconds of a step beside its passes; of a token's drawing
@@ -112,10 +115,13 @@ class Controller:
             return {}
         if not self.target.known:
             return {name: self._requests(step, name, None, self._longest, 0.0) for name in names}
-        best = self._without(step)
         load = step.decoding.bit_length()
+        open_names = [name for name in names if not self._rests((name, load))]
+        if not open_names:
+            return {}
+        best = self._without(step)
         price = self._row_price(step, best.goodput)
-        open_names = list(names)
+        plans: dict[str, _Plan | None] = {}
         while open_names:
             plans = {name: self._with(step, best, name, price) for name in open_names}
             name, plan = max(plans.items(), key=lambda item: item[1].goodput if item[1] else 0.0)
@@ -125,11 +131,12 @@ class Controller:
             self._trials.won((name, load))
             open_names.remove(name)
         asks = dict(best.asks)
-        if not asks:
-            for name in open_names:
-                if (trial := self._trial(step, best, name, plans[name], load)) is not None:
-                    asks[name] = trial
-                    break
+        for name in open_names:
+            trial = self._trial(step, best, name, load) if not asks else None
+            if trial is not None:
+                asks[name] = trial
+            elif not self._would_pay_alone(step, name):
+                self._resting[name, load] = REST
         floor = self._floor(step, best)
         return {name: self._requests(step, name, turns, length, floor) for name, (turns, length) in asks.items()}
 
@@ -198,6 +205,21 @@ class Controller:
         self.acceptance.release(sequence.id)
         self._turns.pop(sequence, None)
 
+    def _rests(self, subject: tuple[str, int]) -> bool:
+        """Whether a drafter that would not pay a few steps ago is not even thought about in this one."""
+        left = self._resting.get(subject, 0)
+        if left:
+            self._resting[subject] = left - 1
+            self._trials.wait(subject)
+        return left > 0
+
+    def _would_pay_alone(self, step: Step, name: str) -> bool:
+        """Whether the drafter would be asked if there were no other drafts: those come and go with every token."""
+        plain = step.decoding / (self.target.predict(step.rows) + self._overhead)
+        nothing = _Plan(plain, np.zeros((len(step.turns), self._longest)))
+        plan = self._with(step, nothing, name, self._row_price(step, plain))
+        return plan is not None and plan.goodput > NEARLY * plain
+
     def _without(self, step: Step) -> _Plan:
         """The best that can be done with the drafts that are there."""
         turns = [turn for turn in step.turns if turn.drafts]
@@ -261,9 +283,7 @@ class Controller:
         asks = {**best.asks, name: (given[:, at], at + 1)}
         return _Plan(float(goodputs[at]), joined[at], float(total[at]), asks)
 
-    def _trial(
-        self, step: Step, best: _Plan, name: str, plan: _Plan | None, load: int
-    ) -> tuple[np.ndarray, int] | None:
+    def _trial(self, step: Step, best: _Plan, name: str, load: int) -> tuple[np.ndarray, int] | None:
         """Turns and length of a trial of a drafter that does not pay, as far as is known, if one is due."""
         cost = self.drafting.get(name)
         if cost is None or not cost.known:
@@ -276,14 +296,17 @@ class Controller:
         loss = cost.predict(sum(rows)) + (length - 1) * cost.predict(len(rows))
         if not self._trials.ready((name, load), loss):
             return None
-        possible = plan is not None and plan.goodput >= best.goodput
-        if not possible:
-            hope = np.cumprod(np.full((len(step.turns), self._longest), MOST_LIKELY), axis=1) * may[:, None]
-            free = _Plan(best.goodput, best.chances)
-            hoped = self._joined(step, free, name, 0.0, hope, np.zeros(len(step.turns)))
-            possible = hoped is not None and hoped.goodput >= GAIN * best.goodput
-        self._trials.done((name, load), loss if possible else 0.0)
+        # Where the drafter may pay as far as is known, and too little is, trials go on; else they get rarer.
+        likely = self._hoped(step, best, name, may, self.acceptance.at_best(name))
+        possible = likely or self._hoped(step, best, name, may, np.full(self._longest, MOST_LIKELY))
+        self._trials.done((name, load), loss if possible else 0.0, rarer=not likely)
         return (turns, length) if possible else None
+
+    def _hoped(self, step: Step, best: _Plan, name: str, may: np.ndarray, rates: np.ndarray) -> bool:
+        """Whether a drafter would pay if its tokens were right that often, one after the other."""
+        chances = np.cumprod(rates) * may[:, None]
+        plan = self._joined(step, _Plan(best.goodput, best.chances), name, 0.0, chances, np.zeros(len(step.turns)))
+        return plan is not None and plan.goodput >= GAIN * best.goodput
 
     def _best_drafts(self, step: Step, turns: list[Turn], plain: float) -> tuple[list[Draft], np.ndarray]:
         """Each turn's draft that is worth most, and its tokens' chances: (turns, longest)."""
@@ -347,7 +370,7 @@ class Controller:
         if not self._trials.ready(subject, loss):
             return False
         possible = gain * (1 + SURE * self.target.uncertainty(step.rows, step.rows + count)) >= GAIN
-        self._trials.done(subject, loss if possible else 0.0)
+        self._trials.done(subject, loss if possible else 0.0, rarer=True)
         return possible
 
     def _told(self, tokens: float, seconds: float) -> float:
