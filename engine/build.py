@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.config import EngineConfig
@@ -18,8 +17,7 @@ from engine.models.config import ModelConfig
 from engine.models.interface import Model
 from engine.request import EngineInfo
 from engine.speculation.portfolio import free_drafters, load_draft, make_controller, make_drafter
-from engine.speculation.prediction import PredictionDrafter
-from engine.speculation.sources import find
+from engine.speculation.sources import check_speculation, find
 from engine.speculation.speculator import Speculator
 from engine.speculation.verify import CoupledVerifier, RejectionVerifier, Verifier
 
@@ -37,7 +35,7 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
     start = time.perf_counter()
     target, platform, files = load_model(config.model, None, config, config.max_model_len, progress)
     sources = find(config.drafter, files.name, progress)
-    _check_speculation(config, [*(source.name for source in sources), PredictionDrafter.name])
+    check_speculation(config.speculation, sources)
     loaded = [load_draft(source, target.config, platform, config, progress) for source in sources]
     drafts = [draft for draft in loaded if draft is not None]
 
@@ -83,17 +81,6 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
         speculator=speculator,
         verifier=verifier(eos_token_ids),
     )
-
-
-def _check_speculation(config: EngineConfig, names: list[str]) -> None:
-    known = ("auto", "none", *names)
-    if config.speculation not in known:
-        raise ConfigError(f"speculation is {config.speculation!r}, but with these drafters it may be {_listed(known)}")
-
-
-def _listed(names: Sequence[str]) -> str:
-    *most, last = map(repr, names)
-    return f"{', '.join(most)} or {last}"
 
 
 def _block_count(config: EngineConfig, models: list[ModelConfig], platform: Platform) -> int:

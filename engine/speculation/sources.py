@@ -64,3 +64,11 @@ def find(
         if sum(other.name == source.name for other in found) > 1:
             raise ConfigError(f"two drafters are called {source.name!r}: give one another name, as NAME=MODEL")
     return found
+
+
+def check_speculation(speculation: str, sources: Sequence[Source]) -> None:
+    """Raise ConfigError unless `EngineConfig.speculation` is something that there is with these drafters."""
+    known = ("auto", "none", *(source.name for source in sources), "prediction")
+    if speculation not in known:
+        listed = ", ".join(map(repr, known))
+        raise ConfigError(f"speculation is {speculation!r}, but with these drafters it can be one of {listed}")
