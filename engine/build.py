@@ -16,18 +16,10 @@ from engine.memory.free import free_memory
 from engine.models.config import ModelConfig
 from engine.models.interface import Model
 from engine.request import EngineInfo
-from engine.speculation.controller import Controller
-from engine.speculation.draft_model import DraftModelDrafter
-from engine.speculation.drafter import Drafter
-from engine.speculation.ngram import NgramDrafter
-from engine.speculation.prediction import PredictionDrafter
+from engine.speculation.portfolio import free_drafters, load_draft, make_controller, make_drafter
+from engine.speculation.sources import check_speculation, find
 from engine.speculation.speculator import Speculator
-from engine.speculation.suffix import SuffixDrafter
 from engine.speculation.verify import CoupledVerifier, RejectionVerifier, Verifier
-
-CALIBRATED = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-"""Rows of the passes that are timed at start: as many as decoding and verification have."""
-
 
 @dataclass(frozen=True, slots=True)
 class Engine:
@@ -42,13 +34,12 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
     """Raises ConfigError for settings that cannot work together, ModelError for a model that cannot be read."""
     start = time.perf_counter()
     target, platform, files = load_model(config.model, None, config, config.max_model_len, progress)
-    draft = None
-    if config.draft_model is not None:
-        draft, _, _ = load_model(config.draft_model, platform, config, target.config.max_position, progress)
-        _check_draft(target.config, draft.config, config.draft_model)
+    sources = find(config.drafter, files.name, progress)
+    check_speculation(config.speculation, sources)
+    loaded = [load_draft(source, target.config, platform, config, progress) for source in sources]
+    drafts = [draft for draft in loaded if draft is not None]
 
-    models = [target.config] if draft is None else [target.config, draft.config]
-    num_blocks = _block_count(config, models, platform)
+    num_blocks = _block_count(config, [target.config, *(draft.model.config for draft in drafts)], platform)
     max_model_len = _max_model_len(config, target.config, num_blocks)
 
     def runner(model: Model) -> ModelRunner:
@@ -58,20 +49,14 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
         return ModelRunner(model, caches, config.block_size, platform.device)
 
     eos_token_ids = target.config.eos_token_ids
-    drafters: list[Drafter] = [
-        NgramDrafter(config.ngram_max, config.ngram_min),
-        SuffixDrafter(),
-        PredictionDrafter(),
-    ]
-    if draft is not None:
-        pool = BlockPool(num_blocks, config.block_size, config.prefix_caching)
-        keep_probs = config.verification == "rejection"
-        drafters.append(DraftModelDrafter(runner(draft), pool, eos_token_ids, config.max_batch_tokens, keep_probs))
+    drafters = free_drafters(sources, config)
+    drafters += [make_drafter(draft, target.config, config, runner(draft.model), num_blocks) for draft in drafts]
     target_runner = runner(target)
-    controller = None
-    if config.adaptive_drafts:
-        controller = Controller()
-        controller.target.calibrate(_calibrate(target_runner, config, progress))
+
+    def try_target(rows: int) -> None:  # what it writes to the cache nobody reads
+        target_runner.run([Span([0] * rows, 0, [0] * -(-rows // config.block_size), logit_rows=rows)])
+
+    controller = make_controller(config, try_target, drafters, progress) if config.adaptive_drafts else None
     speculator = Speculator(drafters, config.num_draft_tokens, max_model_len, controller)
     verifier = RejectionVerifier if config.verification == "rejection" else CoupledVerifier
     info = EngineInfo(
@@ -98,32 +83,9 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
     )
 
 
-def _calibrate(runner: ModelRunner, config: EngineConfig, progress: Progress) -> dict[int, float]:
-    """Seconds of a pass by rows, each the better of two; what it writes to the cache nobody reads."""
-    counts = [rows for rows in CALIBRATED if rows <= config.max_batch_tokens]
-    seconds: dict[int, float] = {}
-    for i, rows in enumerate(counts):
-        spans = [Span([0] * rows, 0, [0] * -(-rows // config.block_size), logit_rows=rows)]
-        times = []
-        for _ in range(2):
-            begin = time.perf_counter()
-            runner.run(spans)
-            times.append(time.perf_counter() - begin)
-        seconds[rows] = min(times)
-        progress("measuring", (i + 1) / len(counts))
-    return seconds
-
-
-def _check_draft(target: ModelConfig, draft: ModelConfig, name: str) -> None:
-    if draft.vocab_size != target.vocab_size:
-        raise ConfigError(
-            f"draft_model {name!r} has a vocabulary of {draft.vocab_size} tokens, the target of {target.vocab_size}: "
-            "a draft needs the target's own tokenizer"
-        )
-
-
 def _block_count(config: EngineConfig, models: list[ModelConfig], platform: Platform) -> int:
-    """Blocks that fit into the cache's memory, where a block of the target's comes with one of the draft's."""
+    """Blocks that fit into the cache's memory, where a block of the target's comes with one of each draft's: so all
+    caches hold the same number of tokens."""
     size = sum(kv_cache.block_bytes(model, config.block_size, platform.dtype) for model in models)
     memory = config.kv_cache_memory or int(config.kv_cache_share * free_memory(platform.device))
     count = memory // size

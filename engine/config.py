@@ -11,11 +11,11 @@ import msgspec
 from msgspec import Meta
 
 from engine.errors import ConfigError
+from engine.speculation import sources
 
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
 
-Speculation = Literal["none", "ngram", "suffix", "draft-model"]
 Verification = Literal["coupled", "rejection"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -54,14 +54,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_caching: bool = True
     """Keep the KV cache of finished requests, as long as there is room, for prompts that begin as they did."""
 
-    speculation: Speculation = "ngram"
-    """The drafter that a request gets unless it names another (or "off")."""
-    draft_model: str | None = None
-    """A model of the same vocabulary as the target's, named as `model` is; loaded if it is given."""
+    drafter: tuple[str, ...] = ()
+    """Who may draft: "ngram", "suffix", or a draft model with the target's vocabulary, named as `model` is or as
+    NAME=MODEL to choose what requests call it; give it several times for several. Not given: what goes with the target."""
+    speculation: str = "auto"
+    """What a request gets that does not say: auto, which chooses among the drafters at every step; none; or a drafter's
+    name."""
     num_draft_tokens: Positive = 8
     """Most tokens drafted for a sequence in one step."""
     adaptive_drafts: bool = True
-    """Draft as many tokens as promise the highest goodput, down to none; false: always as many as can be."""
+    """Draft by whom and as many tokens as promises the highest goodput, down to none; false: always as many as can be,
+    by the first drafter that has any."""
     ngram_max: Positive = 4
     """Longest suffix that the n-gram drafter looks up; it falls back to shorter ones down to `ngram_min`."""
     ngram_min: Positive = 1
@@ -75,8 +78,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def check(self) -> EngineConfig:
         """Return self, or raise ConfigError for settings that contradict each other."""
-        if self.speculation == "draft-model" and self.draft_model is None:
-            raise ConfigError("speculation 'draft-model' needs draft_model: the name or path of the draft")
+        sources.parse(self.drafter)
         if self.ngram_min > self.ngram_max:
             raise ConfigError(f"ngram_min ({self.ngram_min}) is larger than ngram_max ({self.ngram_max})")
         if self.max_batch_tokens < self.max_num_seqs:

@@ -58,7 +58,7 @@ class EngineCore:
             request=request,
             seed=seed,
             blocks=BlockTable(self._engine.pool),
-            drafters=drafters_of(request, self.info.default_drafter),
+            drafters=drafters_of(request, self.info),
         )
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
@@ -85,10 +85,10 @@ class EngineCore:
         with clock.phase("sample"):
             verdicts = self._verify(plan, logits) if logits is not None else []
         with clock.phase("commit"):
-            if plan.spans:
-                engine.speculator.observe_step(plan.rows, clock.seconds["forward"] + clock.seconds["sample"])
             deltas, self._ended = self._ended, []
             deltas += self._commit(plan, verdicts)
+        if plan.spans:
+            engine.speculator.observe_step(plan.rows, clock.seconds, sum(len(verdict.tokens) for verdict in verdicts))
         return StepResult(deltas, self._stats(plan, verdicts, deltas, clock.seconds))
 
     def _note_admissions(self, plan: StepPlan) -> None:
@@ -215,12 +215,15 @@ class EngineCore:
     ) -> StepStats:
         drafted: dict[str, int] = {}
         accepted: dict[str, int] = {}
+        chosen: dict[str, int] = {}
         for planned, verdict in zip((p for p in plan.spans if p.draws), verdicts, strict=True):
+            name = planned.draft.drafter or "none"
+            if planned.start >= planned.sequence.prompt_len:  # the end of a prompt is not decoding
+                chosen[name] = chosen.get(name, 0) + 1
             if planned.draft.tokens:
-                name = planned.draft.drafter
                 drafted[name] = drafted.get(name, 0) + len(planned.draft.tokens)
                 accepted[name] = accepted.get(name, 0) + verdict.accepted
-        pool = self._engine.pool
+        pool, choice = self._engine.pool, self._engine.speculator.choice
         return StepStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
@@ -233,6 +236,9 @@ class EngineCore:
             generated_tokens=sum(len(delta.token_ids) for delta in deltas),
             drafted=drafted,
             accepted=accepted,
+            chosen=chosen,
+            predicted_goodput=choice.goodput if chosen else 0.0,
+            predicted_plain_goodput=choice.plain if chosen else 0.0,
             preemptions=plan.preemptions,
             prefix_queried_tokens=sum(len(sequence.request.prompt_ids) for sequence in plan.admitted),
             prefix_hit_tokens=sum(sequence.cached_prompt_tokens for sequence in plan.admitted),

@@ -19,8 +19,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     speculation: str | None = None
-    """None: the prediction's drafter if there is a prediction, else the engine's default; "off": plain decoding; or a
-    drafter's name."""
+    """None: the engine's default, and the prediction's drafter if there is a prediction; "auto": whichever drafter
+    promises most, step by step; "off": plain decoding; or a drafter's name."""
     prediction_ids: tuple[int, ...] = ()
     """What the answer is expected to be, as far as that is known."""
     arrival: float = 0.0
@@ -92,6 +92,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     drafters: tuple[str, ...]
     default_drafter: str
+    """What a request gets that does not say: a drafter's name, "auto" or "off"."""
     dtype: str
     device: str
     kernels: str
@@ -123,18 +124,21 @@ def check_request(request: Request, info: EngineInfo) -> None:
                 raise ParameterError(
                     name, f"{name} has token id {token}, which is not between 0 and {info.vocab_size - 1}"
                 )
-    if request.speculation not in (None, "off", *info.drafters):
-        known = ", ".join(repr(name) for name in ("off", *info.drafters))
+    if request.speculation not in (None, "auto", "off", *info.drafters):
+        known = ", ".join(repr(name) for name in ("auto", "off", *info.drafters))
         raise ParameterError("speculation", f"speculation is {request.speculation!r}, but this server knows {known}")
 
 
-def drafters_of(request: Request, default: str) -> tuple[str, ...]:
-    """Who may draft for a request, in their order; `default` is the engine's own drafter, or "off"."""
-    if request.speculation is not None:
-        names = [request.speculation]
-    else:
-        names = ["prediction", default] if request.prediction_ids else [default]
-    return tuple(name for name in names if name != "off")
+def drafters_of(request: Request, info: EngineInfo) -> tuple[str, ...]:
+    """Who may draft for a request, those first whose word goes first where nobody chooses among them."""
+    wanted = info.default_drafter if request.speculation is None else request.speculation
+    predicted = bool(request.prediction_ids) and request.speculation in (None, "auto")
+    names = ["prediction"] if predicted else []
+    if wanted == "auto":
+        names += [name for name in info.drafters if name != "prediction"]
+    elif wanted != "off":
+        names.append(wanted)
+    return tuple(names)
 
 
 def fan_out(request: Request, count: int, seed: int) -> list[Request]:

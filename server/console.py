@@ -45,7 +45,8 @@ class Console:
 
     def ready(self, info: EngineInfo, url: str, name: str, needs_key: bool) -> None:
         """The server takes requests: where, and how to send the first."""
-        how = f"{info.dtype} on {info.device} ({info.kernels} kernels), drafter {info.default_drafter}"
+        how = f"{info.dtype} on {info.device} ({info.kernels} kernels), drafters {', '.join(info.drafters)}"
+        how += "" if info.default_drafter == "auto" else f" (by default {info.default_drafter})"
         capacity = f"{info.max_model_len} tokens of context, {info.num_blocks * info.block_size} in the KV cache"
         key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
         body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'

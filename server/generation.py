@@ -53,6 +53,8 @@ class Answer:
         self.drafted: Counter[str] = Counter()
         """Drafted tokens by drafter, and which of them are in the answer."""
         self.accepted: Counter[str] = Counter()
+        self.drafts: Counter[str] = Counter()
+        """Steps in which a draft of a drafter was chosen."""
         self.logprob_sum = 0.0
         self.scheduled: float | None = None
         self.first_token: float | None = None
@@ -109,6 +111,7 @@ class Answer:
 
     def _account(self, delta: Delta, kept: int, metrics: Metrics) -> None:
         if delta.drafted:
+            self.drafts[delta.drafter] += 1
             self.drafted[delta.drafter] += delta.drafted
             self.accepted[delta.drafter] += min(delta.accepted, kept)
         if delta.logprobs is not None:
@@ -215,7 +218,9 @@ def timings(answers: Sequence[Answer]) -> Timings:
     first = min((answer.first_token for answer in answers if answer.first_token is not None), default=None)
     decode = None if first is None else max(answer.last_token for answer in answers) - first
     after = sum(answer.tokens - answer.first_tokens for answer in answers)
+    drafts = sum((answer.drafts for answer in answers), Counter[str]())
     drafted = sum((answer.drafted for answer in answers), Counter[str]())
+    accepted = sum((answer.accepted for answer in answers), Counter[str]())
     return {
         "queue_ms": None if scheduled is None else _ms(scheduled - arrival),
         "ttft_ms": None if first is None else _ms(first - arrival),
@@ -223,7 +228,16 @@ def timings(answers: Sequence[Answer]) -> Timings:
         "tokens_per_second": round(after / decode, 3) if decode and after else None,
         "drafter": max(drafted, key=lambda name: drafted[name], default="none"),
         "drafted_tokens": drafted.total(),
-        "accepted_tokens": sum(answer.accepted.total() for answer in answers),
+        "accepted_tokens": accepted.total(),
+        "drafters": {
+            name: {
+                "steps": steps,
+                "drafted_tokens": drafted[name],
+                "accepted_tokens": accepted[name],
+                "mean_length": round(drafted[name] / steps, 3),
+            }
+            for name, steps in drafts.most_common()
+        },
         "cached_tokens": usage(answers)["prompt_tokens_details"]["cached_tokens"],
     }
 

@@ -15,6 +15,7 @@ import uvicorn
 from engine.client import AsyncEngine
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineDeadError
+from engine.speculation.sources import check_speculation, find
 from engine.weights.catalog import ModelFiles, resolve
 from server import VERSION
 from server.admission import Gate
@@ -44,8 +45,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, console: Console) -
     template = _read_template(config.chat_template)
     with _bound(config) as listener:
         files = resolve(engine_config.model, console.progress)
-        if engine_config.draft_model is not None:
-            resolve(engine_config.draft_model, console.progress)
+        check_speculation(engine_config.speculation, find(engine_config.drafter, files.name, console.progress))
         names = config.served_model_name or (files.name,)
         running = _Running(engine_config, config, console, files, names, template)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:

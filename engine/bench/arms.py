@@ -15,8 +15,8 @@ VANILLA, AUTO = "vanilla", "auto"
 @dataclass(frozen=True, slots=True)
 class Arm:
     name: str
-    speculation: str | None
-    """As in Request: None is the engine's default."""
+    speculation: str
+    """As in Request."""
 
 
 def arms_of(names: Sequence[str], info: EngineInfo) -> list[Arm]:
@@ -24,14 +24,11 @@ def arms_of(names: Sequence[str], info: EngineInfo) -> list[Arm]:
 
     Raises ConfigError for a name that the engine has no drafter for.
     """
-    known = {VANILLA: "off", **{name: name for name in info.drafters}}
+    known = {VANILLA: "off", **{name: name for name in info.drafters}, AUTO: AUTO}
     if not names:
         names = [name for name in known if name != PredictionDrafter.name]  # these prompts bring no predictions
-        if info.default_drafter not in (*info.drafters, "off"):  # else it is one of them already
-            names.append(AUTO)
-    speculation: dict[str, str | None] = {**known, AUTO: None}
     for name in names:
-        if name not in speculation:
-            listed = ", ".join(repr(each) for each in speculation)
+        if name not in known:
+            listed = ", ".join(repr(each) for each in known)
             raise ConfigError(f"arm is {name!r}, but {info.model} with these settings knows {listed}")
-    return [Arm(name, speculation[name]) for name in dict.fromkeys((VANILLA, *names))]
+    return [Arm(name, known[name]) for name in dict.fromkeys((VANILLA, *names))]

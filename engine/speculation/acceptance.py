@@ -3,83 +3,239 @@ sequence. What was drafted but not verified counts, too, as soon as the tokens a
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from engine.speculation.drafter import Draft
 
 PRIOR = 0.5
-"""Acceptance assumed of a drafter that was never seen, at every position."""
+"""Acceptance assumed of a drafter that was never seen and says nothing of itself, at every position."""
 PRIOR_WEIGHT = 4.0
+"""In trials: of a drafter's prior, of its rate for a new class of evidence, of a position's for the next."""
 MEMORY = 300.0
 """Trials of a position that count; older ones fade."""
-OWN_WEIGHT = 12.0
-"""Trials after which a sequence's own experience counts as much as everybody's."""
+OWN_WEIGHT = 3.0
+"""Accepted tokens after which a sequence's own experience counts as much as everybody's."""
 OWN_MEMORY = 50.0
 MOST = 0.98
+CONFIDENCES = 10
+"""Classes of a drafter's own confidence."""
+
+_Class = tuple[str, int]
+_ANY = -1
+"""The class of all of a drafter's drafts: what is known before there is evidence, and where a new class begins."""
+_KEEP = 1 - 1 / MEMORY
+_KEEP_OWN = 1 - 1 / OWN_MEMORY
+_CONFIDENCE = 1000
+"""The first class of confidence; those of evidence are below it."""
 
 
 @dataclass(slots=True)
-class _Rate:
-    tried: float = 0.0
-    accepted: float = 0.0
+class _Rates:
+    """A class's trials by position."""
 
-    def add(self, accepted: bool, memory: float) -> None:
-        fade = 1 - 1 / memory
-        self.tried = self.tried * fade + 1
-        self.accepted = self.accepted * fade + accepted
+    key: _Class
+    row: int
+    """In the table of rates."""
+    tried: list[float]
+    accepted: list[float]
+    rates: list[float] = field(default_factory=list)
+    """Acceptance by position, as the table has it."""
+    stale: bool = False
+    """Trials came in since."""
+
+    def add(self, position: int, right: bool) -> None:
+        self.tried[position] = self.tried[position] * _KEEP + 1
+        self.accepted[position] = self.accepted[position] * _KEEP + right
 
 
 @dataclass(slots=True)
 class _Own:
-    """A sequence's trials against what was expected of them."""
+    """A sequence's trials of a drafter against what was expected of them: of first tokens, and of those behind."""
 
-    expected: float = 0.0
-    accepted: float = 0.0
+    slot: int
+    expected: list[float]
+    accepted: list[float]
 
-    @property
-    def factor(self) -> float:
-        return (self.accepted + OWN_WEIGHT * 0.5) / (self.expected + OWN_WEIGHT * 0.5)
+
+@dataclass(slots=True)
+class _Pending:
+    """A draft that was right as far as is known, and how far that is."""
+
+    draft: Draft
+    known: int
 
 
 class Acceptance:
-    def __init__(self) -> None:
-        self._rates: dict[tuple[str, int, int], _Rate] = defaultdict(_Rate)
-        # A sequence's first drafted token, and those behind an accepted one: two experiences
-        self._own: dict[tuple[str, str, int], _Own] = defaultdict(_Own)
+    """`longest`: the most tokens of a draft. `priors`: by drafter, what to assume of its tokens before they are seen."""
 
-    def survival(self, sequence_id: str, drafter: str, evidence: int, length: int) -> list[float]:
-        """Probability that the first 1, 2, ... `length` tokens of a draft are all accepted: not increasing."""
-        owns = [self._own.get((sequence_id, drafter, later)) for later in (0, 1)]
-        factors = [1.0 if own is None else own.factor for own in owns]
-        alive, chances = 1.0, []
-        for position in range(length):
-            alive *= min(MOST, factors[position > 0] * self._rate(drafter, evidence, position))
-            chances.append(alive)
+    def __init__(self, longest: int = 8, priors: Mapping[str, float] | None = None) -> None:
+        self.longest = longest
+        self.priors = dict(priors or {})
+        self._classes: dict[_Class, _Rates] = {}
+        self._table = np.zeros((16, longest))  # acceptance behind an accepted token, by class and position
+        self._stale: list[_Rates] = []
+        self._own: dict[str, dict[str, _Own]] = {}
+        self._factors = np.ones((16, 2))  # slot 0 stays: a sequence without experience
+        self._free_slots = list(range(15, 0, -1))
+        self._pending: dict[str, dict[str, _Pending]] = {}
+
+    def expected(self, sequence_ids: Seq[str], drafter: str) -> np.ndarray:
+        """Before a drafter is asked: probability that it will have a first 1, 2, ... tokens and all are accepted:
+        (sequences, longest) float64, not increasing along a row."""
+        count = len(sequence_ids)
+        return self._survival(sequence_ids, [drafter] * count, [(drafter, _ANY)] * count)
+
+    def at_best(self, drafter: str) -> np.ndarray:
+        """How often its tokens may be right behind right ones, by position, as far as trials do not speak against it:
+        two standard deviations above what is known: (longest,) float64."""
+        known = self._rates((drafter, _ANY))
+        self._resolve(known)
+        rates = np.array(known.rates)
+        trials = np.array(known.tried) + PRIOR_WEIGHT
+        return np.minimum(MOST, rates + 2 * np.sqrt(rates * (1 - rates) / trials))
+
+    def survival(self, sequence_ids: Seq[str], drafts: Seq[Draft]) -> np.ndarray:
+        """Probability that the first 1, 2, ... tokens of each draft are all accepted; 0 where it has none: (drafts,
+        longest) float64, not increasing along a row."""
+        names = [draft.drafter for draft in drafts]
+        chances = self._survival(sequence_ids, names, [(draft.drafter, draft.evidence) for draft in drafts], drafts)
+        lengths = np.array([len(draft.tokens) for draft in drafts])
+        chances[np.arange(self.longest) >= lengths[:, None]] = 0.0
         return chances
 
-    def observe(self, sequence_id: str, drafter: str, draft: Draft, tokens: list[int]) -> None:
-        """The tokens that followed, verified against or not: compared up to the first that differs."""
-        for position, (drafted, token) in enumerate(zip(draft.tokens, tokens, strict=False)):
-            right = drafted == token
-            own = self._own[sequence_id, drafter, int(position > 0)]
-            fade = 1 - 1 / OWN_MEMORY
-            own.expected = own.expected * fade + self._rate(drafter, draft.evidence, position)
-            own.accepted = own.accepted * fade + right
-            self._rates[drafter, draft.evidence, position].add(right, MEMORY)
-            if not right:
-                return
+    def observe(self, sequence_id: str, drafts: Seq[Draft], tokens: Seq[int], asked: Mapping[str, int]) -> None:
+        """The tokens that came next, and drafts that were made for them, verified against or not. `asked`: by drafter,
+        the length that was asked for, where it may have stopped earlier of its own accord."""
+        pending = self._pending.get(sequence_id)
+        if pending:
+            for drafter, item in list(pending.items()):
+                if not self._go_on(sequence_id, item, tokens):
+                    del pending[drafter]
+        for draft in drafts:
+            agreed = self._compare(sequence_id, draft, 0, tokens)
+            if agreed == len(draft.tokens):
+                if agreed < min(asked.get(draft.drafter, 0), self.longest):
+                    self._add(self._rates((draft.drafter, _ANY)), agreed, False)  # whoever asks for so many does not get them
+            elif agreed == len(tokens) and draft.drafter not in (pending or ()):
+                pending = self._pending.setdefault(sequence_id, {})
+                pending[draft.drafter] = _Pending(draft, agreed)
 
     def release(self, sequence_id: str) -> None:
-        for key in [key for key in self._own if key[0] == sequence_id]:
-            del self._own[key]
+        self._pending.pop(sequence_id, None)
+        for own in self._own.pop(sequence_id, {}).values():
+            self._factors[own.slot] = 1.0
+            self._free_slots.append(own.slot)
 
-    def _rate(self, drafter: str, evidence: int, position: int) -> float:
-        """A position that was never reached is taken to be like the one before it."""
-        prior = PRIOR
-        for place in range(position + 1):
-            rate = self._rates.get((drafter, evidence, place))
-            if rate is None:
-                break
-            prior = (rate.accepted + PRIOR_WEIGHT * prior) / (rate.tried + PRIOR_WEIGHT)
-        return prior
+    def trials(self, drafter: str) -> float:
+        """First tokens of the drafter that were seen to be right or wrong; old ones fade."""
+        rates = self._classes.get((drafter, _ANY))
+        return rates.tried[0] if rates else 0.0
+
+    def _survival(
+        self, sequence_ids: Seq[str], drafters: Seq[str], classes: Seq[_Class], drafts: Seq[Draft] = ()
+    ) -> np.ndarray:
+        known = self._classes
+        rows = [(known.get(each) or self._rates(each)).row for each in classes]
+        confident = [
+            (i, [self._rates(_confidence(draft, j)).row for j in range(min(self.longest, len(draft.confidences)))])
+            for i, draft in enumerate(drafts)
+            if draft.confidences
+        ]
+        for rates in self._stale:
+            self._resolve(rates)
+        self._stale.clear()
+        chances = self._table[rows]
+        for i, own_rows in confident:
+            chances[i, : len(own_rows)] = self._table[own_rows, range(len(own_rows))]
+        owns, none = self._own, dict[str, _Own]()
+        found = [owns.get(each, none).get(drafter) for each, drafter in zip(sequence_ids, drafters, strict=True)]
+        slots = [own.slot if own is not None else 0 for own in found]
+        if any(slots):
+            factors = self._factors[slots]
+            chances[:, 0] *= factors[:, 0]
+            chances[:, 1:] *= factors[:, 1:]
+        np.minimum(chances, MOST, out=chances)
+        survival: np.ndarray = np.cumprod(chances, axis=1)
+        return survival
+
+    def _go_on(self, sequence_id: str, pending: _Pending, tokens: Seq[int]) -> bool:
+        """Compare what is left of an earlier draft; whether there is more of it to compare."""
+        agreed = self._compare(sequence_id, pending.draft, pending.known, tokens)
+        pending.known += agreed
+        return agreed == len(tokens) and pending.known < len(pending.draft.tokens)
+
+    def _compare(self, sequence_id: str, draft: Draft, start: int, tokens: Seq[int]) -> int:
+        """Count the draft's tokens from `start` on against those that came, up to the first that differs; returns how
+        many agreed."""
+        drafted, drafter = draft.tokens, draft.drafter
+        every, rates = self._rates((drafter, _ANY)), self._rates((drafter, draft.evidence))
+        own = self._own_of(sequence_id, drafter)
+        for position, token in enumerate(tokens, start):
+            if position == len(drafted):
+                return position - start
+            right = drafted[position] == token
+            if draft.confidences:
+                rates = self._rates(_confidence(draft, position))
+            later = position > 0
+            own.expected[later] = own.expected[later] * _KEEP_OWN + rates.rates[position]
+            own.accepted[later] = own.accepted[later] * _KEEP_OWN + right
+            factor = (own.accepted[later] + OWN_WEIGHT) / (own.expected[later] + OWN_WEIGHT)
+            self._factors[own.slot, int(later)] = factor
+            self._add(rates, position, right)
+            self._add(every, position, right)
+            if not right:
+                return position - start
+        return len(tokens)
+
+    def _own_of(self, sequence_id: str, drafter: str) -> _Own:
+        owns = self._own.get(sequence_id)
+        if owns is None:
+            owns = self._own[sequence_id] = {}
+        own = owns.get(drafter)
+        if own is None:
+            if not self._free_slots:
+                size = len(self._factors)
+                self._factors = np.concatenate([self._factors, np.ones((size, 2))])
+                self._free_slots = list(range(2 * size - 1, size - 1, -1))
+            own = owns[drafter] = _Own(self._free_slots.pop(), [0.0, 0.0], [0.0, 0.0])
+        return own
+
+    def _add(self, rates: _Rates, position: int, right: bool) -> None:
+        rates.add(position, right)
+        if not rates.stale:
+            rates.stale = True
+            self._stale.append(rates)
+
+    def _rates(self, key: _Class) -> _Rates:
+        rates = self._classes.get(key)
+        if rates is None:
+            row = len(self._classes)
+            if row == len(self._table):
+                self._table = np.concatenate([self._table, np.zeros_like(self._table)])
+            rates = self._classes[key] = _Rates(key, row, [0.0] * self.longest, [0.0] * self.longest)
+            self._resolve(rates)
+        return rates
+
+    def _resolve(self, rates: _Rates) -> None:
+        """A position that was hardly reached is taken to be like the one before it, and the first like the drafter's."""
+        drafter, kind = rates.key
+        if kind >= _CONFIDENCE:
+            rate = (kind - _CONFIDENCE + 0.5) / CONFIDENCES
+        elif kind == _ANY:
+            rate = self.priors.get(drafter, PRIOR)
+        else:
+            rate = self._rates((drafter, _ANY)).rates[0]
+        line = []
+        for tried, accepted in zip(rates.tried, rates.accepted, strict=True):
+            rate = (accepted + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
+            line.append(rate)
+        rates.rates, rates.stale = line, False
+        self._table[rates.row] = line
+
+
+def _confidence(draft: Draft, position: int) -> _Class:
+    return draft.drafter, _CONFIDENCE + min(CONFIDENCES - 1, int(draft.confidences[position] * CONFIDENCES))

@@ -1,119 +1,377 @@
-"""The controller: how many tokens to draft, sequence by sequence and step by step, "none" always among the choices.
+"""The controller: who drafts how much, sequence by sequence and step by step, "none" always among the choices.
 
-It takes the lengths with the highest predicted goodput of the whole batch: expected committed tokens over predicted
-seconds. Expectations come from acceptance that it watches, seconds from steps that it measured. The text never depends
-on its choices, and its choices depend on what it was told alone, so it can be tested without a model or a clock.
+It takes what promises the highest goodput of the whole batch: expected committed tokens over predicted seconds.
+Expectations come from acceptance that it watches (`acceptance`), seconds from passes that it measured (`cost`). The
+text never depends on its choices, and its choices depend on what it was told alone, so it can be tested without a model
+or a clock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from engine.sequence import Sequence
 from engine.speculation.acceptance import Acceptance
-from engine.speculation.cost import DraftCost, RowCost
-from engine.speculation.drafter import NO_DRAFT, Draft, shortened
+from engine.speculation.cost import RowCost
+from engine.speculation.drafter import Draft, DraftRequest, shortened
+from engine.speculation.trials import Trials
 
-GAIN = 1.03
-"""Drafting must promise this multiple of plain decoding's goodput: predictions err, and plain decoding is safe."""
-FIRST_RETRY, LAST_RETRY = 16, 1024
-"""Steps after which a drafter that costs time and was switched off gets a trial; doubled after each that fails."""
-
-
-PLAIN_EVERY = 100
-"""Steps after which a plain step is due: what drafting is compared with has to be measured, too."""
+GAIN = 1.02
+"""Drafting must promise this multiple of plain decoding's goodput, and a drafter that costs time this multiple of what
+there is without it: predictions err, and a difference of a percent is noise."""
+CAUTION = 1.1
+"""What rows and drafts are taken to cost, as a multiple of what they are predicted to: a token that just about pays is
+not worth its risk."""
+SURE = 2.0
+"""A comparison of costs may be off by so many of its standard deviations."""
+PLAIN_EVERY = 64
+"""Steps after which a plain one is due where drafting is ahead of it by less than that."""
+MOST_LIKELY = 0.95
+"""Acceptance that a drafter could have at best. One that would not pay even so is not tried."""
+TRIED = 2
+"""Most tokens of a trial."""
+HORIZON = 32
+"""Steps over which reading a text for the first time should pay off, less where the answer ends sooner."""
+SMOOTHING = 0.05
+"""Weight of a step's overhead against what is known of it."""
+REST, NEARLY = 7, 0.97
+"""Steps in which a drafter is not thought about whose goodput alone is less than so much of plain decoding's."""
+_ROWS = ""
+"""What is tried where the doubt is in what rows cost, and not in a drafter."""
 
 
 @dataclass(slots=True)
-class _Trials:
-    """When a drafter that does not pay is tried again."""
+class Turn:
+    """A sequence of a step that may be drafted for."""
 
-    wait: int = FIRST_RETRY
-    waited: int = 0
-
-    def due(self) -> bool:
-        self.waited += 1
-        if self.waited < self.wait:
-            return False
-        self.waited, self.wait = 0, min(LAST_RETRY, 2 * self.wait)
-        return True
+    sequence: Sequence
+    limit: int
+    """Most tokens, at least 1."""
+    drafts: list[Draft] = field(default_factory=list)
+    """Proposals, none of them empty: those that cost nothing before `ask`, the others before `choose`."""
+    backlog: dict[str, int] = field(default_factory=dict)
+    """Drafters that cost time and may draft for it, and the rows that each would have to read first."""
+    asked: dict[str, int] = field(default_factory=dict)
+    """Tokens that `ask` wants of a drafter."""
 
 
 @dataclass(slots=True)
+class Step:
+    """What a step is before drafts are chosen for it."""
+
+    rows: int
+    """Without any draft."""
+    decoding: int
+    """Of them, those that commit a token each."""
+    turns: list[Turn]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What is to be verified, and what that promises in tokens per second; 0 where nothing was predicted."""
+
+    drafts: dict[Sequence, Draft]
+    goodput: float = 0.0
+    plain: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A way to go through a step: `chances` of what each turn would get, (turns, longest); `asks` by costly drafter, as
+    (which turns, how many tokens); `drafting` seconds for them."""
+
+    goodput: float
+    chances: np.ndarray
+    drafting: float = 0.0
+    asks: Mapping[str, tuple[np.ndarray, int]] = field(default_factory=dict)
+
+
 class Controller:
-    """`observe_*` tell it what happened, `limit` and `choose` ask it what to do."""
+    """In each step `ask` says whom to ask that costs time, `choose` what to verify; `observe_*` tell what came of it.
 
-    acceptance: Acceptance = field(default_factory=Acceptance)
-    target: RowCost = field(default_factory=RowCost)
-    _drafting: dict[str, DraftCost] = field(default_factory=dict)
-    _trials: dict[str, _Trials] = field(default_factory=dict)
+    `longest`: the most tokens of a draft. `priors`: by drafter, how often its first token is taken to be right at first.
+    """
 
-    def limit(self, drafter: str, sequences: list[Sequence], longest: int, rows: int) -> int:
-        """How long drafts of a drafter that costs time should be, for all of `sequences`, before it is asked: 0 to
-        `longest`. `rows`: of the step without any draft."""
-        cost = self._drafting.get(drafter)
-        if cost is None or not cost.known or not self.target.known:
-            return longest
-        chances = [self.acceptance.survival(sequence.id, drafter, 0, longest) for sequence in sequences]
-        plain = len(sequences) / self.target.predict(rows)
-        best, best_goodput = 0, GAIN * plain
-        gained = 0.0
-        for length in range(1, longest + 1):
-            gained += sum(chance[length - 1] for chance in chances)
-            seconds = self.target.predict(rows + length * len(sequences)) + cost.predict(length)
-            goodput = (len(sequences) + gained) / seconds
-            if goodput > best_goodput:
-                best, best_goodput = length, goodput
-        trials = self._trials.setdefault(drafter, _Trials())
-        if best:
-            trials.wait, trials.waited = FIRST_RETRY, 0
-            return best
-        return min(longest, 2) if trials.due() else 0
+    def __init__(self, longest: int = 8, priors: Mapping[str, float] | None = None) -> None:
+        self.acceptance = Acceptance(longest, priors)
+        self.target = RowCost()
+        self.drafting: dict[str, RowCost] = {}
+        """Passes of the drafters that cost time."""
+        self._trials = Trials()
+        self._resting: dict[tuple[str, int], int] = {}  # steps, by drafter and load
+        self._longest = longest
+        self._positions = np.arange(longest)
+        self._overhead = self._drawing = 0.0  # seconds of a step beside its passes; of a token's drawing
+        self._turns: dict[Sequence, Turn] = {}
 
-    def choose(self, drafts: Mapping[Sequence, Draft], decoding: int, rows: int) -> dict[Sequence, Draft]:
-        """Of drafts that are there already, the tokens worth verifying. `rows`: of the step without any draft, of which
-        `decoding` commit a token each.
-
-        The likeliest tokens of all drafts go first; a draft's tokens never get likelier along it, so what is chosen is
-        the beginning of each.
-        """
-        if not self.target.known or not drafts:
-            return dict(drafts)
-        if self.target.age(rows) > PLAIN_EVERY:
+    def ask(self, step: Step) -> dict[str, list[DraftRequest]]:
+        """Which drafters that cost time to ask, for which sequences and lengths."""
+        names = dict.fromkeys(name for turn in step.turns for name in turn.backlog)
+        if not names:
             return {}
-        offers = sorted(
-            (
-                (-chance, order, sequence)
-                for order, (sequence, draft) in enumerate(drafts.items())
-                for chance in self.acceptance.survival(sequence.id, draft.drafter, draft.evidence, len(draft.tokens))
-            ),
-            key=lambda offer: offer[:2],
+        if not self.target.known:
+            return {name: self._requests(step, name, None, self._longest, 0.0) for name in names}
+        load = step.decoding.bit_length()
+        open_names = [name for name in names if not self._rests((name, load))]
+        if not open_names:
+            return {}
+        best = self._without(step)
+        price = self._row_price(step, best.goodput)
+        plans: dict[str, _Plan | None] = {}
+        while open_names:
+            plans = {name: self._with(step, best, name, price) for name in open_names}
+            name, plan = max(plans.items(), key=lambda item: item[1].goodput if item[1] else 0.0)
+            if plan is None or plan.goodput < GAIN * best.goodput:
+                break
+            best = plan
+            self._trials.won((name, load))
+            open_names.remove(name)
+        asks = dict(best.asks)
+        for name in open_names:
+            trial = self._trial(step, best, name, load) if not asks else None
+            if trial is not None:
+                asks[name] = trial
+            elif not self._would_pay_alone(step, name):
+                self._resting[name, load] = REST
+        floor = self._floor(step, best)
+        return {name: self._requests(step, name, turns, length, floor) for name, (turns, length) in asks.items()}
+
+    def choose(self, step: Step) -> Choice:
+        """Of the drafts that are there, the tokens worth verifying.
+
+        Each sequence's best draft, and of all those the likeliest tokens first; a draft's tokens never get likelier
+        along it, so what is chosen is the beginning of each.
+        """
+        self._turns = {turn.sequence: turn for turn in step.turns}
+        if not self.target.known:
+            return Choice({turn.sequence: turn.drafts[0] for turn in step.turns if turn.drafts})
+        spent = sum(
+            self._drafting_seconds(name, [turn for turn in step.turns if name in turn.asked])
+            for name in {name for turn in step.turns for name in turn.asked}
         )
-        expected = float(decoding)
-        best, best_goodput = 0, GAIN * expected / self.target.predict(rows)
-        for count, (chance, _, _) in enumerate(offers, start=1):
-            expected -= chance
-            goodput = expected / self.target.predict(rows + count)
-            if goodput > best_goodput:
-                best, best_goodput = count, goodput
-        lengths: dict[Sequence, int] = {}
-        for _, _, sequence in offers[:best]:
-            lengths[sequence] = lengths.get(sequence, 0) + 1
-        return {sequence: shortened(drafts[sequence], length) for sequence, length in lengths.items()}
+        turns = [turn for turn in step.turns if turn.drafts]
+        plain_seconds = self.target.predict(step.rows) + self._overhead + spent
+        plain = step.decoding / plain_seconds if step.decoding else 0.0
+        if not turns:
+            return Choice({}, self._told(step.decoding, plain_seconds), self._told(step.decoding, plain_seconds - spent))
+        picked, chances = self._best_drafts(step, turns, plain)
+        flat = chances.ravel()
+        order = np.argsort(-flat, kind="stable")
+        order = order[: int(np.count_nonzero(flat))]
+        expected = step.decoding + np.cumsum(flat[order])
+        seconds = self.target.seconds(step.rows, step.rows + len(order)) + self._overhead + spent
+        cautious = seconds[0] + CAUTION * (seconds[1:] - seconds[0])
+        goodputs = expected / cautious
+        count = int(np.argmax(goodputs)) + 1
+        gain = float(goodputs[count - 1]) / plain
+        if not self._pays(step, gain, count, plain_seconds):
+            count = 0
+        lengths = np.bincount(order[:count] // self._longest, minlength=len(turns)).tolist()
+        chosen = {
+            turn.sequence: shortened(draft, length)
+            for turn, draft, length in zip(turns, picked, lengths, strict=True)
+            if length
+        }
+        tokens = float(expected[count - 1]) if count else float(step.decoding)
+        promised = self._told(tokens, float(seconds[count]))
+        return Choice(chosen, promised, self._told(step.decoding, plain_seconds - spent))
 
     def observe_step(self, rows: int, seconds: float) -> None:
-        """A step's forward pass, sampling and verification took so long."""
+        """The target's pass over so many rows took so long."""
         self.target.observe(rows, seconds)
+        self._trials.earn(seconds)
 
-    def observe_drafting(self, drafter: str, length: int, seconds: float) -> None:
-        """A drafter that costs time took so long for drafts of up to `length` tokens."""
-        self._drafting.setdefault(drafter, DraftCost()).observe(length, seconds)
+    def observe_overhead(self, seconds: float, drawing: float, tokens: int) -> None:
+        """What the step took beside its passes, and of that the drawing of so many tokens."""
+        self._overhead += SMOOTHING * (seconds - drawing - self._overhead)
+        if tokens:
+            self._drawing += SMOOTHING * (drawing / tokens - self._drawing)
 
-    def observe_tokens(self, sequence: Sequence, draft: Draft, tokens: list[int]) -> None:
-        """`tokens` came where `draft` was proposed, whether or not (all of) it was verified."""
-        if draft is not NO_DRAFT:
-            self.acceptance.observe(sequence.id, draft.drafter, draft, tokens)
+    def observe_drafting(self, drafter: str, passes: Seq[int], seconds: float) -> None:
+        """A drafter that costs time took so long for passes of so many rows."""
+        if passes:
+            self.drafting.setdefault(drafter, RowCost()).observe_passes(passes, seconds)
+
+    def observe_tokens(self, sequence: Sequence, tokens: Seq[int]) -> None:
+        """The tokens that came where the last step's drafts of the sequence were proposed, verified or not."""
+        turn = self._turns.get(sequence)
+        self.acceptance.observe(sequence.id, turn.drafts if turn else (), tokens, turn.asked if turn else {})
 
     def release(self, sequence: Sequence) -> None:
         self.acceptance.release(sequence.id)
+        self._turns.pop(sequence, None)
+
+    def _rests(self, subject: tuple[str, int]) -> bool:
+        """Whether a drafter that would not pay a few steps ago is not even thought about in this one."""
+        left = self._resting.get(subject, 0)
+        if left:
+            self._resting[subject] = left - 1
+            self._trials.wait(subject)
+        return left > 0
+
+    def _would_pay_alone(self, step: Step, name: str) -> bool:
+        """Whether the drafter would be asked if there were no other drafts: those come and go with every token."""
+        plain = step.decoding / (self.target.predict(step.rows) + self._overhead)
+        nothing = _Plan(plain, np.zeros((len(step.turns), self._longest)))
+        plan = self._with(step, nothing, name, self._row_price(step, plain))
+        return plan is not None and plan.goodput > NEARLY * plain
+
+    def _without(self, step: Step) -> _Plan:
+        """The best that can be done with the drafts that are there."""
+        turns = [turn for turn in step.turns if turn.drafts]
+        plain = step.decoding / (self.target.predict(step.rows) + self._overhead)
+        chances = np.zeros((len(step.turns), self._longest))
+        if turns:
+            own = self._best_drafts(step, turns, plain)[1]
+            chances[[i for i, turn in enumerate(step.turns) if turn.drafts]] = own
+        goodput = max(plain, float(self._goodputs(step, chances.reshape(1, -1), np.zeros(1))[0]))
+        return _Plan(goodput, chances)
+
+    def _with(self, step: Step, best: _Plan, name: str, price: float) -> _Plan | None:
+        """The best plan in which the drafter is asked, too; None if it is of use to nobody."""
+        cost = self.drafting.get(name)
+        if cost is None or not cost.known:
+            return None
+        chances, reading = self._offered(step, name)
+        return self._joined(step, best, name, price, chances, reading)
+
+    def _offered(self, step: Step, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """What each turn may expect of a drafter, (turns, longest), and the seconds that reading costs it, (turns,)."""
+        cost = self.drafting[name]
+        may = [i for i, turn in enumerate(step.turns) if name in turn.backlog]
+        chances = np.zeros((len(step.turns), self._longest))
+        chances[may] = self.acceptance.expected([step.turns[i].sequence.id for i in may], name)
+        limits = np.array([turn.limit for turn in step.turns])
+        chances[self._positions >= limits[:, None]] = 0.0
+        reading = np.zeros(len(step.turns))
+        for i in may:
+            turn = step.turns[i]
+            if (rows := turn.backlog[name]) > 1:
+                left = turn.sequence.params.max_tokens - turn.sequence.output_len
+                steps = max(1, min(HORIZON, left // 2)) if rows > self._longest + 1 else 1
+                reading[i] = max(0.0, cost.predict(rows) - cost.predict(1)) / steps
+        return chances, reading
+
+    def _joined(
+        self, step: Step, best: _Plan, name: str, price: float, chances: np.ndarray, reading: np.ndarray
+    ) -> _Plan | None:
+        """`best` with those turns given to the drafter that gain by it, at the length that is best for all."""
+        cost = self.drafting[name]
+        lengths = self._positions + 1
+        single, all_ = cost.predict(1), cost.predict(max(2, len(step.turns)))
+        a_row = (all_ - single) / (max(2, len(step.turns)) - 1)
+        # By turn and length: what the draft is worth beyond its rows, less what the turn has already, less its rows
+        # of the draft's passes.
+        worth = np.cumsum(np.maximum(0.0, chances - price), axis=1)
+        has = np.maximum(0.0, best.chances - price).sum(axis=1)
+        own = best.goodput * (a_row * lengths + reading[:, None])
+        given = (worth - has[:, None] - own > 0) & (chances > 0)  # (turns, lengths)
+        counts = given.sum(axis=0)
+        if not counts.any():
+            return None
+        passes = cost.seconds(0, len(step.turns))[counts] * lengths
+        drafting = np.where(counts > 0, passes + (reading[:, None] * given).sum(axis=0), np.inf)
+        offered = np.where(self._positions < lengths[:, None], chances[:, None, :], 0.0)  # (turns, lengths, longest)
+        joined = np.where(given[:, :, None], offered, best.chances[:, None, :]).transpose(1, 0, 2)
+        total = best.drafting + CAUTION * drafting
+        goodputs = self._goodputs(step, joined.reshape(len(lengths), -1), total)
+        at = int(np.argmax(goodputs))
+        asks = {**best.asks, name: (given[:, at], at + 1)}
+        return _Plan(float(goodputs[at]), joined[at], float(total[at]), asks)
+
+    def _trial(self, step: Step, best: _Plan, name: str, load: int) -> tuple[np.ndarray, int] | None:
+        """Turns and length of a trial of a drafter that does not pay, as far as is known, if one is due."""
+        cost = self.drafting.get(name)
+        if cost is None or not cost.known:
+            return None
+        may = np.array([name in turn.backlog for turn in step.turns])
+        small = np.array([turn.backlog.get(name, 0) <= self._longest + 1 for turn in step.turns])
+        turns = may & small if (may & small).any() else may & (np.cumsum(may) <= 1)
+        length = min(TRIED, self._longest)
+        rows = [step.turns[i].backlog[name] for i in np.flatnonzero(turns)]
+        loss = cost.predict(sum(rows)) + (length - 1) * cost.predict(len(rows))
+        if not self._trials.ready((name, load), loss):
+            return None
+        # Where the drafter may pay as far as is known, and too little is, trials go on; else they get rarer.
+        likely = self._hoped(step, best, name, may, self.acceptance.at_best(name))
+        possible = likely or self._hoped(step, best, name, may, np.full(self._longest, MOST_LIKELY))
+        self._trials.done((name, load), loss if possible else 0.0, rarer=not likely)
+        return (turns, length) if possible else None
+
+    def _hoped(self, step: Step, best: _Plan, name: str, may: np.ndarray, rates: np.ndarray) -> bool:
+        """Whether a drafter would pay if its tokens were right that often, one after the other."""
+        chances = np.cumprod(rates) * may[:, None]
+        plan = self._joined(step, _Plan(best.goodput, best.chances), name, 0.0, chances, np.zeros(len(step.turns)))
+        return plan is not None and plan.goodput >= GAIN * best.goodput
+
+    def _best_drafts(self, step: Step, turns: list[Turn], plain: float) -> tuple[list[Draft], np.ndarray]:
+        """Each turn's draft that is worth most, and its tokens' chances: (turns, longest)."""
+        drafts = [draft for turn in turns for draft in turn.drafts]
+        chances = self.acceptance.survival([turn.sequence.id for turn in turns for _ in turn.drafts], drafts)
+        if len(drafts) == len(turns):
+            return drafts, chances
+        worth = np.maximum(0.0, chances - self._row_price(step, plain)).sum(axis=1).tolist()
+        picked, end = [], 0
+        for turn in turns:
+            start, end = end, end + len(turn.drafts)
+            picked.append(max(range(start, end), key=worth.__getitem__))
+        return [drafts[i] for i in picked], chances[picked]
+
+    def _goodputs(self, step: Step, chances: np.ndarray, drafting: np.ndarray) -> np.ndarray:
+        """The highest goodput of each of some plans: (plans, turns * longest) chances, (plans,) seconds."""
+        ordered = -np.sort(-chances, axis=1)
+        expected = step.decoding + np.cumsum(ordered, axis=1)
+        seconds = self.target.seconds(step.rows, step.rows + chances.shape[1]) + self._overhead
+        cautious = seconds[0] + CAUTION * (seconds[1:] - seconds[0])
+        goodputs: np.ndarray = (expected / (cautious + drafting[:, None])).max(axis=1)
+        return goodputs
+
+    def _row_price(self, step: Step, goodput: float) -> float:
+        """Tokens that the seconds of one more row are worth."""
+        more = max(4, len(step.turns))
+        seconds = self.target.seconds(step.rows, step.rows + more)
+        return CAUTION * goodput * float(seconds[-1] - seconds[0]) / more
+
+    def _floor(self, step: Step, plan: _Plan) -> float:
+        """The chance below which a token is not worth being drafted by those that the plan asks, let alone verified."""
+        seconds = sum(self.drafting[name].predict(int(turns.sum())) for name, (turns, _) in plan.asks.items())
+        asked = sum(int(turns.sum()) for turns, _ in plan.asks.values())
+        return 0.5 * (plan.goodput * seconds / asked + self._row_price(step, plan.goodput)) if asked else 0.0
+
+    def _requests(
+        self, step: Step, name: str, turns: np.ndarray | None, length: int, floor: float
+    ) -> list[DraftRequest]:
+        requests = []
+        for i, turn in enumerate(step.turns):
+            if name in turn.backlog and (turns is None or turns[i]):
+                turn.asked[name] = min(turn.limit, length)
+                requests.append(DraftRequest(turn.sequence, turn.asked[name], floor))
+        return requests
+
+    def _drafting_seconds(self, name: str, turns: list[Turn]) -> float:
+        cost = self.drafting.get(name)
+        if cost is None or not cost.known or not turns:
+            return 0.0
+        length = max(turn.asked[name] for turn in turns)
+        return cost.predict(sum(turn.backlog[name] for turn in turns)) + (length - 1) * cost.predict(len(turns))
+
+    def _pays(self, step: Step, gain: float, count: int, plain_seconds: float) -> bool:
+        """Whether drafting is chosen that promises `gain` times plain decoding's goodput with `count` rows more."""
+        subject = (_ROWS, step.decoding.bit_length())
+        old = self.target.age(step.rows) > PLAIN_EVERY
+        if gain >= GAIN:
+            self._trials.won(subject)
+            return not old or gain > 1 + SURE * self.target.uncertainty(step.rows, step.rows + count)
+        loss = max(0.0, 1 - gain) * plain_seconds
+        if not self._trials.ready(subject, loss):
+            return False
+        possible = gain * (1 + SURE * self.target.uncertainty(step.rows, step.rows + count)) >= GAIN
+        self._trials.done(subject, loss if possible else 0.0, rarer=True)
+        return possible
+
+    def _told(self, tokens: float, seconds: float) -> float:
+        return tokens / (seconds + tokens * self._drawing) if tokens else 0.0

@@ -1,33 +1,46 @@
-"""What a step costs, learned from the steps there were: seconds by token rows, and of a drafter by draft length."""
+"""What passes of a model cost, learned from the passes there were: seconds by token rows. No policy here.
+
+A Kalman filter (Kalman 1960), extended to the logarithm of seconds. Its state is how fast the machine is at present,
+which drifts with whatever else the machine does, and the shape of the curve over rows, which hardly does. So passes of
+few rows and of many, some steps apart, say how the two compare, while the same pass again and again says how fast the
+machine is; and the filter knows how sure it is of a comparison.
+"""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
+from collections.abc import Sequence as Seq
 
-WEIGHT = 0.1
-"""Of a new measurement against what is known: about the last ten count."""
-SPEED_WEIGHT, SHAPE_WEIGHT = 0.2, 0.05
-"""The same for the machine's speed, which changes with whatever else it does, and for how steps of other rows compare,
-which does not; a class that was measured a few times only gives way faster."""
-OUTLIER = 2.0
-"""A measurement counts for at most this multiple of what is known: a machine has other things to do now and then."""
+import numpy as np
+
+NOISE = 0.06
+"""Standard deviation of a measurement, relative, as all below."""
+SPEED_DRIFT, SHAPE_DRIFT = 0.02, 0.001
+"""By how much the machine's speed, and each point of the shape, may change from one observation to the next."""
+SHAPE_DOUBT, SHAPE_REACH = 0.25, 1.5
+"""How far the shape may be from the calibrated one between what was calibrated; points so many octaves of rows apart
+have little to say about each other."""
+CALIBRATION_NOISE = 0.05
+OUTLIER = 3.0
+"""A measurement counts for at most so many standard deviations: a machine has other things to do now and then."""
+KNOTS = 256
+"""Rows that the curve has points for unless it is calibrated for more; beyond them it goes on as a line."""
 
 
 class RowCost:
-    """Seconds of a step by its token rows: lines between what was measured, never less for more rows.
+    """Seconds of a pass by its token rows: lines between points, never less for more rows.
 
-    `calibrate` gives it a shape to start from. From then on each step corrects two things: how fast the machine is at
-    present, whatever the rows, so that what was measured long ago stays comparable; and the shape at its own rows.
-    Row counts are put together in classes an eighth apart.
+    `calibrate` gives it a shape to start from, `observe` corrects it by what passes took.
     """
 
     def __init__(self) -> None:
-        self._rows: list[int] = []  # measured classes, ascending
-        self._seconds: dict[int, float] = {}
-        self._count: dict[int, int] = {}
-        self._last: dict[int, int] = {}  # the observation that a class last had
+        self._rows: list[int] = []  # the curve's points, ascending
+        self._state = np.zeros(0)  # log speed, then the log of seconds at each point at speed 1
+        self._doubt = np.zeros((0, 0))  # covariance of the state
+        self._table: np.ndarray | None = None  # seconds at speed 1 of 0, 1, 2, ... rows, while the shape stands
         self._observed = 0
-        self._speed = 1.0
+        self._last: dict[int, int] = {}  # the observation that a point last had
 
     @property
     def known(self) -> bool:
@@ -35,84 +48,114 @@ class RowCost:
 
     def calibrate(self, measured: dict[int, float]) -> None:
         """Start from these seconds by rows."""
-        for rows, seconds in measured.items():
-            self._set(_class(rows), seconds)
+        rows = sorted(measured)
+        self._begin(_points(max(KNOTS, rows[-1])), rows, [math.log(measured[count]) for count in rows])
 
     def observe(self, rows: int, seconds: float) -> None:
-        if self._rows:
-            ratio = seconds / self.predict(rows)
-            seconds *= min(OUTLIER, ratio) / ratio
-            self._speed *= 1 + SPEED_WEIGHT * (min(OUTLIER, ratio) - 1)
-        place, shape = _class(rows), seconds / self._speed
-        known = self._seconds.get(place, shape)
-        self._set(place, known + max(SHAPE_WEIGHT, 0.5 / (self._count.get(place, 0) + 1)) * (shape - known))
+        """A pass of so many rows took so long."""
+        self.observe_passes((rows,), seconds)
+
+    def observe_passes(self, passes: Seq[int], seconds: float) -> None:
+        """Passes of so many rows each took so long together."""
+        if not self._rows:
+            self._begin(_points(max(KNOTS, *passes)), [passes[0]], [math.log(seconds / len(passes))])
+        places, slopes, predicted = self._linear(passes)
+        state, doubt = self._state, self._doubt
+        diagonal = doubt.reshape(-1)[:: len(state) + 1]
+        diagonal += SHAPE_DRIFT**2
+        diagonal[0] += SPEED_DRIFT**2
+        reach = doubt[:, places] @ slopes
+        variance = float(slopes @ reach[places]) + NOISE**2
+        most = OUTLIER * math.sqrt(variance)
+        error = min(most, max(-most, math.log(max(seconds, 1e-9) / predicted)))
+        state += reach * (error / variance)
+        doubt -= np.outer(reach, reach / variance)
+        self._table = None
         self._observed += 1
-        self._last[place] = self._observed
+        for rows in passes:
+            self._last[self._nearest(rows)] = self._observed
 
     def age(self, rows: int) -> int:
-        """How many steps ago one of so many rows was measured, or since the start if there was none."""
-        return self._observed - self._last.get(_class(rows), 0)
+        """How many observations ago there was one of about so many rows, or since the start if there was none."""
+        return self._observed - self._last.get(self._nearest(rows), 0)
 
     def predict(self, rows: int) -> float:
         """Seconds; 0 before anything was measured."""
-        if not self._rows:
-            return 0.0
-        i = bisect_left(self._rows, rows)
-        if i == len(self._rows):  # beyond the largest: as steep as over its second half
-            most = self._rows[-1]
-            half = bisect_left(self._rows, most / 2)
-            rise = (self._floor(i - 1) - self._floor(half)) / max(1, most - self._rows[half])
-            return self._speed * (self._floor(i - 1) + rise * (rows - most))
-        high = self._floor(i)
-        if i == 0 or self._rows[i] == rows:
-            return self._speed * high
-        low = self._floor(i - 1)
-        share = (rows - self._rows[i - 1]) / (self._rows[i] - self._rows[i - 1])
-        return self._speed * (low + share * (high - low))
+        return float(self.seconds(rows, rows)[0]) if self._rows else 0.0
 
-    def _floor(self, i: int) -> float:
-        """Seconds of a class, or of a larger one that took less: more rows never take less time."""
-        return min(self._seconds[rows] for rows in self._rows[i:])
+    def seconds(self, first: int, last: int) -> np.ndarray:
+        """Seconds of `first`, first + 1, ... `last` rows: (last - first + 1,) float64."""
+        if self._table is None or len(self._table) <= last:
+            self._table = self._tabulate(max(last, self._rows[-1]))
+        return self._table[first : last + 1] * math.exp(self._state[0])
 
-    def _set(self, place: int, seconds: float) -> None:
-        if place not in self._seconds:
-            self._rows.insert(bisect_left(self._rows, place), place)
-        self._seconds[place] = seconds
-        self._count[place] = self._count.get(place, 0) + 1
+    def uncertainty(self, rows: int, others: int) -> float:
+        """Standard deviation, relative, of how passes of `rows` and of `others` rows compare."""
+        places, slopes, _ = self._linear((rows,))
+        more, other, _ = self._linear((others,))
+        places, slopes = [*places, *more], np.concatenate([slopes, -other])
+        return math.sqrt(max(0.0, float(slopes @ self._doubt[np.ix_(places, places)] @ slopes)))
+
+    def _begin(self, points: list[int], rows: list[int], logs: list[float]) -> None:
+        """Lines between the measured; beyond the largest as steep as over its second half."""
+        seconds = np.exp(logs)
+        shape = np.interp(points, rows, seconds)
+        half = bisect_left(rows, rows[-1] / 2)
+        rise = max(0.0, float(seconds[-1] - seconds[half])) / max(1, rows[-1] - rows[half])
+        shape += rise * np.maximum(0, np.array(points) - rows[-1])
+        octaves = np.log2(points)
+        doubt = SHAPE_DOUBT**2 * np.exp(-np.abs(octaves[:, None] - octaves) / SHAPE_REACH)
+        for count in rows:  # what was measured is known better, and what is near it a little
+            at = points.index(_point(count, points))
+            reach = doubt[:, at].copy()
+            doubt -= np.outer(reach, reach / (reach[at] + CALIBRATION_NOISE**2))
+        self._rows, self._table = points, None
+        self._state = np.concatenate([[0.0], np.log(shape)])
+        self._doubt = np.zeros((len(points) + 1, len(points) + 1))
+        self._doubt[0, 0] = NOISE**2
+        self._doubt[1:, 1:] = doubt
+
+    def _linear(self, passes: Seq[int]) -> tuple[list[int], np.ndarray, float]:
+        """Which entries of the state seconds depend on, the derivatives of their logarithm, and the seconds."""
+        parts: dict[int, float] = {}
+        for rows in passes:
+            high = min(bisect_left(self._rows, rows), len(self._rows) - 1)
+            low = max(0, high - 1)
+            span = self._rows[high] - self._rows[low]
+            share = 1.0 if not span else min(1.0, (rows - self._rows[low]) / span)
+            for point, weight in ((low, 1 - share), (high, share)):
+                if weight > 0:
+                    parts[point] = parts.get(point, 0.0) + weight * math.exp(self._state[1 + point])
+        total = sum(parts.values())
+        slopes = np.array([1.0, *(part / total for part in parts.values())])
+        # Points beyond the last row count as the last; the table knows better how long they take.
+        predicted = sum(self.predict(rows) for rows in passes) if passes[-1] > self._rows[-1] else 0.0
+        return [0, *(1 + point for point in parts)], slopes, predicted or total * math.exp(self._state[0])
+
+    def _nearest(self, rows: int) -> int:
+        return bisect_left(self._rows, rows)
+
+    def _tabulate(self, last: int) -> np.ndarray:
+        points = np.array(self._rows)
+        # A class that took longer than a larger one did: more rows never take less time.
+        shape = np.minimum.accumulate(np.exp(self._state[:0:-1]))[::-1]
+        table: np.ndarray = np.interp(np.arange(last + 1), points, shape)
+        if last > points[-1]:
+            half = int(np.searchsorted(points, points[-1] / 2))
+            rise = (shape[-1] - shape[half]) / max(1, points[-1] - points[half])
+            beyond = np.arange(points[-1] + 1, last + 1)
+            table[points[-1] + 1 :] = shape[-1] + rise * (beyond - points[-1])
+        return table
 
 
-def _class(rows: int) -> int:
-    """Exact up to 16 rows, then in steps of an eighth of the power of two below."""
-    step = max(1, 1 << max(0, rows.bit_length() - 4))
-    return rows // step * step
+def _points(last: int) -> list[int]:
+    """Every row up to 16, then four an octave, up to `last` at least."""
+    points, rows = list(range(1, 17)), 16
+    while points[-1] < last:
+        points += [rows + rows * part // 4 for part in range(1, 5)]
+        rows *= 2
+    return points
 
 
-class DraftCost:
-    """Seconds of drafting, as a line over the length: reading what is new, then so much for each drafted token."""
-
-    def __init__(self) -> None:
-        self._count = self._length = self._seconds = self._square = self._product = 0.0
-
-    @property
-    def known(self) -> bool:
-        return self._count > 0
-
-    def observe(self, length: int, seconds: float) -> None:
-        if self.known:
-            seconds = min(seconds, OUTLIER * max(self.predict(length), 1e-6))
-        keep = 1 - WEIGHT
-        self._count = keep * self._count + 1
-        self._length = keep * self._length + length
-        self._seconds = keep * self._seconds + seconds
-        self._square = keep * self._square + length * length
-        self._product = keep * self._product + length * seconds
-
-    def predict(self, length: int) -> float:
-        if not self.known:
-            return 0.0
-        mean, seconds = self._length / self._count, self._seconds / self._count
-        variance = self._square / self._count - mean * mean
-        if variance < 1e-3:  # one length only: all of it in proportion
-            return seconds * length / max(mean, 1.0)
-        slope = max(0.0, (self._product / self._count - mean * seconds) / variance)
-        return max(0.0, seconds + slope * (length - mean))
+def _point(rows: int, points: list[int]) -> int:
+    return points[min(bisect_left(points, rows), len(points) - 1)]

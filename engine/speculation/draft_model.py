@@ -48,29 +48,40 @@ class _Drafting:
     cached: _Cached
     tokens: list[int] = field(default_factory=list)
     probs: list[torch.Tensor] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
+    survival: float = 1.0
+    """Product of the confidences."""
+
+    @property
+    def growing(self) -> bool:
+        return len(self.tokens) < self.request.limit and self.survival >= self.request.floor
 
     def span(self) -> LogitSpan:
         return LogitSpan(self.request.sequence, tuple(self.tokens), rows=1)
 
 
 class DraftModelDrafter:
-    """`keep_probs`: also return the distributions that the tokens were drawn from (rejection verification needs them).
+    """`name`: as requests call it; an engine may have several. `keep_probs`: also return the distributions that the
+    tokens were drawn from (rejection verification needs them).
 
     At most `max_batch_tokens` rows are caught up in a call: a sequence with a long prompt gets no draft until the draft
     model has read it, chunk by chunk.
     """
 
-    name = "draft-model"
+    prior = 0.6
     free = False
 
     def __init__(
         self,
+        name: str,
         runner: ModelRunner,
         pool: BlockPool,
         eos_token_ids: tuple[int, ...],
         max_batch_tokens: int,
         keep_probs: bool = False,
     ) -> None:
+        self.name = name
+        self.passes: tuple[int, ...] = ()
         self._runner = runner
         self._pool = pool
         self._eos_token_ids = eos_token_ids
@@ -98,21 +109,36 @@ class DraftModelDrafter:
             if complete:
                 active.append(_Drafting(request, cached))
         finished = active
+        passes = []
         while spans:
+            passes.append(sum(len(span.token_ids) for span in spans))
             logits = self._runner.run(spans)
             while read:  # in the cache only now
                 cached, tokens = read.pop()
                 cached.blocks.commit(tokens, cached.committed)
             self._draw(logits, active)
-            active = [drafting for drafting in active if len(drafting.tokens) < drafting.request.limit]
+            active = [drafting for drafting in active if drafting.growing]
             spans = [self._next_span(drafting) for drafting in active]
+        self.passes = tuple(passes)
         drafts = {
             drafting.request.sequence.id: Draft(
-                tuple(drafting.tokens), torch.stack(drafting.probs) if drafting.probs else None, self.name
+                tuple(drafting.tokens),
+                torch.stack(drafting.probs) if drafting.probs else None,
+                self.name,
+                confidences=tuple(drafting.confidences),
             )
             for drafting in finished
         }
         return [drafts.get(request.sequence.id, NO_DRAFT) for request in requests]
+
+    def backlog(self, sequence: Sequence) -> int:
+        """Tokens of the sequence that are not in the draft's cache, the last one at least."""
+        cached = self._cached.get(sequence.id)
+        return len(sequence.tokens) - (cached.catch_up(sequence.tokens) if cached is not None else 0)
+
+    def try_pass(self, rows: int) -> None:
+        """A pass over one span of so many rows, in the cache's first block: only while there are no sequences."""
+        self._runner.run([Span([0] * rows, 0, [0] * -(-rows // self._pool.block_size), logit_rows=1)])
 
     def release(self, sequence: Sequence) -> None:
         cached = self._cached.pop(sequence.id, None)
@@ -144,8 +170,12 @@ class DraftModelDrafter:
         spans = [drafting.span() for drafting in active]
         processed = process(logits, spans, self._eos_token_ids)
         probs = torch.softmax(processed, dim=-1) if self._keep_probs else None
-        for i, (drafting, token) in enumerate(zip(active, draw(processed, spans), strict=True)):
+        tokens = draw(processed, spans)
+        confidences = _probabilities(processed, tokens)
+        for i, (drafting, token, confidence) in enumerate(zip(active, tokens, confidences, strict=True)):
             drafting.tokens.append(token)
+            drafting.confidences.append(confidence)
+            drafting.survival *= confidence
             if probs is not None:
                 drafting.probs.append(
                     _certain(probs[i], token) if drafting.request.sequence.params.greedy else probs[i]
@@ -156,6 +186,13 @@ class DraftModelDrafter:
         place = len(drafting.request.sequence.tokens) + len(drafting.tokens) - 1
         cached.drafted.append(token)
         return Span([token], place, cached.blocks.blocks, logit_rows=1)
+
+
+def _probabilities(processed: torch.Tensor, tokens: list[int]) -> list[float]:
+    """Of each row's token, under the softmax of (rows, vocab): between 0 and 1."""
+    drawn = processed[torch.arange(len(tokens)), torch.tensor(tokens)].float()
+    chances: list[float] = (drawn - processed.float().logsumexp(dim=-1)).exp().clamp_(0.0, 1.0).tolist()
+    return chances
 
 
 def _certain(probs: torch.Tensor, token: int) -> torch.Tensor:

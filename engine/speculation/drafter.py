@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -16,6 +16,9 @@ class DraftRequest:
 
     sequence: Sequence
     limit: int
+    floor: float = 0.0
+    """A drafter that knows how confident it is may stop where the product of its tokens' confidences is below this:
+    more would not pay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,9 @@ class Draft:
     probs: torch.Tensor | None = None
     drafter: str = ""
     evidence: int = 0
-    """How strong the drafter's reason is, in its own classes (the n-gram drafter's: the length of its match)."""
+    """How strong the drafter's reason is, in its own classes below 1000 (the n-gram drafter's: its match's length)."""
+    confidences: tuple[float, ...] = ()
+    """The drafter's own probability of each of its tokens; empty where it has none. What they are worth is learned."""
 
 
 NO_DRAFT = Draft()
@@ -40,7 +45,7 @@ def shortened(draft: Draft, length: int) -> Draft:
     if length <= 0:
         return NO_DRAFT
     probs = None if draft.probs is None else draft.probs[:length]
-    return Draft(draft.tokens[:length], probs, draft.drafter, draft.evidence)
+    return Draft(draft.tokens[:length], probs, draft.drafter, draft.evidence, draft.confidences[:length])
 
 
 class Drafter(Protocol):
@@ -51,8 +56,14 @@ class Drafter(Protocol):
     """
 
     name: str
-    free: bool
-    """Its proposals take no time worth counting, so it is asked at every step."""
+    """What requests, metrics and timings call it; no two of an engine have the same."""
+    prior: float
+    """How often its first token is taken to be right until that was seen."""
+
+    @property
+    def free(self) -> bool:
+        """Its proposals take no time worth counting, so it is asked at every step. Else it is a CostlyDrafter."""
+        ...
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
         """One Draft for each of `requests`, in their order."""
@@ -60,4 +71,21 @@ class Drafter(Protocol):
 
     def release(self, sequence: Sequence) -> None:
         """Forget a sequence that has ended (or was never seen): its memory is free afterwards."""
+        ...
+
+
+@runtime_checkable
+class CostlyDrafter(Drafter, Protocol):
+    """One that computes: in passes over rows, the first of which also reads what is new of each sequence, and each
+    makes a token for every sequence whose draft still grows."""
+
+    passes: tuple[int, ...]
+    """Rows of each pass of the last `propose`."""
+
+    def backlog(self, sequence: Sequence) -> int:
+        """Rows of the sequence that a draft's first pass has to read: its last token at least."""
+        ...
+
+    def try_pass(self, rows: int) -> None:
+        """Compute a pass over so many rows, to measure what it takes. Only before there are sequences."""
         ...

@@ -23,6 +23,7 @@ class NgramDrafter:
     """
 
     name = "ngram"
+    prior = 0.35
     free = True
 
     def __init__(self, ngram_max: int, ngram_min: int) -> None:

@@ -33,6 +33,7 @@ class PredictionDrafter:
     """
 
     name = "prediction"
+    prior = 0.8
     free = True
 
     def __init__(self) -> None:

@@ -1,96 +1,103 @@
-"""The speculator asks each sequence's drafters for a draft of a sensible length, and watches what comes of it."""
+"""The speculator asks drafters for drafts of a sensible length, and watches what comes of them. Who drafts how much is
+the controller's choice; without one, sequences take the first proposal there is."""
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 
 from engine.sequence import Sequence
-from engine.speculation.controller import Controller
-from engine.speculation.drafter import NO_DRAFT, Draft, Drafter, DraftRequest
+from engine.speculation.controller import Choice, Controller, Step, Turn
+from engine.speculation.drafter import CostlyDrafter, Draft, Drafter, DraftRequest
 
 
 class Speculator:
-    """Takes the first proposal of each sequence's drafters: at most `num_draft_tokens`, less where answer or context
-    end sooner, and as many as the controller finds worth it; all of them if there is no controller."""
+    """Drafts of at most `num_draft_tokens`, less where answer or context end sooner, by whom and as long as the
+    controller finds worth it. If there is no controller, a sequence takes the first proposal of its drafters, all of
+    it, and those that are free come first."""
 
     def __init__(
         self, drafters: list[Drafter], num_draft_tokens: int, max_model_len: int, controller: Controller | None
     ) -> None:
-        self._drafters = {drafter.name: drafter for drafter in drafters}
+        self._free = {drafter.name: drafter for drafter in drafters if drafter.free}
+        self._costly = {drafter.name: drafter for drafter in drafters if isinstance(drafter, CostlyDrafter)}
         self._num_draft_tokens = num_draft_tokens
         self._max_model_len = max_model_len
         self._controller = controller
-        self._proposed: dict[Sequence, Draft] = {}  # in this step, before the controller's choice
+        self.choice = Choice({})
+        """What was chosen for the last step, and what it promised."""
+        self._seconds = 0.0  # of the last step's costly drafts
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._drafters)
+        return (*self._free, *self._costly)
 
     def draft(self, sequences: list[Sequence], other_rows: int = 0) -> dict[Sequence, Draft]:
         """Drafts for those of `sequences`, all of which decode in the next step, that have one. The step has
         `other_rows` besides, for prompts."""
-        waiting: list[tuple[DraftRequest, tuple[str, ...]]] = []
+        self._seconds = 0.0
+        turns = []
         for sequence in sequences:
             # Verification commits one token more than are drafted.
             left = min(sequence.params.max_tokens - sequence.output_len, self._max_model_len - len(sequence.tokens)) - 1
             limit = min(self._num_draft_tokens, left)
             if sequence.drafters and limit > 0:
-                waiting.append((DraftRequest(sequence, limit), sequence.drafters))
-        rows = len(sequences) + other_rows
-        self._proposed = {}
-        while waiting:
-            waiting = self._ask_next(waiting, rows)
-        if self._controller is None or not self._proposed:
-            return dict(self._proposed)
-        return self._controller.choose(self._proposed, len(sequences), rows)
+                turns.append(Turn(sequence, limit))
+        if self._controller is None:
+            self.choice = Choice(self._first_proposals(turns))
+        else:
+            self.choice = self._chosen(self._controller, Step(len(sequences) + other_rows, len(sequences), turns))
+        return self.choice.drafts
 
-    def observe_step(self, rows: int, seconds: float) -> None:
-        """The last step had so many rows and took the target so long."""
+    def observe_step(self, rows: int, seconds: dict[str, float], tokens: int) -> None:
+        """The last step computed so many rows and committed so many tokens; `seconds` by its phases."""
         if self._controller is not None:
-            self._controller.observe_step(rows, seconds)
+            self._controller.observe_step(rows, seconds["forward"])
+            beside = sum(seconds.values()) - seconds["forward"] - self._seconds
+            self._controller.observe_overhead(beside, seconds["sample"], tokens)
 
     def observe_tokens(self, sequence: Sequence, tokens: list[int]) -> None:
         """The target's tokens at the places that were last drafted for."""
         if self._controller is not None:
-            self._controller.observe_tokens(sequence, self._proposed.get(sequence, NO_DRAFT), tokens)
+            self._controller.observe_tokens(sequence, tokens)
 
     def release(self, sequence: Sequence) -> None:
-        for drafter in self._drafters.values():
+        for drafter in (*self._free.values(), *self._costly.values()):
             drafter.release(sequence)
         if self._controller is not None:
             self._controller.release(sequence)
-        self._proposed.pop(sequence, None)
 
-    def _ask_next(
-        self, waiting: list[tuple[DraftRequest, tuple[str, ...]]], rows: int
-    ) -> list[tuple[DraftRequest, tuple[str, ...]]]:
-        """Ask the first drafter of each request, and return those without a proposal that have others left. One that
-        costs time comes when all are asked that do not, so that it has all of its requests at once."""
-        turns: dict[str, list[tuple[DraftRequest, tuple[str, ...]]]] = defaultdict(list)
-        for request, names in waiting:
-            turns[names[0]].append((request, names))
-        free = {name: turn for name, turn in turns.items() if self._drafters[name].free}
-        left = [item for name, turn in turns.items() if free and name not in free for item in turn]
-        for name, turn in (free or turns).items():
-            drafts = self._ask(self._drafters[name], [request for request, _ in turn], rows)
-            for (request, names), draft in zip(turn, drafts, strict=True):
+    def _chosen(self, controller: Controller, step: Step) -> Choice:
+        for name, drafter in self._free.items():
+            self._propose(drafter, [turn for turn in step.turns if name in turn.sequence.drafters])
+        for turn in step.turns:
+            for name in turn.sequence.drafters:
+                if name in self._costly:
+                    turn.backlog[name] = self._costly[name].backlog(turn.sequence)
+        by_sequence = {turn.sequence: turn for turn in step.turns}
+        for name, requests in controller.ask(step).items():
+            costly = self._costly[name]
+            start = time.perf_counter()
+            drafts = costly.propose(requests)
+            took = time.perf_counter() - start
+            self._seconds += took
+            controller.observe_drafting(name, costly.passes, took)
+            for request, draft in zip(requests, drafts, strict=True):
                 if draft.tokens:
-                    self._proposed[request.sequence] = draft
-                elif names[1:]:
-                    left.append((request, names[1:]))
-        return left
+                    by_sequence[request.sequence].drafts.append(draft)
+        return controller.choose(step)
 
-    def _ask(self, drafter: Drafter, asked: list[DraftRequest], rows: int) -> list[Draft]:
-        if drafter.free or self._controller is None:
-            return drafter.propose(asked)
-        sequences = [request.sequence for request in asked]
-        longest = self._controller.limit(drafter.name, sequences, self._num_draft_tokens, rows)
-        if longest == 0:
-            return [NO_DRAFT] * len(asked)
-        start = time.perf_counter()
-        drafts = drafter.propose([DraftRequest(r.sequence, min(r.limit, longest)) for r in asked])
-        drafted = max(len(draft.tokens) for draft in drafts)
-        if drafted:  # else it was catching up
-            self._controller.observe_drafting(drafter.name, drafted, time.perf_counter() - start)
-        return drafts
+    def _first_proposals(self, turns: list[Turn]) -> dict[Sequence, Draft]:
+        for turn in turns:
+            for name in turn.sequence.drafters:
+                if name in self._free and not turn.drafts:
+                    self._propose(self._free[name], [turn])
+        for name, drafter in self._costly.items():
+            self._propose(drafter, [turn for turn in turns if name in turn.sequence.drafters and not turn.drafts])
+        return {turn.sequence: turn.drafts[0] for turn in turns if turn.drafts}
+
+    def _propose(self, drafter: Drafter, turns: list[Turn]) -> None:
+        if turns:
+            drafts = drafter.propose([DraftRequest(turn.sequence, turn.limit) for turn in turns])
+            for turn, draft in zip(turns, drafts, strict=True):
+                if draft.tokens:
+                    turn.drafts.append(draft)

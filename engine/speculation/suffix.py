@@ -30,6 +30,7 @@ class SuffixDrafter:
     """
 
     name = "suffix"
+    prior = 0.35
     free = True
 
     def __init__(self) -> None:

@@ -79,6 +79,15 @@ HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safete
 HUB_TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja")
 
 
+LOOKUPS = ("ngram", "suffix")
+"""The drafters that need no files."""
+
+
+def default_drafters(target_name: str) -> tuple[str, ...]:
+    """Who drafts for a target where nobody says otherwise: entries as in `EngineConfig.drafter`."""
+    return LOOKUPS
+
+
 def cache_folder() -> Path:
     """PILOTFISH_CACHE, or ~/.cache/pilotfish. It may not exist yet."""
     return Path(os.environ.get("PILOTFISH_CACHE") or Path.home() / ".cache" / "pilotfish").expanduser()

@@ -24,6 +24,18 @@ class Usage(TypedDict):
     completion_tokens_details: CompletionTokensDetails
 
 
+class DrafterTimings(TypedDict):
+    """What one drafter did for an answer."""
+
+    steps: int
+    """In which a draft of its was chosen."""
+    drafted_tokens: int
+    """That were verified."""
+    accepted_tokens: int
+    mean_length: float
+    """Of the drafts, as far as they were verified."""
+
+
 class Timings(TypedDict):
     """How an answer came about. Several choices count together: from the first of them to the last."""
 
@@ -38,6 +50,8 @@ class Timings(TypedDict):
     drafter: str
     drafted_tokens: int
     accepted_tokens: int
+    drafters: dict[str, DrafterTimings]
+    """By drafter, those of most steps first."""
     cached_tokens: int
     """Prompt tokens found in the prefix cache."""
 

@@ -100,8 +100,8 @@ def test_bench(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two targets, a draft that is right for one of them, and all that is written."""
-    other, draft = str(tiny("qwen3")), str(tiny("llama"))
-    more = ("--model", other, "--draft-model", draft, "--arm", "draft-model", "--arm", "auto")
+    other, draft = str(tiny("qwen3")), f"draft-model={tiny('llama')}"
+    more = ("--model", other, "--drafter", "ngram", "--drafter", draft, "--arm", "draft-model", "--arm", "auto")
     assert cli.main(flags(quick, prompts, tmp_path / "out", *more)) == 0
     content = json.loads((tmp_path / "out" / "bench.json").read_text())
     rows = msgspec.convert(content["rows"], list[Row])
@@ -127,7 +127,7 @@ def test_bench(
             assert each.acceptance_rate == 1.0
             # 12 tokens: the prompt's step gives one, the next nine (eight were drafted), then two.
             assert each.mean_accepted_length == 4.0
-    assert {"ngram", "draft-model"} <= set(content["targets"]["qwen3"]["drafters"])
+    assert content["targets"]["qwen3"]["drafters"] == ["ngram", "prediction", "draft-model"]
     assert imread(tmp_path / "out" / "bench.png").ndim == 3
     printed = capsys.readouterr()
     assert printed.out.count("| streams | arm") == 2

@@ -252,12 +252,12 @@ def test_speculation_does_not_change_the_text(tiny: Tiny, kernels: KernelsName, 
         return [completion.token_ids for completion in llm.generate(prompts, PARAMS[name], speculation=drafter)]
 
     shared = {"model": str(tiny("gemma3")), "kernels": kernels, "kv_cache_memory": 4 << 20, "num_threads": 1}
-    other = LLM(**shared, draft_model=str(tiny("llama")), num_draft_tokens=4)
+    other = LLM(**shared, drafter=("ngram", f"draft-model={tiny('llama')}"), num_draft_tokens=4)
     alone = [other.generate([prompt], PARAMS[name], speculation="off")[0].token_ids for prompt in prompts]
     assert len({token for text in alone for token in text}) > 8, "the same few tokens would agree with anything"
     for drafter in ("off", "ngram", "draft-model"):
         assert texts(other, drafter) == alone
-    own = LLM(**shared, draft_model=str(tiny("gemma3")), num_draft_tokens=4)
+    own = LLM(**shared, drafter=(f"draft-model={tiny('gemma3')}",), num_draft_tokens=4)
     completions = own.generate(prompts, PARAMS[name], speculation="draft-model")
     assert [completion.token_ids for completion in completions] == alone
     for completion in completions:

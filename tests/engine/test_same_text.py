@@ -1,5 +1,6 @@
 """Promise 2: speculation never changes the text. Whoever drafts, however much, in whatever company: the same tokens."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from tiny import make_tiny
 
 from engine.llm import LLM, Completion
 from engine.sampling.params import SamplingParams
+from engine.speculation.controller import Choice, Step
+from engine.speculation.drafter import DraftRequest, shortened
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=32, ignore_eos=True)
@@ -34,6 +37,10 @@ def prompts(count: int) -> list[list[int]]:
         words = torch.randint(3, 512, (5 + 3 * i,), generator=generator).tolist()
         made.append((words * 4)[: 12 + 9 * i])
     return made
+
+
+def portfolio(draft: Path) -> tuple[str, ...]:
+    return ("ngram", "suffix", f"draft-model={draft}")
 
 
 def texts(completions: list[Completion]) -> list[tuple[list[int], str | None]]:
@@ -82,7 +89,7 @@ def vanilla(make: Callable[..., LLM]) -> Callable[[str], list[tuple[list[int], s
 
 @pytest.fixture(scope="module")
 def speculative(make: Callable[..., LLM], draft: Path) -> LLM:
-    return make(draft_model=str(draft), speculation="draft-model", num_draft_tokens=5)
+    return make(drafter=portfolio(draft), speculation="draft-model", num_draft_tokens=5)
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -110,7 +117,7 @@ def test_a_mixed_batch(speculative: LLM, vanilla: Callable) -> None:
 def test_the_target_as_its_own_draft_is_always_right(
     make: Callable[..., LLM], tiny: Callable[[str], Path], vanilla: Callable
 ) -> None:
-    llm = make(draft_model=str(tiny("llama")), speculation="draft-model", num_draft_tokens=4)
+    llm = make(drafter=portfolio(tiny("llama")), speculation="draft-model", num_draft_tokens=4)
     for name in PARAMS:
         got = llm.generate(prompts(8), PARAMS[name])
         assert texts(got) == vanilla(name)
@@ -126,7 +133,7 @@ def test_the_target_as_its_own_draft_is_always_right(
 def test_preemption(name: str, drafter: str, make: Callable[..., LLM], draft: Path, vanilla: Callable) -> None:
     """A pool that cannot hold half of the batch."""
     bytes_per_block = 2 * 3 * 16 * 2 * 16 * 4  # keys and values of two layers and the draft's one
-    llm = make(draft_model=str(draft), kv_cache_memory=12 * bytes_per_block, prefix_caching=False)
+    llm = make(drafter=portfolio(draft), kv_cache_memory=12 * bytes_per_block, prefix_caching=False)
     got = llm.generate(prompts(8), PARAMS[name], speculation=drafter)
     assert texts(got) == vanilla(name)
     assert sum(completion.stats.preemptions for completion in got) > 0
@@ -177,7 +184,7 @@ def test_prompt_logprobs_do_not_depend_on_the_chunks(make: Callable[..., LLM], k
 def test_rejection_verification_runs_and_is_exact_where_it_is_greedy(
     make: Callable[..., LLM], draft: Path, vanilla: Callable
 ) -> None:
-    llm = make(draft_model=str(draft), speculation="draft-model", verification="rejection")
+    llm = make(drafter=portfolio(draft), speculation="draft-model", verification="rejection")
     assert texts(llm.generate(prompts(8), GREEDY)) == vanilla("greedy")
     sampled = llm.generate(prompts(8), SAMPLED)
     assert sum(completion.stats.accepted_tokens for completion in sampled) > 0
@@ -187,6 +194,68 @@ def test_rejection_verification_runs_and_is_exact_where_it_is_greedy(
 @pytest.mark.parametrize("drafter", ["ngram", "suffix", "draft-model"])
 def test_adaptive_lengths(drafter: str, make: Callable[..., LLM], draft: Path, vanilla: Callable) -> None:
     """Lengths that follow the clock, another one at every step and run."""
-    llm = make(draft_model=str(draft), adaptive_drafts=True)
+    llm = make(drafter=portfolio(draft), adaptive_drafts=True)
     for name in ("greedy", "sampled", "penalties"):
         assert texts(llm.generate(prompts(8), PARAMS[name], speculation=drafter)) == vanilla(name)
+
+
+@pytest.fixture(scope="module")
+def many(make: Callable[..., LLM], tiny: Callable[[str], Path], draft: Path) -> LLM:
+    """Several draft models, good and bad, one of them the target itself, with the controller's choice among them."""
+    drafter = (*portfolio(draft), f"own={tiny('llama')}", f"other={tiny('qwen3')}")
+    return make(drafter=drafter, adaptive_drafts=True, num_draft_tokens=5)
+
+
+ALL = ("auto", "off", "ngram", "suffix", "draft-model", "own", "other", None)
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_several_draft_models(name: str, many: LLM, vanilla: Callable) -> None:
+    assert many.info.drafters == ("ngram", "suffix", "prediction", "draft-model", "own", "other")
+    alone = [completion for prompt in prompts(8) for completion in many.generate([prompt], PARAMS[name])]
+    assert texts(alone) == vanilla(name)
+    assert texts(many.generate(prompts(8), PARAMS[name])) == vanilla(name)
+    assert texts(many.generate(prompts(8), PARAMS[name], speculation=ALL)) == vanilla(name)
+    engine = many.core._engine
+    assert engine.pool.used == 0
+    assert all(drafter._pool.used == 0 for drafter in engine.speculator._costly.values())
+
+
+def test_each_draft_model_is_asked_by_its_name(
+    make: Callable[..., LLM], tiny: Callable[[str], Path], draft: Path, vanilla: Callable
+) -> None:
+    llm = make(drafter=(*portfolio(draft), f"own={tiny('llama')}"), num_draft_tokens=4)
+    got = llm.generate(prompts(8), GREEDY, speculation=["own", "draft-model"] * 4)
+    assert texts(got) == vanilla("greedy")
+    assert [completion.stats.drafter for completion in got] == ["own", "draft-model"] * 4
+    assert all(completion.stats.accepted_tokens == completion.stats.drafted_tokens for completion in got[::2])
+
+
+def test_the_controllers_choices_do_not_matter(many: LLM, vanilla: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it chooses, at random: asking anybody for any length, and verifying any part of any draft."""
+    generator = random.Random(5)
+    controller = many.core._engine.speculator._controller
+
+    def ask(step: Step) -> dict[str, list[DraftRequest]]:
+        asks: dict[str, list[DraftRequest]] = {}
+        for turn in step.turns:
+            for name in turn.backlog:
+                if generator.random() < 0.4:
+                    limit = generator.randint(1, turn.limit)
+                    asks.setdefault(name, []).append(DraftRequest(turn.sequence, limit, generator.random()))
+        return asks
+
+    def choose(step: Step) -> Choice:
+        drafts = {}
+        for turn in step.turns:
+            if turn.drafts and generator.random() < 0.8:
+                draft = generator.choice(turn.drafts)
+                drafts[turn.sequence] = shortened(draft, generator.randint(1, len(draft.tokens)))
+        return Choice(drafts)
+
+    monkeypatch.setattr(controller, "ask", ask)
+    monkeypatch.setattr(controller, "choose", choose)
+    for name in PARAMS:
+        got = many.generate(prompts(8), PARAMS[name])
+        assert texts(got) == vanilla(name)
+        assert sum(completion.stats.accepted_tokens for completion in got) > 0

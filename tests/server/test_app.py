@@ -123,6 +123,8 @@ async def test_a_stopped_answer_counts_what_was_drafted_for_it(
         # One delta was looked at, of which one token counts: 8 were drafted for it, at most 1 of them is in the answer.
         timings = response["timings"]
         assert (timings["drafted_tokens"], timings["accepted_tokens"], timings["drafter"]) == (8, 1, drafter)
+        own = {"steps": 1, "drafted_tokens": 8, "accepted_tokens": 1, "mean_length": 8.0}
+        assert timings["drafters"] == {drafter: own}
         details = response["usage"]["completion_tokens_details"]
         assert tuple(details.values()) == predicted
 

@@ -187,15 +187,19 @@ def test_a_stop_string_ends_the_text_before_it_and_never_shows(
 def test_speculation_changes_nothing_but_the_timings(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": MODEL, "prompt": "la la la la la la la la", "max_tokens": 60, "seed": 9}
     results = {}
-    for speculation in ("off", "ngram"):
+    for speculation in ("off", "ngram", "auto"):
         body = {"speculation": speculation, "ignore_eos": True, "logit_bias": {"100": 8, "101": 8}}
         completion = client.completions.create(**asked, temperature=0.7, extra_body=body)
         results[speculation] = completion.choices[0].text
         timings = (completion.model_extra or {})["timings"]
-        assert (timings["drafted_tokens"] > 0) == (speculation == "ngram")
-        assert timings["drafter"] == ("ngram" if speculation == "ngram" else "none")
+        assert (timings["drafted_tokens"] > 0) == (speculation != "off")
+        assert timings["drafter"] in {"off": ("none",), "ngram": ("ngram",), "auto": ("ngram", "suffix")}[speculation]
         assert timings["accepted_tokens"] <= timings["drafted_tokens"]
-    assert results["off"] == results["ngram"]
+        own = timings["drafters"].values()
+        for field in ("drafted_tokens", "accepted_tokens"):
+            assert sum(each[field] for each in own) == timings[field]
+        assert all(each["mean_length"] == round(each["drafted_tokens"] / each["steps"], 3) for each in own)
+    assert results["off"] == results["ngram"] == results["auto"]
 
 
 def test_an_end_of_text_token_ends_a_text_and_is_not_in_it(client: openai.OpenAI) -> None:

@@ -35,7 +35,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str, str]] = [
     ({"seed": 2**64}, "seed", "between"),
     ({"suffix": "end"}, "suffix", "not supported"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
-    ({"speculation": "magic"}, "speculation", "'off', 'ngram'"),
+    ({"speculation": "magic"}, "speculation", "'auto', 'off', 'ngram', 'suffix', 'prediction'"),
     ({"frequency": 1}, "frequency", "Unrecognized request argument supplied: frequency"),
     ({"prompt": {"text": "a"}}, "prompt", "list of token ids"),
     ({"prompt": []}, "prompt", "list of token ids"),

@@ -80,7 +80,9 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         (["--port", "70000"], "port is 70000: expected `int` <= 65535"),
         (["--max-num-seqs", "0"], "max_num_seqs is 0: expected `int` >= 1"),
         (["--kv-cache-share", "1.5"], "kv_cache_share is 1.5"),
-        (["--speculation", "draft-model"], "needs draft_model"),
+        (["--drafter", "auto=some/model"], "a draft model cannot be called 'auto'"),
+        (["--drafter", "ngram", "--drafter", "ngram"], "drafter has 'ngram' twice"),
+        (["--drafter", ""], "drafter is empty"),
         (["--ngram-min", "5", "--ngram-max", "2"], "ngram_min"),
         (["--api-key", " "], "api_key is empty"),
         (["--config", "/nowhere.yaml"], "cannot read the settings in /nowhere.yaml"),
@@ -99,7 +101,8 @@ def test_a_setting_that_cannot_work_is_named(
         ("max_num_sequences: 4", "'max_num_sequences', which is not a setting: did you mean 'max_num_seqs'?"),
         ("prot: 80", "did you mean 'port'?"),
         ("block_size: large", "block_size is 'large': expected `int`"),
-        ("speculation: magic", "speculation is 'magic'"),
+        ("speculation: 3", "speculation is 3: expected `str`"),
+        ("drafter: [ngram, 3]", "drafter is ['ngram', 3]: expected `str`"),
         ("- a\n- b", "must be a mapping"),
         ("a: [", "is not valid YAML"),
     ],
@@ -110,6 +113,35 @@ def test_what_is_wrong_in_a_file_is_said(content: str, message: str, tmp_path: P
     with pytest.raises(ConfigError) as error:
         read("--config", str(path))
     assert message in str(error.value)
+
+
+def test_drafters_from_flags_and_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text("drafter: [suffix, small=org/small-model]\nspeculation: small")
+    engine, _ = read("--config", str(path))
+    assert (engine.drafter, engine.speculation) == (("suffix", "small=org/small-model"), "small")
+    assert read("--drafter", "ngram", "--drafter", "a=b.gguf")[0].drafter == ("ngram", "a=b.gguf")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--speculation", "magic"), "speculation is 'magic', but with these drafters it can be one of 'auto', 'none', "),
+        (("--drafter", "suffix", "--speculation", "ngram"), "'auto', 'none', 'suffix', 'prediction'"),
+        (("--drafter", "LLAMA", "--drafter", "LLAMA"), "two drafters are called 'llama'"),
+    ],
+)
+def test_drafters_are_checked_before_anything_is_loaded(
+    flags: tuple[str, ...], message: str, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = [str(tiny_llama) if flag == "LLAMA" else flag for flag in flags]
+    assert cli.main(["serve", "--model", str(tiny_llama), "--port", "0", *named]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_draft_that_is_not_there_is_status_1(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "--model", str(tiny_llama), "--port", "0", "--drafter", "smollm-135m"]) == 1
+    assert "did you mean 'smollm2-135m'?" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_found_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,114 @@
+"""From the drafters that a configuration names to drafters that can be asked. Runs once, at start.
+
+In two steps, since the KV cache is divided in between: `load_draft` reads a draft's weights, `make_drafter` makes it
+one, with a runner of its own. What kind a draft is says `kind_of`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.execution.loader import Platform, Progress, load_model
+from engine.execution.runner import ModelRunner
+from engine.memory.block_pool import BlockPool
+from engine.models.config import ModelConfig
+from engine.models.interface import Model
+from engine.speculation.controller import Controller
+from engine.speculation.cost import RowCost
+from engine.speculation.draft_model import DraftModelDrafter
+from engine.speculation.drafter import CostlyDrafter, Drafter
+from engine.speculation.ngram import NgramDrafter
+from engine.speculation.prediction import PredictionDrafter
+from engine.speculation.sources import Source
+from engine.speculation.suffix import SuffixDrafter
+from engine.weights.catalog import ModelFiles
+
+Kind = Literal["draft-model"]
+
+CALIBRATED = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+"""Rows of the passes that are timed at start: as many as decoding and verification have."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedDraft:
+    """A draft whose weights are there and whose cache is not yet."""
+
+    name: str
+    kind: Kind
+    model: Model
+
+
+def kind_of(files: ModelFiles) -> Kind:
+    """What kind of draft these files hold."""
+    return "draft-model"
+
+
+def load_draft(
+    source: Source, target: ModelConfig, platform: Platform, config: EngineConfig, progress: Progress
+) -> LoadedDraft | None:
+    """None for a drafter without weights. Raises ConfigError for a draft that does not go with the target, ModelError
+    for one that cannot be read."""
+    if source.files is None:
+        return None
+    model, _, _ = load_model(str(source.files.path), platform, config, target.max_position, progress)
+    if model.config.vocab_size != target.vocab_size:
+        raise ConfigError(
+            f"drafter {source.name!r} has a vocabulary of {model.config.vocab_size} tokens, the target of "
+            f"{target.vocab_size}: a draft needs the target's own tokenizer"
+        )
+    return LoadedDraft(source.name, kind_of(source.files), model)
+
+
+def make_drafter(
+    draft: LoadedDraft, target: ModelConfig, config: EngineConfig, runner: ModelRunner, num_blocks: int
+) -> CostlyDrafter:
+    """`runner`: of the draft's model, with a cache of `num_blocks` blocks."""
+    pool = BlockPool(num_blocks, config.block_size, config.prefix_caching)
+    keep_probs = config.verification == "rejection"
+    return DraftModelDrafter(draft.name, runner, pool, target.eos_token_ids, config.max_batch_tokens, keep_probs)
+
+
+def free_drafters(sources: list[Source], config: EngineConfig) -> list[Drafter]:
+    """Those that have no weights. `prediction` is always there: without a prediction it costs nothing."""
+    made: list[Drafter] = []
+    for source in sources:
+        if source.name == NgramDrafter.name:
+            made.append(NgramDrafter(config.ngram_max, config.ngram_min))
+        elif source.name == SuffixDrafter.name:
+            made.append(SuffixDrafter())
+    return [*made, PredictionDrafter()]
+
+
+def make_controller(
+    config: EngineConfig, try_target: Callable[[int], object], drafters: list[Drafter], progress: Progress
+) -> Controller:
+    """A controller that knows what passes take on this machine. `try_target`: a pass of the target over so many rows."""
+    controller = Controller(config.num_draft_tokens, {drafter.name: drafter.prior for drafter in drafters})
+    counts = [rows for rows in CALIBRATED if rows <= config.max_batch_tokens]
+    attempts = {drafter.name: drafter.try_pass for drafter in drafters if isinstance(drafter, CostlyDrafter)}
+    progress("measuring", 0.0)
+    controller.target.calibrate(_timed(try_target, counts))
+    for i, (name, attempt) in enumerate(attempts.items(), start=1):
+        progress("measuring", i / (1 + len(attempts)))
+        controller.drafting[name] = RowCost()
+        controller.drafting[name].calibrate(_timed(attempt, counts))
+    progress("measuring", 1.0)
+    return controller
+
+
+def _timed(attempt: Callable[[int], object], counts: list[int]) -> dict[int, float]:
+    """Seconds of a pass by rows, each the better of two."""
+    seconds: dict[int, float] = {}
+    for rows in counts:
+        times = []
+        for _ in range(2):
+            begin = time.perf_counter()
+            attempt(rows)
+            times.append(time.perf_counter() - begin)
+        seconds[rows] = min(times)
+    return seconds

@@ -1,0 +1,57 @@
+"""When something that does not pay is tried again, and at what expense: exploration with a bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+FIRST_RETRY, LAST_RETRY, GROWTH = 16, 1024, 1.5
+"""Steps until the first trial, and most steps between two; they grow so much with each trial that leads to nothing."""
+SHARE = 0.01
+"""Of all steps' time that trials may cost."""
+SAVED = 64
+"""Most steps' time that is saved up for trials."""
+
+Subject = tuple[str, int]
+"""What is tried, at which load: the same draft can pay for one stream and not for sixteen."""
+
+
+@dataclass(slots=True)
+class _Schedule:
+    wait: int = FIRST_RETRY
+    waited: int = 0
+
+
+@dataclass(slots=True)
+class Trials:
+    """Trials of a subject come at growing intervals, and all of them together cost at most `SHARE` of the time."""
+
+    _schedules: dict[Subject, _Schedule] = field(default_factory=dict)
+    _credit: float = 0.0
+    """Seconds that may be spent."""
+
+    def earn(self, seconds: float) -> None:
+        """A step took so long."""
+        self._credit = min(self._credit + SHARE * seconds, SAVED * seconds)
+
+    def wait(self, subject: Subject) -> None:
+        """One more step without the subject."""
+        self._schedules.setdefault(subject, _Schedule()).waited += 1
+
+    def ready(self, subject: Subject, loss: float) -> bool:
+        """One more step without the subject: may it be tried in this one, if that costs `loss` seconds?"""
+        schedule = self._schedules.setdefault(subject, _Schedule())
+        schedule.waited += 1
+        return schedule.waited >= schedule.wait and loss <= self._credit
+
+    def done(self, subject: Subject, loss: float, rarer: bool) -> None:
+        """It is tried in this step (or, at no loss, it turned out that nothing can come of it). `rarer`: it is known
+        well enough to wait longer for the next trial."""
+        schedule = self._schedules[subject]
+        self._credit -= max(0.0, loss)
+        schedule.waited = 0
+        if rarer:
+            schedule.wait = min(LAST_RETRY, round(GROWTH * schedule.wait))
+
+    def won(self, subject: Subject) -> None:
+        """It pays by itself now: should that end, the first trial comes soon."""
+        self._schedules.pop(subject, None)
