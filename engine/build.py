@@ -10,16 +10,17 @@ from engine.errors import ConfigError
 from engine.execution.loader import Platform, Progress, load_model
 from engine.execution.runner import ModelRunner
 from engine.execution.spans import Span
+from engine.layers.attention.interface import LayerCache
 from engine.memory import kv_cache
 from engine.memory.block_pool import BlockPool
 from engine.memory.free import free_memory
 from engine.models.config import ModelConfig
-from engine.models.interface import Model
 from engine.request import EngineInfo
 from engine.speculation.portfolio import free_drafters, load_draft, make_controller, make_drafter
 from engine.speculation.sources import check_speculation, find
 from engine.speculation.speculator import Speculator
 from engine.speculation.verify import CoupledVerifier, RejectionVerifier, Verifier
+
 
 @dataclass(frozen=True, slots=True)
 class Engine:
@@ -36,22 +37,21 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
     target, platform, files = load_model(config.model, None, config, config.max_model_len, progress)
     sources = find(config.drafter, files.name, progress)
     check_speculation(config.speculation, sources)
-    loaded = [load_draft(source, target.config, platform, config, progress) for source in sources]
+    loaded = [load_draft(source, target, platform, config, progress) for source in sources]
     drafts = [draft for draft in loaded if draft is not None]
 
-    num_blocks = _block_count(config, [target.config, *(draft.model.config for draft in drafts)], platform)
+    num_blocks = _block_count(config, [target.config, *(draft.shape for draft in drafts)], platform)
     max_model_len = _max_model_len(config, target.config, num_blocks)
 
-    def runner(model: Model) -> ModelRunner:
-        caches = kv_cache.allocate(
-            model.config, platform.attention, num_blocks, config.block_size, platform.dtype, platform.device
+    def caches(shape: ModelConfig) -> list[LayerCache]:
+        return kv_cache.allocate(
+            shape, platform.attention, num_blocks, config.block_size, platform.dtype, platform.device
         )
-        return ModelRunner(model, caches, config.block_size, platform.device)
 
     eos_token_ids = target.config.eos_token_ids
     drafters = free_drafters(sources, config)
-    drafters += [make_drafter(draft, target.config, config, runner(draft.model), num_blocks) for draft in drafts]
-    target_runner = runner(target)
+    drafters += [make_drafter(draft, target.config, config, caches(draft.shape), platform.device) for draft in drafts]
+    target_runner = ModelRunner(target, caches(target.config), config.block_size, platform.device)
 
     def try_target(rows: int) -> None:  # what it writes to the cache nobody reads
         target_runner.run([Span([0] * rows, 0, [0] * -(-rows // config.block_size), logit_rows=rows)])

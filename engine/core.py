@@ -81,12 +81,15 @@ class EngineCore:
             plan = self._scheduler.plan(drafts)
             self._note_admissions(plan)
         with clock.phase("forward"):
-            logits = engine.runner.run([_span(planned) for planned in plan.spans]) if plan.spans else None
+            tap = engine.speculator.tap()
+            logits = engine.runner.run([_span(planned) for planned in plan.spans], tap) if plan.spans else None
         with clock.phase("sample"):
             verdicts = self._verify(plan, logits) if logits is not None else []
         with clock.phase("commit"):
             deltas, self._ended = self._ended, []
             deltas += self._commit(plan, verdicts)
+            if tap is not None and tap.features is not None:
+                self._hand_on(plan, tap.features)
         if plan.spans:
             engine.speculator.observe_step(plan.rows, clock.seconds, sum(len(verdict.tokens) for verdict in verdicts))
         return StepResult(deltas, self._stats(plan, verdicts, deltas, clock.seconds))
@@ -143,6 +146,16 @@ class EngineCore:
                 sequence.computed = planned.stop
                 sequence.blocks.commit(sequence.tokens, sequence.computed)
         return deltas
+
+    def _hand_on(self, plan: StepPlan, features: torch.Tensor) -> None:
+        """Give the features of the rows that stay to the drafters that read them."""
+        row = 0
+        for planned in plan.spans:
+            sequence = planned.sequence
+            if sequence.id in self._sequences:
+                kept = sequence.computed - planned.start
+                self._engine.speculator.observe_features(sequence, planned.start, features[row : row + kept])
+            row += planned.stop - planned.start
 
     def _commit_tokens(self, planned: PlannedSpan, verdict: Verdict) -> Delta:
         """Append what was drawn, up to a stop; the keys and values of rejected tokens are overwritten later."""

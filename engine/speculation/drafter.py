@@ -75,6 +75,20 @@ class Drafter(Protocol):
 
 
 @runtime_checkable
+class FeatureReader(Protocol):
+    """A drafter that reads the target's hidden states."""
+
+    name: str
+    feature_layers: tuple[int, ...]
+    """Whose inputs it reads, as `engine.models.features.FeatureTap` numbers them."""
+
+    def observe_features(self, sequence: Sequence, start: int, features: torch.Tensor) -> None:
+        """The target has computed positions [start, start + rows) of `sequence`, none of which will change: features
+        (rows, len(feature_layers) * hidden_size), only valid during the call."""
+        ...
+
+
+@runtime_checkable
 class CostlyDrafter(Drafter, Protocol):
     """One that computes: in passes over rows, the first of which also reads what is new of each sequence, and each
     makes a token for every sequence whose draft still grows."""

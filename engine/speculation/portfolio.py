@@ -11,24 +11,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.execution.loader import Platform, Progress, load_model
 from engine.execution.runner import ModelRunner
+from engine.layers.attention.interface import LayerCache
 from engine.memory.block_pool import BlockPool
 from engine.models.config import ModelConfig
+from engine.models.eagle3 import Eagle3Model, SharedWeights
 from engine.models.interface import Model
 from engine.speculation.controller import Controller
 from engine.speculation.cost import RowCost
 from engine.speculation.draft_model import DraftModelDrafter
 from engine.speculation.drafter import CostlyDrafter, Drafter
+from engine.speculation.eagle3 import Eagle3Drafter
 from engine.speculation.ngram import NgramDrafter
 from engine.speculation.prediction import PredictionDrafter
 from engine.speculation.sources import Source
 from engine.speculation.suffix import SuffixDrafter
+from engine.weights import eagle3
 from engine.weights.catalog import ModelFiles
 
-Kind = Literal["draft-model"]
+Kind = Literal["draft-model", "eagle3"]
 
 CALIBRATED = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 """Rows of the passes that are timed at start: as many as decoding and verification have."""
@@ -39,38 +45,85 @@ class LoadedDraft:
     """A draft whose weights are there and whose cache is not yet."""
 
     name: str
-    kind: Kind
-    model: Model
+    model: Model | Eagle3Model
+
+    @property
+    def shape(self) -> ModelConfig:
+        """Of what has a KV cache."""
+        return self.model.config.decoder if isinstance(self.model, Eagle3Model) else self.model.config
 
 
 def kind_of(files: ModelFiles) -> Kind:
-    """What kind of draft these files hold."""
-    return "draft-model"
+    """What kind of draft these files hold. Raises ModelError for files that cannot be read."""
+    return "eagle3" if files.format == "huggingface" and eagle3.is_eagle3(files.path) else "draft-model"
 
 
 def load_draft(
-    source: Source, target: ModelConfig, platform: Platform, config: EngineConfig, progress: Progress
+    source: Source, target: Model, platform: Platform, config: EngineConfig, progress: Progress
 ) -> LoadedDraft | None:
     """None for a drafter without weights. Raises ConfigError for a draft that does not go with the target, ModelError
     for one that cannot be read."""
     if source.files is None:
         return None
-    model, _, _ = load_model(str(source.files.path), platform, config, target.max_position, progress)
-    if model.config.vocab_size != target.vocab_size:
+    if kind_of(source.files) == "eagle3":
+        return LoadedDraft(source.name, _load_eagle3(source.name, source.files, target, platform))
+    model, _, _ = load_model(str(source.files.path), platform, config, target.config.max_position, progress)
+    _check_vocabulary(source.name, model.config.vocab_size, target.config)
+    return LoadedDraft(source.name, model)
+
+
+def _load_eagle3(name: str, files: ModelFiles, target: Model, platform: Platform) -> Eagle3Model:
+    shape = eagle3.read_config(files.path)
+    _check_vocabulary(name, shape.decoder.vocab_size, target.config)
+    if shape.target_hidden_size != target.config.hidden_size:
         raise ConfigError(
-            f"drafter {source.name!r} has a vocabulary of {model.config.vocab_size} tokens, the target of "
-            f"{target.vocab_size}: a draft needs the target's own tokenizer"
+            f"drafter {name!r} reads hidden states of size {shape.target_hidden_size}, the target's are "
+            f"{target.config.hidden_size}: it was made for another target"
         )
-    return LoadedDraft(source.name, kind_of(source.files), model)
+    if max(shape.features_of(target.config)) > target.config.num_layers:
+        raise ConfigError(
+            f"drafter {name!r} reads layers {shape.features_of(target.config)}, the target has "
+            f"{target.config.num_layers}: it was made for another target"
+        )
+    weights = eagle3.read_weights(files.path, shape, platform.dtype)
+    if "embed_tokens.weight" not in weights and shape.decoder.hidden_size != target.config.hidden_size:
+        raise ConfigError(f"drafter {name!r} has no embedding of its own, and the target's is of another size")
+    with torch.inference_mode():
+        return Eagle3Model(
+            shape,
+            platform.kernels,
+            platform.attention,
+            weights,
+            # Published heads name the context that they were trained on, and serve longer ones.
+            max(shape.decoder.max_position, target.config.max_position),
+            platform.device,
+            platform.dtype,
+            SharedWeights(target.embedding, target.head),
+        )
+
+
+def _check_vocabulary(name: str, size: int, target: ModelConfig) -> None:
+    if size != target.vocab_size:
+        raise ConfigError(
+            f"drafter {name!r} has a vocabulary of {size} tokens, the target of {target.vocab_size}: a draft needs the "
+            "target's own tokenizer"
+        )
 
 
 def make_drafter(
-    draft: LoadedDraft, target: ModelConfig, config: EngineConfig, runner: ModelRunner, num_blocks: int
+    draft: LoadedDraft, target: ModelConfig, config: EngineConfig, caches: list[LayerCache], device: torch.device
 ) -> CostlyDrafter:
-    """`runner`: of the draft's model, with a cache of `num_blocks` blocks."""
-    pool = BlockPool(num_blocks, config.block_size, config.prefix_caching)
+    """`caches`: of the draft's layers, all as long as the target's."""
+    num_blocks = len(caches[0].values)
     keep_probs = config.verification == "rejection"
-    return DraftModelDrafter(draft.name, runner, pool, target.eos_token_ids, config.max_batch_tokens, keep_probs)
+    eos, rows = target.eos_token_ids, config.max_batch_tokens
+    if isinstance(draft.model, Eagle3Model):
+        layers = draft.model.config.features_of(target)
+        pool = BlockPool(num_blocks, config.block_size, False)  # what a block holds depends on more than its tokens
+        return Eagle3Drafter(draft.name, draft.model, layers, caches[0], pool, eos, rows, device, keep_probs)
+    runner = ModelRunner(draft.model, caches, config.block_size, device)
+    pool = BlockPool(num_blocks, config.block_size, config.prefix_caching)
+    return DraftModelDrafter(draft.name, runner, pool, eos, rows, keep_probs)
 
 
 def free_drafters(sources: list[Source], config: EngineConfig) -> list[Drafter]:

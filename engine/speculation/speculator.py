@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import time
 
+import torch
+
+from engine.models.features import FeatureTap
 from engine.sequence import Sequence
 from engine.speculation.controller import Choice, Controller, Step, Turn
-from engine.speculation.drafter import CostlyDrafter, Draft, Drafter, DraftRequest
+from engine.speculation.drafter import CostlyDrafter, Draft, Drafter, DraftRequest, FeatureReader
 
 
 class Speculator:
@@ -20,6 +23,7 @@ class Speculator:
     ) -> None:
         self._free = {drafter.name: drafter for drafter in drafters if drafter.free}
         self._costly = {drafter.name: drafter for drafter in drafters if isinstance(drafter, CostlyDrafter)}
+        self._readers = [drafter for drafter in drafters if isinstance(drafter, FeatureReader)]
         self._num_draft_tokens = num_draft_tokens
         self._max_model_len = max_model_len
         self._controller = controller
@@ -47,6 +51,21 @@ class Speculator:
         else:
             self.choice = self._chosen(self._controller, Step(len(sequences) + other_rows, len(sequences), turns))
         return self.choice.drafts
+
+    def tap(self) -> FeatureTap | None:
+        """What the next pass of the target is to take of its layers, for drafters that read them."""
+        layers = [layer for reader in self._readers for layer in reader.feature_layers]
+        return FeatureTap(layers) if layers else None
+
+    def observe_features(self, sequence: Sequence, start: int, features: torch.Tensor) -> None:
+        """The tap's features of rows of a sequence that stay, from position `start` on."""
+        first = 0
+        size = features.shape[1] // sum(len(reader.feature_layers) for reader in self._readers)
+        for reader in self._readers:
+            last = first + size * len(reader.feature_layers)
+            if reader.name in sequence.drafters:
+                reader.observe_features(sequence, start, features[:, first:last])
+            first = last
 
     def observe_step(self, rows: int, seconds: dict[str, float], tokens: int) -> None:
         """The last step computed so many rows and committed so many tokens; `seconds` by its phases."""
