@@ -37,8 +37,7 @@ class Eagle3Student(nn.Module):
         draft.fc.mul_(0.1)
         draft.fc[:, (layers - 1) * hidden :] += torch.eye(hidden)
         prefix = f"model.layers.{target_config.num_layers - 1}."
-        shape = (decoder.num_heads, decoder.head_dim, decoder.intermediate_size)
-        if shape == (target_config.num_heads, target_config.head_dim, target_config.intermediate_size):
+        if (decoder.num_heads, decoder.head_dim) == (target_config.num_heads, target_config.head_dim):
             group = decoder.num_kv_heads // target_config.num_kv_heads
             for name in ("q_proj", "k_proj", "v_proj"):
                 weight = target[f"{prefix}self_attn.{name}.weight"]
@@ -49,11 +48,15 @@ class Eagle3Student(nn.Module):
                 own[:, :hidden] *= 0.3
                 own[:, hidden:] = weight
             draft.o_proj.copy_(target[f"{prefix}self_attn.o_proj.weight"])
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                getattr(draft, name).copy_(target[f"{prefix}mlp.{name}.weight"])
-            if not target_config.sandwich_norms:
-                draft.hidden_norm.copy_(target[f"{prefix}input_layernorm.weight"])
-                draft.post_attention_layernorm.copy_(target[f"{prefix}post_attention_layernorm.weight"])
+        gate, up, down = (target[f"{prefix}mlp.{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj"))
+        if decoder.intermediate_size <= len(gate):  # the units that can say the most, if not all
+            kept = (up.norm(dim=1) * down.norm(dim=0)).topk(decoder.intermediate_size).indices.sort().values
+            draft.gate_proj.copy_(gate[kept])
+            draft.up_proj.copy_(up[kept])
+            draft.down_proj.copy_(down[:, kept])
+        if not target_config.sandwich_norms:
+            draft.hidden_norm.copy_(target[f"{prefix}input_layernorm.weight"])
+            draft.post_attention_layernorm.copy_(target[f"{prefix}post_attention_layernorm.weight"])
         draft.norm.copy_(self.teacher.norm)
         draft.lm_head.copy_(self.teacher.head)
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +82,16 @@ HUB_TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "c
 LOOKUPS = ("ngram", "suffix")
 """The drafters that need no files."""
 
+DRAFTS: Mapping[str, tuple[str, ...]] = {
+    "smollm2-135m": ("smollm2-135m-eagle3", "smollm2-135m-eagle3-small"),
+    "gemma-3-270m": ("gemma-3-270m-eagle3",),
+}
+"""The drafts that come with this package, by the target that they were trained for: each a folder in engine/drafts."""
+
 
 def default_drafters(target_name: str) -> tuple[str, ...]:
     """Who drafts for a target where nobody says otherwise: entries as in `EngineConfig.drafter`."""
-    return LOOKUPS
+    return (*LOOKUPS, *DRAFTS.get(target_name, ()))
 
 
 def cache_folder() -> Path:
@@ -102,6 +108,8 @@ def resolve(model: str, progress: Progress | None = None) -> ModelFiles:
     for entry in CATALOG:
         if entry.name == model:
             return ModelFiles(entry.name, "gguf", fetch(entry, progress))
+    if any(model in drafts for drafts in DRAFTS.values()):
+        return ModelFiles(model, "huggingface", Path(__file__).resolve().parent.parent / "drafts" / model)
     path = Path(model).expanduser()
     if model and path.is_dir():  # an empty name would be the current folder
         if not (path / "config.json").is_file():

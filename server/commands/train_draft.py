@@ -108,7 +108,11 @@ def train_draft(options: dict[str, Any]) -> int:
     except OSError as error:
         raise ConfigError(f"out is {str(out)!r}, where no folder can be made: {error}") from error
     config = EngineConfig(
-        model=options["target"], max_num_seqs=32, max_batch_tokens=256, num_threads=options["num_threads"]
+        model=options["target"],
+        max_num_seqs=32,
+        max_batch_tokens=256,
+        num_threads=options["num_threads"],
+        drafter=("ngram",),  # what comes with the target may not be there yet
     )
     bars = _Bars(tqdm, settings.tokens)
     curve = run(
