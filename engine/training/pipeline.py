@@ -30,6 +30,7 @@ from engine.weights import iter_weights, read_config
 from engine.weights.catalog import ModelFiles
 
 Kind = Literal["eagle3", "draft-model"]
+_OF_THE_TEXT = ("target", "tokens", "turn_tokens", "answer_tokens", "seed")
 TextProgress = Callable[[int], object]
 FeatureProgress = Callable[[int, int], object]
 
@@ -105,11 +106,18 @@ def train_draft(
     settings: TrainSettings,
     callbacks: Callbacks,
 ) -> list[dict[str, Any]]:
-    """Train a draft for `config.model` and write it to `out`; `work` keeps what the stages make. Returns the learning
-    curve. Raises ConfigError for settings that do not go with the target, or with what is in `work` already."""
+    """Train a draft for `config.model` and write it to `out`. Returns the learning curve.
+
+    `work` keeps what the stages make: the text and the target's features, for other drafts of the same target, too, and
+    the run's checkpoint. Raises ConfigError for settings that do not go with the target, or with what is in `work`
+    already.
+    """
     shape = read_config(files)
     _check(settings, shape)
-    _pin(work, settings, files.name)
+    run = work / out.resolve().name
+    everything = {"target": files.name} | dataclasses.asdict(settings)
+    _pin(work / "text", {name: everything[name] for name in _OF_THE_TEXT} | {"prompts": len(prompts)})
+    _pin(run, everything)
     text = write_stage(config, frame, prompts, work, settings, callbacks.text)
     layers = _feature_layers(settings, shape)
     store = FeatureStore(work / "features", layers)
@@ -135,7 +143,7 @@ def train_draft(
         seed=settings.seed,
         bfloat16=settings.bfloat16,
     )
-    curve = train(student, store, loop, settings.unroll, work, callbacks.loop)
+    curve = train(student, store, loop, settings.unroll, run, callbacks.loop)
     trained = {
         "target": files.name,
         "text": "written by the target itself" + (f", and {len(prompts)} prompts of the user's" if prompts else ""),
@@ -164,18 +172,18 @@ def _check(settings: TrainSettings, shape: ModelConfig) -> None:
         )
 
 
-def _pin(work: Path, settings: TrainSettings, target: str) -> None:
-    """A folder holds one run: settings that change what is in it may not change while it goes on."""
-    path = work / "settings.json"
-    wanted = json.loads(json.dumps({"target": target} | dataclasses.asdict(settings)))
-    work.mkdir(parents=True, exist_ok=True)
+def _pin(folder: Path, settings: dict[str, Any]) -> None:
+    """Settings that change what is in a folder may not change while it is added to. Raises ConfigError."""
+    path = folder / "settings.json"
+    wanted = json.loads(json.dumps(settings))
+    folder.mkdir(parents=True, exist_ok=True)
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name, value in wanted.items() if known.get(name) != value]
         if changed:
             name = changed[0]
             raise ConfigError(
-                f"{work} holds a run with {name} {known.get(name)!r}, not {wanted[name]!r}: "
+                f"{folder} holds a run with {name} {known.get(name)!r}, not {wanted[name]!r}: "
                 "go on with the same settings, or name another folder"
             )
     else:
