@@ -70,7 +70,7 @@ class _Pending:
 
 
 class Acceptance:
-    """`longest`: the most tokens of a draft. `priors`: by drafter, what is assumed of its tokens before any were seen."""
+    """`longest`: the most tokens of a draft. `priors`: by drafter, what is assumed of its tokens until some were seen."""
 
     def __init__(self, longest: int = 8, priors: Mapping[str, float] | None = None) -> None:
         self.longest = longest
