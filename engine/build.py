@@ -56,7 +56,9 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
     def try_target(rows: int) -> None:  # what it writes to the cache nobody reads
         target_runner.run([Span([0] * rows, 0, [0] * -(-rows // config.block_size), logit_rows=rows)])
 
-    controller = make_controller(config, try_target, drafters, progress) if config.adaptive_drafts else None
+    controller = (
+        make_controller(config, target.config, try_target, drafters, progress) if config.adaptive_drafts else None
+    )
     speculator = Speculator(drafters, config.num_draft_tokens, max_model_len, controller)
     verifier = RejectionVerifier if config.verification == "rejection" else CoupledVerifier
     info = EngineInfo(

@@ -55,8 +55,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Keep the KV cache of finished requests, as long as there is room, for prompts that begin as they did."""
 
     drafter: tuple[str, ...] = ()
-    """Who may draft: "ngram", "suffix", or a draft model with the target's vocabulary, named as `model` is or as
-    NAME=MODEL to choose what requests call it; give it several times for several. Not given: what goes with the target."""
+    """Who may draft: "ngram", "suffix", or a draft model with the target's vocabulary, named as `model` is, or as
+    NAME=MODEL to choose what requests call it. Give it several times for several; not at all: what goes with the
+    target."""
     speculation: str = "auto"
     """What a request gets that does not say: auto, which chooses among the drafters at every step; none; or a drafter's
     name."""

@@ -70,7 +70,7 @@ class _Pending:
 
 
 class Acceptance:
-    """`longest`: the most tokens of a draft. `priors`: by drafter, what to assume of its tokens before they are seen."""
+    """`longest`: the most tokens of a draft. `priors`: by drafter, what is assumed of its tokens until some were seen."""
 
     def __init__(self, longest: int = 8, priors: Mapping[str, float] | None = None) -> None:
         self.longest = longest
@@ -119,7 +119,9 @@ class Acceptance:
             agreed = self._compare(sequence_id, draft, 0, tokens)
             if agreed == len(draft.tokens):
                 if agreed < min(asked.get(draft.drafter, 0), self.longest):
-                    self._add(self._rates((draft.drafter, _ANY)), agreed, False)  # whoever asks for so many does not get them
+                    self._add(
+                        self._rates((draft.drafter, _ANY)), agreed, False
+                    )  # whoever asks for so many does not get them
             elif agreed == len(tokens) and draft.drafter not in (pending or ()):
                 pending = self._pending.setdefault(sequence_id, {})
                 pending[draft.drafter] = _Pending(draft, agreed)
@@ -221,7 +223,7 @@ class Acceptance:
         return rates
 
     def _resolve(self, rates: _Rates) -> None:
-        """A position that was hardly reached is taken to be like the one before it, and the first like the drafter's."""
+        """A position that was hardly reached is taken to be like the one before it, the first like the drafter's."""
         drafter, kind = rates.key
         if kind >= _CONFIDENCE:
             rate = (kind - _CONFIDENCE + 0.5) / CONFIDENCES

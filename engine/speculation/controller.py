@@ -16,7 +16,7 @@ import numpy as np
 
 from engine.sequence import Sequence
 from engine.speculation.acceptance import Acceptance
-from engine.speculation.cost import RowCost
+from engine.speculation.cost import NOISE, RowCost
 from engine.speculation.drafter import Draft, DraftRequest, shortened
 from engine.speculation.trials import Trials
 
@@ -40,6 +40,8 @@ SMOOTHING = 0.05
 """Weight of a step's overhead against what is known of it."""
 REST, NEARLY = 7, 0.97
 """Steps in which a drafter is not thought about whose goodput alone is less than so much of plain decoding's."""
+PROMPT_NOISE = 0.2
+"""Relative standard deviation of what a step with prompts says about one without."""
 _ROWS = ""
 """What is tried where the doubt is in what rows cost, and not in a drafter."""
 
@@ -66,8 +68,10 @@ class Step:
     rows: int
     """Without any draft."""
     decoding: int
-    """Of them, those that commit a token each."""
+    """Of them, those that commit a token each; the others are prompts'."""
     turns: list[Turn]
+    context: int = 0
+    """Tokens in the KV cache of those that decode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,8 @@ class _Plan:
 class Controller:
     """In each step `ask` says whom to ask that costs time, `choose` what to verify; `observe_*` tell what came of it.
 
-    `longest`: the most tokens of a draft. `priors`: by drafter, how often its first token is taken to be right at first.
+    `longest`: the most tokens of a draft. `priors`: by drafter, how often its first token is taken to be right until
+    that was seen.
     """
 
     def __init__(self, longest: int = 8, priors: Mapping[str, float] | None = None) -> None:
@@ -149,23 +154,24 @@ class Controller:
         self._turns = {turn.sequence: turn for turn in step.turns}
         if not self.target.known:
             return Choice({turn.sequence: turn.drafts[0] for turn in step.turns if turn.drafts})
-        spent = sum(
-            self._drafting_seconds(name, [turn for turn in step.turns if name in turn.asked])
-            for name in {name for turn in step.turns for name in turn.asked}
-        )
+        asked = {name for turn in step.turns for name in turn.asked}
+        spent = sum(self._drafting_seconds(step, name) for name in sorted(asked))
         turns = [turn for turn in step.turns if turn.drafts]
-        plain_seconds = self.target.predict(step.rows) + self._overhead + spent
-        plain = step.decoding / plain_seconds if step.decoding else 0.0
+        if not step.decoding:
+            return Choice({})
+        seconds = self._seconds(step, sum(turn.limit for turn in turns))
+        plain_seconds = float(seconds[0]) + spent
+        plain = step.decoding / plain_seconds
+        prompts = self.target.predict(step.rows, step.context) + self._overhead - float(seconds[0])
+        told_plain = self._told(step.decoding, plain_seconds + prompts - spent)
         if not turns:
-            return Choice({}, self._told(step.decoding, plain_seconds), self._told(step.decoding, plain_seconds - spent))
+            return Choice({}, self._told(step.decoding, plain_seconds + prompts), told_plain)
         picked, chances = self._best_drafts(step, turns, plain)
         flat = chances.ravel()
         order = np.argsort(-flat, kind="stable")
         order = order[: int(np.count_nonzero(flat))]
         expected = step.decoding + np.cumsum(flat[order])
-        seconds = self.target.seconds(step.rows, step.rows + len(order)) + self._overhead + spent
-        cautious = seconds[0] + CAUTION * (seconds[1:] - seconds[0])
-        goodputs = expected / cautious
+        goodputs = expected / (_cautious(seconds)[1 : len(order) + 1] + spent)
         count = int(np.argmax(goodputs)) + 1
         gain = float(goodputs[count - 1]) / plain
         if not self._pays(step, gain, count, plain_seconds):
@@ -177,12 +183,12 @@ class Controller:
             if length
         }
         tokens = float(expected[count - 1]) if count else float(step.decoding)
-        promised = self._told(tokens, float(seconds[count]))
-        return Choice(chosen, promised, self._told(step.decoding, plain_seconds - spent))
+        return Choice(chosen, self._told(tokens, float(seconds[count]) + spent + prompts), told_plain)
 
-    def observe_step(self, rows: int, seconds: float) -> None:
-        """The target's pass over so many rows took so long."""
-        self.target.observe(rows, seconds)
+    def observe_step(self, rows: int, seconds: float, context: int = 0, prompts: bool = False) -> None:
+        """The target's pass over so many rows and tokens of context took so long. `prompts`: rows of prompts are among
+        them, most of which need no logits, so it says less."""
+        self.target.observe(rows, seconds, context, PROMPT_NOISE if prompts else NOISE)
         self._trials.earn(seconds)
 
     def observe_overhead(self, seconds: float, drawing: float, tokens: int) -> None:
@@ -191,10 +197,10 @@ class Controller:
         if tokens:
             self._drawing += SMOOTHING * (drawing / tokens - self._drawing)
 
-    def observe_drafting(self, drafter: str, passes: Seq[int], seconds: float) -> None:
-        """A drafter that costs time took so long for passes of so many rows."""
+    def observe_drafting(self, drafter: str, passes: Seq[int], seconds: float, context: int = 0) -> None:
+        """A drafter that costs time took so long for passes of so many rows, over sequences of so many tokens."""
         if passes:
-            self.drafting.setdefault(drafter, RowCost()).observe_passes(passes, seconds)
+            self.drafting.setdefault(drafter, RowCost()).observe_passes(passes, seconds, context * len(passes))
 
     def observe_tokens(self, sequence: Sequence, tokens: Seq[int]) -> None:
         """The tokens that came where the last step's drafts of the sequence were proposed, verified or not."""
@@ -215,7 +221,7 @@ class Controller:
 
     def _would_pay_alone(self, step: Step, name: str) -> bool:
         """Whether the drafter would be asked if there were no other drafts: those come and go with every token."""
-        plain = step.decoding / (self.target.predict(step.rows) + self._overhead)
+        plain = step.decoding / float(self._seconds(step, 0)[0])
         nothing = _Plan(plain, np.zeros((len(step.turns), self._longest)))
         plan = self._with(step, nothing, name, self._row_price(step, plain))
         return plan is not None and plan.goodput > NEARLY * plain
@@ -223,7 +229,7 @@ class Controller:
     def _without(self, step: Step) -> _Plan:
         """The best that can be done with the drafts that are there."""
         turns = [turn for turn in step.turns if turn.drafts]
-        plain = step.decoding / (self.target.predict(step.rows) + self._overhead)
+        plain = step.decoding / float(self._seconds(step, 0)[0])
         chances = np.zeros((len(step.turns), self._longest))
         if turns:
             own = self._best_drafts(step, turns, plain)[1]
@@ -262,8 +268,9 @@ class Controller:
         """`best` with those turns given to the drafter that gain by it, at the length that is best for all."""
         cost = self.drafting[name]
         lengths = self._positions + 1
-        single, all_ = cost.predict(1), cost.predict(max(2, len(step.turns)))
-        a_row = (all_ - single) / (max(2, len(step.turns)) - 1)
+        most = max(2, len(step.turns))
+        token_context = cost.context_token * step.context / step.decoding
+        a_row = (cost.predict(most) - cost.predict(1)) / (most - 1) + token_context
         # By turn and length: what the draft is worth beyond its rows, less what the turn has already, less its rows
         # of the draft's passes.
         worth = np.cumsum(np.maximum(0.0, chances - price), axis=1)
@@ -273,7 +280,7 @@ class Controller:
         counts = given.sum(axis=0)
         if not counts.any():
             return None
-        passes = cost.seconds(0, len(step.turns))[counts] * lengths
+        passes = (cost.seconds(0, len(step.turns))[counts] + token_context * counts) * lengths
         drafting = np.where(counts > 0, passes + (reading[:, None] * given).sum(axis=0), np.inf)
         offered = np.where(self._positions < lengths[:, None], chances[:, None, :], 0.0)  # (turns, lengths, longest)
         joined = np.where(given[:, :, None], offered, best.chances[:, None, :]).transpose(1, 0, 2)
@@ -293,7 +300,8 @@ class Controller:
         turns = may & small if (may & small).any() else may & (np.cumsum(may) <= 1)
         length = min(TRIED, self._longest)
         rows = [step.turns[i].backlog[name] for i in np.flatnonzero(turns)]
-        loss = cost.predict(sum(rows)) + (length - 1) * cost.predict(len(rows))
+        context = step.context * len(rows) // step.decoding
+        loss = cost.predict(sum(rows), context) + (length - 1) * cost.predict(len(rows), context)
         if not self._trials.ready((name, load), loss):
             return None
         # Where the drafter may pay as far as is known, and too little is, trials go on; else they get rarer.
@@ -325,15 +333,25 @@ class Controller:
         """The highest goodput of each of some plans: (plans, turns * longest) chances, (plans,) seconds."""
         ordered = -np.sort(-chances, axis=1)
         expected = step.decoding + np.cumsum(ordered, axis=1)
-        seconds = self.target.seconds(step.rows, step.rows + chances.shape[1]) + self._overhead
-        cautious = seconds[0] + CAUTION * (seconds[1:] - seconds[0])
+        cautious = _cautious(self._seconds(step, chances.shape[1]))[1:]
         goodputs: np.ndarray = (expected / (cautious + drafting[:, None])).max(axis=1)
         return goodputs
+
+    def _seconds(self, step: Step, drafted: int) -> np.ndarray:
+        """Seconds of the step with 0, 1, ... `drafted` rows of drafts: (drafted + 1,).
+
+        Rows of prompts, whose time has to be spent anyhow, count for what more rows cost on top of them, but not
+        themselves: else a long step would make drafts look cheap that are not.
+        """
+        seconds = self.target.seconds(step.rows, step.rows + drafted, step.context) + self._overhead
+        if step.rows > step.decoding:
+            seconds -= self.target.predict(step.rows) - self.target.predict(step.decoding)
+        return seconds
 
     def _row_price(self, step: Step, goodput: float) -> float:
         """Tokens that the seconds of one more row are worth."""
         more = max(4, len(step.turns))
-        seconds = self.target.seconds(step.rows, step.rows + more)
+        seconds = self.target.seconds(step.rows, step.rows + more, step.context)
         return CAUTION * goodput * float(seconds[-1] - seconds[0]) / more
 
     def _floor(self, step: Step, plan: _Plan) -> float:
@@ -352,12 +370,15 @@ class Controller:
                 requests.append(DraftRequest(turn.sequence, turn.asked[name], floor))
         return requests
 
-    def _drafting_seconds(self, name: str, turns: list[Turn]) -> float:
+    def _drafting_seconds(self, step: Step, name: str) -> float:
+        """Of the drafts that `ask` wanted of a drafter."""
+        turns = [turn for turn in step.turns if name in turn.asked]
         cost = self.drafting.get(name)
-        if cost is None or not cost.known or not turns:
+        if cost is None or not cost.known:
             return 0.0
-        length = max(turn.asked[name] for turn in turns)
-        return cost.predict(sum(turn.backlog[name] for turn in turns)) + (length - 1) * cost.predict(len(turns))
+        context = step.context * len(turns) // step.decoding
+        rows, later = sum(turn.backlog[name] for turn in turns), max(turn.asked[name] for turn in turns) - 1
+        return cost.predict(rows, context) + later * cost.predict(len(turns), context)
 
     def _pays(self, step: Step, gain: float, count: int, plain_seconds: float) -> bool:
         """Whether drafting is chosen that promises `gain` times plain decoding's goodput with `count` rows more."""
@@ -365,13 +386,19 @@ class Controller:
         old = self.target.age(step.rows) > PLAIN_EVERY
         if gain >= GAIN:
             self._trials.won(subject)
-            return not old or gain > 1 + SURE * self.target.uncertainty(step.rows, step.rows + count)
+            return not old or gain > 1 + SURE * self.target.uncertainty(step.rows, step.rows + count, step.context)
         loss = max(0.0, 1 - gain) * plain_seconds
         if not self._trials.ready(subject, loss):
             return False
-        possible = gain * (1 + SURE * self.target.uncertainty(step.rows, step.rows + count)) >= GAIN
+        possible = gain * (1 + SURE * self.target.uncertainty(step.rows, step.rows + count, step.context)) >= GAIN
         self._trials.done(subject, loss if possible else 0.0, rarer=True)
         return possible
 
     def _told(self, tokens: float, seconds: float) -> float:
         return tokens / (seconds + tokens * self._drawing) if tokens else 0.0
+
+
+def _cautious(seconds: np.ndarray) -> np.ndarray:
+    """Seconds of 0, 1, ... drafted rows, where those rows are taken to cost a little more than they do."""
+    cautious: np.ndarray = seconds[0] + CAUTION * (seconds - seconds[0])
+    return cautious

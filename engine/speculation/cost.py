@@ -1,9 +1,10 @@
-"""What passes of a model cost, learned from the passes there were: seconds by token rows. No policy here.
+"""What passes of a model cost, learned from the passes there were: seconds by token rows and context. No policy here.
 
 A Kalman filter (Kalman 1960), extended to the logarithm of seconds. Its state is how fast the machine is at present,
-which drifts with whatever else the machine does, and the shape of the curve over rows, which hardly does. So passes of
-few rows and of many, some steps apart, say how the two compare, while the same pass again and again says how fast the
-machine is; and the filter knows how sure it is of a comparison.
+which drifts with whatever else the machine does; the curve over rows, which hardly does; and what a token of context
+adds, which every sequence of a pass has to read. So passes of few rows and of many, some steps apart, say how the two
+compare, while the same pass again and again says how fast the machine is; and the filter knows how sure it is of a
+comparison.
 """
 
 from __future__ import annotations
@@ -22,21 +23,32 @@ SHAPE_DOUBT, SHAPE_REACH = 0.25, 1.5
 """How far the shape may be from the calibrated one between what was calibrated; points so many octaves of rows apart
 have little to say about each other."""
 CALIBRATION_NOISE = 0.05
+CONTEXT_DOUBT, CONTEXT_DRIFT = 0.5, 0.002
+"""How far a token of context may be from the calibrated one, and how it may change."""
+LEAST_CONTEXT = 1e-6
+"""Of a pass's seconds that a token of context is taken to cost at least: nothing could not be corrected."""
 OUTLIER = 3.0
 """A measurement counts for at most so many standard deviations: a machine has other things to do now and then."""
 KNOTS = 256
 """Rows that the curve has points for unless it is calibrated for more; beyond them it goes on as a line."""
 
 
+_FIRST = 2
+"""Where in the state the curve begins: behind the logs of speed and of a context token's seconds."""
+
+
 class RowCost:
-    """Seconds of a pass by its token rows: lines between points, never less for more rows.
+    """Seconds of a pass by its token rows, lines between points, never less for more rows; and by its context, the
+    tokens in the KV cache of all its sequences.
 
     `calibrate` gives it a shape to start from, `observe` corrects it by what passes took.
     """
 
     def __init__(self) -> None:
         self._rows: list[int] = []  # the curve's points, ascending
-        self._state = np.zeros(0)  # log speed, then the log of seconds at each point at speed 1
+        self._state = np.zeros(
+            0
+        )  # log speed; at speed 1 the logs of a context token's seconds and of those at each point
         self._doubt = np.zeros((0, 0))  # covariance of the state
         self._table: np.ndarray | None = None  # seconds at speed 1 of 0, 1, 2, ... rows, while the shape stands
         self._observed = 0
@@ -46,26 +58,28 @@ class RowCost:
     def known(self) -> bool:
         return bool(self._rows)
 
-    def calibrate(self, measured: dict[int, float]) -> None:
-        """Start from these seconds by rows."""
+    def calibrate(self, measured: dict[int, float], context_token: float = 0.0) -> None:
+        """Start from these seconds by rows, without context, and of a token of context."""
         rows = sorted(measured)
-        self._begin(_points(max(KNOTS, rows[-1])), rows, [math.log(measured[count]) for count in rows])
+        logs = [math.log(measured[count]) for count in rows]
+        self._begin(_points(max(KNOTS, rows[-1])), rows, logs, context_token)
 
-    def observe(self, rows: int, seconds: float) -> None:
-        """A pass of so many rows took so long."""
-        self.observe_passes((rows,), seconds)
+    def observe(self, rows: int, seconds: float, context: int = 0, noise: float = NOISE) -> None:
+        """A pass of so many rows and tokens of context took so long."""
+        self.observe_passes((rows,), seconds, context, noise)
 
-    def observe_passes(self, passes: Seq[int], seconds: float) -> None:
-        """Passes of so many rows each took so long together."""
+    def observe_passes(self, passes: Seq[int], seconds: float, context: int = 0, noise: float = NOISE) -> None:
+        """Passes of so many rows each, and so many tokens of context in all of them, took so long together."""
         if not self._rows:
-            self._begin(_points(max(KNOTS, *passes)), [passes[0]], [math.log(seconds / len(passes))])
-        places, slopes, predicted = self._linear(passes)
+            self._begin(_points(max(KNOTS, *passes)), [passes[0]], [math.log(seconds / len(passes))], 0.0)
+        places, slopes, predicted = self._linear(passes, context)
         state, doubt = self._state, self._doubt
         diagonal = doubt.reshape(-1)[:: len(state) + 1]
         diagonal += SHAPE_DRIFT**2
         diagonal[0] += SPEED_DRIFT**2
+        diagonal[1] += CONTEXT_DRIFT**2
         reach = doubt[:, places] @ slopes
-        variance = float(slopes @ reach[places]) + NOISE**2
+        variance = float(slopes @ reach[places]) + noise**2
         most = OUTLIER * math.sqrt(variance)
         error = min(most, max(-most, math.log(max(seconds, 1e-9) / predicted)))
         state += reach * (error / variance)
@@ -79,24 +93,30 @@ class RowCost:
         """How many observations ago there was one of about so many rows, or since the start if there was none."""
         return self._observed - self._last.get(self._nearest(rows), 0)
 
-    def predict(self, rows: int) -> float:
+    def predict(self, rows: int, context: int = 0) -> float:
         """Seconds; 0 before anything was measured."""
-        return float(self.seconds(rows, rows)[0]) if self._rows else 0.0
+        return float(self.seconds(rows, rows, context)[0]) if self._rows else 0.0
 
-    def seconds(self, first: int, last: int) -> np.ndarray:
+    @property
+    def context_token(self) -> float:
+        """Seconds that a token of context adds to a pass; 0 before anything was measured."""
+        return math.exp(self._state[0] + self._state[1]) if self._rows else 0.0
+
+    def seconds(self, first: int, last: int, context: int = 0) -> np.ndarray:
         """Seconds of `first`, first + 1, ... `last` rows: (last - first + 1,) float64."""
         if self._table is None or len(self._table) <= last:
             self._table = self._tabulate(max(last, self._rows[-1]))
-        return self._table[first : last + 1] * math.exp(self._state[0])
+        speed, token = math.exp(self._state[0]), math.exp(self._state[1])
+        return (self._table[first : last + 1] + token * context) * speed
 
-    def uncertainty(self, rows: int, others: int) -> float:
+    def uncertainty(self, rows: int, others: int, context: int = 0) -> float:
         """Standard deviation, relative, of how passes of `rows` and of `others` rows compare."""
-        places, slopes, _ = self._linear((rows,))
-        more, other, _ = self._linear((others,))
+        places, slopes, _ = self._linear((rows,), context)
+        more, other, _ = self._linear((others,), context)
         places, slopes = [*places, *more], np.concatenate([slopes, -other])
         return math.sqrt(max(0.0, float(slopes @ self._doubt[np.ix_(places, places)] @ slopes)))
 
-    def _begin(self, points: list[int], rows: list[int], logs: list[float]) -> None:
+    def _begin(self, points: list[int], rows: list[int], logs: list[float], context_token: float) -> None:
         """Lines between the measured; beyond the largest as steep as over its second half."""
         seconds = np.exp(logs)
         shape = np.interp(points, rows, seconds)
@@ -110,14 +130,16 @@ class RowCost:
             reach = doubt[:, at].copy()
             doubt -= np.outer(reach, reach / (reach[at] + CALIBRATION_NOISE**2))
         self._rows, self._table = points, None
-        self._state = np.concatenate([[0.0], np.log(shape)])
-        self._doubt = np.zeros((len(points) + 1, len(points) + 1))
+        token = max(context_token, float(seconds[0]) * LEAST_CONTEXT)
+        self._state = np.concatenate([[0.0, math.log(token)], np.log(shape)])
+        self._doubt = np.zeros((len(self._state), len(self._state)))
         self._doubt[0, 0] = NOISE**2
-        self._doubt[1:, 1:] = doubt
+        self._doubt[1, 1] = CONTEXT_DOUBT**2
+        self._doubt[_FIRST:, _FIRST:] = doubt
 
-    def _linear(self, passes: Seq[int]) -> tuple[list[int], np.ndarray, float]:
+    def _linear(self, passes: Seq[int], context: int) -> tuple[list[int], np.ndarray, float]:
         """Which entries of the state seconds depend on, the derivatives of their logarithm, and the seconds."""
-        parts: dict[int, float] = {}
+        parts: dict[int, float] = {1: context * math.exp(self._state[1])}
         for rows in passes:
             high = min(bisect_left(self._rows, rows), len(self._rows) - 1)
             low = max(0, high - 1)
@@ -125,12 +147,15 @@ class RowCost:
             share = 1.0 if not span else min(1.0, (rows - self._rows[low]) / span)
             for point, weight in ((low, 1 - share), (high, share)):
                 if weight > 0:
-                    parts[point] = parts.get(point, 0.0) + weight * math.exp(self._state[1 + point])
+                    parts[_FIRST + point] = parts.get(_FIRST + point, 0.0) + weight * math.exp(
+                        self._state[_FIRST + point]
+                    )
         total = sum(parts.values())
         slopes = np.array([1.0, *(part / total for part in parts.values())])
-        # Points beyond the last row count as the last; the table knows better how long they take.
-        predicted = sum(self.predict(rows) for rows in passes) if passes[-1] > self._rows[-1] else 0.0
-        return [0, *(1 + point for point in parts)], slopes, predicted or total * math.exp(self._state[0])
+        predicted = total * math.exp(self._state[0])
+        if max(passes) > self._rows[-1]:  # they count as the last point, but take longer
+            predicted = sum(self.predict(rows) for rows in passes) + parts[1] * math.exp(self._state[0])
+        return [0, *parts], slopes, predicted
 
     def _nearest(self, rows: int) -> int:
         return bisect_left(self._rows, rows)
@@ -138,7 +163,7 @@ class RowCost:
     def _tabulate(self, last: int) -> np.ndarray:
         points = np.array(self._rows)
         # A class that took longer than a larger one did: more rows never take less time.
-        shape = np.minimum.accumulate(np.exp(self._state[:0:-1]))[::-1]
+        shape = np.minimum.accumulate(np.exp(self._state[: _FIRST - 1 : -1]))[::-1]
         table: np.ndarray = np.interp(np.arange(last + 1), points, shape)
         if last > points[-1]:
             half = int(np.searchsorted(points, points[-1] / 2))

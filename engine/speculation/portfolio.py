@@ -6,6 +6,7 @@ one, with a runner of its own. What kind a draft is says `kind_of`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from engine.speculation.sources import Source
 from engine.speculation.suffix import SuffixDrafter
 from engine.weights import eagle3
 from engine.weights.catalog import ModelFiles
+from engine.weights.names import expected_shapes
 
 Kind = Literal["draft-model", "eagle3"]
 
@@ -138,20 +140,34 @@ def free_drafters(sources: list[Source], config: EngineConfig) -> list[Drafter]:
 
 
 def make_controller(
-    config: EngineConfig, try_target: Callable[[int], object], drafters: list[Drafter], progress: Progress
+    config: EngineConfig,
+    target: ModelConfig,
+    try_target: Callable[[int], object],
+    drafters: list[Drafter],
+    progress: Progress,
 ) -> Controller:
-    """A controller that knows what passes take on this machine. `try_target`: a pass of the target over so many rows."""
+    """A controller that knows what passes take here. `try_target`: a pass of the target over so many rows."""
     controller = Controller(config.num_draft_tokens, {drafter.name: drafter.prior for drafter in drafters})
     counts = [rows for rows in CALIBRATED if rows <= config.max_batch_tokens]
     attempts = {drafter.name: drafter.try_pass for drafter in drafters if isinstance(drafter, CostlyDrafter)}
     progress("measuring", 0.0)
-    controller.target.calibrate(_timed(try_target, counts))
+    share = _context_share(target)
+    measured = _timed(try_target, counts)
+    controller.target.calibrate(measured, share * measured[1])
     for i, (name, attempt) in enumerate(attempts.items(), start=1):
         progress("measuring", i / (1 + len(attempts)))
         controller.drafting[name] = RowCost()
-        controller.drafting[name].calibrate(_timed(attempt, counts))
+        measured = _timed(attempt, counts)
+        controller.drafting[name].calibrate(measured, share * measured[1])
     progress("measuring", 1.0)
     return controller
+
+
+def _context_share(model: ModelConfig) -> float:
+    """What a token of context costs, as a share of a pass over one row, if both are but memory to be read. Of a draft
+    of the target's kind it is about the same; what it really is will be learned."""
+    cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    return cached / sum(math.prod(shape) for shape in expected_shapes(model).values())
 
 
 def _timed(attempt: Callable[[int], object], counts: list[int]) -> dict[int, float]:

@@ -30,6 +30,7 @@ class Speculator:
         self.choice = Choice({})
         """What was chosen for the last step, and what it promised."""
         self._seconds = 0.0  # of the last step's costly drafts
+        self._context, self._prompts = 0, False  # of the last step
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -38,7 +39,8 @@ class Speculator:
     def draft(self, sequences: list[Sequence], other_rows: int = 0) -> dict[Sequence, Draft]:
         """Drafts for those of `sequences`, all of which decode in the next step, that have one. The step has
         `other_rows` besides, for prompts."""
-        self._seconds = 0.0
+        self._seconds, self._prompts = 0.0, other_rows > 0
+        self._context = sum(len(sequence.tokens) for sequence in sequences)
         turns = []
         for sequence in sequences:
             # Verification commits one token more than are drafted.
@@ -49,7 +51,8 @@ class Speculator:
         if self._controller is None:
             self.choice = Choice(self._first_proposals(turns))
         else:
-            self.choice = self._chosen(self._controller, Step(len(sequences) + other_rows, len(sequences), turns))
+            step = Step(len(sequences) + other_rows, len(sequences), turns, self._context)
+            self.choice = self._chosen(self._controller, step)
         return self.choice.drafts
 
     def tap(self) -> FeatureTap | None:
@@ -70,7 +73,7 @@ class Speculator:
     def observe_step(self, rows: int, seconds: dict[str, float], tokens: int) -> None:
         """The last step computed so many rows and committed so many tokens; `seconds` by its phases."""
         if self._controller is not None:
-            self._controller.observe_step(rows, seconds["forward"])
+            self._controller.observe_step(rows, seconds["forward"], self._context, self._prompts)
             beside = sum(seconds.values()) - seconds["forward"] - self._seconds
             self._controller.observe_overhead(beside, seconds["sample"], tokens)
 
@@ -99,7 +102,8 @@ class Speculator:
             drafts = costly.propose(requests)
             took = time.perf_counter() - start
             self._seconds += took
-            controller.observe_drafting(name, costly.passes, took)
+            context = sum(len(request.sequence.tokens) for request in requests)
+            controller.observe_drafting(name, costly.passes, took, context)
             for request, draft in zip(requests, drafts, strict=True):
                 if draft.tokens:
                     by_sequence[request.sequence].drafts.append(draft)

@@ -131,7 +131,7 @@ class GenerationRequest(ApiModel):
     skip_special_tokens: bool = True
 
     speculation: str | None = None
-    """Pilotfish's own: "auto", a drafter's name, or "off" for none; null: the server's default. Never changes the text."""
+    """Pilotfish's own: "auto", a drafter's name, or "off"; null: the server's default. Never changes the text."""
 
     @property
     def choices(self) -> int:

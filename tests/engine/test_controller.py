@@ -91,7 +91,9 @@ def test_the_figure(target: str, better: str) -> None:
     world = World(seconds, drafters)
     got = world.goodput(1)
     assert got >= 0.95 * max(fixed.values())
-    shares = [sum(name == drafter for _, name in world.asked) / 1500 for drafter in (better, {"1B": "8B", "8B": "1B"}[better])]
+    shares = [
+        sum(name == drafter for _, name in world.asked) / 1500 for drafter in (better, {"1B": "8B", "8B": "1B"}[better])
+    ]
     assert shares[0] > 0.9
     assert shares[1] < 0.05
 

@@ -48,7 +48,7 @@ def constant(probability: float) -> Right:
 
 @dataclass(frozen=True)
 class Simulated:
-    """A drafter; `cost` of its passes by rows, None if it is free. `prompt`: rows that it reads before a first draft."""
+    """A drafter; `cost` of its passes by rows, None if it is free; `prompt`: rows to read before a first draft."""
 
     name: str
     right: Right

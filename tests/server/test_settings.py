@@ -126,7 +126,10 @@ def test_drafters_from_flags_and_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--speculation", "magic"), "speculation is 'magic', but with these drafters it can be one of 'auto', 'none', "),
+        (
+            ("--speculation", "magic"),
+            "speculation is 'magic', but with these drafters it can be one of 'auto', 'none', ",
+        ),
         (("--drafter", "suffix", "--speculation", "ngram"), "'auto', 'none', 'suffix', 'prediction'"),
         (("--drafter", "LLAMA", "--drafter", "LLAMA"), "two drafters are called 'llama'"),
     ],
