@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from heads import train_head
 from tiny import make_tiny
 
 from engine.llm import LLM, Completion
@@ -39,8 +40,9 @@ def prompts(count: int) -> list[list[int]]:
     return made
 
 
-def portfolio(draft: Path) -> tuple[str, ...]:
-    return ("ngram", "suffix", f"draft-model={draft}")
+def portfolio(draft: Path, head: Path | None = None) -> tuple[str, ...]:
+    models = (f"draft-model={draft}",) if head is None else (f"draft-model={draft}", f"eagle3={head}")
+    return ("ngram", "suffix", *models)
 
 
 def texts(completions: list[Completion]) -> list[tuple[list[int], str | None]]:
@@ -56,6 +58,11 @@ def kernels(request: pytest.FixtureRequest) -> str:
 def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Not the target, and not unlike it: one layer of its two."""
     return make_tiny("llama", tmp_path_factory.mktemp("draft") / "draft", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def head(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_head(tiny("llama"), tmp_path_factory.mktemp("head") / "head")
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +95,12 @@ def vanilla(make: Callable[..., LLM]) -> Callable[[str], list[tuple[list[int], s
 
 
 @pytest.fixture(scope="module")
-def speculative(make: Callable[..., LLM], draft: Path) -> LLM:
-    return make(drafter=portfolio(draft), speculation="draft-model", num_draft_tokens=5)
+def speculative(make: Callable[..., LLM], draft: Path, head: Path) -> LLM:
+    return make(drafter=portfolio(draft, head), speculation="draft-model", num_draft_tokens=5)
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("drafter", ["off", "ngram", "suffix", "draft-model"])
+@pytest.mark.parametrize("drafter", ["off", "ngram", "suffix", "draft-model", "eagle3"])
 @pytest.mark.parametrize("name", PARAMS)
 def test_drafters_and_batches(name: str, drafter: str, batch: int, speculative: LLM, vanilla: Callable) -> None:
     wanted, got = vanilla(name), []
@@ -109,7 +116,7 @@ def test_a_mixed_batch(speculative: LLM, vanilla: Callable) -> None:
     """Requests of one batch differ in everything."""
     names = list(PARAMS)
     mixed = [names[i % len(names)] for i in range(8)]
-    drafters = [("off", "ngram", "suffix", "draft-model")[i % 4] for i in range(8)]
+    drafters = [("off", "ngram", "eagle3", "draft-model", "suffix")[i % 5] for i in range(8)]
     got = speculative.generate(prompts(8), [PARAMS[name] for name in mixed], speculation=drafters)
     assert texts(got) == [vanilla(name)[i] for i, name in enumerate(mixed)]
 
@@ -128,19 +135,22 @@ def test_the_target_as_its_own_draft_is_always_right(
                 assert stats.accepted_tokens == stats.drafted_tokens > 0
 
 
-@pytest.mark.parametrize("drafter", ["off", "ngram", "suffix", "draft-model"])
+@pytest.mark.parametrize("drafter", ["off", "ngram", "suffix", "draft-model", "eagle3"])
 @pytest.mark.parametrize("name", ["greedy", "sampled", "penalties"])
-def test_preemption(name: str, drafter: str, make: Callable[..., LLM], draft: Path, vanilla: Callable) -> None:
+def test_preemption(
+    name: str, drafter: str, make: Callable[..., LLM], draft: Path, head: Path, vanilla: Callable
+) -> None:
     """A pool that cannot hold half of the batch."""
-    bytes_per_block = 2 * 3 * 16 * 2 * 16 * 4  # keys and values of two layers and the draft's one
-    llm = make(drafter=portfolio(draft), kv_cache_memory=12 * bytes_per_block, prefix_caching=False)
+    # Keys and values of two layers, the draft's one, and the head's, which has twice their heads.
+    bytes_per_block = 2 * 5 * 16 * 2 * 16 * 4
+    llm = make(drafter=portfolio(draft, head), kv_cache_memory=12 * bytes_per_block, prefix_caching=False)
     got = llm.generate(prompts(8), PARAMS[name], speculation=drafter)
     assert texts(got) == vanilla(name)
     assert sum(completion.stats.preemptions for completion in got) > 0
     assert llm.core._engine.pool.available == llm.info.num_blocks
 
 
-@pytest.mark.parametrize("drafter", ["off", "ngram", "suffix", "draft-model"])
+@pytest.mark.parametrize("drafter", ["off", "ngram", "suffix", "draft-model", "eagle3"])
 def test_prefix_cache_hits(drafter: str, speculative: LLM, vanilla: Callable) -> None:
     for name in ("greedy", "sampled"):
         speculative.generate(prompts(8), PARAMS[name], speculation=drafter)
@@ -181,37 +191,38 @@ def test_prompt_logprobs_do_not_depend_on_the_chunks(make: Callable[..., LLM], k
             assert one.prompt_logprobs == other.prompt_logprobs
 
 
+@pytest.mark.parametrize("drafter", ["draft-model", "eagle3"])
 def test_rejection_verification_runs_and_is_exact_where_it_is_greedy(
-    make: Callable[..., LLM], draft: Path, vanilla: Callable
+    drafter: str, make: Callable[..., LLM], draft: Path, head: Path, vanilla: Callable
 ) -> None:
-    llm = make(drafter=portfolio(draft), speculation="draft-model", verification="rejection")
+    llm = make(drafter=portfolio(draft, head), speculation=drafter, verification="rejection")
     assert texts(llm.generate(prompts(8), GREEDY)) == vanilla("greedy")
     sampled = llm.generate(prompts(8), SAMPLED)
     assert sum(completion.stats.accepted_tokens for completion in sampled) > 0
     assert texts(llm.generate(prompts(8), SAMPLED)) == texts(sampled)
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "suffix", "draft-model"])
-def test_adaptive_lengths(drafter: str, make: Callable[..., LLM], draft: Path, vanilla: Callable) -> None:
+@pytest.mark.parametrize("drafter", ["ngram", "suffix", "draft-model", "eagle3"])
+def test_adaptive_lengths(drafter: str, make: Callable[..., LLM], draft: Path, head: Path, vanilla: Callable) -> None:
     """Lengths that follow the clock, another one at every step and run."""
-    llm = make(drafter=portfolio(draft), adaptive_drafts=True)
+    llm = make(drafter=portfolio(draft, head), adaptive_drafts=True)
     for name in ("greedy", "sampled", "penalties"):
         assert texts(llm.generate(prompts(8), PARAMS[name], speculation=drafter)) == vanilla(name)
 
 
 @pytest.fixture(scope="module")
-def many(make: Callable[..., LLM], tiny: Callable[[str], Path], draft: Path) -> LLM:
-    """Several draft models, good and bad, one of them the target itself, with the controller's choice among them."""
-    drafter = (*portfolio(draft), f"own={tiny('llama')}", f"other={tiny('qwen3')}")
+def many(make: Callable[..., LLM], tiny: Callable[[str], Path], draft: Path, head: Path) -> LLM:
+    """Several drafts, good and bad, one of them the target itself, with the controller's choice among them."""
+    drafter = (*portfolio(draft, head), f"own={tiny('llama')}", f"other={tiny('qwen3')}")
     return make(drafter=drafter, adaptive_drafts=True, num_draft_tokens=5)
 
 
-ALL = ("auto", "off", "ngram", "suffix", "draft-model", "own", "other", None)
+ALL = ("auto", "off", "ngram", "suffix", "draft-model", "own", "eagle3", None)
 
 
 @pytest.mark.parametrize("name", PARAMS)
 def test_several_draft_models(name: str, many: LLM, vanilla: Callable) -> None:
-    assert many.info.drafters == ("ngram", "suffix", "prediction", "draft-model", "own", "other")
+    assert many.info.drafters == ("ngram", "suffix", "prediction", "draft-model", "eagle3", "own", "other")
     alone = [completion for prompt in prompts(8) for completion in many.generate([prompt], PARAMS[name])]
     assert texts(alone) == vanilla(name)
     assert texts(many.generate(prompts(8), PARAMS[name])) == vanilla(name)
