@@ -28,7 +28,7 @@ from transformers import (
 )
 
 VOCAB_SIZE = 512
-END_OF_TEXT, IM_START, IM_END = 0, 1, 2
+END_OFTEXT, IM_START, IM_END = 0, 1, 2
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -152,11 +152,11 @@ def train_tokenizer() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([_TEXT], trainer)
+    tokenizer.train_from_iterator([TEXT], trainer)
     return tokenizer
 
 
-_TEXT = """
+TEXT = """
 system user assistant. You are a helpful assistant. Answer the question in one sentence.
 The pilotfish swims ahead of the shark and keeps it company; in return the shark keeps other hunters away from it.
 A small model swims ahead of a large one: it drafts a few tokens, the large one verifies them all in a single step, and

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from engine.execution.spans import Span, flatten
+from engine.kernels.interface import QuantizedRows
 from engine.kernels.native import NativeKernels, load_library
 from engine.kernels.torch import TorchKernels
 from engine.layers.attention.native import NativeAttention
 from engine.layers.attention.torch import TorchAttention
+from engine.training.quantize import quantize_rows
 
 if load_library() is None:
     pytest.skip("the native kernels were not built here", allow_module_level=True)
@@ -47,6 +49,28 @@ def test_linear(kernels, rows, columns, size):
     for row in range(rows):
         alone = kernels.linear(x[row : row + 1], prepared, residual[row : row + 1])
         assert torch.equal(alone[0], got[row])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 13])
+@pytest.mark.parametrize(("columns", "size"), [(16, 16), (40, 64), (577, 96), (112, 1536)])
+def test_int8_linear(kernels, rows, columns, size):
+    x, bias, residual = random(rows, size), random(columns, seed=2), random(rows, columns)
+    quantized = QuantizedRows(*quantize_rows(random(columns, size, seed=1)))
+    prepared = kernels.prepare_linear(quantized, bias)
+    wanted = (x.double() @ quantized.dequantized().double().T + bias.double() + residual.double()).float()
+    got = kernels.linear(x, prepared, residual)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6 * size)
+    torch.testing.assert_close(
+        TorchKernels().linear(x, TorchKernels().prepare_linear(quantized, bias), residual.clone()),
+        wanted,
+        rtol=1e-5,
+        atol=1e-6 * size,
+    )
+    for row in range(rows):
+        alone = kernels.linear(x[row : row + 1], prepared, residual[row : row + 1])
+        assert torch.equal(alone[0], got[row])
+    with pytest.raises(ValueError, match="int8"):
+        kernels.embed(torch.tensor([0]), prepared)
 
 
 def test_embedding_is_the_weight(kernels):
