@@ -38,27 +38,30 @@ class _Rates:
     """A class's trials by position."""
 
     key: _Class
-    row: int
-    """In the table of rates."""
     tried: list[float]
     accepted: list[float]
     rates: list[float] = field(default_factory=list)
-    """Acceptance by position, as the table has it."""
+    """Acceptance by position, when it was last asked for."""
     stale: bool = False
     """Trials came in since."""
 
     def add(self, position: int, right: bool) -> None:
         self.tried[position] = self.tried[position] * _KEEP + 1
         self.accepted[position] = self.accepted[position] * _KEEP + right
+        self.stale = True
 
 
 @dataclass(slots=True)
 class _Own:
     """A sequence's trials of a drafter against what was expected of them: of first tokens, and of those behind."""
 
-    slot: int
-    expected: list[float]
-    accepted: list[float]
+    expected: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    accepted: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    factors: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    """How much more often than others' they are right."""
+
+
+_NEW = _Own()
 
 
 @dataclass(slots=True)
@@ -70,42 +73,35 @@ class _Pending:
 
 
 class Acceptance:
-    """`longest`: the most tokens of a draft. `priors`: by drafter, what is assumed of its tokens until some were seen."""
+    """`longest`: the most tokens of a draft. `priors`: what is assumed of a drafter's tokens until some were seen."""
 
     def __init__(self, longest: int = 8, priors: Mapping[str, float] | None = None) -> None:
         self.longest = longest
         self.priors = dict(priors or {})
         self._classes: dict[_Class, _Rates] = {}
-        self._table = np.zeros((16, longest))  # acceptance behind an accepted token, by class and position
-        self._stale: list[_Rates] = []
         self._own: dict[str, dict[str, _Own]] = {}
-        self._factors = np.ones((16, 2))  # slot 0 stays: a sequence without experience
-        self._free_slots = list(range(15, 0, -1))
         self._pending: dict[str, dict[str, _Pending]] = {}
 
-    def expected(self, sequence_ids: Seq[str], drafter: str) -> np.ndarray:
-        """Before a drafter is asked: probability that it will have a first 1, 2, ... tokens and all are accepted:
-        (sequences, longest) float64, not increasing along a row."""
-        count = len(sequence_ids)
-        return self._survival(sequence_ids, [drafter] * count, [(drafter, _ANY)] * count)
+    def expected(self, sequence_id: str, drafter: str) -> list[float]:
+        """Before a drafter is asked: probability that it will have a first 1, 2, ... `longest` tokens and that all of
+        them are accepted; not increasing."""
+        return self._survival(sequence_id, drafter, self._current((drafter, _ANY)))
+
+    def survival(self, sequence_id: str, draft: Draft) -> list[float]:
+        """Probability that the first 1, 2, ... tokens of the draft are all accepted; not increasing."""
+        if not draft.confidences:
+            rates = self._current((draft.drafter, draft.evidence))[: len(draft.tokens)]
+        else:
+            rates = [self._current(_confidence(draft, i))[i] for i in range(len(draft.tokens))]
+        return self._survival(sequence_id, draft.drafter, rates)
 
     def at_best(self, drafter: str) -> np.ndarray:
         """How often its tokens may be right behind right ones, by position, as far as trials do not speak against it:
         two standard deviations above what is known: (longest,) float64."""
         known = self._rates((drafter, _ANY))
-        self._resolve(known)
-        rates = np.array(known.rates)
+        rates = np.array(self._current((drafter, _ANY)))
         trials = np.array(known.tried) + PRIOR_WEIGHT
         return np.minimum(MOST, rates + 2 * np.sqrt(rates * (1 - rates) / trials))
-
-    def survival(self, sequence_ids: Seq[str], drafts: Seq[Draft]) -> np.ndarray:
-        """Probability that the first 1, 2, ... tokens of each draft are all accepted; 0 where it has none: (drafts,
-        longest) float64, not increasing along a row."""
-        names = [draft.drafter for draft in drafts]
-        chances = self._survival(sequence_ids, names, [(draft.drafter, draft.evidence) for draft in drafts], drafts)
-        lengths = np.array([len(draft.tokens) for draft in drafts])
-        chances[np.arange(self.longest) >= lengths[:, None]] = 0.0
-        return chances
 
     def observe(self, sequence_id: str, drafts: Seq[Draft], tokens: Seq[int], asked: Mapping[str, int]) -> None:
         """The tokens that came next, and drafts that were made for them, verified against or not. `asked`: by drafter,
@@ -119,50 +115,30 @@ class Acceptance:
             agreed = self._compare(sequence_id, draft, 0, tokens)
             if agreed == len(draft.tokens):
                 if agreed < min(asked.get(draft.drafter, 0), self.longest):
-                    self._add(
-                        self._rates((draft.drafter, _ANY)), agreed, False
-                    )  # whoever asks for so many does not get them
+                    # Whoever asks for so many does not get them.
+                    self._rates((draft.drafter, _ANY)).add(agreed, False)
             elif agreed == len(tokens) and draft.drafter not in (pending or ()):
                 pending = self._pending.setdefault(sequence_id, {})
                 pending[draft.drafter] = _Pending(draft, agreed)
 
     def release(self, sequence_id: str) -> None:
         self._pending.pop(sequence_id, None)
-        for own in self._own.pop(sequence_id, {}).values():
-            self._factors[own.slot] = 1.0
-            self._free_slots.append(own.slot)
+        self._own.pop(sequence_id, None)
 
     def trials(self, drafter: str) -> float:
         """First tokens of the drafter that were seen to be right or wrong; old ones fade."""
         rates = self._classes.get((drafter, _ANY))
         return rates.tried[0] if rates else 0.0
 
-    def _survival(
-        self, sequence_ids: Seq[str], drafters: Seq[str], classes: Seq[_Class], drafts: Seq[Draft] = ()
-    ) -> np.ndarray:
-        known = self._classes
-        rows = [(known.get(each) or self._rates(each)).row for each in classes]
-        confident = [
-            (i, [self._rates(_confidence(draft, j)).row for j in range(min(self.longest, len(draft.confidences)))])
-            for i, draft in enumerate(drafts)
-            if draft.confidences
-        ]
-        for rates in self._stale:
-            self._resolve(rates)
-        self._stale.clear()
-        chances = self._table[rows]
-        for i, own_rows in confident:
-            chances[i, : len(own_rows)] = self._table[own_rows, range(len(own_rows))]
-        owns, none = self._own, dict[str, _Own]()
-        found = [owns.get(each, none).get(drafter) for each, drafter in zip(sequence_ids, drafters, strict=True)]
-        slots = [own.slot if own is not None else 0 for own in found]
-        if any(slots):
-            factors = self._factors[slots]
-            chances[:, 0] *= factors[:, 0]
-            chances[:, 1:] *= factors[:, 1:]
-        np.minimum(chances, MOST, out=chances)
-        survival: np.ndarray = np.cumprod(chances, axis=1)
-        return survival
+    def _survival(self, sequence_id: str, drafter: str, rates: list[float]) -> list[float]:
+        own = self._own.get(sequence_id)
+        first, later = own.get(drafter, _NEW).factors if own else _NEW.factors
+        alive, factor, chances = 1.0, first, []
+        for rate in rates:
+            alive *= min(MOST, factor * rate)
+            chances.append(alive)
+            factor = later
+        return chances
 
     def _go_on(self, sequence_id: str, pending: _Pending, tokens: Seq[int]) -> bool:
         """Compare what is left of an earlier draft; whether there is more of it to compare."""
@@ -185,10 +161,9 @@ class Acceptance:
             later = position > 0
             own.expected[later] = own.expected[later] * _KEEP_OWN + rates.rates[position]
             own.accepted[later] = own.accepted[later] * _KEEP_OWN + right
-            factor = (own.accepted[later] + OWN_WEIGHT) / (own.expected[later] + OWN_WEIGHT)
-            self._factors[own.slot, int(later)] = factor
-            self._add(rates, position, right)
-            self._add(every, position, right)
+            own.factors[later] = (own.accepted[later] + OWN_WEIGHT) / (own.expected[later] + OWN_WEIGHT)
+            rates.add(position, right)
+            every.add(position, right)
             if not right:
                 return position - start
         return len(tokens)
@@ -199,26 +174,20 @@ class Acceptance:
             owns = self._own[sequence_id] = {}
         own = owns.get(drafter)
         if own is None:
-            if not self._free_slots:
-                size = len(self._factors)
-                self._factors = np.concatenate([self._factors, np.ones((size, 2))])
-                self._free_slots = list(range(2 * size - 1, size - 1, -1))
-            own = owns[drafter] = _Own(self._free_slots.pop(), [0.0, 0.0], [0.0, 0.0])
+            own = owns[drafter] = _Own()
         return own
 
-    def _add(self, rates: _Rates, position: int, right: bool) -> None:
-        rates.add(position, right)
-        if not rates.stale:
-            rates.stale = True
-            self._stale.append(rates)
+    def _current(self, key: _Class) -> list[float]:
+        """Acceptance by position, with all trials so far."""
+        rates = self._rates(key)
+        if rates.stale:
+            self._resolve(rates)
+        return rates.rates
 
     def _rates(self, key: _Class) -> _Rates:
         rates = self._classes.get(key)
         if rates is None:
-            row = len(self._classes)
-            if row == len(self._table):
-                self._table = np.concatenate([self._table, np.zeros_like(self._table)])
-            rates = self._classes[key] = _Rates(key, row, [0.0] * self.longest, [0.0] * self.longest)
+            rates = self._classes[key] = _Rates(key, [0.0] * self.longest, [0.0] * self.longest)
             self._resolve(rates)
         return rates
 
@@ -230,13 +199,12 @@ class Acceptance:
         elif kind == _ANY:
             rate = self.priors.get(drafter, PRIOR)
         else:
-            rate = self._rates((drafter, _ANY)).rates[0]
+            rate = self._current((drafter, _ANY))[0]
         line = []
         for tried, accepted in zip(rates.tried, rates.accepted, strict=True):
             rate = (accepted + PRIOR_WEIGHT * rate) / (tried + PRIOR_WEIGHT)
             line.append(rate)
         rates.rates, rates.stale = line, False
-        self._table[rates.row] = line
 
 
 def _confidence(draft: Draft, position: int) -> _Class:

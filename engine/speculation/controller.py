@@ -38,6 +38,8 @@ HORIZON = 32
 """Steps over which reading a text for the first time should pay off, less where the answer ends sooner."""
 SMOOTHING = 0.05
 """Weight of a step's overhead against what is known of it."""
+WORTHLESS = 0.5
+"""A token is not looked at whose chance is below this multiple of what its row costs at plain decoding's goodput."""
 REST, NEARLY = 7, 0.97
 """Steps in which a drafter is not thought about whose goodput alone is less than so much of plain decoding's."""
 PROMPT_NOISE = 0.2
@@ -156,34 +158,29 @@ class Controller:
             return Choice({turn.sequence: turn.drafts[0] for turn in step.turns if turn.drafts})
         asked = {name for turn in step.turns for name in turn.asked}
         spent = sum(self._drafting_seconds(step, name) for name in sorted(asked))
-        turns = [turn for turn in step.turns if turn.drafts]
         if not step.decoding:
             return Choice({})
-        seconds = self._seconds(step, sum(turn.limit for turn in turns))
-        plain_seconds = float(seconds[0]) + spent
+        picked, offers = self._best_drafts(step)
+        seconds = self._seconds(step, len(offers)).tolist()
+        plain_seconds = seconds[0] + spent
         plain = step.decoding / plain_seconds
-        prompts = self.target.predict(step.rows, step.context) + self._overhead - float(seconds[0])
-        told_plain = self._told(step.decoding, plain_seconds + prompts - spent)
-        if not turns:
-            return Choice({}, self._told(step.decoding, plain_seconds + prompts), told_plain)
-        picked, chances = self._best_drafts(step, turns, plain)
-        flat = chances.ravel()
-        order = np.argsort(-flat, kind="stable")
-        order = order[: int(np.count_nonzero(flat))]
-        expected = step.decoding + np.cumsum(flat[order])
-        goodputs = expected / (_cautious(seconds)[1 : len(order) + 1] + spent)
-        count = int(np.argmax(goodputs)) + 1
-        gain = float(goodputs[count - 1]) / plain
-        if not self._pays(step, gain, count, plain_seconds):
-            count = 0
-        lengths = np.bincount(order[:count] // self._longest, minlength=len(turns)).tolist()
-        chosen = {
-            turn.sequence: shortened(draft, length)
-            for turn, draft, length in zip(turns, picked, lengths, strict=True)
-            if length
-        }
-        tokens = float(expected[count - 1]) if count else float(step.decoding)
-        return Choice(chosen, self._told(tokens, float(seconds[count]) + spent + prompts), told_plain)
+        prompts = self.target.predict(step.rows, step.context) + self._overhead - seconds[0]
+        offers.sort()
+        expected, tokens = float(step.decoding), float(step.decoding)
+        count, goodput = 0, 0.0
+        for i, (chance, _) in enumerate(offers, start=1):
+            expected -= chance
+            promised = expected / (plain_seconds + CAUTION * (seconds[i] - seconds[0]))
+            if promised > goodput:
+                count, goodput, tokens = i, promised, expected
+        if count and not self._pays(step, goodput / plain, count, plain_seconds):
+            count, tokens = 0, float(step.decoding)
+        lengths: dict[int, int] = {}
+        for _, i in offers[:count]:
+            lengths[i] = lengths.get(i, 0) + 1
+        chosen = {step.turns[i].sequence: shortened(picked[i], length) for i, length in lengths.items()}
+        promised = self._told(tokens, seconds[count] + spent + prompts)
+        return Choice(chosen, promised, self._told(step.decoding, seconds[0] + prompts))
 
     def observe_step(self, rows: int, seconds: float, context: int = 0, prompts: bool = False) -> None:
         """The target's pass over so many rows and tokens of context took so long. `prompts`: rows of prompts are among
@@ -228,12 +225,14 @@ class Controller:
 
     def _without(self, step: Step) -> _Plan:
         """The best that can be done with the drafts that are there."""
-        turns = [turn for turn in step.turns if turn.drafts]
         plain = step.decoding / float(self._seconds(step, 0)[0])
         chances = np.zeros((len(step.turns), self._longest))
-        if turns:
-            own = self._best_drafts(step, turns, plain)[1]
-            chances[[i for i, turn in enumerate(step.turns) if turn.drafts]] = own
+        offers = self._best_drafts(step)[1]
+        if offers:
+            filled: dict[int, int] = {}
+            for chance, i in offers:
+                at = filled[i] = filled.get(i, -1) + 1
+                chances[i, at] = -chance
         goodput = max(plain, float(self._goodputs(step, chances.reshape(1, -1), np.zeros(1))[0]))
         return _Plan(goodput, chances)
 
@@ -250,7 +249,7 @@ class Controller:
         cost = self.drafting[name]
         may = [i for i, turn in enumerate(step.turns) if name in turn.backlog]
         chances = np.zeros((len(step.turns), self._longest))
-        chances[may] = self.acceptance.expected([step.turns[i].sequence.id for i in may], name)
+        chances[may] = [self.acceptance.expected(step.turns[i].sequence.id, name) for i in may]
         limits = np.array([turn.limit for turn in step.turns])
         chances[self._positions >= limits[:, None]] = 0.0
         reading = np.zeros(len(step.turns))
@@ -316,18 +315,25 @@ class Controller:
         plan = self._joined(step, _Plan(best.goodput, best.chances), name, 0.0, chances, np.zeros(len(step.turns)))
         return plan is not None and plan.goodput >= GAIN * best.goodput
 
-    def _best_drafts(self, step: Step, turns: list[Turn], plain: float) -> tuple[list[Draft], np.ndarray]:
-        """Each turn's draft that is worth most, and its tokens' chances: (turns, longest)."""
-        drafts = [draft for turn in turns for draft in turn.drafts]
-        chances = self.acceptance.survival([turn.sequence.id for turn in turns for _ in turn.drafts], drafts)
-        if len(drafts) == len(turns):
-            return drafts, chances
-        worth = np.maximum(0.0, chances - self._row_price(step, plain)).sum(axis=1).tolist()
-        picked, end = [], 0
-        for turn in turns:
-            start, end = end, end + len(turn.drafts)
-            picked.append(max(range(start, end), key=worth.__getitem__))
-        return [drafts[i] for i in picked], chances[picked]
+    def _best_drafts(self, step: Step) -> tuple[dict[int, Draft], list[tuple[float, int]]]:
+        """By turn the draft that is worth most; and (minus the chance, turn) of each of those drafts' tokens that is
+        worth anything, a draft's in their order."""
+        price = self._row_price(step, step.decoding / float(self._seconds(step, 0)[0]))
+        least = WORTHLESS * price
+        picked: dict[int, Draft] = {}
+        offers: list[tuple[float, int]] = []
+        for i, turn in enumerate(step.turns):
+            best, most = None, 0.0
+            for draft in turn.drafts:
+                chances = self.acceptance.survival(turn.sequence.id, draft)
+                if chances[0] < least:
+                    continue
+                worth = sum([chance - price for chance in chances if chance > price], chances[0] * 1e-6)
+                if worth > most:
+                    best, most, picked[i] = chances, worth, draft
+            if best is not None:
+                offers += [(-chance, i) for chance in best if chance >= least]
+        return picked, offers
 
     def _goodputs(self, step: Step, chances: np.ndarray, drafting: np.ndarray) -> np.ndarray:
         """The highest goodput of each of some plans: (plans, turns * longest) chances, (plans,) seconds."""

@@ -29,7 +29,7 @@ LEAST_CONTEXT = 1e-6
 """Of a pass's seconds that a token of context is taken to cost at least: nothing could not be corrected."""
 OUTLIER = 3.0
 """A measurement counts for at most so many standard deviations: a machine has other things to do now and then."""
-KNOTS = 256
+KNOTS = 128
 """Rows that the curve has points for unless it is calibrated for more; beyond them it goes on as a line."""
 
 
