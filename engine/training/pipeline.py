@@ -31,6 +31,8 @@ from engine.weights.catalog import ModelFiles
 
 Kind = Literal["eagle3", "draft-model"]
 _OF_THE_TEXT = ("target", "tokens", "turn_tokens", "answer_tokens", "seed")
+_OF_THE_LENGTH = ("steps", "epochs")
+"""What may be raised after a run: it goes on from its end then, at the learning rate of the longer run."""
 TextProgress = Callable[[int], object]
 FeatureProgress = Callable[[int, int], object]
 
@@ -117,7 +119,7 @@ def train_draft(
     run = work / out.resolve().name
     everything = {"target": files.name} | dataclasses.asdict(settings)
     _pin(work / "text", {name: everything[name] for name in _OF_THE_TEXT} | {"prompts": len(prompts)})
-    _pin(run, everything)
+    _pin(run, {name: value for name, value in everything.items() if name not in _OF_THE_LENGTH})
     text = write_stage(config, frame, prompts, work, settings, callbacks.text)
     layers = _feature_layers(settings, shape)
     store = FeatureStore(work / "features", layers)
