@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import msgspec
+
 from engine.config import EngineConfig
+from engine.device import synchronize
 from engine.errors import ConfigError
 from engine.execution.loader import Platform, Progress, load_model
 from engine.execution.runner import ModelRunner
@@ -42,6 +45,7 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
     """Raises ConfigError for settings that cannot work together, ModelError for a model that cannot be read."""
     start = time.perf_counter()
     target, platform, files = load_model(config.model, None, config, config.max_model_len, progress)
+    config = msgspec.structs.replace(config, block_size=platform.block_size)
     draft = None
     if config.draft_model is not None:
         draft, _, _ = load_model(config.draft_model, platform, config, target.config.max_position, progress)
@@ -53,7 +57,7 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
 
     def runner(model: Model) -> ModelRunner:
         caches = kv_cache.allocate(
-            model.config, platform.attention, num_blocks, config.block_size, platform.dtype, platform.device
+            model.config, platform.attention, num_blocks, config.block_size, platform.cache_dtype, platform.device
         )
         return ModelRunner(model, caches, config.block_size, platform.device)
 
@@ -86,7 +90,7 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
         default_drafter="off" if config.speculation == "none" else config.speculation,
         dtype=str(platform.dtype).removeprefix("torch."),
         device=str(platform.device),
-        kernels=platform.kernels.name,
+        kernels=platform.kernels_name,
         load_seconds=time.perf_counter() - start,
     )
     return Engine(
@@ -108,6 +112,7 @@ def _calibrate(runner: ModelRunner, config: EngineConfig, progress: Progress) ->
         for _ in range(2):
             begin = time.perf_counter()
             runner.run(spans)
+            synchronize(runner.device)
             times.append(time.perf_counter() - begin)
         seconds[rows] = min(times)
         progress("measuring", (i + 1) / len(counts))
@@ -124,7 +129,7 @@ def _check_draft(target: ModelConfig, draft: ModelConfig, name: str) -> None:
 
 def _block_count(config: EngineConfig, models: list[ModelConfig], platform: Platform) -> int:
     """Blocks that fit into the cache's memory, where a block of the target's comes with one of the draft's."""
-    size = sum(kv_cache.block_bytes(model, config.block_size, platform.dtype) for model in models)
+    size = sum(kv_cache.block_bytes(model, config.block_size, platform.cache_dtype) for model in models)
     memory = config.kv_cache_memory or int(config.kv_cache_share * free_memory(platform.device))
     count = memory // size
     if count < 2:

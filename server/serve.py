@@ -42,10 +42,11 @@ def serve(engine_config: EngineConfig, config: ServerConfig, console: Console) -
     config.check()
     console.line(f"Pilotfish {VERSION}")
     template = _read_template(config.chat_template)
+    weights = engine_config.load_format != "dummy"
     with _bound(config) as listener:
-        files = resolve(engine_config.model, console.progress)
+        files = resolve(engine_config.model, console.progress, weights)
         if engine_config.draft_model is not None:
-            resolve(engine_config.draft_model, console.progress)
+            resolve(engine_config.draft_model, console.progress, weights)
         names = config.served_model_name or (files.name,)
         running = _Running(engine_config, config, console, files, names, template)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:

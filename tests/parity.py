@@ -26,7 +26,7 @@ def runner_of(model: str, kernels: KernelsName, num_blocks: int = len(BLOCKS) + 
     loaded, platform, _ = load_model(model, None, config, 0, lambda what, share: None)
     assert platform.kernels.name == kernels
     caches = kv_cache.allocate(
-        loaded.config, platform.attention, num_blocks, BLOCK_SIZE, platform.dtype, platform.device
+        loaded.config, platform.attention, num_blocks, BLOCK_SIZE, platform.cache_dtype, platform.device
     )
     for cache in caches:  # what was never written shows if it is read
         cache.keys.fill_(torch.nan)

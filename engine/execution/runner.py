@@ -16,7 +16,7 @@ class ModelRunner:
         self.model = model
         self._caches = caches
         self._block_size = block_size
-        self._device = device
+        self.device = device
 
     @torch.inference_mode()
     def run(self, spans: Seq[Span]) -> torch.Tensor:
@@ -25,7 +25,7 @@ class ModelRunner:
         Returns the logits of each span's last `logit_rows` rows, spans in order: (sum of logit_rows, vocab_size), in
         the model's dtype.
         """
-        batch = flatten(spans, self._block_size, self._device)
+        batch = flatten(spans, self._block_size, self.device)
         hidden = self.model.forward(batch.token_ids, batch.positions, batch.attention, self._caches)
         if len(batch.logit_rows) != len(hidden):
             hidden = hidden[batch.logit_rows]

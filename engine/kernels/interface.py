@@ -29,8 +29,14 @@ class Kernels(Protocol[Prepared]):
 
     name: str
 
-    def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Prepared:
-        """Lay out `weight` (out_features, in_features) once, at loading. The caller drops its own copy afterwards."""
+    def prepare_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
+    ) -> Prepared:
+        """Lay out `weight` (out_features, in_features) once, at loading. The caller drops its own copy afterwards.
+
+        scale: (out_features, 1) float32, given if `weight` is float8_e4m3fn: the matrix is weight * scale, and is
+        computed with in fp8 (see `engine.kernels.fp8`). Raises ValueError for what the kernels cannot compute with.
+        """
         ...
 
     def linear(self, x: torch.Tensor, weight: Prepared, residual: torch.Tensor | None = None) -> torch.Tensor:

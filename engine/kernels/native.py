@@ -92,7 +92,9 @@ class NativeKernels:
             raise ValueError(f"level is {level}, but this processor has 0 to {best}")
         self.level = best if level is None else level
 
-    def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> NativeLinear:
+    def prepare_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
+    ) -> NativeLinear:
         weight = _checked(weight).contiguous()
         out_features, in_features = weight.shape
         packed = torch.empty(-(-out_features // self._panel), in_features, self._panel)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from engine.kernels.fp8 import Fp8Linear, fp8_linear, prepare_fp8
+
 
 @dataclass(frozen=True, slots=True)
 class TorchLinear:
@@ -25,14 +27,22 @@ class TorchLinear:
 class TorchKernels:
     name = "torch"
 
-    def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> TorchLinear:
+    def prepare_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
+    ) -> TorchLinear | Fp8Linear:
+        if scale is not None:
+            return prepare_fp8(weight, bias, scale)
         return TorchLinear(weight.contiguous(), None if bias is None else bias.contiguous())
 
-    def linear(self, x: torch.Tensor, weight: TorchLinear, residual: torch.Tensor | None = None) -> torch.Tensor:
-        y = F.linear(x, weight.weight, weight.bias)
+    def linear(
+        self, x: torch.Tensor, weight: TorchLinear | Fp8Linear, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        y = fp8_linear(x, weight) if isinstance(weight, Fp8Linear) else F.linear(x, weight.weight, weight.bias)
         return y if residual is None else y.add_(residual)
 
-    def embed(self, ids: torch.Tensor, weight: TorchLinear) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor, weight: TorchLinear | Fp8Linear) -> torch.Tensor:
+        if isinstance(weight, Fp8Linear):
+            raise ValueError("an embedding in fp8 cannot be looked up: leave embed_tokens and a tied head unquantized")
         return F.embedding(ids, weight.weight)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelError
 from engine.models.config import ModelConfig, RopeConfig
+from engine.weights.hf_quantization import read_fp8
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma3")
 
@@ -23,11 +25,9 @@ def read_config(folder: Path) -> ModelConfig:
     kind = raw.get("model_type")
     if kind not in MODEL_TYPES:
         raise ModelError(f"{path}: model_type is {kind!r}, but the engine knows {', '.join(MODEL_TYPES)}")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
-        raise ModelError(f"{path}: the weights are quantized ({method!r}), but must be plain ones, or a GGUF file")
+    fp8 = read_fp8(path, raw)
     if kind in ("gemma3_text", "gemma3"):
-        return _gemma3(folder, path, raw)
+        return replace(_gemma3(folder, path, raw), fp8=fp8)
     if (activation := raw.get("hidden_act", "silu")) != "silu":
         raise ModelError(f"{path}: hidden_act is {activation!r}, but the engine knows 'silu'")
     hidden, heads = _size(path, raw, "hidden_size"), _size(path, raw, "num_attention_heads")
@@ -55,6 +55,7 @@ def read_config(folder: Path) -> ModelConfig:
         eos_token_ids=eos_token_ids(folder),
         bos_token_id=raw.get("bos_token_id"),
         dtype=_dtype(raw),
+        fp8=fp8,
     )
 
 
