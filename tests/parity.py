@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -21,8 +21,11 @@ BLOCKS = [5, 2, 7, 1]  # of 8: out of order, so that a row that goes to the wron
 OTHERS = [0, 6, 4, 3]
 
 
-def runner_of(model: str, kernels: KernelsName, num_blocks: int = len(BLOCKS) + len(OTHERS)) -> ModelRunner:
-    config = EngineConfig(model=model, dtype="float32", device="cpu", kernels=kernels)
+def runner_of(
+    model: str, kernels: KernelsName, num_blocks: int = len(BLOCKS) + len(OTHERS), **settings: Any
+) -> ModelRunner:
+    """`settings`: fields of EngineConfig, beside or instead of those here."""
+    config = EngineConfig(**{"model": model, "dtype": "float32", "device": "cpu", "kernels": kernels} | settings)
     loaded, platform, _ = load_model(model, None, config, 0, lambda what, share: None)
     assert platform.kernels.name == kernels
     caches = kv_cache.allocate(
