@@ -193,14 +193,14 @@ def test_other_schemes_are_refused(tiny: Tiny, tmp_path: Path, config: dict, mes
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("model.layers.1.self_attn.q_proj.weight_scale", None, "has no weight_scale"),
+        ("q_proj.weight_scale", None, "has no weight_scale"),
         (
             "model.layers.1.self_attn.q_proj.weight_scale",
             torch.ones(3),
             r"shape \(3,\), but must have a scale for each",
         ),
-        ("model.layers.1.self_attn.q_proj.weight", torch.ones(64, 64), "has a weight_scale, which only fp8"),
-        ("model.layers.1.self_attn.q_proj.zeros", torch.ones(1), "has tensor 'model.layers.1.self_attn.q_proj.zeros'"),
+        ("q_proj.weight", torch.ones(64, 64), "has a weight_scale, which only fp8"),
+        ("q_proj.zeros", torch.ones(1), "has tensor 'model.layers.1.self_attn.q_proj.zeros'"),
     ],
 )
 def test_broken_checkpoints_are_refused(tiny: Tiny, tmp_path: Path, name: str, change, message: str) -> None:
@@ -224,7 +224,7 @@ def test_a_half_quantized_group_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     (fp8 / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ModelError, match="qkv_proj"):
         logits(fp8, quantization="fp8")
-    assert torch.equal(logits(fp8), logits(plain))  # as plain weights it can be read
+    torch.testing.assert_close(logits(fp8), logits(plain), rtol=0, atol=1e-4)  # as plain weights it can be read
 
 
 @pytest.mark.parametrize(
