@@ -195,7 +195,7 @@ def test_other_schemes_are_refused(tiny: Tiny, tmp_path: Path, config: dict, mes
     [
         ("q_proj.weight_scale", None, "has no weight_scale"),
         (
-            "model.layers.1.self_attn.q_proj.weight_scale",
+            "q_proj.weight_scale",
             torch.ones(3),
             r"shape \(3,\), but must have a scale for each",
         ),
