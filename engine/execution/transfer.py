@@ -19,12 +19,10 @@ _ALIGNMENT = 16
 
 def packed_to(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
     """The arrays as tensors of their shapes and dtypes on `device`: views of one buffer, filled by a single copy."""
-    if device.type == "cpu":
-        return [torch.from_numpy(array) for array in arrays]
     starts = [0]
     for array in arrays:
         starts.append(-(-(starts[-1] + array.nbytes) // _ALIGNMENT) * _ALIGNMENT)
-    host = np.empty(starts[-1], dtype=np.uint8)
+    host = np.empty(max(starts[-1], _ALIGNMENT), dtype=np.uint8)  # some, so that it can be viewed as other dtypes
     for array, start in zip(arrays, starts, strict=False):
         host[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     buffer = on_device(torch.from_numpy(host), device)

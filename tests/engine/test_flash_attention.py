@@ -38,6 +38,8 @@ def test_the_real_signatures_are_these(name):
     """Where the packages are installed: newer ones may have more parameters behind these."""
     module, _, function = name.rpartition(".")
     real = pytest.importorskip(module, reason=f"{module} is not installed here", exc_type=ImportError)
+    if not hasattr(real, function):  # flash-attn-4 alone is a namespace of the other's name
+        pytest.skip(f"{module} has no {function} here")
     found = dict(signature(getattr(real, function)))
     assert {name: found.get(name) for name, _ in SIGNATURES[name]} == dict(SIGNATURES[name])
 
