@@ -57,7 +57,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_batch_tokens: Positive = 128
     """Token rows of one step: what is left of it by the decoding sequences goes to prefill chunks."""
     block_size: NotNegative = 0
-    """Tokens in a KV-cache block; 0: the attention backend's own choice."""
+    """Tokens in a KV-cache block. 0: the attention backend's own choice."""
     kv_cache_dtype: CacheDType = "auto"
     """auto: the same as `dtype`; fp8: float8_e4m3fn, half of bfloat16's memory, where the attention backend allows it.
     """
