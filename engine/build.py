@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import msgspec
+
 from engine.config import EngineConfig
+from engine.device import synchronize
 from engine.errors import ConfigError
 from engine.execution.loader import Platform, Progress, load_model
 from engine.execution.runner import ModelRunner
@@ -35,6 +38,7 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
     """Raises ConfigError for settings that cannot work together, ModelError for a model that cannot be read."""
     start = time.perf_counter()
     target, platform, files = load_model(config.model, None, config, config.max_model_len, progress)
+    config = msgspec.structs.replace(config, block_size=platform.block_size)
     sources = find(config.drafter, files.name, progress)
     check_speculation(config.speculation, sources)
     loaded = [load_draft(source, target, platform, config, progress) for source in sources]
@@ -45,7 +49,7 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
 
     def caches(shape: ModelConfig) -> list[LayerCache]:
         return kv_cache.allocate(
-            shape, platform.attention, num_blocks, config.block_size, platform.dtype, platform.device
+            shape, platform.attention, num_blocks, config.block_size, platform.cache_dtype, platform.device
         )
 
     eos_token_ids = target.config.eos_token_ids
@@ -55,6 +59,7 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
 
     def try_target(rows: int) -> None:  # what it writes to the cache nobody reads
         target_runner.run([Span([0] * rows, 0, [0] * -(-rows // config.block_size), logit_rows=rows)])
+        synchronize(platform.device)
 
     controller = (
         make_controller(config, target.config, try_target, drafters, progress) if config.adaptive_drafts else None
@@ -73,7 +78,7 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
         default_drafter="off" if config.speculation == "none" else config.speculation,
         dtype=str(platform.dtype).removeprefix("torch."),
         device=str(platform.device),
-        kernels=platform.kernels.name,
+        kernels=platform.kernels_name,
         load_seconds=time.perf_counter() - start,
     )
     return Engine(
@@ -88,7 +93,7 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
 def _block_count(config: EngineConfig, models: list[ModelConfig], platform: Platform) -> int:
     """Blocks that fit into the cache's memory, where a block of the target's comes with one of each draft's: so all
     caches hold the same number of tokens."""
-    size = sum(kv_cache.block_bytes(model, config.block_size, platform.dtype) for model in models)
+    size = sum(kv_cache.block_bytes(model, config.block_size, platform.cache_dtype) for model in models)
     memory = config.kv_cache_memory or int(config.kv_cache_share * free_memory(platform.device))
     count = memory // size
     if count < 2:

@@ -20,6 +20,10 @@ Verification = Literal["coupled", "rejection"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 KernelsName = Literal["auto", "native", "torch"]
+AttentionName = Literal["auto", "flash4", "flash2", "native", "torch"]
+QuantizationName = Literal["auto", "none", "fp8"]
+CacheDType = Literal["auto", "fp8"]
+LoadFormat = Literal["auto", "dummy"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,6 +40,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """auto: the GPU if there is one."""
     kernels: KernelsName = "auto"
     """native: this package's own CPU kernels, bit-equal for every batch and span; torch: torch's operators."""
+    attention_backend: AttentionName = "auto"
+    """flash4, flash2: flash-attn's kernels; native, torch: as for `kernels`. auto: the best that this machine has."""
+    quantization: QuantizationName = "auto"
+    """Of the layers' matrices. fp8: quantized at loading unless the checkpoint is; none: never; auto: as the checkpoint
+    has them where the GPU can compute with them, otherwise in `dtype`."""
+    load_format: LoadFormat = "auto"
+    """auto: the model's own weights; dummy: random ones of the same shapes, for benchmarks, from config.json alone."""
     num_threads: NotNegative = 0
     """CPU threads of the engine process; 0: one for each core that this process may use."""
 
@@ -45,8 +56,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Most sequences that run in one step; the others wait."""
     max_batch_tokens: Positive = 128
     """Token rows of one step: what is left of it by the decoding sequences goes to prefill chunks."""
-    block_size: Positive = 16
-    """Tokens in a KV-cache block."""
+    block_size: NotNegative = 0
+    """Tokens in a KV-cache block. 0: the attention backend's own choice."""
+    kv_cache_dtype: CacheDType = "auto"
+    """auto: the same as `dtype`; fp8: float8_e4m3fn, half of bfloat16's memory, where the attention backend allows it.
+    """
     kv_cache_memory: NotNegative = 0
     """Bytes of the KV cache; 0: `kv_cache_share` of the memory that is free once the weights are loaded."""
     kv_cache_share: Annotated[float, Meta(gt=0, le=1)] = 0.05

@@ -43,8 +43,9 @@ def serve(engine_config: EngineConfig, config: ServerConfig, console: Console) -
     config.check()
     console.line(f"Pilotfish {VERSION}")
     template = _read_template(config.chat_template)
+    weights = engine_config.load_format != "dummy"
     with _bound(config) as listener:
-        files = resolve(engine_config.model, console.progress)
+        files = resolve(engine_config.model, console.progress, weights)
         check_speculation(engine_config.speculation, find(engine_config.drafter, files.name, console.progress))
         names = config.served_model_name or (files.name,)
         running = _Running(engine_config, config, console, files, names, template)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from flash_attn_standin import modules
 from tiny import make_tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -43,3 +46,26 @@ def smollm2_reference(smollm2: ModelFiles) -> PreTrainedModel:
     """The same model as transformers itself reads and computes it, in float32. Takes 10 to 20 s. Not to be changed."""
     folder, name = smollm2.path.parent, smollm2.path.name
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
+
+
+@dataclass(frozen=True, slots=True)
+class FlashAttn:
+    """flash-attn's stand-ins are importable, and what they were asked to do."""
+
+    capability: tuple[int, int]
+    calls: list[str]
+
+
+@pytest.fixture
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FlashAttn]:
+    """`flash_attn(capability)`: from now on this machine's CPU passes for a GPU of that compute capability, with both
+    flash-attn packages installed (tests/flash_attn_standin.py). Tensors stay on the CPU."""
+
+    def install(capability: tuple[int, int] = (9, 0), without: tuple[str, ...] = ()) -> FlashAttn:
+        calls: list[str] = []
+        for name, module in modules(capability, calls).items():
+            monkeypatch.setitem(sys.modules, name, None if name in without else module)
+        monkeypatch.setattr("engine.execution.loader.compute_capability", lambda device: capability)
+        return FlashAttn(capability, calls)
+
+    return install

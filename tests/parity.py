@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -16,22 +16,25 @@ from engine.memory import kv_cache
 
 KernelsName = Literal["native", "torch"]
 
-BLOCK_SIZE = 16
 BLOCKS = [5, 2, 7, 1]  # of 8: out of order, so that a row that goes to the wrong place is seen
 OTHERS = [0, 6, 4, 3]
 
 
-def runner_of(model: str, kernels: KernelsName, num_blocks: int = len(BLOCKS) + len(OTHERS)) -> ModelRunner:
-    config = EngineConfig(model=model, dtype="float32", device="cpu", kernels=kernels)
+def runner_of(
+    model: str, kernels: KernelsName, num_blocks: int = len(BLOCKS) + len(OTHERS), **settings: Any
+) -> ModelRunner:
+    """`settings`: fields of EngineConfig, beside or instead of those here."""
+    config = EngineConfig(**{"model": model, "dtype": "float32", "device": "cpu", "kernels": kernels} | settings)
     loaded, platform, _ = load_model(model, None, config, 0, lambda what, share: None)
     assert platform.kernels.name == kernels
+    size = platform.block_size
     caches = kv_cache.allocate(
-        loaded.config, platform.attention, num_blocks, BLOCK_SIZE, platform.dtype, platform.device
+        loaded.config, platform.attention, num_blocks, size, platform.cache_dtype, platform.device
     )
-    for cache in caches:  # what was never written shows if it is read
-        cache.keys.fill_(torch.nan)
+    for cache in caches if platform.attention.name != "flash4" else ():  # which reads zeros where nothing was written
+        cache.keys.fill_(torch.nan)  # what was never written shows if it is read
         cache.values.fill_(torch.nan)
-    return ModelRunner(loaded, caches, BLOCK_SIZE, platform.device)
+    return ModelRunner(loaded, caches, size, platform.device)
 
 
 def in_pieces(runner: ModelRunner, tokens: Sequence[int], ends: Sequence[int]) -> torch.Tensor:

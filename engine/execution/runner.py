@@ -17,7 +17,7 @@ class ModelRunner:
         self.model = model
         self._caches = caches
         self._block_size = block_size
-        self._device = device
+        self.device = device
 
     @torch.inference_mode()
     def run(self, spans: Seq[Span], tap: FeatureTap | None = None) -> torch.Tensor:
@@ -27,7 +27,7 @@ class ModelRunner:
         Returns the logits of each span's last `logit_rows` rows, spans in order: (sum of logit_rows, vocab_size), in
         the model's dtype.
         """
-        batch = flatten(spans, self._block_size, self._device)
+        batch = flatten(spans, self._block_size, self.device)
         hidden = self.model.forward(batch.token_ids, batch.positions, batch.attention, self._caches, tap)
         if len(batch.logit_rows) != len(hidden):
             hidden = hidden[batch.logit_rows]

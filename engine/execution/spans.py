@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from engine.execution.transfer import packed_to
 from engine.layers.attention.interface import AttentionBatch
 
 
@@ -37,9 +38,10 @@ class FlatBatch:
 
 
 def flatten(spans: Seq[Span], block_size: int, device: torch.device) -> FlatBatch:
+    """The spans' tensors, on `device` by a single copy."""
     lengths = [len(span.token_ids) for span in spans]
     contexts = [span.stop for span in spans]
-    ends = np.cumsum([0, *lengths])
+    ends = np.cumsum([0, *lengths], dtype=np.int32)
     rows = int(ends[-1])
     token_ids, positions, slots = (np.empty(rows, dtype=np.int64) for _ in range(3))
     tables = np.zeros((len(spans), max(-(-context // block_size) for context in contexts)), dtype=np.int32)
@@ -55,20 +57,20 @@ def flatten(spans: Seq[Span], block_size: int, device: torch.device) -> FlatBatc
         slots[first:last] = table[place // block_size].astype(np.int64) * block_size + place % block_size
         if span.logit_rows:
             wanted.append(np.arange(last - span.logit_rows, last))
-    logit_rows = np.concatenate(wanted) if wanted else np.empty(0, dtype=np.int64)
-
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
-
+    logit_rows = np.concatenate(wanted, dtype=np.int64) if wanted else np.empty(0, dtype=np.int64)
+    context_lens = np.asarray(contexts, dtype=np.int32)
+    cu_context_lens = np.cumsum([0, *contexts], dtype=np.int32)
+    on_device = packed_to(device, token_ids, positions, logit_rows, slots, ends, context_lens, cu_context_lens, tables)
     return FlatBatch(
-        token_ids=tensor(token_ids),
-        positions=tensor(positions),
-        logit_rows=tensor(logit_rows),
+        token_ids=on_device[0],
+        positions=on_device[1],
+        logit_rows=on_device[2],
         attention=AttentionBatch(
-            cu_query_lens=tensor(ends.astype(np.int32)),
-            context_lens=tensor(np.asarray(contexts, dtype=np.int32)),
-            block_tables=tensor(tables),
-            slots=tensor(slots),
+            slots=on_device[3],
+            cu_query_lens=on_device[4],
+            context_lens=on_device[5],
+            cu_context_lens=on_device[6],
+            block_tables=on_device[7],
             query_lens=lengths,
             contexts=contexts,
             block_size=block_size,

@@ -6,7 +6,6 @@ attention over the paged cache has its own interface, `engine.layers.attention`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -22,17 +21,6 @@ class PreparedLinear(Protocol):
     def out_features(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizedRows:
-    """A weight matrix in int8 with a scale for each output: row i is values[i] * scale[i]."""
-
-    values: torch.Tensor  # (out_features, in_features) int8
-    scale: torch.Tensor  # (out_features,) float32
-
-    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return (self.values.float() * self.scale.unsqueeze(1)).to(dtype)
-
-
 Prepared = TypeVar("Prepared", bound=PreparedLinear)
 
 
@@ -41,11 +29,14 @@ class Kernels(Protocol[Prepared]):
 
     name: str
 
-    def prepare_linear(self, weight: torch.Tensor | QuantizedRows, bias: torch.Tensor | None = None) -> Prepared:
+    def prepare_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
+    ) -> Prepared:
         """Lay out `weight` (out_features, in_features) once, at loading. The caller drops its own copy afterwards.
 
-        A quantized one stays so where the kernels can compute with it: the results are those of `dequantized`, up to
-        rounding. It cannot be embedded from.
+        scale: (out_features, 1) float32, given if `weight` is float8_e4m3fn or int8: the matrix is weight * scale. With
+        fp8 it is computed with in fp8 (see `engine.kernels.fp8`); with int8 as it is, where the kernels can, up to
+        rounding; it cannot be embedded from. Raises ValueError for what the kernels cannot compute with.
         """
         ...
 

@@ -19,7 +19,6 @@ from functools import cache
 import torch
 
 from engine.errors import ConfigError
-from engine.kernels.interface import QuantizedRows
 
 VECTOR = 16
 """Floats in the widest vector register: sizes of norms, gates and heads must be multiples of it."""
@@ -105,22 +104,22 @@ class NativeKernels:
         self.level = best if level is None else level
 
     def prepare_linear(
-        self, weight: torch.Tensor | QuantizedRows, bias: torch.Tensor | None = None
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
     ) -> NativeLinear | NativeInt8Linear:
-        if isinstance(weight, QuantizedRows):
-            return self._prepare_int8(weight, bias)
+        if weight.dtype == torch.int8 and scale is not None:
+            return self._prepare_int8(weight, bias, scale)
         weight = _checked(weight).contiguous()
         out_features, in_features = weight.shape
         packed = torch.empty(-(-out_features // self._panel), in_features, self._panel)
         self._library.pilotfish_pack(weight.data_ptr(), packed.data_ptr(), out_features, in_features)
         return NativeLinear(packed, None if bias is None else _checked(bias).contiguous(), in_features, out_features)
 
-    def _prepare_int8(self, weight: QuantizedRows, bias: torch.Tensor | None) -> NativeInt8Linear:
-        values = weight.values.contiguous()
+    def _prepare_int8(self, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor) -> NativeInt8Linear:
+        values = weight.contiguous()
         out_features, in_features = values.shape
         packed = torch.empty(-(-out_features // self._panel), in_features, self._panel, dtype=torch.int8)
         self._library.pilotfish_pack_int8(values.data_ptr(), packed.data_ptr(), out_features, in_features)
-        scale = _checked(weight.scale).contiguous()
+        scale = _checked(scale).flatten()
         return NativeInt8Linear(
             packed, scale, None if bias is None else _checked(bias).contiguous(), in_features, out_features
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.kernels.interface import QuantizedRows
+from engine.kernels.fp8 import Fp8Linear, fp8_linear, prepare_fp8
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +27,24 @@ class TorchLinear:
 class TorchKernels:
     name = "torch"
 
-    def prepare_linear(self, weight: torch.Tensor | QuantizedRows, bias: torch.Tensor | None = None) -> TorchLinear:
-        if isinstance(weight, QuantizedRows):
-            weight = weight.dequantized(torch.float32 if bias is None else bias.dtype)
+    def prepare_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
+    ) -> TorchLinear | Fp8Linear:
+        if scale is not None:
+            if weight.dtype != torch.int8:
+                return prepare_fp8(weight, bias, scale)
+            weight = (weight.float() * scale).to(torch.float32 if bias is None else bias.dtype)
         return TorchLinear(weight.contiguous(), None if bias is None else bias.contiguous())
 
-    def linear(self, x: torch.Tensor, weight: TorchLinear, residual: torch.Tensor | None = None) -> torch.Tensor:
-        y = F.linear(x, weight.weight, weight.bias)
+    def linear(
+        self, x: torch.Tensor, weight: TorchLinear | Fp8Linear, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        y = fp8_linear(x, weight) if isinstance(weight, Fp8Linear) else F.linear(x, weight.weight, weight.bias)
         return y if residual is None else y.add_(residual)
 
-    def embed(self, ids: torch.Tensor, weight: TorchLinear) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor, weight: TorchLinear | Fp8Linear) -> torch.Tensor:
+        if isinstance(weight, Fp8Linear):
+            raise ValueError("an embedding in fp8 cannot be looked up: leave embed_tokens and a tied head unquantized")
         return F.embedding(ids, weight.weight)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

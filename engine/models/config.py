@@ -20,6 +20,14 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8Config:
+    """A checkpoint's matrices are in float8_e4m3fn, each with a `weight_scale`, but for some."""
+
+    unquantized: tuple[str, ...] = ()
+    """Modules left as they were: names, parts of names, or "re:" and a regular expression."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """The shape of a decoder: the Llama family's (Llama, SmolLM2, Mistral, Qwen2, Qwen3) or Gemma 3's."""
 
@@ -54,6 +62,8 @@ class ModelConfig:
     bos_token_id: int | None = None
     dtype: str = "float32"
     """The checkpoint's own ("float32", "bfloat16", "float16")."""
+    fp8: Fp8Config | None = None
+    """None: the checkpoint has plain weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

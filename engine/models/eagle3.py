@@ -8,13 +8,13 @@ names are the public checkpoints': see `engine.weights.eagle3`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from engine.kernels.interface import Kernels, PreparedLinear, QuantizedRows
+from engine.kernels.interface import Kernels, PreparedLinear
 from engine.layers.attention.interface import AttentionBackend, AttentionBatch, LayerCache
 from engine.models.config import Eagle3Config
 from engine.models.rope import cos_sin_table
@@ -37,7 +37,7 @@ class Eagle3Model:
         config: Eagle3Config,
         kernels: Kernels[Any],
         attention: AttentionBackend,
-        weights: Mapping[str, torch.Tensor | QuantizedRows],
+        weights: Mapping[str, torch.Tensor],
         max_positions: int,
         device: torch.device,
         dtype: torch.dtype,
@@ -51,14 +51,15 @@ class Eagle3Model:
         self.cos_sin = cos_sin_table(decoder.rope, decoder.head_dim, max_positions).to(device)
 
         def tensor(name: str) -> torch.Tensor:
-            weight = weights[name]
-            assert isinstance(weight, torch.Tensor)
-            return weight.to(device)
+            return weights[name].to(device)
 
         def linear(*names: str) -> PreparedLinear:
             biases = [tensor(f"{name}.bias") for name in names if f"{name}.bias" in weights]
-            parts = [weights[f"{name}.weight"] for name in names]
-            return kernels.prepare_linear(_joined(parts, device, dtype), torch.cat(biases) if biases else None)
+            weight = torch.cat([tensor(f"{name}.weight") for name in names])
+            if weight.dtype != torch.int8:
+                return kernels.prepare_linear(weight, torch.cat(biases) if biases else None)
+            scale = torch.cat([tensor(f"{name}.weight_scale") for name in names])
+            return kernels.prepare_linear(weight, torch.cat(biases) if biases else None, scale)
 
         self.fusion = linear("fc")
         self.embedding_norm = tensor("layer.input_layernorm.weight").float()
@@ -118,15 +119,3 @@ class Eagle3Model:
         return self.kernels.linear(
             self.kernels.rms_norm(hidden, self.norm, self.config.decoder.rms_norm_eps), self.head
         )
-
-
-def _joined(
-    parts: Sequence[torch.Tensor | QuantizedRows], device: torch.device, dtype: torch.dtype
-) -> torch.Tensor | QuantizedRows:
-    """Matrices below one another, in `dtype` unless all of them are quantized."""
-    quantized = [part for part in parts if isinstance(part, QuantizedRows)]
-    if len(quantized) == len(parts) and dtype == torch.float32:
-        values, scales = torch.cat([part.values for part in quantized]), torch.cat([part.scale for part in quantized])
-        return QuantizedRows(values.to(device), scales.to(device))
-    plain = [part.dequantized(dtype) if isinstance(part, QuantizedRows) else part.to(dtype) for part in parts]
-    return torch.cat(plain).to(device)

@@ -63,7 +63,7 @@ class Gemma3Model:
         norm = store.tensor("model.norm.weight")
         self.norm = _one_plus(norm)
         # A tensor, since the model was trained with the root rounded to its dtype (25.25, not 25.298, in bfloat16).
-        self.embedding_scale = torch.tensor(config.hidden_size**0.5, dtype=norm.dtype, device=device)
+        self.embedding_scale = torch.full((), config.hidden_size**0.5, dtype=norm.dtype, device=device)
         everywhere = cos_sin_table(config.rope, config.head_dim, max_positions).to(device)
         nearby = cos_sin_table(config.local_rope or config.rope, config.head_dim, max_positions).to(device)
         kinds = {True: (config.sliding_window, nearby), False: (None, everywhere)}

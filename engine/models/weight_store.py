@@ -44,10 +44,16 @@ class WeightStore:
         parts = self._parts.setdefault(f"{path}.{kind}", {})
         parts[index] = tensor
         biased = next((wanted for end, wanted in self._biased.items() if path.endswith(end)), False)
-        kinds = ("weight", "bias") if biased else ("weight",)
+        kinds = ["weight", "bias"] if biased else ["weight"]
+        if any(part.dtype == torch.float8_e4m3fn for part in self._parts.get(f"{path}.weight", {}).values()):
+            kinds.append("weight_scale")
         if all(len(self._parts.get(f"{path}.{k}", ())) == count for k in kinds):
             fused = {k: _joined(self._parts.pop(f"{path}.{k}")) for k in kinds}
-            self._linears[path] = self._kernels.prepare_linear(fused["weight"], fused.get("bias"))
+            try:
+                prepared = self._kernels.prepare_linear(fused["weight"], fused.get("bias"), fused.get("weight_scale"))
+            except ValueError as error:
+                raise ModelError(f"the model's {path!r} cannot be computed with: {error}") from error
+            self._linears[path] = prepared
 
     def tensor(self, name: str) -> torch.Tensor:
         if name not in self._tensors:

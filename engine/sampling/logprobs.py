@@ -6,6 +6,7 @@ from collections.abc import Sequence as Seq
 
 import torch
 
+from engine.device import on_device
 from engine.request import TokenLogprobs
 
 
@@ -20,7 +21,7 @@ def token_logprobs(logits: torch.Tensor, tokens: Seq[int], top: int | Seq[int]) 
         return []
     wanted = [top] * len(tokens) if isinstance(top, int) else list(top)
     logprobs = torch.log_softmax(logits.float(), 1)
-    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+    chosen = logprobs.gather(1, on_device(tokens, logits.device).unsqueeze(1)).squeeze(1).tolist()
     most = min(max(wanted), logits.shape[1])
     if most == 0:
         return [TokenLogprobs(token, logprob) for token, logprob in zip(tokens, chosen, strict=True)]

@@ -16,6 +16,8 @@ from collections.abc import Sequence as Seq
 
 import torch
 
+from engine.device import on_device
+
 DRAW = 0
 """Stream of the noise that draws a token from a distribution: the target's, and a drafter's own."""
 ACCEPT = 1
@@ -66,7 +68,7 @@ def log_exponential(keys: Seq[int], tokens: torch.Tensor) -> torch.Tensor:
 def _bits31(keys: Seq[int], tokens: torch.Tensor) -> torch.Tensor:
     """31 random bits for each (key, token): int32, not negative."""
     halves = [[key >> 32 for key in keys], [key & 0xFFFFFFFF for key in keys]]
-    high, low = torch.tensor(halves, device=tokens.device).to(torch.int32).unsqueeze(2)  # (rows, 1) each
+    high, low = on_device(halves, tokens.device).to(torch.int32).unsqueeze(2)  # (rows, 1) each
     z = torch.bitwise_xor(tokens.to(torch.int32), low)
     spare = torch.empty_like(z)
     z.mul_(_TRIPLE_1)

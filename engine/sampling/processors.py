@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from engine.device import on_device
 from engine.sampling.params import SamplingParams
 from engine.sampling.spans import LogitRow, LogitSpan, rows_of
 
@@ -70,7 +71,7 @@ def process(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int]
         if not support.whole:
             empty = torch.full((len(support.rows), logits.shape[1]), -math.inf, device=logits.device)
             shaped = empty.scatter_reduce_(1, support.ids, support.logits, "amax")
-        logits[[row.at for row in support.rows]] = shaped
+        logits.index_copy_(0, on_device([row.at for row in support.rows], logits.device), shaped)
     return logits
 
 
@@ -88,14 +89,14 @@ def adjust(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] 
         logits = logits.float()
         block = logits[start:end]
         if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=logits.device)
-            bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=logits.device)
+            ids = on_device(list(params.logit_bias), logits.device)
+            bias = on_device(list(params.logit_bias.values()), logits.device, torch.float32)
             block.index_add_(1, ids, bias.expand(span.rows, -1))
         if penalized:
             _penalize(block, span)
         if early > 0:
             stops = [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)]
-            block[:early].index_fill_(1, torch.tensor(stops, dtype=torch.int64, device=logits.device), -math.inf)
+            block[:early].index_fill_(1, on_device(stops, logits.device, torch.int64), -math.inf)
     return logits
 
 
@@ -116,12 +117,12 @@ def _penalize(block: torch.Tensor, span: LogitSpan) -> None:
         seen[later:, column] = True
         counts[later:, column] += 1
     penalty = counts * params.frequency_penalty + (counts > 0) * params.presence_penalty
-    ids = torch.from_numpy(unique).to(block.device)
+    ids = on_device(torch.from_numpy(unique), block.device)
     logits = block.index_select(1, ids).double()
     if repetition != 1.0:
         repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
-        logits = torch.where(torch.from_numpy(seen).to(block.device), repeated, logits)
-    logits -= torch.from_numpy(penalty).to(block.device)
+        logits = torch.where(on_device(torch.from_numpy(seen), block.device), repeated, logits)
+    logits -= on_device(torch.from_numpy(penalty), block.device)
     block.index_copy_(1, ids, logits.clamp_(-_HUGE, _HUGE).float())
 
 
@@ -151,11 +152,11 @@ def truncate(logits: torch.Tensor, rows: Seq[LogitRow]) -> list[Support]:
 
 def _scaled(logits: torch.Tensor, rows: list[LogitRow]) -> torch.Tensor:
     """(logits - highest) / temperature of these rows, which cannot overflow: (rows, vocab) float32, a copy."""
-    chosen = logits.index_select(0, torch.tensor([row.at for row in rows], device=logits.device)).float()
+    chosen = logits.index_select(0, on_device([row.at for row in rows], logits.device)).float()
     temperatures = [max(row.sequence.params.temperature, _TINY) for row in rows]
     chosen -= chosen.amax(1, keepdim=True)
     if any(temperature != 1.0 for temperature in temperatures):
-        chosen /= torch.tensor(temperatures, device=logits.device).unsqueeze(1)
+        chosen /= on_device(temperatures, logits.device).unsqueeze(1)
     return chosen
 
 
@@ -232,7 +233,7 @@ def kept_of_all(scaled: torch.Tensor, totals: torch.Tensor, params: Seq[Sampling
     scaled: (rows, vocab) float32, changed in place; totals: (rows, 1). The same set as `kept_ids`, up to rounding.
     """
     limits = [(p.top_k if p.top_k > 0 else math.inf, p.top_p if p.top_p < 1.0 else math.inf, p.min_p) for p in params]
-    top_k, top_p, min_p = torch.tensor(limits, dtype=torch.float64, device=scaled.device).T.unsqueeze(2)
+    top_k, top_p, min_p = on_device(limits, scaled.device, torch.float64).T.unsqueeze(2)
     places = torch.arange(scaled.shape[1], device=scaled.device)
     ordered, order = scaled.sort(dim=1, descending=True, stable=True)
     mass = ordered.double().exp_().masked_fill_(places >= top_k, 0.0)

@@ -12,6 +12,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import torch
 
+from engine.device import on_device
 from engine.sampling.noise import DRAW, log_exponential, row_key
 from engine.sampling.processors import Support, gather_support, truncate
 from engine.sampling.spans import LogitRow, LogitSpan, rows_of
@@ -56,7 +57,7 @@ def race(support: Support, stream: int = DRAW) -> list[int]:
         winners += argmax(torch.sub(logits[part], noise, out=noise))
     if support.whole:
         return winners
-    columns = torch.tensor(winners, device=ids.device).unsqueeze(1)
+    columns = on_device(winners, ids.device).unsqueeze(1)
     tokens: list[int] = ids.gather(1, columns).squeeze(1).tolist()
     return tokens
 
@@ -79,14 +80,14 @@ def _greedy(logits: torch.Tensor, rows: Seq[LogitRow]) -> dict[int, int]:
         return dict(zip(wanted, argmax(logits), strict=True))
     if logits.device.type == "cpu":  # row by row, since gathering the rows would cost more than looking through them
         return {index: argmax(logits[index : index + 1])[0] for index in wanted}
-    return dict(zip(wanted, argmax(logits[wanted]), strict=True))
+    return dict(zip(wanted, argmax(logits.index_select(0, on_device(wanted, logits.device))), strict=True))
 
 
 def _supports(processed: torch.Tensor, rows: list[LogitRow]) -> list[Support]:
     """What `truncate` had found, read back from `process`'s logits: rows of few tokens as lists of those tokens."""
     if not rows:
         return []
-    logits = processed.index_select(0, torch.tensor([row.at for row in rows], device=processed.device))
+    logits = processed.index_select(0, on_device([row.at for row in rows], processed.device))
     ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device).unsqueeze(0)
     whole = Support(rows, ids, logits)
     if logits.device.type != "cpu":

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from engine.device import on_device
 from engine.request import TokenLogprobs
 from engine.sampling.logprobs import token_logprobs
 from engine.sampling.noise import ACCEPT, RESIDUAL, row_key, uniform
@@ -207,7 +208,7 @@ def _judge_sampled(support: Support, rows: list[_Row]) -> list[int]:
 
 def _find(support: Support, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Column of each row's token in the support, and whether it is there: (rows, 1) each."""
-    wanted = torch.tensor(tokens, device=support.logits.device).unsqueeze(1)
+    wanted = on_device(tokens, support.logits.device).unsqueeze(1)
     if support.whole:
         return wanted.clamp(min=0), wanted >= 0
     column = (support.ids == wanted).int().argmax(1, keepdim=True)

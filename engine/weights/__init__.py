@@ -30,6 +30,7 @@ def read_config(files: ModelFiles) -> ModelConfig:
 def iter_weights(files: ModelFiles, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor under Hugging Face's name, in `dtype` on the CPU, one at a time in the order of the computation.
 
+    An fp8 checkpoint's matrices come as they are, each followed by its scales (see `quantization`).
     A tied head is left out. A tensor may share memory with the mapped file: to be copied if it is to be changed. Raises
     ModelError if a tensor is missing, is not one of this model's, or has another shape than `config` gives it.
     """

@@ -99,11 +99,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PILOTFISH_CACHE") or Path.home() / ".cache" / "pilotfish").expanduser()
 
 
-def resolve(model: str, progress: Progress | None = None) -> ModelFiles:
+def resolve(model: str, progress: Progress | None = None, weights: bool = True) -> ModelFiles:
     """The files of a catalogue name, a .gguf file, a Hugging Face folder or a hub name ("org/name").
 
     What is not on this machine yet is downloaded (and kept), with `progress` told about it; a second call needs no
-    network. Raises ModelError that says what is wrong and what to do.
+    network. `weights` false: a hub's model without its weights. Raises ModelError that says what is wrong and what to
+    do.
     """
     for entry in CATALOG:
         if entry.name == model:
@@ -120,7 +121,7 @@ def resolve(model: str, progress: Progress | None = None) -> ModelFiles:
             raise ModelError(f"the file {model!r} is not a .gguf file: give one, or the folder of a Hugging Face model")
         return ModelFiles(path.stem, "gguf", path.resolve())
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model) and not model.endswith(".gguf"):
-        return ModelFiles(model, "huggingface", _from_hub(model, progress))
+        return ModelFiles(model, "huggingface", _from_hub(model, progress, weights))
     raise ModelError(f"no model {model!r}: {_suggestion(model)}")
 
 
@@ -239,13 +240,15 @@ def _join(entry: CatalogEntry, wheels: list[Path], target: Path, progress: Progr
     return target
 
 
-def _from_hub(model: str, progress: Progress | None) -> Path:
+def _from_hub(model: str, progress: Progress | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     if progress:
         progress(f"downloading {model}", 0.0)
     try:
-        folder = snapshot_download(model, allow_patterns=[*HUB_FILES, *HUB_TOKENIZER_FILES])
+        patterns = [*HUB_FILES, *HUB_TOKENIZER_FILES]
+        without = None if weights else ["*.safetensors"]
+        folder = snapshot_download(model, allow_patterns=patterns, ignore_patterns=without)
     except Exception as error:  # its own errors, httpx's, OSError, ValueError for a bad name: all mean the same here
         raise ModelError(
             f"cannot get {model!r} from the Hugging Face hub: {str(error).splitlines()[0]}. "

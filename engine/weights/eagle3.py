@@ -23,7 +23,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from engine.errors import ModelError
-from engine.kernels.interface import QuantizedRows
 from engine.models.config import Eagle3Config
 from engine.weights.hf_config import layer_config
 from engine.weights.names import check_names, check_shape
@@ -65,36 +64,34 @@ def read_config(folder: Path) -> Eagle3Config:
     )
 
 
-Weights = dict[str, torch.Tensor | QuantizedRows]
-
-
-def read_weights(folder: Path, config: Eagle3Config, dtype: torch.dtype) -> Weights:
-    """The draft's tensors, on the CPU, the layer's under "layer.": matrices in `dtype`, or quantized as they are
-    stored; and `target_ids`, (draft_vocab_size,) int64, unless the draft has the target's vocabulary as it is.
+def read_weights(folder: Path, config: Eagle3Config, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The draft's tensors, on the CPU, the layer's under "layer.", in `dtype`; and `target_ids`, (draft_vocab_size,)
+    int64, unless the draft has the target's vocabulary as it is. For float32, int8 matrices stay what they are, each
+    with its `NAME.weight_scale`, (rows, 1) float32.
 
     Raises ModelError if one is missing, unknown, or has another shape than the configuration makes it.
     """
     stored = {_plain(name): tensor for name, tensor in _load(folder).items() if not _plain(name).endswith(_UNUSED)}
     offsets = stored.pop("d2t", None)
-    tensors: Weights = {}
-    for name, tensor in stored.items():
-        if name.endswith(".weight_scale"):
-            continue
-        if tensor.dtype == torch.int8:
-            scale = stored.get(f"{name}_scale")
-            if scale is None:
-                raise ModelError(f"{folder}: tensor {name!r} is int8, but has no {name}_scale")
-            tensors[name] = QuantizedRows(tensor, scale.float())
-        else:
-            tensors[name] = tensor.to(dtype)
+    tensors = {name: tensor for name, tensor in stored.items() if not name.endswith(".weight_scale")}
     shapes = expected_shapes(config)
     optional = {"embed_tokens.weight"}
     if config.draft_vocab_size == config.decoder.vocab_size:
         optional.add("lm_head.weight")
     check_names(folder, tensors.keys(), [name for name in shapes if name not in optional or name in tensors])
-    for name, weight in tensors.items():
-        found = weight.values.shape if isinstance(weight, QuantizedRows) else weight.shape
-        check_shape(folder, name, tuple(found), shapes[name])
+    for name, tensor in list(tensors.items()):
+        check_shape(folder, name, tuple(tensor.shape), shapes[name])
+        if tensor.dtype != torch.int8:
+            tensors[name] = tensor.to(dtype)
+            continue
+        scale = stored.get(f"{name}_scale")
+        if scale is None:
+            raise ModelError(f"{folder}: tensor {name!r} is int8, but has no {name}_scale")
+        scale = scale.float().view(-1, 1)
+        if dtype == torch.float32:
+            tensors[f"{name}_scale"] = scale
+        else:
+            tensors[name] = (tensor.float() * scale).to(dtype)
     if offsets is not None:
         tensors["target_ids"] = _target_ids(folder, config, offsets)
     elif config.draft_vocab_size != config.decoder.vocab_size:

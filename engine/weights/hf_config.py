@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ModelError
 from engine.models.config import ModelConfig, RopeConfig
+from engine.weights.hf_quantization import read_fp8
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma3")
 
@@ -23,12 +25,10 @@ def read_config(folder: Path) -> ModelConfig:
     kind = raw.get("model_type")
     if kind not in MODEL_TYPES:
         raise ModelError(f"{path}: model_type is {kind!r}, but the engine knows {', '.join(MODEL_TYPES)}")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
-        raise ModelError(f"{path}: the weights are quantized ({method!r}), but must be plain ones, or a GGUF file")
+    fp8 = read_fp8(path, raw)
     if kind in ("gemma3_text", "gemma3"):
-        return _gemma3(folder, path, raw)
-    return layer_config(folder, path, raw)
+        return replace(_gemma3(folder, path, raw), fp8=fp8)
+    return replace(layer_config(folder, path, raw), fp8=fp8)
 
 
 def layer_config(folder: Path, path: Path, raw: dict[str, Any]) -> ModelConfig:

@@ -14,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from engine.errors import ModelError
 from engine.models.config import ModelConfig
+from engine.weights.hf_quantization import IGNORED_TENSORS
 from engine.weights.names import HEAD, check_names, check_shape, expected_shapes
+from engine.weights.quantization import FP8, SCALE
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -39,14 +41,38 @@ def iter_weights(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Itera
         ignored = {name for name in places if _BUFFER.fullmatch(name)}
         if config.tie_embeddings:
             ignored.add(HEAD)
-        check_names(folder, places.keys() - ignored, shapes.keys())
+        scales = set()
+        if config.fp8 is not None:
+            ignored |= {name for name in places if name.endswith(tuple(f".{end}" for end in IGNORED_TENSORS))}
+            scales = {name + SCALE for name in shapes} & places.keys()
+        check_names(folder, places.keys() - ignored - scales, shapes.keys())
         for name, wanted in shapes.items():
             path, stored = places[name]
             tensor = shards[path].get_tensor(stored)
             check_shape(path, name, tuple(tensor.shape), wanted)
             if not tensor.is_floating_point():
                 raise ModelError(f"{path}: tensor {name!r} is {tensor.dtype}, but must be a floating-point one")
-            yield name, tensor.to(dtype)
+            if (tensor.dtype == FP8) != (name + SCALE in scales):
+                raise ModelError(f"{path}: tensor {name!r} is {tensor.dtype}, {_SCALES[tensor.dtype != FP8]}")
+            if tensor.dtype != FP8:
+                yield name, tensor.to(dtype)
+                continue
+            yield name, tensor
+            path, stored = places[name + SCALE]
+            yield name + SCALE, _scale(path, name + SCALE, shards[path].get_tensor(stored), wanted[0])
+
+
+_SCALES = ("but has no weight_scale, which fp8 weights need", "but has a weight_scale, which only fp8 weights need")
+
+
+def _scale(path: Path, name: str, stored: torch.Tensor, channels: int) -> torch.Tensor:
+    """(channels, 1) float32, from a scale for each channel or one for all."""
+    if stored.numel() not in (1, channels):
+        raise ModelError(
+            f"{path}: tensor {name!r} has shape {tuple(stored.shape)}, but must have a scale for each of {channels} "
+            "output channels, or one for all"
+        )
+    return stored.float().reshape(-1, 1).expand(channels, 1)
 
 
 def _text_name(stored: str) -> str:

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 from engine.errors import ModelError
 from engine.execution.spans import Span, flatten
-from engine.kernels.interface import QuantizedRows
 from engine.kernels.torch import TorchKernels
 from engine.layers.attention.torch import TorchAttention
 from engine.models.config import Eagle3Config, ModelConfig, RopeConfig, default_feature_layers
@@ -177,9 +176,12 @@ def test_int8_rows_are_within_half_a_step(tmp_path: Path) -> None:
     folder = write(tmp_path / "draft", SAFEAILAB, quantized)
     read = eagle3.read_weights(folder, eagle3.read_config(folder), torch.float32)
     for name in ("fc.weight", "lm_head.weight"):
-        weight = read[name]
-        assert isinstance(weight, QuantizedRows)
-        assert (weight.dequantized() - stored[name]).abs().le(weight.scale.unsqueeze(1) * 0.5001).all()
+        scale = read[f"{name}_scale"]
+        assert read[name].dtype == torch.int8
+        assert (read[name] * scale - stored[name]).abs().le(scale * 0.5001).all()
+    halves = eagle3.read_weights(folder, eagle3.read_config(folder), torch.bfloat16)
+    assert "fc.weight_scale" not in halves
+    torch.testing.assert_close(halves["fc.weight"].float(), stored["fc.weight"], atol=0.02, rtol=0.02)
 
 
 def test_default_feature_layers_are_those_of_the_published_drafts() -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from engine.execution.spans import Span, flatten
-from engine.kernels.interface import QuantizedRows
 from engine.kernels.native import NativeKernels, load_library
 from engine.kernels.torch import TorchKernels
 from engine.layers.attention.native import NativeAttention
@@ -55,13 +54,14 @@ def test_linear(kernels, rows, columns, size):
 @pytest.mark.parametrize(("columns", "size"), [(16, 16), (40, 64), (577, 96), (112, 1536)])
 def test_int8_linear(kernels, rows, columns, size):
     x, bias, residual = random(rows, size), random(columns, seed=2), random(rows, columns)
-    quantized = QuantizedRows(*quantize_rows(random(columns, size, seed=1)))
-    prepared = kernels.prepare_linear(quantized, bias)
-    wanted = (x.double() @ quantized.dequantized().double().T + bias.double() + residual.double()).float()
+    values, scale = quantize_rows(random(columns, size, seed=1))
+    scale = scale.unsqueeze(1)
+    prepared = kernels.prepare_linear(values, bias, scale)
+    wanted = (x.double() @ (values * scale).double().T + bias.double() + residual.double()).float()
     got = kernels.linear(x, prepared, residual)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6 * size)
     torch.testing.assert_close(
-        TorchKernels().linear(x, TorchKernels().prepare_linear(quantized, bias), residual.clone()),
+        TorchKernels().linear(x, TorchKernels().prepare_linear(values, bias, scale), residual.clone()),
         wanted,
         rtol=1e-5,
         atol=1e-6 * size,

@@ -21,6 +21,7 @@ class AttentionBatch:
 
     cu_query_lens: torch.Tensor  # (spans + 1,) int32
     context_lens: torch.Tensor  # (spans,) int32: keys that a span's last query sees, the span's own included
+    cu_context_lens: torch.Tensor  # (spans + 1,) int32: running sums of context_lens, from 0
     block_tables: torch.Tensor  # (spans, max_blocks) int32; entries past a span's context are 0 and never read
     slots: torch.Tensor  # (rows,) int64: block * block_size + offset, where each row's key and value go
     query_lens: list[int]
@@ -39,6 +40,8 @@ class LayerCache:
 
 class AttentionBackend(Protocol):
     name: str
+    block_size: int
+    """Tokens in a block where the settings leave it open: what this backend computes best with."""
 
     def allocate(
         self,
@@ -49,7 +52,10 @@ class AttentionBackend(Protocol):
         dtype: torch.dtype,
         device: torch.device,
     ) -> LayerCache:
-        """An empty cache for one layer. On the CPU the system hands out its memory page by page, on first use."""
+        """An empty cache for one layer. On the CPU the system hands out its memory page by page, on first use.
+
+        `dtype` is the cache's: the model's own, or float8_e4m3fn for backends that can keep keys and values in it.
+        """
         ...
 
     def attend(
@@ -61,6 +67,10 @@ class AttentionBackend(Protocol):
         batch: AttentionBatch,
         scale: float,
         window: int | None = None,  # each query sees this many keys, itself included; None: all
+        softcap: float | None = None,  # scores become softcap * tanh(score / softcap), as in Gemma 2; None: as they are
     ) -> torch.Tensor:
-        """Write the rows' keys and values to their slots, then attend: (rows, heads * head_dim)."""
+        """Write the rows' keys and values to their slots, then attend: (rows, heads * head_dim).
+
+        Nothing in it waits for the device, so that the host can go on to the next layer.
+        """
         ...

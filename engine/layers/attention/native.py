@@ -10,6 +10,7 @@ from engine.layers.attention.interface import AttentionBatch, LayerCache
 
 class NativeAttention:
     name = "native"
+    block_size = 16
 
     def __init__(self, kernels: NativeKernels) -> None:
         self._kernels = kernels
@@ -37,7 +38,10 @@ class NativeAttention:
         batch: AttentionBatch,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
+        if softcap:
+            raise ValueError(f"softcap is {softcap}, but the native kernels know no soft-capping: choose 'torch'")
         self._kernels.write_cache(key, value, cache.keys, cache.values, batch.slots)
         rows, heads, head_dim = query.shape
         out = torch.empty(rows, heads * head_dim)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from engine.layers.attention.cache import allocate_paged, as_bytes, write
 from engine.layers.attention.interface import AttentionBatch, LayerCache
 
 
 class TorchAttention:
     name = "torch"
+    block_size = 16
 
     def allocate(
         self,
@@ -20,8 +22,7 @@ class TorchAttention:
         dtype: torch.dtype,
         device: torch.device,
     ) -> LayerCache:
-        shape = (num_blocks, block_size, kv_heads, head_dim)
-        return LayerCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
+        return allocate_paged(num_blocks, block_size, kv_heads, head_dim, dtype, device)
 
     def attend(
         self,
@@ -32,9 +33,9 @@ class TorchAttention:
         batch: AttentionBatch,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
-        keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)  # (slots, kv_heads, head_dim)
-        keys[batch.slots], values[batch.slots] = key, value
+        write(cache, key, value, batch.slots)
         rows, heads, head_dim = query.shape
         out = query.new_empty(rows, heads * head_dim)
         start = 0
@@ -43,17 +44,42 @@ class TorchAttention:
             first = 0 if window is None else max(0, context - length - window + 1) // batch.block_size
             blocks = batch.block_tables[i, first : -(-context // batch.block_size)].long()
             seen = context - first * batch.block_size
-            attended = F.scaled_dot_product_attention(
-                query[start:stop].transpose(0, 1).unsqueeze(0),  # (1, heads, length, head_dim)
-                cache.keys[blocks].flatten(0, 1)[:seen].transpose(0, 1).unsqueeze(0),
-                cache.values[blocks].flatten(0, 1)[:seen].transpose(0, 1).unsqueeze(0),
-                attn_mask=_mask(length, seen, window, query.device),
-                scale=scale,
-                enable_gqa=heads != key.shape[1],
+            attended = _attention(
+                query[start:stop].transpose(0, 1),  # (heads, length, head_dim)
+                _gather(cache.keys, blocks, seen, query.dtype),
+                _gather(cache.values, blocks, seen, query.dtype),
+                _mask(length, seen, window, query.device),
+                scale,
+                softcap,
             )
-            out[start:stop] = attended[0].transpose(0, 1).reshape(length, -1)
+            out[start:stop] = attended.transpose(0, 1).reshape(length, -1)
             start = stop
         return out
+
+
+def _gather(stored: torch.Tensor, blocks: torch.Tensor, seen: int, dtype: torch.dtype) -> torch.Tensor:
+    """(kv_heads, seen, head_dim) out of a sequence's blocks."""
+    rows = as_bytes(stored)[blocks].view(stored.dtype).flatten(0, 1)[:seen]
+    return rows.to(dtype).transpose(0, 1)
+
+
+def _attention(
+    query: torch.Tensor,  # (heads, length, head_dim)
+    keys: torch.Tensor,  # (kv_heads, seen, head_dim)
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    groups = len(query) // len(keys)
+    if not softcap:
+        q, k, v = (part.unsqueeze(0) for part in (query, keys, values))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=groups > 1)[0]
+    keys, values = (part.float().repeat_interleave(groups, dim=0) for part in (keys, values))
+    scores = softcap * torch.tanh(query.float() @ keys.transpose(1, 2) * (scale / softcap))  # (heads, length, seen)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ values).to(query.dtype)
 
 
 def _mask(length: int, context: int, window: int | None, device: torch.device) -> torch.Tensor | None:

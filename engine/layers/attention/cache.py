@@ -1,0 +1,41 @@
+"""Writing a step's keys and values to a cache in flash-attn's layout; what the torch and flash backends share.
+
+A cache in float8_e4m3fn (OCP 8-bit floating point, arXiv 2209.05433) holds keys and values as they are, scale 1: what
+lies beyond its largest number, 448, is cut off there.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine.layers.attention.interface import LayerCache
+
+FP8 = torch.float8_e4m3fn
+_LARGEST = torch.finfo(FP8).max
+
+
+def allocate_paged(
+    num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> LayerCache:
+    """Keys and values, (num_blocks, block_size, kv_heads, head_dim) each, not set to anything."""
+    shape = (num_blocks, block_size, kv_heads, head_dim)
+    return LayerCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
+
+
+def write(cache: LayerCache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+    """Put each row's key and value, (rows, kv_heads, head_dim), to its slot; slots (rows,) int64."""
+    for stored, rows in ((cache.keys, key), (cache.values, value)):
+        # As bytes if they are fp8, for which torch lacks some operators on some devices.
+        flat = as_bytes(stored).flatten(0, 1)  # (num_blocks * block_size, kv_heads, head_dim)
+        flat.index_put_((slots,), as_bytes(converted(rows, stored.dtype)))
+
+
+def converted(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In the cache's dtype; what fp8 cannot hold is cut off, as a cast alone would make it NaN on some devices."""
+    if rows.dtype == dtype:
+        return rows
+    return rows.clamp(-_LARGEST, _LARGEST).to(dtype) if dtype == FP8 else rows.to(dtype)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor

@@ -1,0 +1,153 @@
+"""Which attention backend computes: each one's rules, and the best that is there and whose rules are kept."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from engine.errors import ConfigError
+from engine.kernels.native import VECTOR, NativeKernels, load_library
+from engine.layers.attention.cache import FP8
+from engine.layers.attention.flash import load_flash2, load_flash4
+from engine.layers.attention.interface import AttentionBackend
+from engine.layers.attention.native import NativeAttention
+from engine.layers.attention.torch import TorchAttention
+
+logger = logging.getLogger(__name__)
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionNeeds:
+    """What a backend has to cope with."""
+
+    device: torch.device
+    capability: tuple[int, int] | None
+    """The CUDA device's compute capability; None on other devices."""
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    """The KV cache's: `dtype`, or float8_e4m3fn."""
+    head_dim: int
+    block_size: int
+    """Tokens in a block; 0: whatever the backend likes best."""
+
+
+def choose_attention(name: str, needs: AttentionNeeds, kernels: NativeKernels | None) -> AttentionBackend:
+    """The backend called `name`; for "auto" the best that is there: on a GPU flash4, flash2, torch, else native, torch.
+
+    `kernels`: the native ones if the model computes with them, whose threads its attention shares. Raises ConfigError
+    with the reason if the backend that is asked for cannot be used.
+    """
+    if name != "auto":
+        found = _try(name, needs, kernels)
+        if isinstance(found, str):
+            raise ConfigError(f"attention_backend is {name!r}, but {found}")
+        return found
+    # Where the kernels are not native, for whatever reason, the attention is not either unless it is asked for.
+    suited = ("flash4", "flash2") if needs.capability else ("native",) if kernels else ()
+    for candidate in suited:
+        found = _try(candidate, needs, kernels)
+        if not isinstance(found, str):
+            return found
+        logger.info("attention: not %s, since %s", candidate, found)
+    if needs.capability:
+        logger.warning("attention: torch's, span by span, which is slow on a GPU: is flash-attn installed?")
+    return TorchAttention()
+
+
+def why_not(name: str, needs: AttentionNeeds) -> str | None:
+    """The rule that the backend `name` would break, or None. Whether its package is there is not looked at."""
+    rules = {"flash4": _why_not_flash4, "flash2": _why_not_flash2, "native": _why_not_native, "torch": _why_not_torch}
+    return rules[name](needs)
+
+
+def _try(name: str, needs: AttentionNeeds, kernels: NativeKernels | None) -> AttentionBackend | str:
+    if reason := why_not(name, needs):
+        return reason
+    try:
+        match name:
+            case "flash4":
+                assert needs.capability is not None
+                return load_flash4(needs.capability)
+            case "flash2":
+                return load_flash2()
+            case "native":
+                return NativeAttention(kernels or NativeKernels())
+    except ImportError as error:
+        return str(error)
+    return TorchAttention()
+
+
+def _why_not_flash4(needs: AttentionNeeds) -> str | None:
+    """flash_attn/cute/interface.py of 4.0.0b36: `_validate_head_dims` and the assertions of `_flash_attn_fwd`."""
+    if needs.capability is None:
+        return f"flash-attn-4 computes on NVIDIA GPUs, not on {needs.device}"
+    major = needs.capability[0]
+    # 8.x and 12.x run its other functions, but have "paged KV not supported".
+    if major not in (9, 10, 11):
+        return (
+            "flash-attn-4's paged KV cache needs compute capability 9.x, 10.x or 11.x (Hopper, Blackwell), "
+            f"not {_dotted(needs.capability)}"
+        )
+    if needs.dtype not in HALF:
+        return f"flash-attn-4 computes in bfloat16 or float16, not in {_short(needs.dtype)}"
+    if needs.cache_dtype == FP8 and major != 10:
+        return (
+            "flash-attn-4 can read a KV cache in fp8 on compute capability 10.x (B200) only, "
+            f"not {_dotted(needs.capability)}"
+        )
+    alignment = 16 // needs.cache_dtype.itemsize
+    widest = 256 if major == 9 else 128
+    if needs.head_dim % alignment or not (8 <= needs.head_dim <= widest or needs.head_dim == 256):
+        allowed = "8 to 256" if major == 9 else "8 to 128, or 256,"
+        return (
+            f"flash-attn-4 needs a head_dim of {allowed} in multiples of {alignment} here, "
+            f"and the model's is {needs.head_dim}"
+        )
+    return None
+
+
+def _why_not_flash2(needs: AttentionNeeds) -> str | None:
+    """csrc/flash_attn/flash_api.cpp of 2.8.3: the TORCH_CHECKs of `mha_varlen_fwd` and `mha_fwd_kvcache`."""
+    if needs.capability is None:
+        return f"flash-attn computes on NVIDIA GPUs, not on {needs.device}"
+    if needs.capability[0] < 8:
+        return f"flash-attn needs compute capability 8.0 (Ampere) or newer, not {_dotted(needs.capability)}"
+    if needs.dtype not in HALF:
+        return f"flash-attn computes in bfloat16 or float16, not in {_short(needs.dtype)}"
+    if needs.cache_dtype != needs.dtype:
+        return f"flash-attn's KV cache must be in the model's dtype, {_short(needs.dtype)}, not in fp8"
+    if needs.head_dim % 8 or needs.head_dim > 256:
+        return f"flash-attn needs a head_dim of at most 256, a multiple of 8, and the model's is {needs.head_dim}"
+    if needs.block_size % 256:
+        return f"flash-attn needs a block_size that is a multiple of 256, not {needs.block_size}"
+    return None
+
+
+def _why_not_native(needs: AttentionNeeds) -> str | None:
+    if needs.device.type != "cpu" or needs.dtype != torch.float32:
+        return f"the native kernels compute in float32 on the CPU, not in {_short(needs.dtype)} on {needs.device}"
+    if needs.cache_dtype != needs.dtype:
+        return "the native kernels' KV cache is float32, not fp8"
+    if needs.head_dim % VECTOR:
+        return f"the model's head_dim ({needs.head_dim}) is not a multiple of {VECTOR}"
+    if needs.block_size % VECTOR:
+        return f"block_size ({needs.block_size}) is not a multiple of {VECTOR}"
+    if load_library() is None:
+        return "the native kernels were not built (no C compiler at installation)"
+    return None
+
+
+def _why_not_torch(needs: AttentionNeeds) -> str | None:
+    return None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
