@@ -188,6 +188,38 @@ def test_each_request_of_a_batch_gets_what_suits_it() -> None:
     assert lengths[4] == {}
 
 
+def test_a_prompt_in_the_step_does_not_make_drafts_cheap() -> None:
+    """A step is long where a prompt is read in it. What a drafted row costs is the same as without, and so is what it
+    is worth: if drafts do not pay in a step of their own, they do not pay there."""
+    world = World(lambda rows: 4e-3 + 2e-3 * rows, [Simulated("d", constant(0.3))])
+    sequences = [world.sequence() for _ in range(4)]
+    for _ in range(300):
+        world.step(sequences)
+    chosen = []
+    for prompt_rows in (0, 100):
+        turns = [Turn(sequence, LONGEST, [Draft((1,) * LONGEST, drafter="d")]) for sequence in sequences]
+        step = Step(4 + prompt_rows, 4, turns)
+        choice = world.controller.choose(step)
+        chosen.append(sum(len(draft.tokens) for draft in choice.drafts.values()))
+        seconds = 4e-3 + 2e-3 * step.rows
+        assert choice.plain == pytest.approx(4 / seconds, rel=0.2)  # 104 rows were never measured
+    assert chosen == [0, 0]
+
+
+def test_long_contexts_make_drafts_worth_more() -> None:
+    """Reading the keys and values is paid for anyhow, so drafted rows are a smaller part of a step."""
+    world = World(compute_bound, [Simulated("d", constant(0.5))])
+    sequences = [world.sequence() for _ in range(4)]
+    for _ in range(300):
+        world.step(sequences)
+    lengths = []
+    for context in (0, 10**6):
+        turns = [Turn(sequence, LONGEST, [Draft((1,) * LONGEST, drafter="d")]) for sequence in sequences]
+        choice = world.controller.choose(Step(4, 4, turns, context))
+        lengths.append(sum(len(draft.tokens) for draft in choice.drafts.values()))
+    assert lengths[1] > 2 * lengths[0]
+
+
 def test_a_named_drafter_is_the_only_one() -> None:
     """A request that names a drafter gets that one or none, whatever another would be worth."""
     drafters = [Simulated("good", constant(0.9)), Simulated("named", constant(0.5), lambda rows: 1e-3)]
