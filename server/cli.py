@@ -14,7 +14,7 @@ import msgspec
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelError, ParameterError
 from server import VERSION
-from server.commands import bench, verify
+from server.commands import bench, plan, verify
 from server.config import ServerConfig
 from server.settings import add_flags, load, read_yaml
 
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
     bench.add_parser(commands)
     verify.add_parser(commands)
+    plan.add_parser(commands)
     return parser
 
 
