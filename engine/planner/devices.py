@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -90,7 +91,7 @@ def _between(measured: dict[int, float], rows: int) -> float:
     counts = sorted(measured)
     if rows <= counts[0]:
         return measured[counts[0]] * rows / counts[0]  # a pass takes as long as that of the fewest rows
-    for low, high in zip(counts, counts[1:], strict=False):
+    for low, high in pairwise(counts):
         if rows <= high:
             seconds = [low / measured[low], high / measured[high]]
             share = (rows - low) / (high - low)
@@ -216,7 +217,8 @@ def find_device(name: str) -> Device:
     near = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(
-        f"gpu is {name!r}: {hint}known are {', '.join(known)}, and a .json file as benchmarks/measure_device.py writes it"
+        f"gpu is {name!r}: {hint}known are {', '.join(known)}, and a .json file such as "
+        "benchmarks/measure_device.py writes"
     )
 
 

@@ -1,5 +1,5 @@
-"""A load played through: requests in a closed loop, their prompts read in chunks beside those that decode. It gives what
-`pilotfish bench` measures, output tokens by the time from the first request's start to the last one's end."""
+"""A load played through: requests in a closed loop, their prompts read in chunks beside those that decode. The time is
+what `pilotfish bench` measures: from the first request's start to the last one's end."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-StepTime = Callable[[int, int, int], float]
-"""Seconds of a step by (rows, sequences, context), context being the mean of the sequences'."""
+StepTime = Callable[[int, int, int, int], float]
+"""Seconds of a step by (rows, sequences, context, decoding): `context` is the mean of the sequences', `decoding` how many
+of them decode; the other sequences have chunks of their prompts in the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,6 @@ def play(
         for each in decoding:
             each.written += tokens_per_step
         context = sum(each.read + each.written for each in running) / len(running)
-        seconds += step_time(max(1, round(rows)), len(running), round(context))
+        seconds += step_time(max(1, round(rows)), len(running), round(context), len(decoding))
         running = [each for each in running if each.written < each.job.output]
     return seconds

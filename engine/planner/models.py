@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 from engine.errors import ModelError
 from engine.models.config import ModelConfig
@@ -66,7 +67,7 @@ class PlannedModel:
         """One rank's, in the order of the computation: the layers', then the head (tied or not)."""
         for name, shape in rank_shapes(self.shape, ranks).items():
             if _LAYER_MATRIX.fullmatch(name):
-                yield Matrix(name, *shape, dtype=self.dtype_of(name))
+                yield Matrix(name, shape[0], shape[1], self.dtype_of(name))
         yield Matrix("lm_head.weight", self.shape.vocab_size // ranks, self.shape.hidden_size, self.dtype)
 
     def weight_bytes(self, ranks: int = 1) -> int:
@@ -144,15 +145,11 @@ def read_shape(model: str) -> Published:
 
 
 def _is_hub_name(model: str) -> bool:
-    from pathlib import Path
-
     named = any(entry.name == model for entry in CATALOG)
     return not named and not Path(model).expanduser().exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
 
 
 def _cached(model: str) -> ModelFiles:
-    from pathlib import Path
-
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(model, "config.json")

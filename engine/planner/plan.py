@@ -13,7 +13,7 @@ from engine.planner.speculation import acceptance_for, expected_tokens
 
 VANILLA = "vanilla"
 ASSUMED = {"draft model": 0.7, "lookup": 0.3}
-"""Acceptance rates where none is given: placeholders, as acceptance is the models' and the text's, not the machine's."""
+"""Acceptance rates where none is given: placeholders, as acceptance depends on models and texts, not on the machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

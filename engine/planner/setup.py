@@ -13,8 +13,8 @@ from engine.planner.settings import PlanSettings
 
 LOOKUPS = ("ngram", "suffix")
 """Drafters without a model: they cost next to nothing."""
-RANKS = (1, 2, 4, 8, 16)
-"""Tensor-parallel degrees that are suggested."""
+MAX_RANKS = 16
+"""Highest tensor-parallel degree that is suggested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +80,10 @@ def make_setup(settings: PlanSettings, device: Device, draft_ranks: int = 1) -> 
 
 
 def ranks_that_divide(setup: Setup) -> list[int]:
-    """Of RANKS, those that all models can be split over; only 1 where there is no link between devices."""
+    """From 1 to MAX_RANKS, those that all models can be split over; only 1 where there is no link between devices."""
     split = [setup.target, *(setup.draft_models if setup.draft_ranks > 1 else [])]
-    most = max(RANKS) if setup.device.link_bandwidth else 1
-    return [n for n in RANKS if n <= most and not any(what_does_not_divide(model.shape, n) for model in split)]
+    most = MAX_RANKS if setup.device.link_bandwidth else 1
+    return [n for n in range(1, most + 1) if not any(what_does_not_divide(model.shape, n) for model in split)]
 
 
 def _check(setup: Setup) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,9 +189,11 @@ def _predictions(plan: Plan) -> list[str]:
             ]
         )
     lines = [
-        f"Predicted for {plan.context:,} tokens of context: speed-up over vanilla by draft length k, and the best one's "
-        "tokens per second, of all",
-        "sequences and of each. Acceptance is what you say it is (--acceptance); below break-even the drafter costs time.",
+        f"Predicted for {plan.context:,} tokens of context: the speed-up over vanilla by draft length k, and for the best "
+        "k tokens",
+        "per second, of all sequences and of each. Acceptance is what you say it is (--acceptance); below break-even a "
+        "drafter",
+        "costs time. A lookup (ngram, suffix) is taken to find a draft at every step.",
         "",
         *aligned(head, body, ("drafter",)),
     ]
