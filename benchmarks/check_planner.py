@@ -1,4 +1,4 @@
-"""Is `pilotfish plan` right on this machine? Measures it as a device, runs the benchmark, and compares tokens per second.
+"""Is `pilotfish plan` right on this machine? Measures it as a device, runs the benchmark, compares tokens per second.
 
     python benchmarks/check_planner.py --model smollm2-135m --model gemma-3-270m --concurrency 1,8 --rounds 3
 
@@ -61,8 +61,7 @@ class Bench:
         (prompts,) = self.plan.suites.values()
         answer, load = self.plan.params.max_tokens, measured.concurrency
         jobs = [Job(len(prompt), answer) for prompt in islice(cycle(prompts), max(len(prompts), load))]
-        tokens = measured.mean_accepted_length
-        drafted = (tokens - 1) / measured.acceptance_rate if measured.acceptance_rate else 0.0
+        tokens, drafted = measured.mean_accepted_length, drafted_in_a_step(measured)
 
         def seconds(rows: int, sequences: int, context: int, decoding: int) -> float:
             # Prompts' rows draw no token, but for the last.
@@ -103,6 +102,11 @@ def make_bench(
     return Bench(plan, llm, PlannedModel(name=name, shape=shape, dtype="float32", kv_dtype="float32"))
 
 
+def drafted_in_a_step(row: Row) -> float:
+    """Tokens that a request verifies in a step, on average."""
+    return (row.mean_accepted_length - 1) / row.acceptance_rate if row.acceptance_rate else 0.0
+
+
 def table(benches: list[Bench], device: Device) -> Iterator[str]:
     yield "| model | streams | arm | drafted | tokens/step | predicted | measured | ratio |"
     yield "|---|---:|---|---:|---:|---:|---:|---:|"
@@ -110,11 +114,11 @@ def table(benches: list[Bench], device: Device) -> Iterator[str]:
         for load in bench.plan.concurrency:
             for arm in bench.plan.arms:
                 row = bench.best(arm.name, load)
-                tokens, rate = row.mean_accepted_length, row.acceptance_rate
                 predicted, measured = bench.predicted(device, row), row.tokens_per_second
                 yield (
-                    f"| {bench.plan.model} | {load} | {arm.name} | {(tokens - 1) / rate if rate else 0:.2f} | {tokens:.2f} "
-                    f"| {predicted:.1f} | {measured:.1f} | {predicted / measured:.2f} |"
+                    f"| {bench.plan.model} | {load} | {arm.name} | {drafted_in_a_step(row):.2f} "
+                    f"| {row.mean_accepted_length:.2f} | {predicted:.1f} | {measured:.1f} "
+                    f"| {predicted / measured:.2f} |"
                 )
 
 

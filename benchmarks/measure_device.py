@@ -1,12 +1,12 @@
-"""Measure this machine's CPU as a device for `pilotfish plan`: what its memory, its kernels and the engine itself reach.
+"""Measure this machine's CPU as a device for `pilotfish plan`: what its memory, its kernels and the engine reach.
 
     python benchmarks/measure_device.py --out cpu.json
     pilotfish plan --model smollm2-135m --gpu cpu.json
 
-Nothing here knows the models that are planned later. Matrices are measured alone, so many that they come from memory and
-not from a cache; the rest comes from small models with random weights, by what a step takes longer when they have more
-layers, sequences, context or vocabulary. All are measured in turn in each round, and the best round counts, as other
-work on the machine only ever adds time: the more rounds, the less it matters. About 5 s a round.
+Nothing here knows the models that are planned later. Matrices are measured alone, so many that they come from memory
+and not from a cache; the rest comes from small models with random weights, by what a step takes longer when they have
+more layers, sequences, context or vocabulary. All are measured in turn in each round, and the best round counts, as
+other work on the machine only ever adds time: the more rounds, the less it matters. About 5 s a round.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 StepTime = Callable[[int, int, int, int], float]
-"""Seconds of a step by (rows, sequences, context, decoding): `context` is the mean of the sequences', `decoding` how many
-of them decode; the other sequences have chunks of their prompts in the step."""
+"""Seconds of a step by (rows, sequences, context, decoding): `context` is the mean of the sequences', `decoding` how
+many of them decode; the other sequences have chunks of their prompts in the step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Seconds of a step, by a roofline: each matrix takes as long as reading it or as multiplying with it, whichever is
-longer (Williams, Waterman and Patterson, 2009); attention likewise over its keys and values; all-reduces, and what kernels
-and the engine cost besides, come on top."""
+longer (Williams, Waterman and Patterson, 2009); attention likewise over its keys and values; all-reduces, and what
+kernels and the engine cost besides, come on top."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ calls, one by one."""
 SANDWICH_KERNELS = 7
 """More of them in Gemma's layers: norms of queries and keys, norms after, sums."""
 ROW_PASSES = 12
-"""Times that a row's hidden state, as wide as `hidden_size`, is read or written by a layer's operators that go row by row;
-its wider intermediate state counts separately."""
+"""Times that a row's hidden state, as wide as `hidden_size`, is read or written by a layer's operators that go row by
+row; its wider intermediate state counts separately."""
 
 
 @dataclass(frozen=True, slots=True)

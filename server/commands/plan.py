@@ -189,11 +189,9 @@ def _predictions(plan: Plan) -> list[str]:
             ]
         )
     lines = [
-        f"Predicted for {plan.context:,} tokens of context: the speed-up over vanilla by draft length k, and for the best "
-        "k tokens",
-        "per second, of all sequences and of each. Acceptance is what you say it is (--acceptance); below break-even a "
-        "drafter",
-        "costs time. A lookup (ngram, suffix) is taken to find a draft at every step.",
+        f"Predicted for {plan.context:,} tokens of context: speed-up over vanilla by draft length k; at the best k,",
+        "tokens per second of all sequences and of each. Acceptance is what you say it is (--acceptance); below",
+        "break-even a drafter costs time. A lookup (ngram, suffix) is taken to find a draft at every step.",
         "",
         *aligned(head, body, ("drafter",)),
     ]
