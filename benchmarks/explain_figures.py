@@ -5,8 +5,8 @@
 The figures: Llama-3.1-70B at 60, 69 and 91 tokens per second (vanilla, 8B draft, 1B draft), Llama-3.1-405B at 6, 12 and
 3.3. Neither the hardware nor the draft length was published with them. For each set-up that may have been used this
 prints the predicted tokens per second, and for each draft and draft length k the acceptance rate that gives the
-published speed-up: if all is as fast as the roofline says, and if the target's step is as slow as published and only the
-drafts as fast as the roofline says. Where no rate in [0, 1] does, it says what a step would have to cost.
+published speed-up: if all is as fast as the roofline says, and if the target's step is as slow as published and only
+the drafts as fast as the roofline says. Where no rate in [0, 1] does, it says what a step would have to cost.
 """
 
 from __future__ import annotations
@@ -97,8 +97,9 @@ def beyond(setup: Setup, draft: PlannedDraft, figures: Figures) -> None:
         floor = predict(setup, draft, 1, CONTEXT, length, 0.0)
         if floor.speedup * figures.vanilla > figures.drafted[draft.name]:
             print(
-                f"- {draft.name}, k={length}: with nothing accepted the roofline gives {floor.speedup:.2f}x. The figure "
-                f"is a step of {1e3 * longest:.0f} ms or more, {1e3 * (longest - plain):.0f} ms on top of vanilla's: "
+                f"- {draft.name}, k={length}: with nothing accepted the roofline gives {floor.speedup:.2f}x. The "
+                f"figure is a step of {1e3 * longest:.0f} ms or more, {1e3 * (longest - plain):.0f} ms on top of "
+                f"vanilla's: "
                 f"{1e3 * (longest - plain) / length:.0f} ms for each drafted token, where the roofline has "
                 f"{1e3 * floor.draft_seconds / length:.1f}"
             )
