@@ -36,7 +36,7 @@ from server.commands.prompts import BUILT_IN, encode, read_suites
 from server.tokenizer import load_tokenizer
 
 MAX_BATCH_TOKENS = 128
-DRAFT = "draft-model"
+DRAFT = "draft"
 
 
 @dataclass
@@ -81,7 +81,7 @@ def make_bench(
     files = resolve(name)
     llm = LLM(
         model=name,
-        draft_model=name if DRAFT in arms else None,
+        drafter=("ngram", "suffix", *([f"{DRAFT}={name}"] if DRAFT in arms else [])),
         num_draft_tokens=length,
         adaptive_drafts=False,
         prefix_caching=False,

@@ -94,8 +94,8 @@ class DeviceMeter:
         }
         self.drafting = LLM(
             model=str(folder / "few"),
-            draft_model=str(folder / "few"),
-            speculation="draft-model",
+            drafter=(f"draft={folder / 'few'}",),
+            speculation="draft",
             adaptive_drafts=False,
             prefix_caching=False,
             kv_cache_memory=2**28,
