@@ -61,7 +61,7 @@ class PlannedModel:
         """Of the weight of that name."""
         if self.fp8_except is None or not _LAYER_MATRIX.fullmatch(name):
             return self.dtype
-        return self.dtype if any(f".{part}." in f".{name}" for part in self.fp8_except) else "fp8"
+        return self.dtype if any(_names(part, name) for part in self.fp8_except) else "fp8"
 
     def matrices(self, ranks: int = 1) -> Iterator[Matrix]:
         """One rank's, in the order of the computation: the layers', then the head (tied or not)."""
@@ -136,12 +136,19 @@ def read_shape(model: str) -> Published:
     A hub's name that is not published here is looked for in the local cache only: planning downloads nothing. Raises
     ModelError.
     """
-    if (published := find(model)) is not None:
+    if not Path(model).expanduser().exists() and (published := find(model)) is not None:
         return published
     files = _cached(model) if _is_hub_name(model) else resolve(model)
     shape = read_config(files)
     quantization = getattr(shape, "fp8", None)
     return Published(shape, None if quantization is None else tuple(quantization.unquantized))
+
+
+def _names(part: str, tensor: str) -> bool:
+    """Checkpoints name modules by a part of their path, or by "re:" and what they begin with."""
+    if part.startswith("re:"):
+        return re.match(part[3:], tensor.removesuffix(".weight")) is not None
+    return f".{part}." in f".{tensor}"
 
 
 def _is_hub_name(model: str) -> bool:

@@ -64,7 +64,7 @@ class Plan:
     notes: list[str]
 
     def best(self, drafter: str, batch: int) -> Prediction:
-        """That drafter's fastest draft length at that batch size."""
+        """That drafter's fastest draft length at that batch size. Raises ValueError if it has none there."""
         found = [each for each in self.predictions if (each.drafter, each.batch) == (drafter, batch)]
         return max(found, key=lambda each: each.tokens_per_second)
 
@@ -74,8 +74,16 @@ def make_plan(
 ) -> Plan:
     """`context`: tokens of each sequence; `acceptances`: by drafter's name, those missing are `ASSUMED`.
 
-    Raises ConfigError for a context that the model does not have, or an acceptance of an unknown drafter.
+    Draft lengths are left out at batch sizes at which they would take more than `max_batch_tokens` rows. Raises
+    ConfigError for a context, batch or length that the settings do not allow, and an acceptance of an unknown drafter.
     """
+    settings = setup.settings
+    if max(batches) > settings.max_num_seqs:
+        raise ConfigError(f"batch is {max(batches)}, but max_num_seqs is {settings.max_num_seqs}: raise that, too")
+    if max(lengths) > settings.num_draft_tokens:
+        raise ConfigError(
+            f"draft_lengths has {max(lengths)}, but num_draft_tokens is {settings.num_draft_tokens}: raise that, too"
+        )
     if context > setup.max_model_len:
         raise ConfigError(f"context is {context}, but a request may have {setup.max_model_len} tokens (max_model_len)")
     names = [draft.name for draft in setup.drafts]
@@ -92,7 +100,8 @@ def make_plan(
         for draft in setup.drafts:
             kind = "lookup" if draft.model is None else "draft model"
             acceptance = acceptances.get(draft.name, ASSUMED[kind])
-            predictions += [predict(setup, draft, batch, context, k, acceptance, room) for k in lengths]
+            verifiable = [k for k in lengths if batch * (1 + k) <= settings.max_batch_tokens]
+            predictions += [predict(setup, draft, batch, context, k, acceptance, room) for k in verifiable]
     ok = fits(memory, setup)
     return Plan(
         model=setup.target.name,

@@ -19,7 +19,7 @@ class Published:
     shape: ModelConfig
     fp8_except: tuple[str, ...] | None = None
     """None: plain weights in the shape's dtype. Else the layers' matrices are float8_e4m3, but for the modules whose
-    names have one of these as a part of their path."""
+    names have one of these as a part of their path (or begin with it, after "re:", as a regular expression)."""
 
 
 def find(name: str) -> Published | None:

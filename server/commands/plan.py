@@ -22,7 +22,7 @@ from server.settings import add_flags, load, read_yaml
 if TYPE_CHECKING:
     from engine.planner.plan import Plan, Prediction
 
-CONTEXT = 2048
+CONTEXT, BATCHES, LENGTHS = 2048, (1, 8, 32), (1, 2, 4, 8)
 
 
 def add_parser(commands: Any) -> None:
@@ -48,10 +48,16 @@ def add_parser(commands: Any) -> None:
         help=f"tokens of each sequence (default: {CONTEXT}, or the model's limit)",
     )
     parser.add_argument(
-        "--batch", type=positives, default=[1, 8, 32], metavar="N,N,...", help="sequences in a step (default: 1,8,32)"
+        "--batch",
+        type=positives,
+        metavar="N,N,...",
+        help="sequences in a step (default: 1,8,32, up to max_num_seqs)",
     )
     parser.add_argument(
-        "--draft-lengths", type=positives, default=[1, 2, 4, 8], metavar="N,N,...", help="(default: 1,2,4,8)"
+        "--draft-lengths",
+        type=positives,
+        metavar="N,N,...",
+        help="tokens drafted for each (default: 1,2,4,8, up to num_draft_tokens)",
     )
     parser.add_argument(
         "--acceptance",
@@ -90,7 +96,9 @@ def plan(options: dict[str, Any]) -> int:
     for name, rate in options["acceptance"]:
         acceptances.update(dict.fromkeys(names, rate) if name is None else {name: rate})
     context = options["context"] or min(CONTEXT, setup.max_model_len)
-    made = make_plan(setup, context, options["batch"], options["draft_lengths"], acceptances)
+    batches = options["batch"] or [n for n in BATCHES if n <= settings.max_num_seqs]
+    lengths = options["draft_lengths"] or [n for n in LENGTHS if n <= settings.num_draft_tokens]
+    made = make_plan(setup, context, batches, lengths, acceptances)
     if options["json"]:
         print(json.dumps(msgspec.to_builtins(made), indent=1))
     else:

@@ -20,10 +20,13 @@ def plot(plan: Plan, path: Path) -> None:
     figure = Figure(figsize=(WIDTH * (1 + len(batches)), HEIGHT), layout="constrained")
     speeds, *panels = figure.subplots(1, 1 + len(batches), squeeze=False)[0]
     for drafter in drafters:
-        best = [plan.best(drafter, batch) for batch in batches]
+        found = {each.batch for each in plan.predictions if each.drafter == drafter}
+        best = [plan.best(drafter, batch) for batch in batches if batch in found]
         style = {"color": GREY, "linestyle": "--"} if drafter == VANILLA else {}
         label = drafter if best[0].acceptance is None else f"{drafter}, acceptance {best[0].acceptance:g}"
-        speeds.plot(batches, [each.tokens_per_second for each in best], marker="o", label=label, **style)
+        speeds.plot(
+            [each.batch for each in best], [each.tokens_per_second for each in best], marker="o", label=label, **style
+        )
     speeds.set_xscale("log", base=2)
     speeds.set_yscale("log", base=2)
     for axis in (speeds.xaxis, speeds.yaxis):

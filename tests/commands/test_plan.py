@@ -18,6 +18,7 @@ from server import cli
 from server.settings import settings_of
 
 SEVENTY = ["plan", "--model", "meta-llama/Llama-3.1-70B-Instruct", "--kv-cache-share", "0.9"]
+SEVENTY += ["--max-batch-tokens", "512"]
 DRAFTS = ["--drafter", "ngram", "--drafter", "1b=meta-llama/Llama-3.2-1B-Instruct"]
 
 
@@ -100,6 +101,7 @@ def test_the_picture(ending: str, tmp_path: Path) -> None:
             "max_batch_tokens (32) is smaller than max_num_seqs (64)",
         ),
         (["--tensor-parallel-size", "4", "--plot", "plan.xyz"], "plot is 'plan.xyz', which cannot be written"),
+        (["--tensor-parallel-size", "4", "--batch", "64"], "batch is 64, but max_num_seqs is 32"),
         (["--config", "none.yaml"], "cannot read the settings in none.yaml"),
     ],
 )

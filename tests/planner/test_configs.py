@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.planner.devices import find_device
 from engine.planner.memory import fits, plan_memory
@@ -14,8 +15,8 @@ from engine.planner.models import PlannedModel, rank_shapes, what_does_not_divid
 from engine.planner.settings import PlanSettings
 from engine.planner.setup import Setup, make_setup
 from engine.weights.names import expected_shapes
-from server.cli import read_settings
 from server.commands.plan import read_plan_settings
+from server.settings import load, read_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MEANT_FOR = {  # the GPU and the tensor-parallel degrees that each file's comments name
@@ -84,5 +85,6 @@ def test_both_drafts_of_the_70b_do_not_fit_on_two_cards_as_its_comment_says() ->
 
 @pytest.mark.parametrize("name", [name for name, places in MEANT_FOR.items() if places[0][1] > 1])
 def test_serve_does_not_pretend_to_more_than_one_gpu(name: str) -> None:
+    content = read_yaml(str(CONFIGS / f"{name}.yaml"), (EngineConfig, PlanSettings))
     with pytest.raises(ConfigError, match="tensor parallelism is not built yet: only 1 can be served"):
-        read_settings({"config": str(CONFIGS / f"{name}.yaml")})
+        load(EngineConfig, content).check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -64,6 +65,19 @@ def test_metas_fp8_checkpoint_leaves_attention_and_the_ends_in_bfloat16() -> Non
     assert 480e9 < model.weight_bytes() < 490e9  # the checkpoint's known size, 486 GB
     assert {model.dtype_of(f"model.layers.{i}.mlp.up_proj.weight") for i in (0, 125)} == {"bfloat16"}
     assert {model.dtype_of(f"model.layers.{i}.mlp.up_proj.weight") for i in (1, 10, 100, 124)} == {"fp8"}
+
+
+def test_modules_that_stay_unquantized_may_be_named_by_a_pattern() -> None:
+    model = replace(planned("llama-3.1-8b"), fp8_except=("lm_head", r"re:.*\.self_attn\.[qk]_proj"))
+    names = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
+    assert [model.dtype_of(f"model.layers.3.{name}.weight") for name in names] == ["bfloat16", "fp8", "fp8"]
+    assert model.dtype_of("model.embed_tokens.weight") == "bfloat16"
+
+
+def test_a_folder_counts_more_than_its_name(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "Llama-3.1-8B-Instruct"
+    folder.symlink_to(tiny_llama)
+    assert read_shape(str(folder)).shape.hidden_size == 64
 
 
 @pytest.mark.parametrize(
