@@ -152,8 +152,11 @@ class DeviceMeter:
 
 
 def _device(seconds: Seconds, threads: int) -> Device:
-    """From seconds to rates. Where a difference of two noisy times came out below zero, it is zero."""
+    """From seconds to rates. Where a difference of two noisy times came out below zero, it is zero; fewer rows take no
+    longer than more."""
     params = INPUTS * OUTPUTS * MATRICES
+    passes = {rows: min(seconds[f"matrices {more}"] for more in ROWS if more >= rows) for rows in ROWS}
+    rates = {rows: 2 * rows * params / passes[rows] for rows in ROWS}
     few, many = _planned(_shape(layers=4)), _planned(_shape(layers=36))
     kernel = max(1e-7, (seconds["many"] - seconds["few"]) / (kernel_count(many) - kernel_count(few)))
     own = max(0.0, seconds["few"] - kernel_count(few) * kernel)
@@ -164,9 +167,9 @@ def _device(seconds: Seconds, threads: int) -> Device:
         name="cpu",
         source=f"measured with {threads} threads, benchmarks/measure_device.py",
         memory=psutil.virtual_memory().total,
-        bandwidth=params * 4 / seconds["matrices 1"],
-        flops={"float32": max(2 * rows * params / seconds[f"matrices {rows}"] for rows in ROWS)},
-        flops_by_rows={rows: 2 * rows * params / seconds[f"matrices {rows}"] for rows in ROWS},
+        bandwidth=params * 4 / passes[1],
+        flops={"float32": max(rates.values())},
+        flops_by_rows=rates,
         attention_flops=flops / max(1e-9, seconds["long"] - seconds["short"]),
         kernel_seconds=kernel,
         row_bandwidth=1 / seconds["rows"],
