@@ -49,6 +49,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """auto: the model's own weights; dummy: random ones of the same shapes, for benchmarks, from config.json alone."""
     num_threads: NotNegative = 0
     """CPU threads of the engine process; 0: one for each core that this process may use."""
+    tensor_parallel_size: Positive = 1
+    """GPUs that share a model. Only 1 can be served so far; `pilotfish plan` computes with more."""
 
     max_model_len: NotNegative = 0
     """Most tokens of prompt and answer together; 0: the model's own limit, or less if the KV cache is smaller."""
@@ -100,5 +102,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(
                 f"max_batch_tokens ({self.max_batch_tokens}) is smaller than max_num_seqs ({self.max_num_seqs}): "
                 "every running sequence needs a row of each step"
+            )
+        if self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}, but tensor parallelism is not built yet: only 1 "
+                "can be served (`pilotfish plan` computes with more)"
             )
         return self

@@ -14,7 +14,7 @@ import msgspec
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelError, ParameterError
 from server import VERSION
-from server.commands import bench, train_draft, verify
+from server.commands import bench, plan, train_draft, verify
 from server.config import ServerConfig
 from server.settings import add_flags, load, read_yaml
 
@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_parser(commands)
     verify.add_parser(commands)
     train_draft.add_parser(commands)
+    plan.add_parser(commands)
     return parser
 
 

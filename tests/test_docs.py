@@ -143,7 +143,7 @@ def test_files_that_are_named_exist(page: Path) -> None:
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
-def test_configs_can_be_read(file: Path) -> None:
-    engine, _ = read_settings({"config": str(file)})
-    assert engine.model == file.stem
+@pytest.mark.parametrize("name", ["smollm2-135m"])  # all of them: tests/planner/test_configs.py
+def test_configs_can_be_read(name: str) -> None:
+    engine, _ = read_settings({"config": str(ROOT / "configs" / f"{name}.yaml")})
+    assert engine.model == name

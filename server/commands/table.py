@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from engine.bench.rows import Summary
+if TYPE_CHECKING:
+    from engine.bench.rows import Summary
 
 
 def table(summaries: Sequence[Summary]) -> list[str]:

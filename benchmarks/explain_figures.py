@@ -1,0 +1,122 @@
+"""Published speed-ups of speculative decoding beside the planner's roofline: which acceptance would explain them.
+
+    python benchmarks/explain_figures.py
+
+The figures: Llama-3.1-70B at 60, 69 and 91 tokens per second (vanilla, 8B draft, 1B draft), Llama-3.1-405B at 6, 12 and
+3.3. Neither the hardware nor the draft length was published with them. For each set-up that may have been used this
+prints the predicted tokens per second, and for each draft and draft length k the acceptance rate that gives the
+published speed-up: if all is as fast as the roofline says, and if the target's step is as slow as published and only
+the drafts as fast as the roofline says. Where no rate in [0, 1] does, it says what a step would have to cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from engine.planner.devices import find_device
+from engine.planner.plan import acceptance_at, predict
+from engine.planner.settings import PlanSettings
+from engine.planner.setup import PlannedDraft, Setup, make_setup
+from engine.planner.speculation import acceptance_for
+from server.commands.table import aligned
+
+CONTEXT = 512
+LENGTHS = (1, 2, 3, 4, 5, 6, 8)
+
+
+@dataclass(frozen=True)
+class Figures:
+    model: str
+    vanilla: float  # tokens per second
+    drafted: dict[str, float]  # the same, by draft
+    set_ups: tuple[tuple[str, int], ...]  # GPU, tensor-parallel degree
+
+
+FIGURES = (
+    Figures(
+        "meta-llama/Llama-3.1-70B-Instruct",
+        60.0,
+        {"8b": 69.0, "1b": 91.0},
+        (("h100", 4), ("h100", 8), ("a100", 4), ("a100", 8)),
+    ),
+    Figures(
+        "meta-llama/Llama-3.1-405B-Instruct-FP8",
+        6.0,
+        {"8b": 12.0, "1b": 3.3},
+        (("h100", 8), ("h200", 8)),
+    ),
+)
+DRAFTS = ("8b=meta-llama/Llama-3.1-8B-Instruct", "1b=meta-llama/Llama-3.2-1B-Instruct")
+
+
+def main() -> None:
+    for figures in FIGURES:
+        print(f"## {figures.model.rpartition('/')[2]}: {figures.vanilla:g} tokens per second published\n")
+        for gpu, ranks in figures.set_ups:
+            settings = PlanSettings(model=figures.model, drafter=DRAFTS, tensor_parallel_size=ranks)
+            explain(make_setup(settings, find_device(gpu)), figures)
+        for quantization in ("none", "fp8"):
+            serial(figures, quantization)
+        print()
+
+
+def explain(setup: Setup, figures: Figures) -> None:
+    step = predict(setup, None, 1, CONTEXT, 0, None).step
+    print(
+        f"{setup.ranks} x {setup.device.name}: {1 / step.total:.1f} tokens per second predicted, a step of "
+        f"{1e3 * step.total:.1f} ms (weights {1e3 * step.weights:.1f}, all-reduce {1e3 * step.all_reduce:.1f}); "
+        f"published: a step of {1e3 / figures.vanilla:.1f} ms. Acceptance needed:\n"
+    )
+    body = []
+    for draft in setup.drafts:
+        speedup = figures.drafted[draft.name] / figures.vanilla
+        rates = [acceptance_at(setup, draft, 1, CONTEXT, length, speedup) for length in LENGTHS]
+        slow = [slow_target(setup, draft, length, speedup, 1 / figures.vanilla) for length in LENGTHS]
+        body.append([draft.name, f"{speedup:.2f}x", "roofline", *map(_rate, rates)])
+        body.append([draft.name, f"{speedup:.2f}x", "published", *map(_rate, slow)])
+    head = ("draft", "speed-up", "target's step", *(f"k={length}" for length in LENGTHS))
+    print(*aligned(head, body, ("draft", "target's step")), "", sep="\n")
+    for draft in setup.drafts:
+        beyond(setup, draft, figures)
+
+
+def slow_target(setup: Setup, draft: PlannedDraft, length: int, speedup: float, step: float) -> float | None:
+    """The acceptance needed if the target's step takes as long as the published one, verifying or not, and the draft as
+    long as the roofline says."""
+    drafting = predict(setup, draft, 1, CONTEXT, length, 0.0).draft_seconds
+    return acceptance_for(speedup * (step + drafting) / step, length)
+
+
+def beyond(setup: Setup, draft: PlannedDraft, figures: Figures) -> None:
+    """Of a figure that no acceptance explains, as it is too low: what a step would have to cost."""
+    plain = 1 / figures.vanilla
+    longest = plain * figures.vanilla / figures.drafted[draft.name]  # a step that commits one token
+    for length in (1, 4, 8):
+        floor = predict(setup, draft, 1, CONTEXT, length, 0.0)
+        if floor.speedup * figures.vanilla > figures.drafted[draft.name]:
+            print(
+                f"- {draft.name}, k={length}: with nothing accepted the roofline gives {floor.speedup:.2f}x. The "
+                f"figure is a step of {1e3 * longest:.0f} ms or more, {1e3 * (longest - plain):.0f} ms on top of "
+                f"vanilla's: "
+                f"{1e3 * (longest - plain) / length:.0f} ms for each drafted token, where the roofline has "
+                f"{1e3 * floor.draft_seconds / length:.1f}"
+            )
+    print()
+
+
+def serial(figures: Figures, quantization: str) -> None:
+    """The layers spread over the GPUs, one working at a time: every weight is read by one GPU's bandwidth."""
+    settings = msgspec.convert({"model": figures.model, "quantization": quantization}, PlanSettings)
+    step = predict(make_setup(settings, find_device("h100")), None, 1, CONTEXT, 0, None).step
+    dtype = "fp8" if quantization == "fp8" else "bfloat16"
+    print(f"h100s that work one after the other, {dtype}: {1 / step.total:.1f} tokens per second predicted")
+
+
+def _rate(rate: float | None) -> str:
+    return "none" if rate is None else f"{rate:.2f}"
+
+
+if __name__ == "__main__":
+    main()

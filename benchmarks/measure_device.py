@@ -1,0 +1,249 @@
+"""Measure this machine's CPU as a device for `pilotfish plan`: what its memory, its kernels and the engine reach.
+
+    python benchmarks/measure_device.py --out cpu.json
+    pilotfish plan --model smollm2-135m --gpu cpu.json
+
+Nothing here knows the models that are planned later. Matrices are measured alone, so many that they come from memory
+and not from a cache; the rest comes from small models with random weights, by what a step takes longer when they have
+more layers, sequences, context or vocabulary. All are measured in turn in each round, and the best round counts, as
+other work on the machine only ever adds time: the more rounds, the less it matters. About 5 s a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+import psutil
+import torch
+from safetensors.torch import save_file
+
+from engine.config import EngineConfig
+from engine.execution.loader import thread_count
+from engine.kernels.native import NativeKernels
+from engine.llm import LLM
+from engine.models.config import ModelConfig, RopeConfig
+from engine.planner.devices import Device
+from engine.planner.models import PlannedModel
+from engine.planner.roofline import ROW_PASSES, kernel_count
+from engine.sampling.params import SamplingParams
+from engine.weights.names import expected_shapes
+
+INPUTS, OUTPUTS, MATRICES = 768, 2048, 64  # 6 MiB each, 384 MiB in all
+ROWS = (1, 2, 4, 6, 8, 9, 12, 16, 18, 24, 32, 36, 48, 64, 72, 96, 128)
+HIDDEN, INNER, HEAD_DIM = 64, 64, 64
+STEPS = 24
+
+Seconds = dict[str, float]
+
+
+class Probe:
+    """A small model's steps of one kind: so many sequences of so much context."""
+
+    def __init__(self, folder: Path, shape: ModelConfig, sequences: int, context: int) -> None:
+        self.shape, self.sequences, self.context = shape, sequences, context
+        self.llm = LLM(
+            model=str(_written(folder, shape)),
+            kernels="native",
+            speculation="none",
+            adaptive_drafts=False,
+            prefix_caching=False,
+            kv_cache_memory=2**28,
+            max_batch_tokens=8192,  # prompts in one step
+        )
+
+    def seconds(self) -> tuple[float, float]:
+        """Of a step in which all sequences decode, and of drawing its tokens: medians."""
+        params = SamplingParams(temperature=0.0, max_tokens=STEPS + 1, ignore_eos=True)
+        core = self.llm.core
+        for request in self.llm.requests([[1] * self.context] * self.sequences, params):
+            core.add(request)
+        steps, draws = [], []
+        while core.has_work():
+            start = time.perf_counter()
+            stats = core.step().stats
+            if not stats.prompt_tokens and stats.running == self.sequences:
+                steps.append(time.perf_counter() - start)
+                draws.append(stats.seconds["sample"])
+        return statistics.median(steps), statistics.median(draws)
+
+
+class DeviceMeter:
+    """All that is measured, loaded once; `round` measures each once, `device` says what the rounds came to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.threads = thread_count(EngineConfig())
+        self.kernels = NativeKernels()
+        self.kernels.set_threads(self.threads)
+        self.matrices = [self.kernels.prepare_linear(torch.randn(OUTPUTS, INPUTS)) for _ in range(MATRICES)]
+        few, many = _shape(layers=4), _shape(layers=36)
+        self.probes = {
+            "few": Probe(folder / "few", few, 1, 32),
+            "many": Probe(folder / "many", many, 1, 32),
+            "eight": Probe(folder / "few", few, 8, 32),
+            "vocabulary": Probe(folder / "vocabulary", _shape(layers=4, vocabulary=65536), 8, 32),
+            "short": Probe(folder / "heads", _shape(layers=4, heads=24), 8, 32),
+            "long": Probe(folder / "heads", _shape(layers=4, heads=24), 8, 1024),
+        }
+        self.drafting = LLM(
+            model=str(folder / "few"),
+            drafter=(f"draft={folder / 'few'}",),
+            speculation="draft",
+            adaptive_drafts=False,
+            prefix_caching=False,
+            kv_cache_memory=2**28,
+        )
+        self.rounds: list[Seconds] = []
+
+    def round(self) -> None:
+        with torch.inference_mode():
+            found = {f"matrices {rows}": self._matrices(rows) for rows in ROWS}
+            found["rows"] = self._row_operators()
+        for name, probe in self.probes.items():
+            found[name], found[f"{name} drawing"] = probe.seconds()
+        found["draft pass"] = self._draft_pass()
+        self.rounds.append(found)
+
+    def device(self) -> Device:
+        return _device({name: min(r[name] for r in self.rounds) for name in self.rounds[0]}, self.threads)
+
+    def _matrices(self, rows: int) -> float:
+        """Seconds of a pass over all matrices."""
+        x = torch.randn(rows, INPUTS)
+        start = time.perf_counter()
+        for matrix in self.matrices:
+            self.kernels.linear(x, matrix)
+        return time.perf_counter() - start
+
+    def _row_operators(self) -> float:
+        """Seconds for a byte that the planner counts, of the operators of a layer that go row by row."""
+        rows, hidden, inner, heads = 64, 1024, 2816, 16
+        x, gate_up, weight = torch.randn(rows, hidden), torch.randn(rows, 2 * inner), torch.ones(hidden)
+        qkv, positions = torch.randn(rows, 3 * heads, 64), torch.arange(rows)
+        angles = torch.randn(rows, 64)
+
+        def layer() -> None:
+            for _ in range(2):
+                self.kernels.rms_norm(x, weight, 1e-5)
+            self.kernels.rotate_(qkv[:, : 2 * heads], positions, angles)
+            self.kernels.silu_mul(gate_up)
+
+        counted = rows * (ROW_PASSES * hidden + 3 * inner + 2 * 3 * heads * 64) * 4
+        return _median_time(layer, 20) / counted
+
+    def _draft_pass(self) -> float:
+        """Seconds of a pass of the smallest model as a draft."""
+        params = SamplingParams(temperature=0.0, max_tokens=8 * STEPS, ignore_eos=True)
+        core, times = self.drafting.core, []
+        for request in self.drafting.requests([[1] * 32], params):
+            core.add(request)
+        while core.has_work():
+            stats = core.step().stats
+            if drafted := sum(stats.drafted.values()):
+                times.append(stats.seconds["draft"] / drafted)
+        return statistics.median(times)
+
+
+def _device(seconds: Seconds, threads: int) -> Device:
+    """From seconds to rates. Where a difference of two noisy times came out below zero, it is zero; fewer rows take no
+    longer than more."""
+    params = INPUTS * OUTPUTS * MATRICES
+    passes = {rows: min(seconds[f"matrices {more}"] for more in ROWS if more >= rows) for rows in ROWS}
+    rates = {rows: 2 * rows * params / passes[rows] for rows in ROWS}
+    few, many = _planned(_shape(layers=4)), _planned(_shape(layers=36))
+    kernel = max(1e-7, (seconds["many"] - seconds["few"]) / (kernel_count(many) - kernel_count(few)))
+    own = max(0.0, seconds["few"] - kernel_count(few) * kernel)
+    sequence = max(0.0, (seconds["eight"] - seconds["few"]) / 7)
+    logit = max(0.0, (seconds["vocabulary drawing"] - seconds["eight drawing"]) / (8 * (65536 - 512)))
+    flops = 4 * 4 * 8 * 24 * HEAD_DIM * (1024 - 32)
+    return Device(
+        name="cpu",
+        source=f"measured with {threads} threads, benchmarks/measure_device.py",
+        memory=psutil.virtual_memory().total,
+        bandwidth=params * 4 / passes[1],
+        flops={"float32": max(rates.values())},
+        flops_by_rows=rates,
+        attention_flops=flops / max(1e-9, seconds["long"] - seconds["short"]),
+        kernel_seconds=kernel,
+        row_bandwidth=1 / seconds["rows"],
+        step_seconds=max(0.0, own - sequence),
+        sequence_seconds=sequence,
+        logit_seconds=logit,
+        draft_seconds=max(0.0, seconds["draft pass"] - kernel_count(few) * kernel),
+        reserved=2**29,
+        graphs=False,
+        threads=threads,
+    ).check()
+
+
+def _shape(layers: int, vocabulary: int = 512, heads: int = 1) -> ModelConfig:
+    return ModelConfig(
+        architecture="llama",
+        vocab_size=vocabulary,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=-(-heads // 3),
+        head_dim=HEAD_DIM,
+        max_position=2048,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(),
+        tie_embeddings=True,
+    )
+
+
+def _planned(shape: ModelConfig) -> PlannedModel:
+    return PlannedModel(name="probe", shape=shape, dtype="float32", kv_dtype="float32")
+
+
+def _written(folder: Path, shape: ModelConfig) -> Path:
+    """A Hugging Face folder with random weights of that shape."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        names = {"vocab_size": shape.vocab_size, "hidden_size": shape.hidden_size, "head_dim": shape.head_dim}
+        names |= {"intermediate_size": shape.intermediate_size, "num_hidden_layers": shape.num_layers}
+        names |= {"num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads}
+        names |= {"max_position_embeddings": shape.max_position}
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": True, **names}))
+        weights = {name: torch.randn(size) * 0.1 for name, size in expected_shapes(shape).items()}
+        save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def _median_time(action: Callable[[], None], times: int) -> float:
+    def timed() -> Iterator[float]:
+        for _ in range(times):
+            start = time.perf_counter()
+            action()
+            yield time.perf_counter() - start
+
+    return statistics.median(timed())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="the file to write (default: standard output)")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    with ExitStack() as stack:
+        meter = DeviceMeter(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        for _ in range(args.rounds + 1):
+            meter.round()
+        del meter.rounds[0]  # warm-up
+        text = json.dumps(msgspec.to_builtins(meter.device(), str_keys=True), indent=1) + "\n"
+    if args.out:
+        args.out.write_text(text)
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

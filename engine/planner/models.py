@@ -1,0 +1,168 @@
+"""PlannedModel: a model's shape with the dtypes it would have, and what of it lies on one tensor-parallel rank."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from engine.errors import ModelError
+from engine.models.config import ModelConfig
+from engine.planner.published import Published, find
+from engine.weights import read_config
+from engine.weights.catalog import CATALOG, ModelFiles, resolve
+from engine.weights.names import expected_shapes
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+"""Of one number."""
+SCALE_BYTES = 4
+"""An fp8 matrix has a float32 scale for each output channel."""
+
+_LAYER_MATRIX = re.compile(r"model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """What one rank has of a weight matrix that is multiplied by: (outputs, inputs)."""
+
+    name: str
+    outputs: int
+    inputs: int
+    dtype: str
+
+    @property
+    def params(self) -> int:
+        return self.outputs * self.inputs
+
+    @property
+    def bytes(self) -> int:
+        return self.params * BYTES[self.dtype] + (self.outputs * SCALE_BYTES if self.dtype == "fp8" else 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedModel:
+    name: str
+    shape: ModelConfig
+    dtype: str
+    """Of activations, and of the weights that are not in fp8: "float32", "bfloat16" or "float16"."""
+    kv_dtype: str
+    """Those, or "fp8"."""
+    fp8_except: tuple[str, ...] | None = None
+    """As in `Published`."""
+
+    @property
+    def params(self) -> int:
+        """Parameters of the whole model; a tied head counts once."""
+        return sum(prod(shape) for shape in expected_shapes(self.shape).values())
+
+    def dtype_of(self, name: str) -> str:
+        """Of the weight of that name."""
+        if self.fp8_except is None or not _LAYER_MATRIX.fullmatch(name):
+            return self.dtype
+        return self.dtype if any(_names(part, name) for part in self.fp8_except) else "fp8"
+
+    def matrices(self, ranks: int = 1) -> Iterator[Matrix]:
+        """One rank's, in the order of the computation: the layers', then the head (tied or not)."""
+        for name, shape in rank_shapes(self.shape, ranks).items():
+            if _LAYER_MATRIX.fullmatch(name):
+                yield Matrix(name, shape[0], shape[1], self.dtype_of(name))
+        yield Matrix("lm_head.weight", self.shape.vocab_size // ranks, self.shape.hidden_size, self.dtype)
+
+    def weight_bytes(self, ranks: int = 1) -> int:
+        """Bytes of weights on one of `ranks` tensor-parallel ranks."""
+        total = 0
+        for name, shape in rank_shapes(self.shape, ranks).items():
+            dtype = self.dtype_of(name)
+            total += prod(shape) * BYTES[dtype] + (shape[0] * SCALE_BYTES if dtype == "fp8" else 0)
+        return total
+
+    def kv_bytes_per_token(self, ranks: int = 1) -> int:
+        """Keys and values of a token, all layers, on one rank."""
+        shape = self.shape
+        return 2 * shape.num_layers * kv_heads(shape, ranks) * shape.head_dim * BYTES[self.kv_dtype]
+
+    def seen(self, context: int) -> float:
+        """Keys that a query at the end of `context` tokens sees, the mean over the layers."""
+        shape = self.shape
+        if shape.sliding_window is None:
+            return float(context)
+        sliding = sum(shape.sliding_layers) if shape.sliding_layers else shape.num_layers
+        near = min(context, shape.sliding_window)
+        return (sliding * near + (shape.num_layers - sliding) * context) / shape.num_layers
+
+
+def kv_heads(shape: ModelConfig, ranks: int) -> int:
+    """Key-value heads of one rank: split, or one each where ranks outnumber them."""
+    return max(1, shape.num_kv_heads // ranks)
+
+
+def what_does_not_divide(shape: ModelConfig, ranks: int) -> list[str]:
+    """Why a model cannot be split over so many ranks: sizes that do not divide; nothing if it can."""
+    sizes = {"num_heads": shape.num_heads, "intermediate_size": shape.intermediate_size, "vocab_size": shape.vocab_size}
+    reasons = [f"{name} ({size}) does not divide by {ranks}" for name, size in sizes.items() if size % ranks]
+    if shape.num_kv_heads % ranks and ranks % shape.num_kv_heads:
+        reasons.append(f"num_kv_heads ({shape.num_kv_heads}) neither divides by {ranks} nor divides it")
+    return reasons
+
+
+def rank_shapes(shape: ModelConfig, ranks: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of one rank's part of each tensor. Rows of queries, keys, values, gate, up, embedding and head are split,
+    columns of the output and down projections; norms, and biases that are added after the sum, are everywhere.
+
+    Raises ValueError if something does not divide (see `what_does_not_divide`).
+    """
+    if reasons := what_does_not_divide(shape, ranks):
+        raise ValueError("; ".join(reasons))
+    parts = {}
+    for name, whole in expected_shapes(shape).items():
+        module, _, kind = name.rpartition(".")
+        last = module.rpartition(".")[2]
+        if last in ("o_proj", "down_proj"):
+            parts[name] = (whole[0], whole[1] // ranks) if kind == "weight" else whole
+        elif last in ("k_proj", "v_proj"):
+            parts[name] = (kv_heads(shape, ranks) * shape.head_dim, *whole[1:])
+        elif last in ("q_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"):
+            parts[name] = (whole[0] // ranks, *whole[1:])
+        else:
+            parts[name] = whole
+    return parts
+
+
+def read_shape(model: str) -> Published:
+    """The shape of a model named as `pilotfish serve` takes it: from `published` if it is there, else from its files.
+
+    A hub's name that is not published here is looked for in the local cache only: planning downloads nothing. Raises
+    ModelError.
+    """
+    if not Path(model).expanduser().exists() and (published := find(model)) is not None:
+        return published
+    files = _cached(model) if _is_hub_name(model) else resolve(model)
+    shape = read_config(files)
+    quantization = getattr(shape, "fp8", None)
+    return Published(shape, None if quantization is None else tuple(quantization.unquantized))
+
+
+def _names(part: str, tensor: str) -> bool:
+    """Checkpoints name modules by a part of their path, or by "re:" and what they begin with."""
+    if part.startswith("re:"):
+        return re.match(part[3:], tensor.removesuffix(".weight")) is not None
+    return f".{part}." in f".{tensor}"
+
+
+def _is_hub_name(model: str) -> bool:
+    named = any(entry.name == model for entry in CATALOG)
+    return not named and not Path(model).expanduser().exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
+
+
+def _cached(model: str) -> ModelFiles:
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(model, "config.json")
+    if not isinstance(config, str):
+        raise ModelError(
+            f"the shape of {model!r} is not known here and its config.json is not in the Hugging Face cache: give a "
+            "folder that has it, or fetch it once with `hf download " + model + " config.json`"
+        )
+    return ModelFiles(model, "huggingface", Path(config).parent)
