@@ -21,10 +21,11 @@ ARG BUILD_IMAGE=${BASE_IMAGE}
 # ---- what the packages are installed and built with -----------------------------------------------------------------
 # hadolint ignore=DL3006
 FROM ${BUILD_IMAGE} AS build
-# Versions are the distribution's: BASE_IMAGE decides on them.
+# Versions are the distribution's: BASE_IMAGE decides on them. Each stage has its own caches, as buildah (1.28) holds the
+# lock of one until the whole build has ended.
 # hadolint ignore=DL3008
-RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
-    --mount=type=cache,target=/var/lib/apt,sharing=locked \
+RUN --mount=type=cache,id=apt-archives-build,target=/var/cache/apt,sharing=locked \
+    --mount=type=cache,id=apt-lists-build,target=/var/lib/apt,sharing=locked \
     apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends g++ libc6-dev python3-dev python3-venv
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
@@ -93,8 +94,8 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS server
 # hadolint ignore=DL3008
-RUN --mount=type=cache,target=/var/cache/apt,sharing=locked \
-    --mount=type=cache,target=/var/lib/apt,sharing=locked \
+RUN --mount=type=cache,id=apt-archives-server,target=/var/cache/apt,sharing=locked \
+    --mount=type=cache,id=apt-lists-server,target=/var/lib/apt,sharing=locked \
     apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates python3 \
     && useradd --system --uid 10001 --user-group --home-dir /var/lib/pilotfish --create-home pilotfish

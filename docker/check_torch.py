@@ -1,7 +1,8 @@
-"""Exits with a message if the installed torch is not the build that the image's variant asks for: `check_torch.py cpu|cuda`.
+"""Exits with a message if the installed torch is not the build that the image's variant asks for:
+`check_torch.py cpu|cuda`.
 
-The same version of torch comes as a build for the CPU and as one for CUDA, which is several GB larger; which of them pip
-gets depends on the index that it asks.
+The same version of torch comes as a build for the CPU and as one for CUDA, which is several GB larger; which of them
+pip gets depends on the index that it asks.
 """
 
 from __future__ import annotations

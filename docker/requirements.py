@@ -1,4 +1,4 @@
-"""Prints what Pilotfish needs to be installed, one requirement a line, from pyproject.toml: for the Dockerfile's layers.
+"""Prints what Pilotfish needs to be installed, one requirement a line, from pyproject.toml: for the Dockerfile.
 
     requirements.py FILE torch            only torch
     requirements.py FILE rest [EXTRA...]  everything, with the extras named

@@ -1,5 +1,5 @@
-"""What a panel of the dashboards is, and how it becomes Grafana's: by grafana-foundation-sdk, which knows Grafana's schema.
-The panels themselves are in service.py and speculation.py.
+"""What a panel of the dashboards is, and how it becomes Grafana's: by grafana-foundation-sdk, which knows Grafana's
+schema. The panels themselves are in service.py and speculation.py.
 
 Every panel has a title, a description, a unit, and a text for when there is nothing to show. Queries say `$i` for the
 label matcher of the servers that the reader has selected.
@@ -34,7 +34,8 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """`unit` is one of Grafana's names for units; widths are of 24. `steps` colours a number, or draws lines at limits."""
+    """`unit` is one of Grafana's names for units; a row is 24 wide. `steps` colours a number, or draws lines at
+    limits."""
 
     title: str
     description: str
@@ -117,7 +118,9 @@ def _common(made: stat.Panel | timeseries.Panel, panel: Panel) -> None:
         made.max(panel.maximum)
     for number, query in enumerate(panel.queries):
         target = prometheus.Dataquery().expr(query.expression.replace("$i", INSTANCES)).legend_format(query.legend)
-        made.with_target((target.instant() if panel.kind == "number" else target.range()).ref_id(chr(ord("A") + number)))
+        made.with_target(
+            (target.instant() if panel.kind == "number" else target.range()).ref_id(chr(ord("A") + number))
+        )
     if panel.steps:
         steps = [dashboard.Threshold(value, colour) for value, colour in panel.steps]
         made.thresholds(builder.ThresholdsConfig().mode(dashboard.ThresholdsMode.ABSOLUTE).steps(steps))

@@ -1,9 +1,11 @@
-"""Runs an image from its root file system, as a container would, and reports: `run_image.py ROOT CONFIG PIP_CONF VOLUME...`.
+"""Runs an image from its root file system, as a container would, and reports what it sees:
+`run_image.py ROOT CONFIG PIP_CONF VOLUME...`.
 
-ROOT is the mounted image, CONFIG what `buildah inspect` says of it, PIP_CONF and the volumes (`--volume FROM:TO:ro`) those
-of the build: the model comes through pip. The server is started with the image's own user, environment, folder and command,
-as process 1 of a namespace of its own with a network of its own (nothing but loopback), so it also shows that a server with
-a filled cache needs no network. Linux, root. Exits with an AssertionError at the first thing that is not as it should be.
+ROOT is the mounted image, CONFIG what `buildah inspect` says of it, PIP_CONF and the volumes (`--volume FROM:TO:ro`)
+those of the build: the model comes through pip. The server is started with the image's own user, environment, folder
+and command, as process 1 of a namespace of its own with a network of its own (nothing but loopback), so this also shows
+that a server with a filled cache needs no network. Linux, root. Ends with an AssertionError at the first thing that is
+not as it should be.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ class Container:
 
 
 def bind_targets(root: Path, volumes: list[str], work: Path, pip_conf: Path, config: dict[str, Any]) -> dict[str, str]:
-    """What is bound into the image, with places made for it: the build's volumes, pip's settings, the cache's volume."""
+    """What is bound into the image, with places made for it: the build's volumes, pip's settings, the image's own
+    volumes, empty."""
     binds = {"/etc/pip.conf": str(pip_conf), "/etc/resolv.conf": "/etc/resolv.conf"}
     for volume in volumes:
         if volume != "--volume":
@@ -108,7 +111,8 @@ class Server:
             found = children.read_text().split()
             if found and os.readlink(f"/proc/{found[0]}/ns/net") != os.readlink("/proc/self/ns/net"):
                 return int(found[0])
-            assert time.monotonic() < deadline and self.outer.poll() is None, self.log.read_text()
+            assert self.outer.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)
 
     def wait_until_ready(self) -> float:
@@ -148,7 +152,9 @@ def main(root: Path, config_file: Path, pip_conf: Path, volumes: list[str]) -> N
     size = size_of(root)
     print(f"size: {size / 1e9:.2f} GB of files (limit {LIMIT_GB:.2f})")
     assert size < LIMIT_GB * 1e9
-    found = [name for name in COMPILERS for place in ("bin", "usr/bin", "usr/local/bin") if (root / place / name).exists()]
+    found = [
+        name for name in COMPILERS for place in ("bin", "usr/bin", "usr/local/bin") if (root / place / name).exists()
+    ]
     assert not found, f"compilers in the image: {found}"
     print("compilers: none")
     assert config["User"].split(":")[0] not in ("", "0", "root"), config["User"]
@@ -204,7 +210,7 @@ def check(server: Server, container: Container) -> None:
     status = server.outer.wait(60)
     seconds = time.monotonic() - begun
     reader.join(10)
-    assert chunks and chunks[-1] == {"done": True}, chunks[-3:]
+    assert chunks[-1:] == [{"done": True}], chunks[-3:]
     reasons = [choice["finish_reason"] for chunk in chunks for choice in chunk.get("choices", ())]
     assert reasons[-1] == "length", reasons[-1]
     assert len(chunks) > had + 5, f"all but {len(chunks) - had} chunks had come before SIGTERM: nothing was drained"
