@@ -1,5 +1,5 @@
 """Writes the dashboards, docker/grafana/dashboards/*.json, from service.py and speculation.py beside this file:
-`python docker/grafana/build.py`. Needs grafana-foundation-sdk, which the extra `dev` brings. A test holds them
+`python docker/grafana/build.py`. Needs grafana-foundation-sdk, which the extra `deploy` brings. A test holds them
 together.
 """
 

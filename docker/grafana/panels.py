@@ -7,6 +7,7 @@ label matcher of the servers that the reader has selected.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -100,10 +101,11 @@ def render(board: Board) -> dashboard.Dashboard:
             .current(dashboard.VariableOption(text="All", value="$__all", selected=True))
         )
     )
+    ids = itertools.count(1)
     for row in board.rows:
-        made = made.with_row(builder.Row(row.title))
+        made = made.with_row(builder.Row(row.title).id(next(ids)))
         for panel in row.panels:
-            made = made.with_panel(_number(panel) if panel.kind == "number" else _lines(panel))
+            made = made.with_panel((_number(panel) if panel.kind == "number" else _lines(panel)).id(next(ids)))
     return made.build()
 
 
