@@ -15,7 +15,7 @@ from engine.client import AsyncEngine
 from engine.errors import EngineDeadError
 from engine.request import Delta, Request
 from server.errors import SERVER_ERROR, ApiError, stopping
-from server.metrics import Metrics, Outcome
+from server.metrics import NO_DRAFTER, Metrics, Outcome
 from server.protocol.responses import Timings, Usage
 from server.text import AnswerText, Piece, TokenEntry
 
@@ -49,6 +49,8 @@ class Answer:
         self.prompt_index = prompt_index
         self.request = request
         self.finish_reason: str | None = None
+        self.outcome: Outcome | None = None
+        """How it ended; None before that."""
         self.cached_tokens = 0
         self.drafted: Counter[str] = Counter()
         """Drafted tokens by drafter, and which of them are in the answer."""
@@ -79,6 +81,11 @@ class Answer:
         after = self.tokens - self.first_tokens
         seconds = self.last_token - (self.first_token or 0.0)
         return after / seconds if after > 0 and seconds > 0 else None
+
+    @property
+    def drafter(self) -> str:
+        """Who drafted most of what was drafted for it, or "none"."""
+        return max(self.drafted, key=lambda name: self.drafted[name], default=NO_DRAFTER)
 
     def take(self, delta: Delta, metrics: Metrics) -> Piece:
         """What a delta adds to the text. The last piece, which a stop string can make this, has a finish_reason."""
@@ -151,7 +158,15 @@ async def follow(engine: AsyncEngine, answer: Answer, metrics: Metrics) -> Async
         outcome = "abort"
         raise
     finally:
-        metrics.ended(outcome, time.monotonic() - answer.request.arrival, answer.decode_rate)
+        answer.outcome = outcome
+        metrics.ended(
+            outcome,
+            time.monotonic() - answer.request.arrival,
+            answer.decode_rate,
+            drafter=answer.drafter,
+            prompt_tokens=len(answer.request.prompt_ids),
+            tokens=answer.tokens,
+        )
     yield last
 
 
@@ -221,7 +236,7 @@ def timings(answers: Sequence[Answer]) -> Timings:
         "ttft_ms": None if first is None else _ms(first - arrival),
         "decode_ms": None if decode is None else _ms(decode),
         "tokens_per_second": round(after / decode, 3) if decode and after else None,
-        "drafter": max(drafted, key=lambda name: drafted[name], default="none"),
+        "drafter": max(drafted, key=lambda name: drafted[name], default=NO_DRAFTER),
         "drafted_tokens": drafted.total(),
         "accepted_tokens": sum(answer.accepted.total() for answer in answers),
         "cached_tokens": usage(answers)["prompt_tokens_details"]["cached_tokens"],
