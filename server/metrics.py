@@ -290,6 +290,9 @@ class _Speculation:
         for drafter in drafters:
             for counter in (self._drafted, self._accepted, self._wasted):
                 counter.labels(drafter)
+            for counter in (self._drafted_at, self._accepted_at):
+                for position in range(1, POSITIONS + 2):
+                    counter.labels(drafter, _position(position))
         for drafter in (NO_DRAFTER, *drafters):
             self._step_tokens.labels(drafter)
             self._chosen.labels(drafter)

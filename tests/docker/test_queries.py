@@ -16,7 +16,6 @@ from deployment import PanelQuery, Rule, panel_queries, rules, without_compariso
 from running_prometheus import RunningPrometheus
 from running_server import RunningServer
 
-
 pytestmark = pytest.mark.real_model
 
 MODEL = "smollm2-135m"
