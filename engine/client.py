@@ -47,8 +47,8 @@ class AsyncEngine:
 
     `state` goes from "starting" to "ready" to "stopping" to "dead", or to "dead" from any of them; `error` then says
     why. `on_stats` and `on_loading` are called from the event loop, once for each step and each report of progress.
-    `logs` says how the process logs; `command` starts it: one that calls `engine.process.run`. Raises ConfigError for settings that contradict
-    each other.
+    `logs` says how the process logs; `command` starts it: one that calls `engine.process.run`. Raises ConfigError for
+    settings that contradict each other.
     """
 
     def __init__(

@@ -68,5 +68,5 @@ class JsonFormatter(logging.Formatter):
 
 def _value(value: object) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    plain = text.isprintable() and not set(text) & set(" \"=")
+    plain = text.isprintable() and not set(text) & set(' "=')
     return text if plain and text else json.dumps(text)

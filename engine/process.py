@@ -2,8 +2,8 @@
 talks to it, is `engine.client`.
 
 `python -m engine.process` reads one line of JSON, a `Launch`, from its standard input, which its parent then holds open
-for as long as it lives: end of file there means that the parent has gone, however it went, and ends this process. Signals
-to stop do not: they are the parent's to act on.
+for as long as it lives: end of file there means that the parent has gone, however it went, and ends this process.
+Signals to stop do not: they are the parent's to act on.
 """
 
 from __future__ import annotations

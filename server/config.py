@@ -14,7 +14,6 @@ from engine.errors import ConfigError
 from engine.logs import LogFormat, LogLevel
 
 
-
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the engine is served. Raises ConfigError from `check()`; msgspec raises ValidationError for wrong types."""
 
@@ -42,6 +41,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """text, for people, or json, an object a line."""
     log_prompts: bool = False
     """Write prompts' texts into the log, with the request's line."""
+    otlp_endpoint: str | None = None
+    """Send a trace of each request to this OTLP receiver, such as http://127.0.0.1:4318. Needs pilotfish[otel]."""
 
     def check(self) -> ServerConfig:
         """Return self, or raise ConfigError for settings that cannot work."""

@@ -86,9 +86,7 @@ def loading() -> ApiError:
 
 
 def stopping(message: str = "The server is stopping.") -> ApiError:
-    return ApiError(
-        503, message, type=SERVER_ERROR, code="server_stopping", retry_after=STOPPING_RETRY_SECONDS
-    )
+    return ApiError(503, message, type=SERVER_ERROR, code="server_stopping", retry_after=STOPPING_RETRY_SECONDS)
 
 
 def cut_short() -> ApiError:

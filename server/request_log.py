@@ -1,5 +1,5 @@
-"""The log's line for each request: what was asked, what became of it and how fast. Nothing of a prompt's or answer's text
-is in it, unless `--log-prompts` asks for the prompts."""
+"""The log's line for each request: what was asked, what became of it and how fast. Nothing of a prompt's or answer's
+text is in it, unless `--log-prompts` asks for the prompts."""
 
 from __future__ import annotations
 

@@ -41,7 +41,9 @@ class SpanTracing:
 
     def __init__(self, url: str | None = None, exporter: SpanExporter | None = None) -> None:
         own = {SERVICE_VERSION: VERSION}
-        if "OTEL_SERVICE_NAME" not in os.environ and "service.name=" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
+        if "OTEL_SERVICE_NAME" not in os.environ and "service.name=" not in os.environ.get(
+            "OTEL_RESOURCE_ATTRIBUTES", ""
+        ):
             own[SERVICE_NAME] = "pilotfish"
         self._provider = TracerProvider(resource=Resource.create(own), shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter(endpoint=url)))
