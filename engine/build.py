@@ -51,6 +51,8 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
     num_blocks = _block_count(config, models, platform)
     max_model_len = _max_model_len(config, target.config, num_blocks)
 
+    progress("allocating the KV cache", 0.0)
+
     def runner(model: Model) -> ModelRunner:
         caches = kv_cache.allocate(
             model.config, platform.attention, num_blocks, config.block_size, platform.dtype, platform.device

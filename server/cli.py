@@ -43,8 +43,8 @@ def _serve(options: dict[str, Any]) -> int:
     from server.console import Console
     from server.serve import configure_logging, serve
 
-    configure_logging(config.log_level)
-    return serve(engine_config, config, Console())
+    configure_logging(config)
+    return serve(engine_config, config, Console(as_log=config.log_format == "json"))
 
 
 def read_settings(options: dict[str, object]) -> tuple[EngineConfig, ServerConfig]:

@@ -4,15 +4,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 from engine.config import NotNegative, Positive
 from engine.errors import ConfigError
-
-LogLevel = Literal["debug", "info", "warning", "error"]
+from engine.logs import LogFormat, LogLevel
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -38,6 +37,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Seconds that running requests may take to finish after SIGTERM or Ctrl-C."""
     log_level: LogLevel = "info"
     """Least serious messages to log; info has a line for each request, but not for probes that went well."""
+    log_format: LogFormat = "text"
+    """text, for people, or json, an object a line."""
+    log_prompts: bool = False
+    """Write prompts' texts into the log, with the request's line."""
+    otlp_endpoint: str | None = None
+    """Send a trace of each request to this OTLP receiver, such as http://127.0.0.1:4318. Needs pilotfish[otel]."""
 
     def check(self) -> ServerConfig:
         """Return self, or raise ConfigError for settings that cannot work."""

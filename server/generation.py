@@ -14,7 +14,7 @@ from contextlib import aclosing
 from engine.client import AsyncEngine
 from engine.errors import EngineDeadError
 from engine.request import Delta, Request
-from server.errors import SERVER_ERROR, ApiError, stopping
+from server.errors import SERVER_ERROR, ApiError, cut_short
 from server.metrics import NO_DRAFTER, Metrics, Outcome
 from server.protocol.responses import Timings, Usage
 from server.text import AnswerText, Piece, TokenEntry
@@ -142,7 +142,7 @@ async def follow(engine: AsyncEngine, answer: Answer, metrics: Metrics) -> Async
             async for delta in deltas:
                 if delta.finish_reason == "abort":
                     outcome = "abort"
-                    raise stopping()
+                    raise cut_short()
                 if delta.finish_reason == "error":
                     message = delta.error or "The engine could not finish this request."
                     raise ApiError(500, message, type=SERVER_ERROR, code="engine_error")

@@ -1,5 +1,5 @@
-"""Prometheus metrics, `pilotfish_*`, in base units: docs/metrics.md says what each means. Labels have few values, and no
-string of a client's is one: routes, statuses, outcomes, drafters, positions, phases.
+"""Prometheus metrics, `pilotfish_*`, in base units: docs/metrics.md says what each means. Labels have few values, none
+of which is a client's string: routes, statuses, outcomes, drafters, positions, phases.
 
 Counters and gauges come from the engine's steps. The histograms of latencies are taken here, where a client's
 chunks are written: from the request's arrival at this server, and with the way between the processes.
@@ -278,8 +278,9 @@ class _Speculation:
         self._tokens = make.counter("decode_tokens", "Tokens that steps of decoding alone added.")
         self._seconds = make.counter("decode_seconds", "What those steps took.")
         self._predicted = make.counter(
-            "decode_predicted_seconds", "What the controller predicted that those tokens would take, as it chose to draft."
-        )  # fmt: skip
+            "decode_predicted_seconds",
+            "What the controller predicted that those tokens would take, as it chose to draft.",
+        )
         self._plain = make.counter(
             "decode_plain_estimated_seconds",
             "An estimate: what those tokens would have taken without drafts, by the controller's prediction.",

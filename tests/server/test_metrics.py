@@ -20,16 +20,15 @@ ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/metrics", "
 
 def stats(**changed: Any) -> StepStats:
     """A step of two decoding sequences that the controller predicted 100 tokens per second for, 80 without drafts."""
-    return StepStats(
-        **dict(
-            running=2, waiting=0, sequences=2, rows=9, prompt_tokens=0, generated_tokens=5, drafted={"ngram": 7},
-            accepted={"ngram": 3}, drafted_at={"ngram": (1,) * 7}, accepted_at={"ngram": (1,) * 3},
-            step_tokens={"ngram": (4,), "none": (1,)}, chosen={"ngram": 1, "none": 1}, predicted_goodput=100.0,
-            predicted_plain_goodput=80.0, blocks_total=10, blocks_used=3, blocks_cached=2,
-            seconds={"draft": 0.001, "plan": 0.001, "forward": 0.03, "sample": 0.007, "commit": 0.001},
-        )
-        | changed
-    )  # fmt: skip
+    step: dict[str, Any] = {
+        "running": 2, "waiting": 0, "sequences": 2, "rows": 9, "prompt_tokens": 0, "generated_tokens": 5,
+        "drafted": {"ngram": 7}, "accepted": {"ngram": 3}, "drafted_at": {"ngram": (1,) * 7},
+        "accepted_at": {"ngram": (1,) * 3}, "step_tokens": {"ngram": (4,), "none": (1,)},
+        "chosen": {"ngram": 1, "none": 1}, "predicted_goodput": 100.0, "predicted_plain_goodput": 80.0,
+        "blocks_total": 10, "blocks_used": 3, "blocks_cached": 2,
+        "seconds": {"draft": 0.001, "plan": 0.001, "forward": 0.03, "sample": 0.007, "commit": 0.001},
+    }  # fmt: skip
+    return StepStats(**step | changed)
 
 
 def info() -> EngineInfo:
@@ -126,7 +125,10 @@ def test_positions_add_up_to_what_was_drafted_and_accepted(drafts: list[tuple[st
 def test_the_mean_accepted_length_counts_plain_steps_as_one(metrics: Metrics) -> None:
     metrics.step(stats())
     read = Read(metrics)
-    assert (read("sequence_step_tokens_sum", drafter="ngram"), read("sequence_step_tokens_sum", drafter="none")) == (4, 1)
+    assert (read("sequence_step_tokens_sum", drafter="ngram"), read("sequence_step_tokens_sum", drafter="none")) == (
+        4,
+        1,
+    )
     assert read("sequence_step_tokens_count", drafter="none") == 1
     assert read("drafter_chosen_total", drafter="none") == 1
 
@@ -153,8 +155,8 @@ def test_an_engine_that_is_gone_holds_nothing(metrics: Metrics) -> None:
 def test_a_scrape_takes_less_than_5_ms(metrics: Metrics) -> None:
     """Of the processor's time, as other programs may want it, too; the best of some, as caches must be warm."""
     seconds = dict.fromkeys(PHASES, 0.01)
-    positions = {name: (3,) * 8 for name in DRAFTERS}
-    tokens = {name: (3, 2, 5, 1) for name in (*DRAFTERS, "none")}
+    positions = dict.fromkeys(DRAFTERS, (3,) * 8)
+    tokens = dict.fromkeys((*DRAFTERS, "none"), (3, 2, 5, 1))
     for _ in range(50):
         metrics.step(stats(drafted_at=positions, accepted_at=positions, step_tokens=tokens, seconds=seconds))
     for name in (*DRAFTERS, "none"):
