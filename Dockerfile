@@ -1,7 +1,7 @@
 # Pilotfish in a container. docs/docker.md explains how to build and run it.
 #
 #   docker build -t pilotfish .                                        for a host with an NVIDIA driver for CUDA 13
-#   docker build -t pilotfish:cpu --build-arg BASE_IMAGE=debian:trixie-slim --build-arg VARIANT=cpu \
+#   docker build -t pilotfish:cpu --build-arg BASE_IMAGE=debian:bookworm-slim --build-arg VARIANT=cpu \
 #       --build-arg TORCH_INDEX_URL=<torch's index of CPU wheels> .    for a CPU
 #
 # BASE_IMAGE       any image of the Debian family with Python 3.11 or newer in its archive. torch brings CUDA's libraries
