@@ -39,7 +39,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     drain_timeout: Annotated[float, Meta(ge=0)] = 30.0
     """Seconds that running requests may take to finish after SIGTERM or Ctrl-C; those left then end with an error."""
     log_level: LogLevel = "info"
-    """Least serious messages to log; info has a line for each request, but not for probes that went well."""
+    """Least serious messages to log; info has a line for each request, but none for probes."""
     log_format: LogFormat = "text"
     """text, for people, or json, an object a line."""
     log_prompts: bool = False

@@ -15,7 +15,7 @@ import httpx
 import openai
 import psutil
 
-READY_SECONDS = 60
+READY_SECONDS = 180
 
 MODEL = "llama"
 """What a server of the folder of the fixture tiny_llama calls its model."""
@@ -67,7 +67,7 @@ class RunningServer:
         while not condition():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.01)
+            time.sleep(0.02)
 
     def wait_for(self, path: str, status: int) -> None:
         """Until a GET is answered with this status."""

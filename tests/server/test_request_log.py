@@ -52,8 +52,7 @@ def lines_of(running: RunningServer) -> list[dict[str, Any]]:
 
 
 def requests_of(running: RunningServer) -> list[dict[str, Any]]:
-    """Those lines that are about requests, but for the fixture's own questions of whether it is ready."""
-    return [line for line in lines_of(running) if line["logger"] == "server.requests" and line["path"] != "/ready"]
+    return [line for line in lines_of(running) if line["logger"] == "server.requests"]
 
 
 @pytest.fixture
