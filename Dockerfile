@@ -34,7 +34,7 @@ ENV PATH=/opt/pilotfish/bin:${PATH}
 
 # What is to be installed, as lists: the layers below are made anew when these change, not whenever pyproject.toml does.
 FROM build AS requirements
-ARG EXTRAS=""
+ARG EXTRAS="otel"
 COPY pyproject.toml docker/requirements.py /requirements/
 # EXTRAS is a list of words.
 # hadolint ignore=SC2086

@@ -45,12 +45,14 @@ def create_app(
 
     app = FastAPI(title="Pilotfish", version=VERSION, lifespan=lifespan)
     app.state.service = Service(engine, tokenizer, config, stats, names)
-    for module in (completions, chat, models, tokenization, health, metrics):
-        app.include_router(module.router)
+    routers = [module.router for module in (completions, chat, models, tokenization, health, metrics)]
+    for router in routers:
+        app.include_router(router)
     install_handlers(app)
     # The last added is the outermost.
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
-    app.add_middleware(ApiKeys, keys=config.api_key)
-    routes = frozenset(route.path for route in app.routes if isinstance(route, Route) and "{" not in route.path)
+    app.add_middleware(ApiKeys, keys=config.keys())
+    every = [route for router in (app, *routers) for route in router.routes]
+    routes = frozenset(route.path for route in every if isinstance(route, Route) and "{" not in route.path)
     app.add_middleware(RequestContext, metrics=stats, routes=routes, tracing=tracing)
     return app

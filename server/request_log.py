@@ -17,12 +17,13 @@ logger = logging.getLogger("server.requests")
 
 
 def log_request(scope: Scope, status: int, seconds: float, trace_id: str | None = None) -> None:
-    """Log a request that has been answered, `seconds` after it came in. Probes that went well are for debugging alone.
+    """Log a request that has been answered, `seconds` after it came in. Probes are for debugging alone: a 503 is what they
+    are there to be told, time and again.
 
     Of `scope["state"]` it reads request_id, and where they are set: error (a code), answers, model, stream, prompts.
     """
     state, path = scope["state"], scope["path"]
-    level = logging.DEBUG if path in OPEN_PATHS and status < 500 else logging.INFO
+    level = logging.DEBUG if path in OPEN_PATHS and status in (200, 503) else logging.INFO
     if not logger.isEnabledFor(level):
         return
     client = scope.get("client")

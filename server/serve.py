@@ -155,7 +155,7 @@ class _Running:
                 self._server.should_exit = True
             return
         self._metrics.ready(info)
-        self._console.ready(info, url, self._names[0], bool(self._config.api_key))
+        self._console.ready(info, url, self._names[0], bool(self._config.api_key or self._config.api_key_file))
 
     def _on_signal(self, number: int) -> None:
         """The first signal asks for a graceful end, the second for one at once."""
@@ -167,6 +167,7 @@ class _Running:
         self._console.line("Stopping now")
         self._forced = True
         self._status = 128 + number
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off has nothing to say that helps
         self._engine.kill()
         if self._server is not None:
             self._server.should_exit = self._server.force_exit = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +15,7 @@ from fastapi.routing import APIRoute
 from engine.config import EngineConfig
 from engine.messages import StepStats
 from engine.request import EngineInfo, RankMemory
-from server import routes
+from server import request_log, routes
 from server.cli import read_settings
 from server.config import ServerConfig
 from server.metrics import PHASES, POSITIONS, Metrics, Outcome
@@ -85,6 +86,15 @@ def test_metrics_that_are_named_exist(page: Path) -> None:
     known |= {family.name for family in used_metrics().registry.collect()}
     for name in re.findall(r"\bpilotfish_[a-z_]+[a-z]", page.read_text()):
         assert name in known, name
+
+
+def test_fields_of_a_requests_line_in_the_log_are_documented() -> None:
+    documented = {name for cells in rows("operations.md") for name in code(cells[0])}
+    source = inspect.getsource(request_log)
+    named = set(re.findall(r'^ {8}"([a-z_]+)":|^ {8}([a-z_]+)=', source, re.MULTILINE))
+    names = {first or second for first, second in named}
+    assert {"request_id", "ttft_ms", "prompts"} <= names
+    assert names <= documented
 
 
 def test_units_of_metrics_are_in_their_names() -> None:

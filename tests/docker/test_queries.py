@@ -22,6 +22,8 @@ MODEL = "smollm2-135m"
 TOKENS = 64
 TEXT = "the cat sat on the mat, and the dog sat on the log, and "
 """Repeats itself, so that every drafter has something to draft from."""
+START_SECONDS = 240
+LOAD_SECONDS = 120
 WINDOW = "20s"
 """What stands for $__rate_interval."""
 RANGE_SECONDS = 60
@@ -52,7 +54,7 @@ def put_under_load(client: openai.OpenAI) -> None:
         work.append(pool.submit(stream, client, {"prediction": {"type": "content", "content": TEXT * 3}}))
         work.append(pool.submit(abort, client))
         for each in work:
-            each.result(60)
+            each.result(LOAD_SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def monitored(
     server = RunningServer(folder / "server.log", "--model", MODEL, *flags)
     prometheus = None
     try:
-        server.wait_for("/ready", 200)
+        server.wait_until(lambda: server.status("/ready") == 200, START_SECONDS)
         begin = time.time()
         prometheus = RunningPrometheus(program, folder, server.url.removeprefix("http://"))
         prometheus.wait_for_scrapes(2)
