@@ -133,6 +133,11 @@ def test_kubernetes_manifests_fit_together() -> None:
     assert f"`{metric}`" in (ROOT / "docs" / "metrics.md").read_text()
 
 
+def test_kubernetes_sets_no_variables_that_look_like_settings() -> None:
+    """For a Service named pilotfish it would set PILOTFISH_PORT=tcp://..., among others."""
+    assert manifest("Deployment")["spec"]["template"]["spec"]["enableServiceLinks"] is False
+
+
 def test_there_is_time_to_drain() -> None:
     """Who starts the server waits longer for its end than it drains."""
     (compose,) = documents(DOCKER / "compose.yaml")
