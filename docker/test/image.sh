@@ -4,10 +4,10 @@
 #   docker/test/image.sh [FOLDER]
 #
 # Needs root, 10 GB in FOLDER (default: a temporary one, removed at the end; a folder that is kept makes the next build
-# quick) and Debian's packages buildah, debootstrap and iproute2. The base is a debootstrap'ed bookworm (Python 3.11), the builder is buildah in a chroot. The
-# settings that pip has on this machine (an index, a folder of wheels, a certificate) hold in the build as well.
-# TORCH_INDEX_URL is passed on if it is set; without it, pip must find torch's CPU build by itself.
-# The report goes to docker/test/image.txt.
+# quick) and Debian's packages buildah, debootstrap and iproute2. The base is a debootstrap'ed bookworm (Python 3.11), the
+# builder is buildah in a chroot. The settings that pip has on this machine (an index, a folder of wheels, a certificate)
+# hold in the build as well. TORCH_INDEX_URL is passed on if it is set; without it, pip must find torch's CPU build by
+# itself. The report goes to docker/test/image.txt.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
