@@ -77,6 +77,9 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
         && pip install -r /requirements/torch.txt /wheels/*.whl \
         && pip uninstall -y ninja wheel; \
     fi
+# Headers, which only compiling needs, and torch's own tests: 110 MB.
+RUN rm -r /opt/pilotfish/lib/python3*/site-packages/torch/include \
+    && find /opt/pilotfish/lib/python3*/site-packages/torch/bin -type f ! -name torch_shm_manager -delete
 
 # ---- Pilotfish itself, a wheel with its CPU kernels -----------------------------------------------------------------
 FROM build AS package
