@@ -27,7 +27,7 @@ LIMIT_GB = 1.5
 """Largest size of the CPU variant, in 10^9 bytes."""
 PORT = 8000
 MODEL = "smollm2-135m"
-STREAM_TOKENS = 300
+STREAM_TOKENS = 150
 START_SECONDS = 300
 CLONE_NEWNET = 0x40000000
 """From Linux' <sched.h>."""
