@@ -17,8 +17,8 @@ logger = logging.getLogger("server.requests")
 
 
 def log_request(scope: Scope, status: int, seconds: float, trace_id: str | None = None) -> None:
-    """Log a request that has been answered, `seconds` after it came in. Probes are for debugging alone: a 503 is what they
-    are there to be told, time and again.
+    """Log a request that has been answered, `seconds` after it came in. Probes are for debugging alone: a 503 is what
+    they are there to be told, time and again.
 
     Of `scope["state"]` it reads request_id, and where they are set: error (a code), answers, model, stream, prompts.
     """

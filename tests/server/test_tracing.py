@@ -156,7 +156,7 @@ def test_opentelemetrys_own_variables_are_honoured(receiver: Receiver, start: Ca
         client.completions.create(**asked, extra_headers={"traceparent": f"00-{TRACE}-{PARENT}-00"})
         client.completions.create(**asked, extra_headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
     running.process.terminate()  # what is left is sent at the end
-    assert running.process.wait(15) == 0
+    assert running.process.wait(60) == 0
     assert {span.trace_id.hex() for span in receiver.spans} == {TRACE}
     assert len(receiver.of("POST /v1/completions")) == 1
     assert receiver.resource["service.name"] == "fish"
@@ -168,7 +168,7 @@ def test_a_receiver_that_is_not_there_stops_nothing(start: Callable[..., Running
     with running.client() as client:
         assert client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=3).usage
     running.process.terminate()
-    assert running.process.wait(15) == 0
+    assert running.process.wait(60) == 0
 
 
 @pytest.mark.parametrize("endpoint", ["collector:4317", "grpc://collector:4317", "4318", "http://"])
