@@ -47,6 +47,8 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
     num_blocks = _block_count(config, [target.config, *(draft.shape for draft in drafts)], platform)
     max_model_len = _max_model_len(config, target.config, num_blocks)
 
+    progress("allocating the KV cache", 0.0)
+
     def caches(shape: ModelConfig) -> list[LayerCache]:
         return kv_cache.allocate(
             shape, platform.attention, num_blocks, config.block_size, platform.cache_dtype, platform.device

@@ -22,6 +22,7 @@ import zmq
 
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, EngineNotReadyError, ParameterError
+from engine.logs import Logs
 from engine.messages import Abort, Failed, FromEngine, Loading, Outputs, Ready, Shutdown, StepStats, Submit, ToEngine
 from engine.process import Launch
 from engine.request import Delta, EngineInfo, Request, check_request
@@ -34,7 +35,7 @@ EngineState = Literal["starting", "ready", "stopping", "dead"]
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "engine.process")
 
 STOP_SECONDS = 5.0
-"""How long the process may take to end after each of: Shutdown, SIGTERM, SIGKILL."""
+"""How long the process may take to end after each of: Shutdown, the end of its standard input, SIGKILL."""
 LAST_WORDS_SECONDS = 1.0
 """How long after the process has ended by itself its last messages may still come in."""
 MESSAGES_PER_TURN = 64
@@ -46,8 +47,8 @@ class AsyncEngine:
 
     `state` goes from "starting" to "ready" to "stopping" to "dead", or to "dead" from any of them; `error` then says
     why. `on_stats` and `on_loading` are called from the event loop, once for each step and each report of progress.
-    `command` starts the process: one that calls `engine.process.run`. Raises ConfigError for settings that contradict
-    each other.
+    `logs` says how the process logs; `command` starts it: one that calls `engine.process.run`. Raises ConfigError for
+    settings that contradict each other.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class AsyncEngine:
         on_stats: Callable[[StepStats], None] | None = None,
         on_loading: Callable[[str, float], None] | None = None,
         *,
+        logs: Logs = Logs(),  # noqa: B008 - it cannot change
         command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
         self.config = config.check()
@@ -64,6 +66,7 @@ class AsyncEngine:
         self.error: str | None = None
         self._on_stats = on_stats
         self._on_loading = on_loading
+        self._logs = logs
         self._command = tuple(command)
         self._seeds = random.SystemRandom() if config.seed is None else random.Random(config.seed)
         self._requests: dict[str, asyncio.Queue[Delta | EngineDeadError] | None] = {}
@@ -97,7 +100,7 @@ class AsyncEngine:
 
         Raises OSError if no process can be started.
         """
-        launch = Launch(config=self.config, directory=tempfile.mkdtemp(prefix="pilotfish-"))
+        launch = Launch(config=self.config, directory=tempfile.mkdtemp(prefix="pilotfish-"), logs=self._logs)
         try:
             self._connection = _Connection(launch, self._receive)
             # The engine imports from where this process does, whether or not the package is installed.
@@ -137,6 +140,13 @@ class AsyncEngine:
         arrival = request.arrival or time.monotonic()
         return self._stream(msgspec.structs.replace(request, params=params, arrival=arrival))
 
+    def kill(self) -> None:
+        """End the process without a word to it; requests in flight end with EngineDeadError. `stop` waits for it."""
+        if self._process is not None and self._process.returncode is None:
+            self.state = "stopping"
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
     async def stop(self) -> None:
         """End every request with finish_reason "abort", and the process; return when it is gone. May be called at any
         time, and again."""
@@ -151,7 +161,8 @@ class AsyncEngine:
             self.state = "stopping"
         elif self.state == "stopping":  # another call of this has asked it
             await asyncio.wait({self._watch}, timeout=STOP_SECONDS)
-        for end in (self._process.terminate, self._process.kill):
+        assert self._process.stdin is not None
+        for end in (self._process.stdin.close, self._process.kill):
             if not self._watch.done():
                 with contextlib.suppress(ProcessLookupError):
                     end()

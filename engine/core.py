@@ -17,6 +17,7 @@ from engine.config import EngineConfig
 from engine.errors import ParameterError
 from engine.execution.spans import Span
 from engine.memory.block_table import BlockTable
+from engine.memory.usage import MemoryMeter
 from engine.messages import StepStats
 from engine.request import Delta, EngineInfo, FinishReason, Request, RequestStats, check_request, drafters_of
 from engine.sampling.logprobs import prompt_logprobs
@@ -24,6 +25,7 @@ from engine.sampling.params import MAX_SEED
 from engine.sampling.spans import LogitSpan
 from engine.scheduler import PlannedSpan, Scheduler, StepPlan
 from engine.sequence import Sequence
+from engine.speculation.tally import by_position
 from engine.speculation.verify import Verdict
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,8 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None) -> None:
         self._engine: Engine = build(config.check(), progress or (lambda what, share: None))
-        self.info: EngineInfo = self._engine.info
+        self._memory = MemoryMeter(self._engine.info.device)
+        self.info: EngineInfo = msgspec.structs.replace(self._engine.info, memory=(self._memory.read(),))
         self._scheduler = Scheduler(self._engine.pool, config.max_num_seqs, config.max_batch_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[Delta] = []  # to be reported with the next step's deltas
@@ -229,17 +232,22 @@ class EngineCore:
         drafted: dict[str, int] = {}
         accepted: dict[str, int] = {}
         chosen: dict[str, int] = {}
-        for planned, verdict in zip((p for p in plan.spans if p.draws), verdicts, strict=True):
+        step_tokens: dict[str, tuple[int, ...]] = {}
+        drawing = [planned for planned in plan.spans if planned.draws]
+        for planned, verdict, delta in zip(drawing, verdicts, deltas[len(deltas) - len(drawing) :], strict=True):
             name = planned.draft.drafter or "none"
-            if planned.start >= planned.sequence.prompt_len:  # the end of a prompt is not decoding
+            if _decodes(planned):
                 chosen[name] = chosen.get(name, 0) + 1
+                step_tokens[name] = (*step_tokens.get(name, ()), len(delta.token_ids))
             if planned.draft.tokens:
                 drafted[name] = drafted.get(name, 0) + len(planned.draft.tokens)
                 accepted[name] = accepted.get(name, 0) + verdict.accepted
+        drafters = [planned.draft.drafter for planned in drawing]
         pool, choice = self._engine.pool, self._engine.speculator.choice
         return StepStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
+            sequences=len(plan.spans),
             rows=plan.rows,
             prompt_tokens=sum(
                 max(0, min(p.stop, p.sequence.prompt_len) - p.start)
@@ -252,6 +260,9 @@ class EngineCore:
             chosen=chosen,
             predicted_goodput=choice.goodput if chosen else 0.0,
             predicted_plain_goodput=choice.plain if chosen else 0.0,
+            drafted_at=by_position(zip(drafters, (len(p.draft.tokens) for p in drawing), strict=True)),
+            accepted_at=by_position(zip(drafters, (verdict.accepted for verdict in verdicts), strict=True)),
+            step_tokens=step_tokens,
             preemptions=plan.preemptions,
             prefix_queried_tokens=sum(len(sequence.request.prompt_ids) for sequence in plan.admitted),
             prefix_hit_tokens=sum(sequence.cached_prompt_tokens for sequence in plan.admitted),
@@ -259,12 +270,20 @@ class EngineCore:
             blocks_used=pool.used,
             blocks_cached=pool.cached,
             seconds=seconds,
+            memory=self._memory.read_if_due(),
         )
 
 
 def _wants_prompt_logprobs(planned: PlannedSpan) -> bool:
     sequence = planned.sequence
     return sequence.params.prompt_logprobs is not None and len(sequence.prompt_logprobs) < sequence.prompt_len
+
+
+def _decodes(planned: PlannedSpan) -> bool:
+    """It was decoding before this step: the end of a prompt draws a token, too, and so does what a preempted sequence
+    computes once more."""
+    rows = planned.stop - planned.start
+    return planned.start >= planned.sequence.prompt_len and rows == len(planned.draft.tokens) + 1
 
 
 def _logit_rows(planned: PlannedSpan) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.request import Delta, EngineInfo, Request
+from engine.request import Delta, EngineInfo, RankMemory, Request
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
@@ -24,6 +24,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
 
     running: int
     waiting: int
+    sequences: int = 0
+    """Those that the step computed something of."""
     rows: int
     """Token rows that the target computed."""
     prompt_tokens: int
@@ -35,6 +37,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     drafted_at: dict[str, tuple[int, ...]] = {}
     """Of `drafted` and `accepted`, by position in the draft, the first position first."""
     accepted_at: dict[str, tuple[int, ...]] = {}
+    step_tokens: dict[str, tuple[int, ...]] = {}
+    """For each sequence that decoded, the tokens that were added to it; by who drafted for it, "none" if nobody."""
     chosen: dict[str, int] = {}
     """Decoding sequences by the drafter that was chosen for them in this step; "none" for plain decoding."""
     predicted_goodput: float = 0.0
@@ -52,6 +56,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     """Not held, but kept for the prefix cache."""
     seconds: dict[str, float] = {}
     """By phase: plan, draft, forward, sample, commit."""
+    memory: tuple[RankMemory, ...] = ()
+    """Now and then, for every rank; () in other steps."""
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):

@@ -3,6 +3,7 @@ talks to it, is `engine.client`.
 
 `python -m engine.process` reads one line of JSON, a `Launch`, from its standard input, which its parent then holds open
 for as long as it lives: end of file there means that the parent has gone, however it went, and ends this process.
+Signals to stop do not: they are the parent's to act on.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from engine import logs
 from engine.config import EngineConfig
 from engine.errors import ParameterError, PilotfishError
+from engine.logs import Logs
 from engine.messages import Abort, Failed, FromEngine, Loading, Outputs, Ready, Shutdown, StepStats, Submit, ToEngine
 from engine.request import Delta, EngineInfo, Request
 
@@ -42,6 +45,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
 
     config: EngineConfig
     directory: str
+    logs: Logs = Logs()
 
     @property
     def to_engine(self) -> str:
@@ -80,10 +84,13 @@ def run(create_core: CreateCore) -> int:
 
     `create_core` is called once, after the watch on the parent has begun: imports that take their time belong into it.
     """
-    # Ctrl-C reaches every process of the terminal; it is the server's to drain and then to stop its engine.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches every process of the terminal, and a service manager's SIGTERM every process of the service. Both
+    # are the server's to hear, to drain, and then to stop its engine: by a Shutdown, or by closing standard input.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:
         launch = msgspec.json.decode(stdin.readline(), type=Launch)
+    logs.configure(launch.logs)
     threading.Thread(target=_end_with_parent, args=(launch.directory,), name="parent-watch", daemon=True).start()
     connection = _Connection(launch)
     try:
@@ -191,11 +198,11 @@ def _one_line(error: Exception) -> str:
 
 
 def _create_core(config: EngineConfig, progress: Progress) -> Core:
+    progress("importing torch", 0.0)
     from engine.core import EngineCore  # takes seconds, and the parent may die in them
 
     return EngineCore(config, progress)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s")
     sys.exit(run(_create_core))

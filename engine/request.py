@@ -80,6 +80,16 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     stats: RequestStats | None = None
 
 
+class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory of the engine process of one rank, in bytes."""
+
+    rank: int
+    resident: int
+    """Physical memory."""
+    gpu: int | None = None
+    """Allocated on its GPU; None without one."""
+
+
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine says of itself once its model is loaded."""
 
@@ -97,6 +107,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     kernels: str
     load_seconds: float
+    memory: tuple[RankMemory, ...] = ()
+    """Of each rank, once the model was loaded."""
 
 
 def check_request(request: Request, info: EngineInfo) -> None:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.routing import Route
 
 from engine.client import AsyncEngine
 from server import VERSION
@@ -17,13 +18,19 @@ from server.middleware import BodyLimit, RequestContext
 from server.routes import chat, completions, health, metrics, models, tokenization
 from server.service import Service
 from server.tokenizer import Tokenizer
+from server.tracing import Tracing
 
 
 def create_app(
-    engine: AsyncEngine, tokenizer: Tokenizer, config: ServerConfig, stats: Metrics, names: tuple[str, ...]
+    engine: AsyncEngine,
+    tokenizer: Tokenizer,
+    config: ServerConfig,
+    stats: Metrics,
+    names: tuple[str, ...],
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """An application that serves `engine`, which its caller has made with `on_stats=stats.step`, and has started: so it
-    can load while the rest is set up. `names`: what clients may call the model.
+    can load while the rest is set up. `names`: what clients may call the model. `tracing` is its caller's to close.
 
     It answers while the engine loads (see /ready). When it is shut down, it stops the engine.
     `app.state.service.gate` closes it to new requests, and knows when the last is done.
@@ -38,11 +45,14 @@ def create_app(
 
     app = FastAPI(title="Pilotfish", version=VERSION, lifespan=lifespan)
     app.state.service = Service(engine, tokenizer, config, stats, names)
-    for module in (completions, chat, models, tokenization, health, metrics):
-        app.include_router(module.router)
+    routers = [module.router for module in (completions, chat, models, tokenization, health, metrics)]
+    for router in routers:
+        app.include_router(router)
     install_handlers(app)
     # The last added is the outermost.
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
-    app.add_middleware(ApiKeys, keys=config.api_key)
-    app.add_middleware(RequestContext, metrics=stats)
+    app.add_middleware(ApiKeys, keys=config.keys())
+    every = [route for router in (app, *routers) for route in router.routes]
+    routes = frozenset(route.path for route in every if isinstance(route, Route) and "{" not in route.path)
+    app.add_middleware(RequestContext, metrics=stats, routes=routes, tracing=tracing)
     return app

@@ -26,6 +26,7 @@ class ApiKeys:
         refusal = self._refusal(Headers(scope=scope).get("authorization", ""))
         if refusal is None:
             return await self._app(scope, receive, send)
+        scope["state"]["error"] = refusal.code
         response = refusal.response
         response.headers["www-authenticate"] = "Bearer"
         await response(scope, receive, send)

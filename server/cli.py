@@ -4,21 +4,16 @@ commands are in `server.commands`."""
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelError, ParameterError
-from server import VERSION
+from server import VERSION, configuration
 from server.commands import bench, plan, train_draft, verify
 from server.config import ServerConfig
-from server.settings import add_flags, load, read_yaml
-
-API_KEY_VARIABLE = "PILOTFISH_API_KEY"
+from server.settings import add_flags
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,23 +33,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: dict[str, Any]) -> int:
-    engine_config, config = read_settings(options)
+    read = configuration.read(options)
+    if options["print_config"]:
+        print(configuration.as_yaml(read), end="")
+        return 0
     # Imported here: --help and mistakes need none of it.
     from server.console import Console
     from server.serve import configure_logging, serve
 
-    configure_logging(config.log_level)
-    return serve(engine_config, config, Console())
+    configure_logging(read.server)
+    return serve(read.engine, read.server, Console(as_log=read.server.log_format == "json"))
 
 
 def read_settings(options: dict[str, object]) -> tuple[EngineConfig, ServerConfig]:
-    """Both configs from the flags that were given, the environment and the file of `--config`. Raises ConfigError."""
-    path = options.get("config")
-    content = read_yaml(str(path), (EngineConfig, ServerConfig)) if path else {}
-    config = load(ServerConfig, content, options)
-    if key := os.environ.get(API_KEY_VARIABLE):
-        config = msgspec.structs.replace(config, api_key=(*config.api_key, key))
-    return load(EngineConfig, content, options).check(), config.check()
+    """Both configs: see `server.configuration.read`."""
+    read = configuration.read(options)
+    return read.engine, read.server
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,7 +65,15 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     serve.add_argument(
-        "--config", metavar="FILE", help="a YAML file with any of the settings below, by their names; flags win over it"
+        "--config",
+        metavar="FILE",
+        help="a YAML file with any of the settings below, by their names; variables (PILOTFISH_PORT for --port) win "
+        "over it, and flags over both",
+    )
+    serve.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the settings as they come out of file, variables and flags, without secrets, and do nothing else",
     )
     add_flags(serve, EngineConfig, "engine")
     add_flags(serve, ServerConfig, "server")

@@ -1,47 +1,59 @@
-"""What the terminal says while the server starts: a few lines, with progress where someone is watching."""
+"""What is said while the server starts and stops: a few lines for people, with progress where someone is watching; or
+the same as messages of the log, where that is for programs.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from typing import TextIO
 
+from engine.logs import fields
 from engine.request import EngineInfo
+
+logger = logging.getLogger("server.console")
 
 _QUIET_SECONDS = 2.0
 """Where progress cannot stay on its line, it gets a new one only so often."""
 
 
 class Console:
-    """Writes to the terminal; on one that can go back in a line, progress stays on its line."""
+    """Writes to standard error, or to `stream`; on a terminal, progress stays on its line. `as_log`: to the log."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, *, as_log: bool = False) -> None:
         self._stream = stream or sys.stderr
-        self._interactive = self._stream.isatty()
+        self._as_log = as_log
+        self._interactive = self._stream.isatty() and not as_log
         self._what = ""
         self._said = -1
-        self._began = self._last_line = time.monotonic()
+        self._began = self._phase_began = self._last_line = time.monotonic()
 
     def line(self, text: str = "") -> None:
         """A line of its own."""
         self._end_progress()
-        print(text, file=self._stream, flush=True)
-        self._last_line = time.monotonic()
+        self._say(text)
+
+    def error(self, text: str) -> None:
+        """A line that says what went wrong."""
+        self._end_progress()
+        self._say(text, logging.ERROR)
 
     def progress(self, what: str, share: float) -> None:
-        """`what` is done to a share of 0 to 1."""
+        """`what` is done to a share of 0 to 1; the share of something that cannot be measured stays 0."""
         percent = int(share * 100)
         if what != self._what:
             self._end_progress()
-            self._what, self._said = what, -1
+            self._what, self._said, self._phase_began = what, -1, time.monotonic()
             if not self._interactive:
-                self._indented(f"{what} ...")
+                self._say(f"  {what} ...")
         if self._interactive:
             if percent != self._said:
-                print(f"\r\x1b[K  {what}: {percent}%", end="", file=self._stream, flush=True)
+                shown = f": {percent}%" if percent else " ..."
+                print(f"\r\x1b[K  {what}{shown}", end="", file=self._stream, flush=True)
                 self._said = percent
-        elif percent < 100 and time.monotonic() - self._last_line > _QUIET_SECONDS:
-            self._indented(f"{what}: {percent}%")
+        elif 0 < percent < 100 and time.monotonic() - self._last_line > _QUIET_SECONDS:
+            self._say(f"  {what}: {percent}%", percent=percent)
 
     def ready(self, info: EngineInfo, url: str, name: str, needs_key: bool) -> None:
         """The server takes requests: where, and how to send the first."""
@@ -52,13 +64,22 @@ class Console:
         body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
         self.line(f"  {name}: {how}; {capacity}")
         self.line(f"Ready in {time.monotonic() - self._began:.1f} s: {url}/v1 (documentation at {url}/docs)")
-        self.line(f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+        if not self._as_log:
+            self.line(f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
 
-    def _indented(self, text: str) -> None:
-        print(f"  {text}", file=self._stream, flush=True)
+    def _say(self, text: str, level: int = logging.INFO, **own: object) -> None:
+        if self._as_log:
+            logger.log(level, "%s", text.strip(), extra=fields(**own))
+        else:
+            print(text, file=self._stream, flush=True)
         self._last_line = time.monotonic()
 
     def _end_progress(self) -> None:
-        if self._what and self._interactive:
+        """What was going on is done: how long it took stays to be read."""
+        if not self._what:
+            return
+        seconds = time.monotonic() - self._phase_began
+        if self._interactive:
             print("\r\x1b[K", end="", file=self._stream, flush=True)
+        self._say(f"  {self._what}: {seconds:.1f} s", seconds=round(seconds, 3))
         self._what = ""

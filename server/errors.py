@@ -85,10 +85,12 @@ def loading() -> ApiError:
     )
 
 
-def stopping() -> ApiError:
-    return ApiError(
-        503, "The server is stopping.", type=SERVER_ERROR, code="server_stopping", retry_after=STOPPING_RETRY_SECONDS
-    )
+def stopping(message: str = "The server is stopping.") -> ApiError:
+    return ApiError(503, message, type=SERVER_ERROR, code="server_stopping", retry_after=STOPPING_RETRY_SECONDS)
+
+
+def cut_short() -> ApiError:
+    return stopping("The server is stopping, and could not wait for this answer any longer: it is not complete.")
 
 
 def queue_full(in_flight: int, limit: int) -> ApiError:
@@ -136,6 +138,7 @@ def install_handlers(app: FastAPI) -> None:
 
     async def handle(request: Request, error: Exception) -> Response:
         api_error = as_api_error(error, request.state.request_id)
+        request.state.error = api_error.code
         if isinstance(error, HTTPException) and error.headers:
             response = api_error.response
             response.headers.update(error.headers)

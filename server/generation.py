@@ -14,8 +14,8 @@ from contextlib import aclosing
 from engine.client import AsyncEngine
 from engine.errors import EngineDeadError
 from engine.request import Delta, Request
-from server.errors import SERVER_ERROR, ApiError, stopping
-from server.metrics import Metrics, Outcome
+from server.errors import SERVER_ERROR, ApiError, cut_short
+from server.metrics import NO_DRAFTER, Metrics, Outcome
 from server.protocol.responses import Timings, Usage
 from server.text import AnswerText, Piece, TokenEntry
 
@@ -49,6 +49,8 @@ class Answer:
         self.prompt_index = prompt_index
         self.request = request
         self.finish_reason: str | None = None
+        self.outcome: Outcome | None = None
+        """How it ended; None before that."""
         self.cached_tokens = 0
         self.drafted: Counter[str] = Counter()
         """Drafted tokens by drafter, and which of them are in the answer."""
@@ -81,6 +83,11 @@ class Answer:
         after = self.tokens - self.first_tokens
         seconds = self.last_token - (self.first_token or 0.0)
         return after / seconds if after > 0 and seconds > 0 else None
+
+    @property
+    def drafter(self) -> str:
+        """Who drafted most of what was drafted for it, or "none"."""
+        return max(self.drafted, key=lambda name: self.drafted[name], default=NO_DRAFTER)
 
     def take(self, delta: Delta, metrics: Metrics) -> Piece:
         """What a delta adds to the text. The last piece, which a stop string can make this, has a finish_reason."""
@@ -138,7 +145,7 @@ async def follow(engine: AsyncEngine, answer: Answer, metrics: Metrics) -> Async
             async for delta in deltas:
                 if delta.finish_reason == "abort":
                     outcome = "abort"
-                    raise stopping()
+                    raise cut_short()
                 if delta.finish_reason == "error":
                     message = delta.error or "The engine could not finish this request."
                     raise ApiError(500, message, type=SERVER_ERROR, code="engine_error")
@@ -154,7 +161,15 @@ async def follow(engine: AsyncEngine, answer: Answer, metrics: Metrics) -> Async
         outcome = "abort"
         raise
     finally:
-        metrics.ended(outcome, time.monotonic() - answer.request.arrival, answer.decode_rate)
+        answer.outcome = outcome
+        metrics.ended(
+            outcome,
+            time.monotonic() - answer.request.arrival,
+            answer.decode_rate,
+            drafter=answer.drafter,
+            prompt_tokens=len(answer.request.prompt_ids),
+            tokens=answer.tokens,
+        )
     yield last
 
 
@@ -226,7 +241,7 @@ def timings(answers: Sequence[Answer]) -> Timings:
         "ttft_ms": None if first is None else _ms(first - arrival),
         "decode_ms": None if decode is None else _ms(decode),
         "tokens_per_second": round(after / decode, 3) if decode and after else None,
-        "drafter": max(drafted, key=lambda name: drafted[name], default="none"),
+        "drafter": max(drafted, key=lambda name: drafted[name], default=NO_DRAFTER),
         "drafted_tokens": drafted.total(),
         "accepted_tokens": accepted.total(),
         "drafters": {

@@ -16,22 +16,34 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError, as_api_error
 from server.metrics import Metrics
+from server.request_log import log_request
+from server.tracing import Tracing
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+CLIENT_GONE = 499
+"""The status of a request that nobody waits for any more, as nginx has it."""
+OTHER_ROUTE = "other"
+MODELS_PATH = "/v1/models"
+MODEL_ROUTE = f"{MODELS_PATH}/{{id}}"
 GENERATION_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 
 
 class RequestContext:
     """The outermost: gives each request an id (the client's own x-request-id, if it is sane), which every response
-    carries, and a time of arrival; answers 500 where a route raised what nobody expected; counts refusals.
+    carries, and a time of arrival; answers 500 where a route raised what nobody expected; counts, logs and traces what
+    was answered. `routes` are the paths that there are.
 
-    `scope["state"]` has `request_id`, `arrival` (time.monotonic() seconds) and `admitted`
-    (given to the engine, set by the route).
+    `scope["state"]` has `request_id`, `arrival` (time.monotonic() seconds) and `admitted` (given to the engine, set by
+    `Service.note` with what else is to be told of a request); `error`, a code, where one was the answer.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, routes: frozenset[str] = frozenset(), tracing: Tracing | None = None
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._routes = routes
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,11 +63,28 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
-            response = as_api_error(error, request_id).response
+            api_error = as_api_error(error, request_id)
+            state["error"] = api_error.code
             if status == 0:
-                await response(scope, receive, send_with_id)
+                await api_error.response(scope, receive, send_with_id)
+        finally:
+            self._ended(scope, status or CLIENT_GONE)
+
+    def _ended(self, scope: Scope, status: int) -> None:
+        state, route, now = scope["state"], self._route(scope["path"]), time.monotonic()
         if status >= 400 and not state["admitted"] and scope["path"] in GENERATION_PATHS:
             self._metrics.refused()
+        self._metrics.responded(route, status)
+        trace_id = None
+        if self._tracing is not None:
+            trace_id = self._tracing.record(scope, route, status, state["arrival"], now)
+        log_request(scope, status, now - state["arrival"], trace_id)
+
+    def _route(self, path: str) -> str:
+        """The route's own path: a client's must not become a label."""
+        if path in self._routes:
+            return path
+        return MODEL_ROUTE if path.startswith(f"{MODELS_PATH}/") else OTHER_ROUTE
 
 
 class BodyLimit:
@@ -70,6 +99,7 @@ class BodyLimit:
             return await self._app(scope, receive, send)
         length = Headers(scope=scope).get("content-length", "")
         if length.isdigit() and int(length) > self._limit:
+            scope["state"]["error"] = self._refusal().code
             return await self._refusal().response(scope, receive, send)
         received = 0
 

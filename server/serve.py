@@ -7,24 +7,27 @@ import contextlib
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
 
+from engine import logs
 from engine.client import AsyncEngine
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineDeadError
+from engine.logs import Logs
 from engine.speculation.sources import check_speculation, find
 from engine.weights.catalog import ModelFiles, resolve
 from server import VERSION
 from server.admission import Gate
 from server.app import create_app
-from server.auth import OPEN_PATHS
 from server.config import ServerConfig
 from server.console import Console
 from server.metrics import Metrics
 from server.tokenizer import Tokenizer, load_tokenizer
+from server.tracing import Tracing, open_tracing
 
 KEEP_ALIVE_SECONDS = 75
 CLOSE_SECONDS = 5
@@ -34,7 +37,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def serve(engine_config: EngineConfig, config: ServerConfig, console: Console) -> int:
-    """Serve until SIGTERM or Ctrl-C; returns the process's exit status: 0, or 1 if the engine could not start.
+    """Serve until SIGTERM or Ctrl-C; returns the process's exit status: 0 after a drain, 1 if the engine could not
+    start, 128 and the signal's number if a second signal cut the drain short.
 
     Raises ConfigError or ModelError for what is wrong with the settings or the model's files, before anything is
     started.
@@ -44,11 +48,12 @@ def serve(engine_config: EngineConfig, config: ServerConfig, console: Console) -
     console.line(f"Pilotfish {VERSION}")
     template = _read_template(config.chat_template)
     weights = engine_config.load_format != "dummy"
+    tracing = open_tracing(config.otlp_endpoint)
     with _bound(config) as listener:
         files = resolve(engine_config.model, console.progress, weights)
         check_speculation(engine_config.speculation, find(engine_config.drafter, files.name, console.progress))
         names = config.served_model_name or (files.name,)
-        running = _Running(engine_config, config, console, files, names, template)
+        running = _Running(engine_config, config, console, files, names, template, tracing)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(running.run(listener))
 
@@ -72,31 +77,39 @@ class _Running:
         files: ModelFiles,
         names: tuple[str, ...],
         chat_template: str | None,
+        tracing: Tracing | None,
     ) -> None:
         self._config = config
         self._console = console
         self._files = files
         self._names = names
         self._chat_template = chat_template
+        self._tracing = tracing
         self._metrics = Metrics()
-        self._engine = AsyncEngine(engine_config, on_stats=self._metrics.step, on_loading=console.progress)
+        self._engine = AsyncEngine(
+            engine_config, on_stats=self._metrics.step, on_loading=console.progress, logs=logs_of(config)
+        )
         self._server: _Server | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._gate: Gate | None = None
         self._asked = asyncio.Event()
+        self._forced = False
         self._status = 0
 
     async def run(self, listener: socket.socket) -> int:
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
-            loop.add_signal_handler(number, self._on_signal)
+            loop.add_signal_handler(number, self._on_signal, number)
         try:
+            self._console.progress("starting the engine", 0.0)
             await self._engine.start()  # it loads while the tokenizer does
             tokenizer = await asyncio.to_thread(self._load_tokenizer)
             if not self._asked.is_set():
                 await self._serve(tokenizer, listener)
         finally:
             await self._engine.stop()
+            if self._tracing is not None and not self._forced:
+                await asyncio.to_thread(self._tracing.close)
         return self._status
 
     def _load_tokenizer(self) -> Tokenizer:
@@ -106,12 +119,12 @@ class _Running:
         return tokenizer
 
     async def _serve(self, tokenizer: Tokenizer, listener: socket.socket) -> None:
-        app = create_app(self._engine, tokenizer, self._config, self._metrics, self._names)
+        app = create_app(self._engine, tokenizer, self._config, self._metrics, self._names, self._tracing)
         self._gate = app.state.service.gate
         settings = uvicorn.Config(
             app,
             log_config=None,
-            access_log=self._config.log_level in ("debug", "info"),
+            access_log=False,  # server.request_log has more to say
             ws="none",
             lifespan="on",
             server_header=False,
@@ -137,19 +150,28 @@ class _Running:
             info = await self._engine.wait_ready()
         except EngineDeadError as error:
             if not self._asked.is_set():
-                self._console.line(f"pilotfish: the engine could not start: {error}")
+                self._console.error(f"pilotfish: the engine could not start: {error}")
                 self._status = 1
                 assert self._server is not None
                 self._server.should_exit = True
             return
         self._metrics.ready(info)
-        self._console.ready(info, url, self._names[0], bool(self._config.api_key))
+        self._console.ready(info, url, self._names[0], bool(self._config.api_key or self._config.api_key_file))
 
-    def _on_signal(self) -> None:
+    def _on_signal(self, number: int) -> None:
         """The first signal asks for a graceful end, the second for one at once."""
-        if self._asked.is_set() and self._server is not None:
+        if self._gate is not None:
+            self._gate.close()  # from here on /ready and new requests are answered with 503
+        if not self._asked.is_set():
+            self._asked.set()
+            return
+        self._console.line("Stopping now")
+        self._forced = True
+        self._status = 128 + number
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off has nothing to say that helps
+        self._engine.kill()
+        if self._server is not None:
             self._server.should_exit = self._server.force_exit = True
-        self._asked.set()
 
     async def _drain_when_asked(self) -> None:
         """Take no more requests, let those that run finish, then let uvicorn end."""
@@ -157,6 +179,7 @@ class _Running:
         assert self._gate is not None
         assert self._server is not None
         self._gate.close()
+        began = time.monotonic()
         if self._gate.in_flight:
             allowed = self._config.drain_timeout
             self._console.line(
@@ -167,6 +190,8 @@ class _Running:
         if not await self._gate.wait_idle(self._config.drain_timeout):
             self._console.line(f"Aborting {self._gate.in_flight} answers")
             await self._engine.stop()  # they end with an error
+        elif not self._forced:
+            self._console.line(f"All answers are finished, after {time.monotonic() - began:.1f} s")
         self._server.should_exit = True
 
 
@@ -202,18 +227,13 @@ def _read_template(path: str | None) -> str | None:
         raise ConfigError(f"cannot read the chat template in {path}: {error}") from error
 
 
-def _not_a_probe(record: logging.LogRecord) -> bool:
-    """Whether a line of the access log is worth its place: probes that went well come every few seconds."""
-    match record.args:
-        case (_, _, str(path), _, int(status)):
-            return path not in OPEN_PATHS or status >= 500
-    return True
+def logs_of(config: ServerConfig) -> Logs:
+    """How this process and the engine's log."""
+    return Logs(format=config.log_format, level=config.log_level)
 
 
-def configure_logging(level: str) -> None:
-    """One line for each message, to standard error; uvicorn says what it does only if something is wrong with it."""
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, logging.getLogger().level))
-    logging.getLogger("uvicorn.access").addFilter(_not_a_probe)
-    for name in ("httpx", "huggingface_hub", "asyncio"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+def configure_logging(config: ServerConfig) -> None:
+    """One line for each message, to standard error; libraries say what they do only if something is wrong with it."""
+    logs.configure(logs_of(config))
+    for name in ("uvicorn.error", "httpx", "huggingface_hub", "asyncio", "opentelemetry", "urllib3"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
@@ -17,8 +18,10 @@ from server import VERSION
 from server.admission import Gate
 from server.config import ServerConfig
 from server.errors import ApiError, bad_parameter, engine_dead, loading, model_not_found, stopping
+from server.generation import Answer
 from server.metrics import Metrics
 from server.protocol.chat import Message
+from server.protocol.common import GenerationRequest
 from server.text import Vocabulary
 from server.tokenizer import Tokenizer
 
@@ -80,6 +83,16 @@ class Service:
     def admit(self, count: int, info: EngineInfo, param: str) -> AbstractContextManager[None]:
         """Let `count` sequences in (see `Gate.admit`)."""
         return self.gate.admit(count, info.max_num_seqs + self.config.max_queue, param)
+
+    def note(self, request: Request, identity: str, body: GenerationRequest, answers: Sequence[Answer]) -> None:
+        """A request is given to the engine: tell those who log, trace and count it."""
+        state = request.state
+        state.admitted = True
+        state.id, state.answers, state.body = identity, answers, body
+        state.model, state.stream = body.model, bool(body.stream)
+        if self.config.log_prompts:
+            prompts = {answer.prompt_index: answer.request.prompt_ids for answer in answers}.values()
+            state.prompts = [self.tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts]
 
     async def encode(self, text: str, param: str, add_special_tokens: bool) -> tuple[int, ...]:
         """Token ids of a text that the client sent as `param`."""

@@ -1,7 +1,7 @@
-"""Settings from two places, by one schema: the config structs' own fields become flags, and check a YAML file.
+"""Settings by one schema: the config structs' own fields become flags, and check what other places say of them.
 
-Flags win over the file, the file over the defaults. Which settings there are is
-said by `engine.config` and `server.config` alone.
+Which settings there are is said by `engine.config` and `server.config` alone; where `pilotfish serve` finds them, and
+who wins, by `server.configuration`.
 """
 
 from __future__ import annotations

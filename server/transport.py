@@ -55,17 +55,19 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._admission, suppress(ClientGoneError):
-            await until_disconnect(receive, self._write(send, scope["state"]["request_id"]))
+            await until_disconnect(receive, self._write(send, scope["state"]))
 
-    async def _write(self, send: Send, request_id: str) -> None:
+    async def _write(self, send: Send, state: dict[str, Any]) -> None:
         async with aclosing(self._events) as events:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
                 async for event in events:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
             except Exception as error:
-                body = as_api_error(error, request_id).body
-                await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": True})
+                api_error = as_api_error(error, state["request_id"])
+                state["error"] = api_error.code
+                event = b"data: " + api_error.body + b"\n\n"
+                await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
 
 

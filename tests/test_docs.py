@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from pathlib import Path
+from typing import Any, get_args
 
 import msgspec
 import pytest
 from fastapi.routing import APIRoute
 
 from engine.config import EngineConfig
-from engine.request import EngineInfo
-from server import routes
+from engine.messages import StepStats
+from engine.request import EngineInfo, RankMemory
+from server import request_log, routes
 from server.cli import read_settings
 from server.config import ServerConfig
-from server.metrics import PHASES, Metrics
+from server.metrics import PHASES, POSITIONS, Metrics, Outcome
 from server.protocol.chat import ChatRequest
 from server.protocol.completions import CompletionRequest
 from server.protocol.responses import Timings
@@ -37,17 +40,30 @@ def code(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
-def test_every_metric_is_documented() -> None:
+def used_metrics() -> Metrics:
+    """Metrics after one of everything, so that all labels show."""
     metrics = Metrics()
-    info = dict.fromkeys(("model", "dtype", "device", "kernels"), "")
+    named = dict.fromkeys(("model", "dtype", "device", "kernels"), "")
     numbers = dict.fromkeys(("vocab_size", "max_model_len", "num_blocks", "block_size", "max_num_seqs"), 1)
     drafters = {"drafters": ("ngram",), "default_drafter": "ngram"}
-    metrics.ready(EngineInfo(**info, **numbers, **drafters, eos_token_ids=(), load_seconds=0.0))
+    memory = (RankMemory(rank=0, resident=1, gpu=1),)
+    metrics.ready(EngineInfo(**named, **numbers, **drafters, eos_token_ids=(), load_seconds=0.0, memory=memory))
+    counts = dict.fromkeys(("running", "waiting", "rows", "prompt_tokens", "generated_tokens"), 1)
+    blocks = dict.fromkeys(("blocks_total", "blocks_used", "blocks_cached"), 1)
+    drafted: dict[str, Any] = {"drafted": {"ngram": 1}, "accepted": {"ngram": 1}}
+    drafted |= {"drafted_at": {"ngram": (1,)}, "accepted_at": {"ngram": (1,)}}
+    metrics.step(StepStats(**counts, **blocks, **drafted))
+    metrics.responded("/v1/models", 200)
+    return metrics
+
+
+def test_every_metric_is_documented() -> None:
     known = {}
-    for family in metrics.registry.collect():
+    for family in used_metrics().registry.collect():
         if family.name.startswith("pilotfish_"):
             name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
             labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+            assert labels or family.samples, f"{name} has no samples, so its labels are not known"
             known[name] = (family.type, labels)
     documented = {
         name[0]: (cells[1], set(code(cells[2])))
@@ -55,8 +71,39 @@ def test_every_metric_is_documented() -> None:
         if (name := code(cells[0])) and len(cells) == 5
     }
     assert documented == known
-    (phases,) = (cells[4] for cells in rows("metrics.md") if "step_phase" in cells[0])
-    assert set(code(phases)) == set(PHASES)
+
+
+def test_values_of_labels_are_documented() -> None:
+    meanings = {name[0]: set(code(cells[-1])) for cells in rows("metrics.md") if (name := code(cells[0]))}
+    assert set(PHASES) == meanings["pilotfish_step_phase_seconds"]
+    assert set(get_args(Outcome)) == meanings["pilotfish_requests_total"]
+    assert {"1", str(POSITIONS), f"{POSITIONS + 1}+"} == meanings["pilotfish_position_drafted_tokens_total"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_metrics_that_are_named_exist(page: Path) -> None:
+    known = {sample.name for family in used_metrics().registry.collect() for sample in family.samples}
+    known |= {family.name for family in used_metrics().registry.collect()}
+    for name in re.findall(r"\bpilotfish_[a-z_]+[a-z]", page.read_text()):
+        assert name in known, name
+
+
+def test_fields_of_a_requests_line_in_the_log_are_documented() -> None:
+    documented = {name for cells in rows("operations.md") for name in code(cells[0])}
+    source = inspect.getsource(request_log)
+    named = set(re.findall(r'^ {8}"([a-z_]+)":|^ {8}([a-z_]+)=', source, re.MULTILINE))
+    names = {first or second for first, second in named}
+    assert {"request_id", "ttft_ms", "prompts"} <= names
+    assert names <= documented
+
+
+def test_units_of_metrics_are_in_their_names() -> None:
+    units = {"seconds", "bytes", "tokens", "tokens per second", "blocks", "sequences", "rows"}
+    for cells in rows("metrics.md"):
+        if len(cells) == 5 and code(cells[0]) and cells[3]:
+            assert cells[3] in units
+            words = code(cells[0])[0].split("_")
+            assert set(cells[3].split()) <= set(words), cells[0]
 
 
 def flags(setting: Setting) -> list[str]:

@@ -59,7 +59,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, service: S
         admission.enter_context(service.admit(body.choices, info, "n"))
         answers = await _answers(service, info, body, identity, request.state.arrival)
         reply = _Reply(service, body, answers, identity, int(time.time()), service.fingerprint(info))
-        request.state.admitted = True
+        service.note(request, identity, body, answers)
         if body.stream:
             return EventStream(_events(reply), admission.pop_all())
         try:

@@ -63,7 +63,7 @@ async def create_completion(body: CompletionRequest, request: Request, service: 
             name = identity if len(body.prompt) == 1 else f"{identity}-{i}"
             answers += await _answers(service, info, body, name, i, prompt, request.state.arrival)
         reply = _Reply(service, body, answers, head)
-        request.state.admitted = True
+        service.note(request, identity, body, answers)
         if body.stream:
             return EventStream(_events(reply), admission.pop_all())
         try:

@@ -15,4 +15,6 @@ router = APIRouter()
 async def metrics(service: ServiceDependency) -> Response:
     if service.engine.state == "dead":
         service.metrics.engine_gone()
+    elif service.engine.state == "stopping" or service.gate.closed:
+        service.metrics.engine_stopping()
     return Response(service.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})

@@ -313,7 +313,7 @@ async def test_a_finished_or_unstarted_generator_aborts_nothing(
 # Dying
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM], ids=lambda sent: sent.name)
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGHUP], ids=lambda sent: sent.name)
 async def test_a_process_killed_in_mid_request_ends_every_request(
     engine: AsyncEngine, folders: Callable[[], list[Path]], sent: signal.Signals
 ) -> None:
@@ -368,8 +368,9 @@ async def test_an_exit_without_a_word_is_told_by_its_code(engine: AsyncEngine) -
         await asyncio.wait_for(collect(engine, request(first=EXIT)), 5)
 
 
-async def test_ctrl_c_does_not_end_the_engine(engine: AsyncEngine) -> None:
-    process_of(engine).send_signal(signal.SIGINT)
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
+async def test_a_signal_to_stop_is_the_servers_to_act_on(engine: AsyncEngine, sent: signal.Signals) -> None:
+    process_of(engine).send_signal(sent)
     assert tokens(await collect(engine, request(max_tokens=50))) == list(range(50))
 
 
@@ -460,11 +461,23 @@ async def test_stop_of_a_process_that_does_not_listen(engine: AsyncEngine, monke
     monkeypatch.setattr("engine.client.STOP_SECONDS", 0.2)
     task = asyncio.create_task(collect(engine, request(max_tokens=ENDLESS)))
     await until(lambda: engine.in_flight == 1)
-    process_of(engine).suspend()  # neither Shutdown nor SIGTERM reaches it
+    process_of(engine).suspend()  # neither Shutdown nor the end of its standard input reaches it
     await asyncio.wait_for(engine.stop(), 2)
     with pytest.raises(EngineDeadError, match="stopped"):
         await task
     assert engine.pid is None
+
+
+async def test_a_kill_does_not_wait_for_a_step(engine: AsyncEngine) -> None:
+    task = asyncio.create_task(collect(engine, request(max_tokens=ENDLESS)))
+    await until(lambda: engine.in_flight == 1)
+    process = process_of(engine)
+    process.suspend()
+    engine.kill()
+    await asyncio.wait_for(engine.stop(), 2)
+    with pytest.raises(EngineDeadError, match="stopped"):
+        await task
+    assert gone(process)
 
 
 async def test_stop_before_start(make: Make) -> None:
@@ -492,9 +505,8 @@ async def test_a_real_engine_says_what_the_engine_in_this_process_says(tiny_llam
     engine = AsyncEngine(config, on_stats=steps.append)
     await engine.start()
     try:
-        assert msgspec.structs.replace(await engine.wait_ready(), load_seconds=0) == msgspec.structs.replace(
-            info, load_seconds=0
-        )
+        said, own = await engine.wait_ready(), {"load_seconds": 0, "memory": ()}
+        assert msgspec.structs.replace(said, **own) == msgspec.structs.replace(info, **own)
         endless = msgspec.structs.replace(params, max_tokens=1900)
         left = engine.generate(Request(id="left", prompt_ids=(1, 2, 3), params=endless))
         await anext(left)

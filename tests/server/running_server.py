@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import httpx
 import openai
 import psutil
 
-READY_SECONDS = 60
+READY_SECONDS = 180
 
 MODEL = "llama"
 """What a server of the folder of the fixture tiny_llama calls its model."""
@@ -26,9 +26,12 @@ FIXED: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "seed": 5, "extra_bod
 
 
 class RunningServer:
-    """`flags` are those of `pilotfish serve`; what the process says is in `log`."""
+    """`flags` are those of `pilotfish serve`; what the process says is in `log`. `variables` are added to the
+    environment. `own_group`: it leads a process group, which `signal_group` reaches."""
 
-    def __init__(self, log: Path, *flags: str) -> None:
+    def __init__(
+        self, log: Path, *flags: str, variables: Mapping[str, str] | None = None, own_group: bool = False
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -36,7 +39,13 @@ class RunningServer:
         self.log = log
         command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), *flags]
         with log.open("wb") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ)
+            self.process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, **(variables or {})},
+                start_new_session=own_group,
+            )
         self.http = httpx.Client(base_url=self.url, timeout=60)
 
     def client(self, **options: Any) -> openai.OpenAI:
@@ -58,7 +67,7 @@ class RunningServer:
         while not condition():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.01)
+            time.sleep(0.02)
 
     def wait_for(self, path: str, status: int) -> None:
         """Until a GET is answered with this status."""
@@ -76,6 +85,10 @@ class RunningServer:
         """The engine's process."""
         (child,) = psutil.Process(self.process.pid).children()
         return child
+
+    def signal_group(self, number: int) -> None:
+        """As a service manager or a terminal does: to the server and its engine alike."""
+        os.killpg(self.process.pid, number)
 
     def stop(self) -> None:
         self.http.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from typing import Any
 
 import httpx
@@ -72,6 +74,43 @@ def test_metrics_tell_of_what_was_done(server: RunningServer, client: openai.Ope
     for phase in ("plan", "draft", "forward", "sample", "commit"):
         name = f'pilotfish_step_phase_seconds_count{{phase="{phase}"}}'
         assert server.metric(name) == server.metric("pilotfish_engine_steps_total")
+
+
+def test_memory_of_the_engine_is_told_before_any_request_is_there(server: RunningServer) -> None:
+    told = server.metric('pilotfish_rank_memory_bytes{kind="resident",rank="0"}')
+    assert told == pytest.approx(server.engine.memory_info().rss, rel=0.5)
+    assert server.metric("pilotfish_engine_up") == 1
+
+
+def test_a_scrape_does_not_wait_for_the_engine(server: RunningServer) -> None:
+    body = {"model": MODEL, "prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    engine = server.engine
+    with httpx.Client(base_url=server.url) as other, other.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        engine.suspend()
+        try:
+            began = time.monotonic()
+            for _ in range(5):
+                assert server.metric("pilotfish_engine_steps_total") > 0
+            assert time.monotonic() - began < 2
+        finally:
+            engine.resume()
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
+def test_no_clients_string_becomes_a_label(server: RunningServer, client: openai.OpenAI) -> None:
+    odd = "odd-string-of-a-client"
+    for path in (f"/{odd}", f"/v1/models/{odd}", f"/v1/{odd}/completions"):
+        assert server.http.get(path).status_code == 404
+    for wrong in ({"model": odd}, {"extra_body": {"speculation": odd}}, {"user": odd, "max_tokens": 1}):
+        with contextlib.suppress(openai.APIStatusError):
+            client.completions.create(**{"model": MODEL, "prompt": odd} | wrong, extra_headers={"x-request-id": odd})
+    text = server.http.get("/metrics").text
+    assert odd not in text
+    assert 'pilotfish_http_requests_total{route="/v1/models/{id}",status="404"} 1.0' in text
+    assert 'pilotfish_http_requests_total{route="other",status="404"}' in text
+    assert 'pilotfish_http_requests_total{route="/v1/completions",status="200"}' in text
 
 
 def test_the_api_process_holds_no_torch(server: RunningServer) -> None:

@@ -12,6 +12,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from server import cli
 from server.config import ServerConfig
+from server.configuration import API_KEY_VARIABLE
 from server.settings import parse_size, settings_of
 
 
@@ -30,12 +31,12 @@ def yaml_file(tmp_path: Path) -> Path:
 
 
 def test_nothing_given_is_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(cli.API_KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
     assert read() == (EngineConfig(), ServerConfig())
 
 
 def test_every_field_has_a_flag_and_its_default_is_the_fields(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(cli.API_KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
     help_text = subprocess.run(
         [sys.executable, "-m", "server.cli", "serve", "--help"], capture_output=True, text=True, check=True
     ).stdout
@@ -55,7 +56,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_defaults(yaml_file: Path)
 
 
 def test_keys_come_from_flags_and_the_environment(yaml_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cli.API_KEY_VARIABLE, "third")
+    monkeypatch.setenv(API_KEY_VARIABLE, "third")
     assert read("--api-key", "first", "--api-key", "second")[1].api_key == ("first", "second", "third")
     assert read("--config", str(yaml_file))[1].api_key == ("secret", "third")
 

@@ -1,0 +1,65 @@
+"""Whether requests are traced, and where to. The spans themselves are made in `server.spans`, which needs the extra
+pilotfish[otel]; this module does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from starlette.types import Scope
+
+from engine.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_TRACES_PATH = "/v1/traces"
+
+
+class Tracing(Protocol):
+    def record(self, scope: Scope, route: str, status: int, began: float, ended: float) -> str | None:
+        """A request has been answered; `began` and `ended` are time.monotonic() seconds. Returns the id of its trace,
+        None if it is not sampled."""
+        ...
+
+    def close(self) -> None:
+        """Send what has not been sent; takes a few seconds at most."""
+        ...
+
+
+def open_tracing(endpoint: str | None) -> Tracing | None:
+    """Tracing to an OTLP receiver: `endpoint`, or what OpenTelemetry's own variables name; None if neither does.
+
+    Raises ConfigError for an endpoint that is no URL, or where the extra is not installed (a variable alone, which may
+    be there for other programs, is then only warned of).
+    """
+    named = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none":
+        return None
+    if endpoint is None and named is None:
+        return None
+    url = None if endpoint is None else traces_url(endpoint)
+    try:
+        from server.spans import SpanTracing
+    except ImportError as error:
+        message = f"OpenTelemetry is not installed ({error}): pip install 'pilotfish[otel]'"
+        if endpoint is not None:
+            raise ConfigError(f"otlp_endpoint is set, but {message}") from error
+        logger.warning("%s is set, but nothing is traced: %s", named, message)
+        return None
+    return SpanTracing(url)
+
+
+def traces_url(endpoint: str) -> str:
+    """Where spans go, from an OTLP receiver's address as OTEL_EXPORTER_OTLP_ENDPOINT has it. Raises ConfigError."""
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ConfigError(
+            f"otlp_endpoint is {endpoint!r}, but must be the URL of an OTLP receiver over HTTP, "
+            "such as http://127.0.0.1:4318"
+        )
+    base = endpoint.rstrip("/")
+    return base if base.endswith(_TRACES_PATH) else base + _TRACES_PATH
