@@ -124,15 +124,15 @@ def _why_not_native(device: torch.device, dtype: torch.dtype, model: ModelConfig
     return None
 
 
-def _check_draft(platform: Platform, name: str, model: ModelConfig, config: EngineConfig) -> None:
+def check_draft(platform: Platform, name: str, model: ModelConfig, config: EngineConfig) -> None:
     """Raise ConfigError where a draft cannot compute as the target does."""
     reason = why_not(platform.attention.name, replace(platform.needs, head_dim=model.head_dim))
     if reason:
-        raise ConfigError(f"draft_model {name!r}: {reason}; attention_backend names another one for both models")
+        raise ConfigError(f"drafter {name!r}: {reason}; attention_backend names another one for both models")
     if platform.kernels.name == "native":
         reason = _why_not_native(platform.device, platform.dtype, model, config)
         if reason:
-            raise ConfigError(f"draft_model {name!r}: {reason}; kernels 'torch' serves both models")
+            raise ConfigError(f"drafter {name!r}: {reason}; kernels 'torch' serves both models")
 
 
 def _computes_in_fp8(config: EngineConfig, model: ModelConfig, capability: tuple[int, int] | None) -> bool:
@@ -167,7 +167,7 @@ def load_model(
     if platform is None:
         platform = choose_platform(config, shape)
     else:
-        _check_draft(platform, name, shape, config)
+        check_draft(platform, name, shape, config)
     device, dtype = platform.device, platform.dtype
     fp8 = _computes_in_fp8(config, shape, platform.needs.capability)
     if shape.fp8 is not None and not fp8 and not dummy:

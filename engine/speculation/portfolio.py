@@ -16,7 +16,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.execution.loader import Platform, Progress, load_model
+from engine.execution.loader import Platform, Progress, check_draft, load_model
 from engine.execution.runner import ModelRunner
 from engine.layers.attention.interface import LayerCache
 from engine.memory.block_pool import BlockPool
@@ -68,14 +68,15 @@ def load_draft(
     if source.files is None:
         return None
     if kind_of(source.files) == "eagle3":
-        return LoadedDraft(source.name, _load_eagle3(source.name, source.files, target, platform))
+        return LoadedDraft(source.name, _load_eagle3(source.name, source.files, target, platform, config))
     model, _, _ = load_model(str(source.files.path), platform, config, target.config.max_position, progress)
     _check_vocabulary(source.name, model.config.vocab_size, target.config)
     return LoadedDraft(source.name, model)
 
 
-def _load_eagle3(name: str, files: ModelFiles, target: Model, platform: Platform) -> Eagle3Model:
+def _load_eagle3(name: str, files: ModelFiles, target: Model, platform: Platform, config: EngineConfig) -> Eagle3Model:
     shape = eagle3.read_config(files.path)
+    check_draft(platform, name, shape.decoder, config)
     _check_vocabulary(name, shape.decoder.vocab_size, target.config)
     if shape.target_hidden_size != target.config.hidden_size:
         raise ConfigError(

@@ -79,7 +79,7 @@ def test_drafts_do_not_change_the_text(tiny: Tiny, flash_attn, kind: str, backen
 def test_a_draft_model_over_flash_attn(tiny: Tiny, flash_attn) -> None:
     flash_attn((8, 0))
     target, draft = tiny("llama"), str(tiny("llama-tied"))
-    settings = {"speculation": "draft-model", "draft_model": draft}
+    settings = {"speculation": "draft-model", "drafter": (f"draft-model={draft}",)}
     assert texts(target, **settings) == texts(target, speculation="none")
 
 
@@ -145,8 +145,8 @@ def test_native_and_torch_can_be_mixed(tiny: Tiny) -> None:
 def test_a_draft_that_the_backend_cannot_compute_is_refused(tmp_path: Path, tiny: Tiny, flash_attn) -> None:
     flash_attn((10, 0))
     wide = make_tiny("qwen3", tmp_path / "wide", head_dim=160)
-    with pytest.raises(ConfigError, match=r"draft_model .*wide.*: .* head_dim of 8 to 128, or 256, .* is 160"):
-        LLM(model=str(tiny("llama")), draft_model=str(wide), dtype="bfloat16", device="cpu")
+    with pytest.raises(ConfigError, match=r"drafter .*wide.*: .* head_dim of 8 to 128, or 256, .* is 160"):
+        LLM(model=str(tiny("llama")), drafter=(str(wide),), dtype="bfloat16", device="cpu")
 
 
 def dummy_of(tiny: Tiny, kind: str, target: Path) -> Path:
