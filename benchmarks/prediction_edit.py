@@ -74,9 +74,8 @@ def main() -> None:
                 raise SystemExit("the texts differ")
         ratios.append(plain_seconds / predicted_seconds)
         print(f"round {number + 1}: {ratios[-1]:.2f} times plain decoding")
-    print(
-        f"{len(requests)} answers, one word in {args.every} changed: {statistics.median(ratios):.2f} times plain decoding"
-    )
+    middle = statistics.median(ratios)
+    print(f"{len(requests)} answers, one word in {args.every} changed: {middle:.2f} times plain decoding")
 
 
 if __name__ == "__main__":
