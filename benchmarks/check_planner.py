@@ -28,7 +28,7 @@ from engine.llm import LLM
 from engine.planner.devices import Device
 from engine.planner.load import Job, play
 from engine.planner.models import PlannedModel, read_shape
-from engine.planner.roofline import draft_seconds, step_seconds
+from engine.planner.roofline import draft_seconds, pass_seconds, step_seconds
 from engine.sampling.params import SamplingParams
 from engine.weights.catalog import resolve
 from server.commands.flags import positives
@@ -72,6 +72,10 @@ class Bench:
             return step
 
         total = play(jobs, load, MAX_BATCH_TOKENS, seconds, drafted, tokens)
+        if measured.arm == DRAFT:  # the draft reads the prompts, too, as many rows at a time
+            together = min(load, max(1, MAX_BATCH_TOKENS // max(job.prompt for job in jobs)))
+            reading = [pass_seconds(self.model, device, 1, together * j.prompt, together, j.prompt, 0) for j in jobs]
+            total += sum(step.total for step in reading) / together
         return sum(job.output for job in jobs) / total
 
 
