@@ -283,7 +283,8 @@ class _Speculation:
         )
         self._plain = make.counter(
             "decode_plain_estimated_seconds",
-            "An estimate: what those tokens would have taken without drafts, by the controller's prediction.",
+            "An estimate: what those tokens would have taken without drafts, by the controller's prediction; of steps "
+            "without drafts, what they took.",
         )
 
     def begin(self, drafters: Iterable[str]) -> None:
@@ -324,10 +325,14 @@ class _Speculation:
         if stats.predicted_goodput <= 0 or stats.predicted_plain_goodput <= 0:
             return
         tokens = sum(map(sum, stats.step_tokens.values()))
+        seconds = sum(stats.seconds.values())
         self._tokens.inc(tokens)
-        self._seconds.inc(sum(stats.seconds.values()))
+        self._seconds.inc(seconds)
         self._predicted.inc(tokens / stats.predicted_goodput)
-        self._plain.inc(tokens / stats.predicted_plain_goodput)
+        if stats.drafted:
+            self._plain.inc(tokens / stats.predicted_plain_goodput)
+        else:  # it was a plain step, and only the search for drafts was for nothing: that is measured, not predicted
+            self._plain.inc(seconds - stats.seconds.get("draft", 0.0))
 
 
 def _position(position: int) -> str:

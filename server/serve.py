@@ -178,18 +178,16 @@ class _Running:
         assert self._gate is not None
         assert self._server is not None
         self._gate.close()
-        began = time.monotonic()
-        if self._gate.in_flight:
+        began, left = time.monotonic(), self._gate.in_flight
+        if left:
             allowed = self._config.drain_timeout
-            self._console.line(
-                f"Stopping: {self._gate.in_flight} answers may take {allowed:g} s to finish (again to stop now)"
-            )
+            self._console.line(f"Stopping: {left} answers may take {allowed:g} s to finish (again to stop now)")
         else:
             self._console.line("Stopping")
         if not await self._gate.wait_idle(self._config.drain_timeout):
             self._console.line(f"Aborting {self._gate.in_flight} answers")
             await self._engine.stop()  # they end with an error
-        elif not self._forced:
+        elif left and not self._forced:
             self._console.line(f"All answers are finished, after {time.monotonic() - began:.1f} s")
         self._server.should_exit = True
 

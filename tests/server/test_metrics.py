@@ -68,6 +68,13 @@ def test_the_speedup_is_the_estimated_time_by_the_measured_one(metrics: Metrics)
     assert read("decode_plain_estimated_seconds_total") == pytest.approx(4 * 5 / 80)
 
 
+def test_a_step_without_drafts_is_what_plain_decoding_takes(metrics: Metrics) -> None:
+    """However wrong the controller is about it."""
+    metrics.step(stats(drafted={}, accepted={}, step_tokens={"none": (1, 1)}, predicted_plain_goodput=7.0))
+    assert Read(metrics)("decode_seconds_total") == pytest.approx(0.04)
+    assert Read(metrics)("decode_plain_estimated_seconds_total") == pytest.approx(0.04 - 0.001)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
