@@ -28,6 +28,8 @@ class Running:
     tokens: list[int]
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    offered: int = 0
+    """Blocks that others were told of, or had already."""
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -125,6 +127,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert sequence.computed == len(found) * self.size < len(sequence.tokens)
         assert sequence.table.blocks == found
         sequence.blocks = found
+        sequence.offered = len(found)
         for block in found:
             if block in self.cached:
                 self.cached.remove(block)
@@ -166,8 +169,10 @@ class PoolMachine(RuleBasedStateMachine):
         sequence.computed = computed
         sequence.table.commit(sequence.tokens, computed)
         if self.caching:
-            for index in range(computed // self.size):
+            # Newly full blocks alone: one whose text another block had, which was evicted since, is not offered again.
+            for index in range(sequence.offered, computed // self.size):
                 self.found.setdefault(tuple(sequence.tokens[: (index + 1) * self.size]), sequence.blocks[index])
+                sequence.offered = index + 1
 
     def release(self, sequence: Running) -> None:
         for block in reversed(sequence.blocks):
@@ -179,7 +184,7 @@ class PoolMachine(RuleBasedStateMachine):
                 else:
                     self.free.add(block)
         sequence.blocks = []
-        sequence.computed = 0
+        sequence.computed = sequence.offered = 0
         for _ in range(2):  # the second time changes nothing
             sequence.table.release()
             assert sequence.table.blocks == []
