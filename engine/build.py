@@ -58,6 +58,7 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
     drafters = free_drafters(sources, config)
     drafters += [make_drafter(draft, target.config, config, caches(draft.shape), platform.device) for draft in drafts]
     target_runner = ModelRunner(target, caches(target.config), config.block_size, platform.device)
+    progress("allocating the KV cache", 1.0)
 
     def try_target(rows: int) -> None:  # what it writes to the cache nobody reads
         target_runner.run([Span([0] * rows, 0, [0] * -(-rows // config.block_size), logit_rows=rows)])

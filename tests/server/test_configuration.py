@@ -158,7 +158,7 @@ def test_print_config_says_where_values_come_from_and_hides_secrets(
         "prefix_caching: false  # --no-prefix-caching",
         "# api_key: 2 of them, not shown (--api-key, PILOTFISH_API_KEY)",
         "# otlp_endpoint: set, not shown (--otlp-endpoint)",
-        "block_size: 16",
+        "block_size: 0",
     ):
         assert line in printed.splitlines()
     assert not [secret for secret in ("sesame", "hush", "secret@") if secret in printed]
