@@ -93,6 +93,14 @@ def test_fp8_weights_on_a_gpu_without_fp8_are_planned_in_16_bits(setup_of: Setup
         setup_of("a100", 16, model=model, quantization="fp8")
 
 
+def test_quantization_none_takes_an_fp8_checkpoint_in_16_bits(setup_of: SetupOf) -> None:
+    model = "meta-llama/Llama-3.1-405B-Instruct-FP8"
+    plain = setup_of("h100", 16, model=model, quantization="none", drafter=())
+    assert plain.target.weight_bytes() == 2 * plain.target.params
+    auto = setup_of("h100", 16, model=model, drafter=())
+    assert auto.target.weight_bytes() < 0.7 * plain.target.weight_bytes()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
