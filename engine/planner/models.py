@@ -140,7 +140,7 @@ def read_shape(model: str) -> Published:
         return published
     files = _cached(model) if _is_hub_name(model) else resolve(model)
     shape = read_config(files)
-    quantization = getattr(shape, "fp8", None)
+    quantization = shape.fp8
     return Published(shape, None if quantization is None else tuple(quantization.unquantized))
 
 

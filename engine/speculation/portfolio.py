@@ -34,6 +34,7 @@ from engine.speculation.sources import Source
 from engine.speculation.suffix import SuffixDrafter
 from engine.weights import eagle3
 from engine.weights.catalog import ModelFiles
+from engine.weights.hf_config import is_eagle3
 from engine.weights.names import expected_shapes
 
 Kind = Literal["draft-model", "eagle3"]
@@ -57,7 +58,7 @@ class LoadedDraft:
 
 def kind_of(files: ModelFiles) -> Kind:
     """What kind of draft these files hold. Raises ModelError for files that cannot be read."""
-    return "eagle3" if files.format == "huggingface" and eagle3.is_eagle3(files.path) else "draft-model"
+    return "eagle3" if files.format == "huggingface" and is_eagle3(files.path) else "draft-model"
 
 
 def load_draft(

@@ -29,11 +29,6 @@ class Batch:
     likeliest: torch.Tensor  # (batch, length) int64
     answers: torch.Tensor  # (batch, length) bool
 
-    @property
-    def token_count(self) -> int:
-        """Those that are not padding, about: what a step is measured in."""
-        return int(self.answers.sum())
-
 
 def training_batches(store: FeatureStore, epoch: int, seed: int, batch_tokens: int) -> Iterator[Batch]:
     """An epoch's batches: the same for the same arguments. Conversations of like length come together."""

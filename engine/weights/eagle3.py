@@ -14,7 +14,6 @@ so the drafts that come with Pilotfish are kept small.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +23,19 @@ from safetensors.torch import load_file
 
 from engine.errors import ModelError
 from engine.models.config import Eagle3Config
-from engine.weights.hf_config import layer_config
+from engine.weights.hf_config import layer_config, read_json
 from engine.weights.names import check_names, check_shape
 
-ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3Speculator", "Eagle3DraftModel")
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 
 _UNUSED = ("t2d", "verifier_norm.weight", "verifier_lm_head.weight", "rotary_emb.inv_freq")
 """What checkpoints hold for training, or what follows from the rest."""
 
 
-def is_eagle3(folder: Path) -> bool:
-    """Whether a folder's config.json is an EAGLE-3 draft's. Raises ModelError if there is none that can be read."""
-    raw = _config(folder)
-    return raw.get("speculators_model_type") == "eagle3" or any(
-        name in ARCHITECTURES for name in raw.get("architectures") or ()
-    )
-
-
 def read_config(folder: Path) -> Eagle3Config:
     """The draft's shape. Raises ModelError for what the engine does not know."""
-    path, raw = folder / "config.json", _config(folder)
+    path = folder / "config.json"
+    raw = read_json(path)
     layer: dict[str, Any] = raw.get("transformer_layer_config") or raw
     if raw.get("norm_before_fc"):
         raise ModelError(f"{path}: norm_before_fc is set, but the engine knows EAGLE-3 drafts without it")
@@ -151,15 +142,6 @@ def _target_ids(folder: Path, config: Eagle3Config, offsets: torch.Tensor) -> to
             f"{folder}: tensor 'd2t' leads to token {int(ids.max())}, but the vocabulary is {config.decoder.vocab_size}"
         )
     return ids
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from error
-    return raw if isinstance(raw, dict) else {}
 
 
 def _load(folder: Path) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from engine.errors import ModelError
 from engine.models.config import ModelConfig, RopeConfig
 from engine.weights.hf_quantization import read_fp8
 
+EAGLE3_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3Speculator", "Eagle3DraftModel")
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma3")
 
 
@@ -21,7 +22,9 @@ def read_config(folder: Path) -> ModelConfig:
     for a file that cannot be read and for a model that the engine does not know.
     """
     path = folder / "config.json"
-    raw = _read(path)
+    raw = read_json(path)
+    if is_eagle3(folder):
+        raise ModelError(f"{folder} is an EAGLE-3 head, which drafts for a model and is none by itself")
     kind = raw.get("model_type")
     if kind not in MODEL_TYPES:
         raise ModelError(f"{path}: model_type is {kind!r}, but the engine knows {', '.join(MODEL_TYPES)}")
@@ -29,6 +32,14 @@ def read_config(folder: Path) -> ModelConfig:
     if kind in ("gemma3_text", "gemma3"):
         return replace(_gemma3(folder, path, raw), fp8=fp8)
     return replace(layer_config(folder, path, raw), fp8=fp8)
+
+
+def is_eagle3(folder: Path) -> bool:
+    """Whether a folder's config.json is an EAGLE-3 draft's (see `engine.weights.eagle3`). Raises ModelError if there is
+    none that can be read."""
+    raw = read_json(folder / "config.json")
+    named = any(name in EAGLE3_ARCHITECTURES for name in raw.get("architectures") or ())
+    return named or raw.get("speculators_model_type") == "eagle3"
 
 
 def layer_config(folder: Path, path: Path, raw: dict[str, Any]) -> ModelConfig:
@@ -70,7 +81,7 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
     """Ids of the tokens that end a text: generation_config.json's if it has any, else config.json's, else none."""
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            ids = _read(folder / name).get("eos_token_id")
+            ids = read_json(folder / name).get("eos_token_id")
             if ids is not None:
                 return tuple(ids) if isinstance(ids, list) else (ids,)
     return ()
@@ -155,7 +166,7 @@ _GEMMA3_FIXED: dict[str, Any] = {
 }
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

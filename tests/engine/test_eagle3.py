@@ -16,7 +16,7 @@ from engine.models.config import Eagle3Config, ModelConfig, RopeConfig, default_
 from engine.models.eagle3 import Eagle3Model, SharedWeights
 from engine.training.eagle3 import Eagle3Draft
 from engine.training.quantize import quantize_rows
-from engine.weights import eagle3
+from engine.weights import eagle3, hf_config
 
 VOCAB, DRAFT_VOCAB, HIDDEN, TARGET_HIDDEN = 96, 32, 64, 64
 CPU = torch.device("cpu")
@@ -100,7 +100,9 @@ def test_a_public_layout_tensor_by_tensor(name: str, tmp_path: Path) -> None:
     config, prefix, pickled = LAYOUTS[name]
     stored = random_tensors(prefix)
     folder = write(tmp_path / "draft", config, stored, pickled)
-    assert eagle3.is_eagle3(folder)
+    assert hf_config.is_eagle3(folder)
+    with pytest.raises(ModelError, match="is an EAGLE-3 head"):
+        hf_config.read_config(folder)
     shape = eagle3.read_config(folder)
     read = eagle3.read_weights(folder, shape, torch.float32)
 
@@ -164,7 +166,7 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
         eagle3.read_weights(tmp_path, eagle3.read_config(tmp_path), torch.float32)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json"):
-        eagle3.is_eagle3(tmp_path)
+        hf_config.is_eagle3(tmp_path)
 
 
 def test_int8_rows_are_within_half_a_step(tmp_path: Path) -> None:
