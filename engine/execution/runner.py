@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 
 import torch
 
-from engine.execution.spans import Span, flatten
+from engine.execution.spans import HostBatch, Span, pack
 from engine.layers.attention.interface import LayerCache
 from engine.models.features import FeatureTap
 from engine.models.interface import Model
@@ -19,7 +19,6 @@ class ModelRunner:
         self._block_size = block_size
         self.device = device
 
-    @torch.inference_mode()
     def run(self, spans: Seq[Span], tap: FeatureTap | None = None) -> torch.Tensor:
         """Compute the spans in one pass; afterwards their keys and values are in the cache, and all rows' features in
         `tap`.
@@ -27,7 +26,12 @@ class ModelRunner:
         Returns the logits of each span's last `logit_rows` rows, spans in order: (sum of logit_rows, vocab_size), in
         the model's dtype.
         """
-        batch = flatten(spans, self._block_size, self.device)
+        return self.run_batch(pack(spans, self._block_size), tap)
+
+    @torch.inference_mode()
+    def run_batch(self, host: HostBatch, tap: FeatureTap | None = None) -> torch.Tensor:
+        """`run`, of spans that are packed."""
+        batch = host.to(self.device)
         hidden = self.model.forward(batch.token_ids, batch.positions, batch.attention, self._caches, tap)
         if len(batch.logit_rows) != len(hidden):
             hidden = hidden[batch.logit_rows]

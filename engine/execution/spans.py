@@ -1,14 +1,16 @@
-"""Span: the positions of one sequence that a step computes; and the flat tensors that a step's spans make."""
+"""Span: the positions of one sequence that a step computes; HostBatch: all spans of a pass in one packed buffer, made
+on the host once; FlatBatch: the same as tensors on a device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
 
-from engine.execution.transfer import packed_to
+from engine.execution.transfer import ALIGNMENT, to_device
 from engine.layers.attention.interface import AttentionBatch
 
 
@@ -28,6 +30,69 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchShape:
+    """Sizes from which the layout of a packed batch follows."""
+
+    spans: int
+    rows: int
+    wanted: int
+    """Rows whose logits are wanted."""
+    max_blocks: int
+    """Width of the block tables."""
+
+    def fields(self) -> tuple[tuple[type[np.generic], tuple[int, ...]], ...]:
+        """dtype and shape of each array, in the order of `HostBatch.arrays`."""
+        spans, rows = self.spans, self.rows
+        wide, narrow = np.int64, np.int32
+        return (
+            (wide, (rows,)),  # token_ids
+            (wide, (rows,)),  # positions
+            (wide, (self.wanted,)),  # logit_rows
+            (wide, (rows,)),  # slots
+            (narrow, (spans + 1,)),  # cu_query_lens
+            (narrow, (spans,)),  # context_lens
+            (narrow, (spans + 1,)),  # cu_context_lens
+            (narrow, (spans, self.max_blocks)),  # block_tables
+        )
+
+    def offsets(self) -> tuple[int, ...]:
+        """Where each array begins in the buffer, in bytes; and its whole size."""
+        starts = [0]
+        for dtype, shape in self.fields():
+            size = prod(shape) * np.dtype(dtype).itemsize
+            starts.append(-(-(starts[-1] + size) // ALIGNMENT) * ALIGNMENT)
+        return tuple(starts)
+
+
+@dataclass(frozen=True, slots=True)
+class HostBatch:
+    """What a pass over some spans needs, in host memory: one buffer, which can go to a device or to another process as
+    it is."""
+
+    shape: BatchShape
+    buffer: np.ndarray  # (bytes,) uint8
+    query_lens: list[int]
+    contexts: list[int]
+    block_size: int
+
+    @staticmethod
+    def unpack(shape: BatchShape, buffer: np.ndarray, block_size: int) -> HostBatch:
+        """The batch that another process has packed, on its buffer, which is not copied."""
+        starts = shape.offsets()
+        ends = _array(buffer, starts[4], np.int32, (shape.spans + 1,))
+        contexts = _array(buffer, starts[5], np.int32, (shape.spans,))
+        return HostBatch(shape, buffer, np.diff(ends).tolist(), contexts.tolist(), block_size)
+
+    def arrays(self) -> list[np.ndarray]:
+        """Views of the buffer, as `BatchShape.fields` lists them."""
+        return _views(self.shape, self.buffer)
+
+    def to(self, device: torch.device) -> FlatBatch:
+        """The same on `device`, by a single copy."""
+        return flat_batch(self, to_device(self.buffer, device))
+
+
+@dataclass(frozen=True, slots=True)
 class FlatBatch:
     """The rows of all spans, one after the other."""
 
@@ -37,17 +102,24 @@ class FlatBatch:
     attention: AttentionBatch
 
 
-def flatten(spans: Seq[Span], block_size: int, device: torch.device) -> FlatBatch:
-    """The spans' tensors, on `device` by a single copy."""
+def pack(spans: Seq[Span], block_size: int) -> HostBatch:
+    """The spans' rows, one after the other."""
     lengths = [len(span.token_ids) for span in spans]
     contexts = [span.stop for span in spans]
-    ends = np.cumsum([0, *lengths], dtype=np.int32)
-    rows = int(ends[-1])
-    token_ids, positions, slots = (np.empty(rows, dtype=np.int64) for _ in range(3))
-    tables = np.zeros((len(spans), max(-(-context // block_size) for context in contexts)), dtype=np.int32)
-    wanted = []
+    shape = BatchShape(
+        spans=len(spans),
+        rows=sum(lengths),
+        wanted=sum(span.logit_rows for span in spans),
+        max_blocks=max(-(-context // block_size) for context in contexts),
+    )
+    buffer = np.zeros(max(shape.offsets()[-1], ALIGNMENT), dtype=np.uint8)
+    token_ids, positions, logit_rows, slots, ends, context_lens, cu_context_lens, tables = _views(shape, buffer)
+    np.cumsum(lengths, out=ends[1:])
+    context_lens[:] = contexts
+    np.cumsum(contexts, out=cu_context_lens[1:])
+    taken = last = 0
     for i, span in enumerate(spans):
-        first, last = ends[i], ends[i + 1]
+        first, last = last, last + lengths[i]
         token_ids[first:last] = span.token_ids
         place = np.arange(span.start, span.stop)
         positions[first:last] = place
@@ -55,24 +127,55 @@ def flatten(spans: Seq[Span], block_size: int, device: torch.device) -> FlatBatc
         table = tables[i]
         table[:used] = span.blocks[:used]
         slots[first:last] = table[place // block_size].astype(np.int64) * block_size + place % block_size
-        if span.logit_rows:
-            wanted.append(np.arange(last - span.logit_rows, last))
-    logit_rows = np.concatenate(wanted, dtype=np.int64) if wanted else np.empty(0, dtype=np.int64)
-    context_lens = np.asarray(contexts, dtype=np.int32)
-    cu_context_lens = np.cumsum([0, *contexts], dtype=np.int32)
-    on_device = packed_to(device, token_ids, positions, logit_rows, slots, ends, context_lens, cu_context_lens, tables)
+        logit_rows[taken : taken + span.logit_rows] = np.arange(last - span.logit_rows, last)
+        taken += span.logit_rows
+    return HostBatch(shape, buffer, lengths, contexts, block_size)
+
+
+def flat_batch(batch: HostBatch, buffer: torch.Tensor) -> FlatBatch:
+    """The tensors of `batch` on `buffer`, (bytes,) uint8: its own buffer on some device."""
+    starts = batch.shape.offsets()
+    token_ids, positions, logit_rows, slots, ends, context_lens, cu_context_lens, tables = (
+        _tensor(buffer, start, dtype, shape)
+        for start, (dtype, shape) in zip(starts, batch.shape.fields(), strict=False)
+    )
     return FlatBatch(
-        token_ids=on_device[0],
-        positions=on_device[1],
-        logit_rows=on_device[2],
+        token_ids=token_ids,
+        positions=positions,
+        logit_rows=logit_rows,
         attention=AttentionBatch(
-            slots=on_device[3],
-            cu_query_lens=on_device[4],
-            context_lens=on_device[5],
-            cu_context_lens=on_device[6],
-            block_tables=on_device[7],
-            query_lens=lengths,
-            contexts=contexts,
-            block_size=block_size,
+            slots=slots,
+            cu_query_lens=ends,
+            context_lens=context_lens,
+            cu_context_lens=cu_context_lens,
+            block_tables=tables,
+            query_lens=batch.query_lens,
+            contexts=batch.contexts,
+            block_size=batch.block_size,
         ),
     )
+
+
+def flatten(spans: Seq[Span], block_size: int, device: torch.device) -> FlatBatch:
+    """The spans' tensors, on `device` by a single copy."""
+    return pack(spans, block_size).to(device)
+
+
+_TORCH = {np.int64: torch.int64, np.int32: torch.int32}
+
+
+def _views(shape: BatchShape, buffer: np.ndarray) -> list[np.ndarray]:
+    return [
+        _array(buffer, start, dtype, size)
+        for start, (dtype, size) in zip(shape.offsets(), shape.fields(), strict=False)
+    ]
+
+
+def _array(buffer: np.ndarray, start: int, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
+    size = prod(shape) * np.dtype(dtype).itemsize
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _tensor(buffer: torch.Tensor, start: int, dtype: type[np.generic], shape: tuple[int, ...]) -> torch.Tensor:
+    size = prod(shape) * np.dtype(dtype).itemsize
+    return buffer[start : start + size].view(_TORCH[dtype]).view(shape)

@@ -1,28 +1,42 @@
-"""A step's arrays in one buffer come out as they went in."""
+"""A pass's arrays in one buffer come out as they went in, here and in another process."""
 
 import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as npst
 
-from engine.execution.spans import Span, flatten
-from engine.execution.transfer import packed_to
+from engine.execution.spans import HostBatch, Span, flatten, pack
 
-ARRAYS = st.sampled_from([np.int32, np.int64]).flatmap(
-    lambda dtype: npst.arrays(dtype, npst.array_shapes(min_dims=1, max_dims=2, min_side=0, max_side=9))
-)
+SIZE = 4
 
 
-@given(st.lists(ARRAYS, min_size=1, max_size=8))
-def test_arrays_come_out_as_they_went_in(arrays):
-    tensors = packed_to(torch.device("cpu"), *arrays)
-    for array, tensor in zip(arrays, tensors, strict=True):
-        assert tensor.dtype == torch.from_numpy(array).dtype
-        assert tensor.is_contiguous()
-        assert tensor.data_ptr() % 8 == 0 or not tensor.numel()
-        np.testing.assert_array_equal(tensor.numpy(), array)
-    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+@st.composite
+def spans(draw):
+    start, length = draw(st.integers(0, 20)), draw(st.integers(1, 9))
+    blocks = draw(st.lists(st.integers(0, 99), min_size=8, max_size=8))
+    tokens = draw(st.lists(st.integers(0, 1 << 20), min_size=length, max_size=length))
+    return Span(tokens, start, blocks, draw(st.integers(0, length)))
+
+
+@given(st.lists(spans(), min_size=1, max_size=6))
+def test_a_buffer_is_all_that_another_process_needs(several):
+    packed = pack(several, SIZE)
+    there = HostBatch.unpack(packed.shape, np.frombuffer(packed.buffer.tobytes(), dtype=np.uint8), SIZE)
+    assert (there.query_lens, there.contexts) == (packed.query_lens, packed.contexts)
+    assert there.contexts == [span.stop for span in several]
+    for one, other in zip(packed.arrays(), there.arrays(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    tokens, positions, wanted, slots, *_, tables = packed.arrays()
+    rows = [(span, place) for span in several for place in range(span.start, span.stop)]
+    assert tokens.tolist() == [token for span in several for token in span.token_ids]
+    assert positions.tolist() == [place for _, place in rows]
+    assert slots.tolist() == [span.blocks[place // SIZE] * SIZE + place % SIZE for span, place in rows]
+    ends = np.cumsum([len(span.token_ids) for span in several])
+    expected = [row for end, span in zip(ends, several, strict=True) for row in range(end - span.logit_rows, end)]
+    assert wanted.tolist() == expected
+    for table, span in zip(tables, several, strict=True):
+        used = -(-span.stop // SIZE)
+        assert table.tolist() == [*span.blocks[:used], *[0] * (len(table) - used)]
 
 
 def test_a_steps_tensors():
@@ -39,3 +53,8 @@ def test_a_steps_tensors():
     assert attention.block_tables.tolist() == [[3, 1], [2, 0]]
     int32 = (attention.cu_query_lens, attention.context_lens, attention.cu_context_lens, attention.block_tables)
     assert {tensor.dtype for tensor in int32} == {torch.int32}
+    wide = (batch.token_ids, batch.positions, batch.logit_rows, attention.slots)
+    assert {tensor.dtype for tensor in wide} == {torch.int64}
+    every = (*int32, *wide)
+    assert all(tensor.is_contiguous() and tensor.data_ptr() % 8 == 0 for tensor in every)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in every}) == 1
