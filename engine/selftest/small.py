@@ -1,0 +1,85 @@
+"""Small models of each kind, written as folders that the engine loads like any other: what checks of whole models run on
+where no model is given, and beside the one that is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from engine.weights.hf_config import read_config
+from engine.weights.names import expected_shapes
+
+SHARPNESS = 6.0
+"""Standard deviation of a row of logits: so that near-ties are as rare as in trained models."""
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,  # so short that a prompt of 100 tokens meets all three ranges
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "rope_parameters": _LLAMA3},
+    "mistral": {"model_type": "mistral", "sliding_window": 24},
+    "qwen3": {"model_type": "qwen3", "attention_bias": True},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 64,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def write(folder: Path, kind: str, *, dtype: str = "float32", ranks: int = 1, seed: int = 0) -> Path:
+    """Write the model of `kind`, its weights rounded to `dtype`, unless it is there; returns its folder.
+
+    The same arguments give the same weights on every machine. Its heads, key-value heads and sizes divide by `ranks`.
+    """
+    path = folder / f"small-{kind}-{dtype}-{ranks}-{seed}"
+    if path.exists():
+        return path
+    path.mkdir(parents=True)
+    kv_heads = ranks * -(-4 // ranks)
+    fields: dict[str, Any] = {
+        "vocab_size": 1024,
+        "hidden_size": 256,
+        "intermediate_size": 16 * ranks * -(-32 // ranks),
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2 * kv_heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 64,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "eos_token_id": 0,
+        "dtype": dtype,
+    }
+    (path / "config.json").write_text(json.dumps(fields | KINDS[kind], indent=1))
+    shape = read_config(path)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: _tensor(name, size, torch.randn(size, generator=generator), kind).to(getattr(torch, dtype))
+        for name, size in expected_shapes(shape).items()
+    }
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def _tensor(name: str, size: tuple[int, ...], noise: torch.Tensor, kind: str) -> torch.Tensor:
+    """Weights such that every parameter matters: attention is sharp, no norm is 1, no bias 0."""
+    if name.endswith("norm.weight"):
+        # Gemma's norms add 1, and those behind its layers' parts must not drown in its embedding, which is scaled up.
+        after = kind == "gemma3" and (".post_attention_" in name or ".post_feedforward_" in name)
+        return (3.0 if after else 0.0 if kind == "gemma3" else 1.0) + 0.2 * noise
+    if name.endswith(".bias"):
+        return 0.3 * noise
+    gain = SHARPNESS if "lm_head" in name or (kind == "gemma3" and "embed_tokens" in name) else 1.5
+    return noise * gain * size[1] ** -0.5
