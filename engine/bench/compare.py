@@ -89,17 +89,13 @@ def compare(
         for request in llm.requests([longest + longest[:1] * params.max_tokens], params):
             check_request(request, llm.info)
     for mode, params in modes.items():
-        wanted = _texts(llm, prompts, params, vanilla, 1, on_end)
+        wanted = texts_of(llm, prompts, params, vanilla, 1, on_end)
         for arm in arms:
             for batch in batches:
                 if (arm.name, batch) == (VANILLA, 1):
                     continue
-                got = _texts(llm, prompts, params, arm, batch, on_end)
-                differences = [
-                    _difference(llm, i, prompts[i], one, other, _seeded(params, i))
-                    for i, (one, other) in enumerate(zip(wanted, got, strict=True))
-                    if one != other
-                ]
+                got = texts_of(llm, prompts, params, arm, batch, on_end)
+                differences = differences_of(llm, prompts, wanted, got, params, bound_of(llm.info))
                 yield Comparison(arm.name, mode, batch, len(prompts), differences)
 
 
@@ -112,14 +108,15 @@ def _seeded(params: SamplingParams, i: int) -> SamplingParams:
     return msgspec.structs.replace(params, seed=(params.seed or 0) + i)
 
 
-def _texts(
+def texts_of(
     llm: LLM,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     arm: Arm,
     batch: int,
-    on_end: Callable[[int], object],
+    on_end: Callable[[int], object] = lambda count: None,
 ) -> list[list[int]]:
+    """The answers of an arm, `batch` prompts at a time; prompt i has a seed of its own."""
     texts = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
@@ -130,8 +127,31 @@ def _texts(
     return texts
 
 
+def differences_of(
+    llm: LLM,
+    prompts: Sequence[Sequence[int]],
+    wanted: Sequence[list[int]],
+    got: Sequence[list[int]],
+    params: SamplingParams,
+    bound: float,
+) -> list[Difference]:
+    """What differs between two sets of `texts_of`, looked into with `llm`, which has made the `wanted` ones. `bound`: by
+    how much logits may differ between the two."""
+    return [
+        _difference(llm, i, prompts[i], one, other, _seeded(params, i), bound)
+        for i, (one, other) in enumerate(zip(wanted, got, strict=True))
+        if one != other
+    ]
+
+
 def _difference(
-    llm: LLM, index: int, prompt: Sequence[int], wanted: list[int], got: list[int], params: SamplingParams
+    llm: LLM,
+    index: int,
+    prompt: Sequence[int],
+    wanted: list[int],
+    got: list[int],
+    params: SamplingParams,
+    bound: float,
 ) -> Difference:
     pairs = enumerate(zip_longest(wanted, got))
     position, (ours, theirs) = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
@@ -139,7 +159,6 @@ def _difference(
         return Difference(index, position, ours, theirs, None, False)
     before = [*prompt, *wanted[:position]]
     gap = _logprob(llm, before, ours) - _logprob(llm, before, theirs)
-    bound = bound_of(llm.info)
     return Difference(index, position, ours, theirs, gap, bound > 0 and _near(llm, before, ours, theirs, params, bound))
 
 

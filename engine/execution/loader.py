@@ -135,7 +135,7 @@ def check_draft(platform: Platform, name: str, model: ModelConfig, config: Engin
             raise ConfigError(f"drafter {name!r}: {reason}; kernels 'torch' serves both models")
 
 
-def _computes_in_fp8(config: EngineConfig, model: ModelConfig, capability: tuple[int, int] | None) -> bool:
+def computes_in_fp8(config: EngineConfig, model: ModelConfig, capability: tuple[int, int] | None) -> bool:
     """Whether the layers' matrices are in fp8 when they are loaded."""
     if config.quantization == "fp8":
         if capability is not None and capability < FP8_CAPABILITY:
@@ -169,7 +169,7 @@ def load_model(
     else:
         check_draft(platform, name, shape, config)
     device, dtype = platform.device, platform.dtype
-    fp8 = _computes_in_fp8(config, shape, platform.needs.capability)
+    fp8 = computes_in_fp8(config, shape, platform.needs.capability)
     if shape.fp8 is not None and not fp8 and not dummy:
         logger.info("%s: its fp8 weights become %s, which takes more memory", files.name, dtype)
 

@@ -13,7 +13,8 @@ from engine.kernels.native import NativeKernels
 from engine.layers.attention.cache import FP8, as_bytes, converted
 from engine.layers.attention.choose import HALF, AttentionNeeds, choose_attention, why_not
 from engine.layers.attention.interface import AttentionBackend, LayerCache
-from engine.selftest.check import Check, Finding, Skip, Worst
+from engine.selftest.check import Check, Finding, Skip
+from engine.selftest.precision import Worst
 from engine.selftest.reference import ReferenceAttention
 from engine.selftest.subject import Subject
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from engine.kernels.fp8 import FP8, LARGEST
 from engine.layers.attention.interface import AttentionBatch, LayerCache
 
 
@@ -17,6 +18,8 @@ from engine.layers.attention.interface import AttentionBatch, LayerCache
 class ReferenceLinear:
     weight: torch.Tensor  # (out_features, in_features)
     bias: torch.Tensor | None
+    fp8: bool = False
+    """Its inputs are rounded to fp8, row by row."""
 
     @property
     def in_features(self) -> int:
@@ -28,8 +31,8 @@ class ReferenceLinear:
 
 
 class ReferenceKernels:
-    """See `engine.kernels.interface`; everything is computed in `dtype`, weights in fp8 or int8 as what they stand for.
-    """
+    """See `engine.kernels.interface`; everything is computed in `dtype`. Weights in fp8 or int8 are what they stand for;
+    what is multiplied by the former is rounded to fp8, as `engine.kernels.fp8` defines it."""
 
     name = "reference"
 
@@ -42,12 +45,16 @@ class ReferenceKernels:
         wide = weight.to(self.dtype)
         if scale is not None:
             wide = wide * scale.to(self.dtype)
-        return ReferenceLinear(wide, None if bias is None else bias.to(self.dtype))
+        return ReferenceLinear(wide, None if bias is None else bias.to(self.dtype), weight.dtype == FP8)
 
     def linear(
         self, x: torch.Tensor, weight: ReferenceLinear, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
-        y = x.to(self.dtype) @ weight.weight.T
+        x = x.to(self.dtype)
+        if weight.fp8:
+            scale = x.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
+            x = (x / scale).to(FP8).to(self.dtype) * scale
+        y = x @ weight.weight.T
         if weight.bias is not None:
             y = y + weight.bias
         return y if residual is None else y + residual.to(self.dtype)

@@ -12,25 +12,12 @@ import torch
 
 from engine.config import EngineConfig
 from engine.device import synchronize
-from engine.errors import ModelError
 from engine.execution.loader import Platform, choose_platform
 from engine.models.config import ModelConfig
 from engine.selftest import small
+from engine.selftest.run import Job
 from engine.weights import read_config
 from engine.weights.catalog import resolve
-
-
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What one run is asked for. Crosses to the processes that the groups run in."""
-
-    config: EngineConfig
-    directory: str
-    """Where small models may be written."""
-    own_model: bool = False
-    """The user named a model: `config.model` is tested, too."""
-    prompts: tuple[tuple[int, ...], ...] = ()
-    """Token ids, for the texts of the user's model; without a tokenizer there are none, and random ones do."""
-    quick: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,12 +108,3 @@ def prompts_of(subject: Subject, count: int, vocab_size: int, own: bool) -> list
     if own and subject.job.prompts:
         return list(subject.job.prompts[:count])
     return [subject.tokens(24 + 7 * i, vocab_size, seed=100 + i) for i in range(count)]
-
-
-def can_read(config: EngineConfig) -> str | None:
-    """Why the user's model cannot be read; None if it can. What a group of checks asks before it is too late."""
-    try:
-        read_config(resolve(config.model, weights=False))
-    except ModelError as error:
-        return str(error)
-    return None

@@ -75,7 +75,7 @@ def test_position_and_gap_are_the_engines(make_llm: Callable[..., LLM], monkeypa
         wanted, got, gap = second_best(llm)
         for bound, explained in ((0.98 * gap, False), (1.02 * gap, True)):
             monkeypatch.setitem(BOUNDS, "float32", bound)
-            found = _difference(llm, 3, PROMPT, wanted, got, GREEDY)
+            found = _difference(llm, 3, PROMPT, wanted, got, GREEDY, bound_of(llm.info))
             assert (found.prompt, found.position, found.wanted, found.got) == (3, 2, wanted[2], got[2])
             assert found.gap == pytest.approx(gap, abs=1e-4)
             assert found.explained is explained
@@ -92,7 +92,7 @@ def test_a_sampled_near_tie_is_one_of_the_noisy_scores(
         (other,) = llm.generate([PROMPT], banned, speculation="off")
         for bound, explained in ((1e-6, False), (30.0, True)):
             monkeypatch.setitem(BOUNDS, "float32", bound)
-            found = _difference(llm, 0, PROMPT, answer.token_ids, other.token_ids, SAMPLED)
+            found = _difference(llm, 0, PROMPT, answer.token_ids, other.token_ids, SAMPLED, bound_of(llm.info))
             assert (found.position, found.explained) == (0, explained)
 
 
@@ -117,7 +117,7 @@ def test_a_token_at_the_edge_of_the_nucleus_is_a_near_tie(
         edge = narrow[0].top_p * (1 - narrow[0].top_p)
         for moved, explained in ((0.005, False), (0.025, True)):
             monkeypatch.setitem(BOUNDS, "float32", moved / edge)
-            found = [_difference(llm, 0, PROMPT, wanted[seed], got[seed], narrow[seed]) for seed in other[:5]]
+            found = [_difference(llm, 0, PROMPT, wanted[seed], got[seed], narrow[seed], bound_of(llm.info)) for seed in other[:5]]
             assert [each.explained for each in found] == [explained] * len(found)
 
 
@@ -126,12 +126,12 @@ def test_bit_equal_kernels_explain_nothing(make_llm: Callable[..., LLM], monkeyp
     with make_llm(kernels="native") as llm:
         assert bound_of(llm.info) == 0.0
         wanted, got, _ = second_best(llm)
-        assert not _difference(llm, 0, PROMPT, wanted, got, GREEDY).explained
+        assert not _difference(llm, 0, PROMPT, wanted, got, GREEDY, bound_of(llm.info)).explained
 
 
 def test_an_answer_that_ends_early_is_never_explained(make_llm: Callable[..., LLM]) -> None:
     with make_llm(kernels="torch") as llm:
-        found = _difference(llm, 0, PROMPT, [5, 6, 7], [5, 6], GREEDY)
+        found = _difference(llm, 0, PROMPT, [5, 6, 7], [5, 6], GREEDY, bound_of(llm.info))
     assert (found.position, found.wanted, found.got, found.gap, found.explained) == (2, 7, None, None, False)
 
 
