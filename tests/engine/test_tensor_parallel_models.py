@@ -6,20 +6,16 @@ the kernels promise bit-equal rows, that is checked to the bit. Ranks are thread
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from parity import BLOCKS, OTHERS, KernelsName, in_pieces, logits_of, runner_of
+from parity import BLOCKS, OTHERS, KernelsName, in_pieces, logits_of
 from ranks import RankedRunner
 from tiny import KINDS, build_model, make_tiny
-from tiny_gguf import write_gguf
 
-from engine.execution.spans import Span
 from engine.kernels.native import load_library
 
 PROMPT = [1, 300, 12, 77, 450, 3, 200, 201, 202, 12, 77, 9, 501, 88, 411, 5, 17, 230, 64, 333] * 2  # 40 tokens
@@ -60,7 +56,9 @@ def divisible(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], 
     def folder(kind: str, size: int) -> Path:
         key = kind, shape(kind, size)["num_key_value_heads"]
         if key not in made:
-            made[key] = make_tiny(kind, tmp_path_factory.mktemp("models") / "-".join(map(str, key)), **shape(kind, size))
+            made[key] = make_tiny(
+                kind, tmp_path_factory.mktemp("models") / "-".join(map(str, key)), **shape(kind, size)
+            )
         return made[key]
 
     return folder
