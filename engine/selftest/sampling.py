@@ -13,7 +13,7 @@ from engine.memory.block_table import BlockTable
 from engine.request import Request
 from engine.sampling.noise import _bits31, log_exponential, row_key
 from engine.sampling.params import SamplingParams
-from engine.sampling.processors import kept_of_all, process, truncate
+from engine.sampling.processors import process, truncate
 from engine.sampling.sampler import choose, draw
 from engine.sampling.spans import LogitRow, LogitSpan
 from engine.selftest import reference
@@ -84,21 +84,12 @@ class _Sampling:
     def truncation(self, cut: dict[str, Any]) -> Finding:
         logits, wrong, kept_in_all = self._logits(), 0, 0
         rows = [LogitRow(i, _sequence(i, SamplingParams(**cut)), 9) for i in range(self.count)]
-        on_device = logits.to(self.device)
-        (support,) = truncate(on_device, rows)
-        own = [set(self._ids(support.ids, support.logits, i)) for i in range(self.count)]
-        params = [row.sequence.params for row in rows]
-        # What a GPU does for all rows at once, which the CPU does row by row: here whichever the device is.
-        scaled = (on_device - on_device.amax(1, keepdim=True)) / params[0].temperature
-        totals = scaled.exp().sum(1, keepdim=True)
-        all_ids = torch.arange(VOCABULARY, dtype=torch.int32, device=self.device).unsqueeze(0)
-        whole = kept_of_all(scaled, totals, params)
-        at_once = [set(self._ids(all_ids, whole, i)) for i in range(self.count)]
-        for i, p in enumerate(params):
-            sure, possible = _kept(logits[i].double().numpy(), p)
-            for kept in (own[i], at_once[i]):
-                wrong += len(sure - kept) + len(kept - possible)
-            kept_in_all += len(own[i])
+        (support,) = truncate(logits.to(self.device), rows)
+        for i, row in enumerate(rows):
+            kept = set(self._ids(support.ids, support.logits, i))
+            sure, possible = _kept(logits[i].double().numpy(), row.sequence.params)
+            wrong += len(sure - kept) + len(kept - possible)
+            kept_in_all += len(kept)
         return Finding(measured=wrong, bound=0, detail=f"{kept_in_all:,} tokens kept of {self.count} rows")
 
     def _ids(self, ids: torch.Tensor, logits: torch.Tensor, row: int) -> list[int]:
