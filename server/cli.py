@@ -11,7 +11,7 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelError, ParameterError
 from server import VERSION, configuration
-from server.commands import bench, plan, train_draft, verify
+from server.commands import bench, plan, selftest, train_draft, verify
 from server.config import ServerConfig
 from server.settings import add_flags
 
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_parser(commands)
     train_draft.add_parser(commands)
     plan.add_parser(commands)
+    selftest.add_parser(commands)
     return parser
 
 

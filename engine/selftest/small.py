@@ -1,5 +1,5 @@
-"""Small models of each kind, written as folders that the engine loads like any other: what checks of whole models run on
-where no model is given, and beside the one that is."""
+"""Models that need no download: small ones of each kind, written as folders that the engine loads like any other, and the
+shape of Llama-3.1-8B for its speed."""
 
 from __future__ import annotations
 
@@ -70,6 +70,30 @@ def write(folder: Path, kind: str, *, dtype: str = "float32", ranks: int = 1, se
         for name, size in expected_shapes(shape).items()
     }
     save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def write_llama_8b(folder: Path) -> Path:
+    """A folder with the config.json of Llama-3.1-8B alone, as it is published: for `load_format` "dummy"."""
+    path = folder / "llama-3.1-8b"
+    path.mkdir(parents=True, exist_ok=True)
+    fields = {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": _LLAMA3 | {"rope_theta": 500000.0, "original_max_position_embeddings": 8192},
+        "tie_word_embeddings": False,
+        "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009],
+        "dtype": "bfloat16",
+    }
+    (path / "config.json").write_text(json.dumps(fields, indent=1))
     return path
 
 
