@@ -135,4 +135,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.node_rank >= nodes:
             raise ConfigError(f"node_rank is {self.node_rank}, but with nnodes {nodes} it can be 0 to {nodes - 1}")
         if nodes > 1 and not self.master_addr:
-            raise ConfigError(f"nnodes is {nodes}, which needs master_addr: the address of node 0, as all nodes reach it")
+            raise ConfigError(
+                f"nnodes is {nodes}, which needs master_addr: the address of node 0, as all nodes reach it"
+            )

@@ -22,7 +22,7 @@ from engine.processes import PatientClock, beat_seconds
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.05
+POLL_MS = 50
 JOIN_SECONDS = 600.0
 """How long the ranks and hosts of an engine wait for each other at the start."""
 LINGER_MS = 1000
@@ -101,7 +101,7 @@ class Link:
                 if heard is not None and now - heard > timeout:
                     self._on_end(f"rank 0 was silent for {now - heard:.0f} s")
                     return
-                while socket.poll(0 if closing else POLL_SECONDS * 1000):
+                while socket.poll(0 if closing else POLL_MS):
                     heard = clock.now()
                     message = decode(socket.recv())
                     if isinstance(message, Welcome):

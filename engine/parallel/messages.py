@@ -45,6 +45,16 @@ def ranks_of(config: EngineConfig) -> range:
     return range(config.node_rank * local, (config.node_rank + 1) * local)
 
 
+def control_endpoint(config: EngineConfig) -> str:
+    """Where several hosts find rank 0's end of the control channel."""
+    return f"tcp://{bracketed(config.master_addr or '')}:{config.master_port}"
+
+
+def bracketed(host: str) -> str:
+    """A host as it stands before a port."""
+    return f"[{host}]" if ":" in host else host
+
+
 # Control, to rank 0.
 
 
@@ -58,7 +68,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Joined(msgspec.Struct, frozen=True, tag="joined"):
-    """It hears passes, and is about to meet the others in torch's store."""
+    """It hears what comes with the passes. `device`: of which kind it computes on."""
 
     device: str
 
@@ -130,6 +140,10 @@ class End(msgspec.Struct, frozen=True, tag="end"):
 # Among the passes, from rank 0.
 
 
+class Meet(msgspec.Struct, frozen=True, tag="meet"):
+    """All ranks hear: connect with each other, and load."""
+
+
 class Measure(msgspec.Struct, frozen=True, tag="measure"):
     """Answer with Measured."""
 
@@ -140,13 +154,9 @@ class Allocate(msgspec.Struct, frozen=True, tag="allocate"):
     num_blocks: int
 
 
-class Stop(msgspec.Struct, frozen=True, tag="stop"):
-    """No passes will come any more."""
-
-
 ToLead = Hello | Joined | RankLoading | Loaded | Measured | Prepared | Beat | RankFailed | Died
 FromLead = Welcome | Beat | End
-Order = Measure | Allocate | Stop
+Order = Meet | Measure | Allocate
 
 KEY_BYTES = 8
 ORDER, PASS = 0, 1

@@ -1,8 +1,8 @@
 """A Communicator over torch.distributed: gloo on the CPU, NCCL on CUDA. Who the ranks are and where they run is
 `engine.execution.group`'s; here they have found one store already.
 
-The process groups are made by hand, not through `torch.distributed.init_process_group`, whose group is one for the whole
-process: a process may have several engines, one after the other or side by side.
+The process groups are made by hand, not through `torch.distributed.init_process_group`, whose group is one for the
+whole process: a process may have several engines, one after the other or side by side.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,12 +35,17 @@ class TorchGroup:
     with a CUDA graph.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device, backend: dist.Backend) -> None:
+    def __init__(self, rank: int, size: int, device: torch.device, backend: Any) -> None:
         self.rank = rank
         self.size = size
         self.entered = 0
         self._device = device
         self._backend = backend
+
+    @property
+    def name(self) -> str:
+        """Of the backend."""
+        return str(self._backend.name())
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """See `Communicator`. x: any shape, contiguous or not; the result has its shape and dtype."""
@@ -47,7 +53,6 @@ class TorchGroup:
         if self._device.type == "cuda":
             x = x.contiguous()
             options = AllreduceOptions()
-            options.reduceOp = dist.ReduceOp.SUM
             options.asyncOp = False  # on the current stream, as all that comes before and after it
             self._wait(lambda: self._backend.allreduce([x], options))
             return x
@@ -82,7 +87,7 @@ class TorchGroup:
         with suppress(RuntimeError):
             self._backend.shutdown()
 
-    def _wait(self, start: Callable[[], dist.Work]) -> None:
+    def _wait(self, start: Callable[[], Any]) -> None:
         try:
             start().wait()
         except RuntimeError as error:
@@ -90,8 +95,8 @@ class TorchGroup:
 
 
 def serve_store(host: str | None, size: int) -> dist.TCPStore:
-    """The store in which the ranks meet, in this process, on any free port: of `host` alone if that is an address of this
-    machine's, of all its addresses otherwise."""
+    """The store in which the ranks meet, in this process, on any free port: of `host` alone if that is an address of
+    this machine's, of all its addresses otherwise."""
     listener = listen(host)
     # The store takes the socket over.
     return dist.TCPStore(
@@ -109,16 +114,15 @@ def join_store(host: str, port: int, size: int, timeout: float) -> dist.TCPStore
     return dist.TCPStore(host, port, size, is_master=False, timeout=timedelta(seconds=timeout), wait_for_workers=False)
 
 
-def connect(
-    store: dist.Store, rank: int, size: int, device: torch.device, master: str, timeout: float
-) -> TorchGroup:
+def connect(store: dist.Store, rank: int, size: int, device: torch.device, master: str, timeout: float) -> TorchGroup:
     """Meet the other ranks in `store`: all of them call this, and none returns before all have.
 
     `master`: the address of rank 0, towards which this host is reached; `timeout`: seconds that a collective on the CPU
     may wait for the others. Raises CollectiveError where they do not come, ConfigError where torch lacks the backend.
     """
     store.set_timeout(timedelta(seconds=timeout))
-    backend: dist.Backend
+    options: Any
+    backend: Any
     try:
         if device.type == "cuda":
             if not dist.is_nccl_available():
@@ -129,10 +133,11 @@ def connect(
             backend = dist.ProcessGroupNCCL(store, rank, size, options)
             backend.eager_connect_single_device(device)
         else:
-            options = dist.ProcessGroupGloo._Options()
+            gloo: Any = dist.ProcessGroupGloo
+            options = gloo._Options()
             options._timeout = timedelta(seconds=timeout)
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(master))]
-            backend = dist.ProcessGroupGloo(store, rank, size, options)
+            options._devices = [gloo.create_device(hostname=_own_address(master))]
+            backend = gloo(store, rank, size, options)
     except RuntimeError as error:
         raise CollectiveError(f"rank {rank} could not meet the others: {error}") from error
     return TorchGroup(rank, size, device, backend)

@@ -37,7 +37,7 @@ from engine.request import RankMemory
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.05
+POLL_MS = 50
 CONSEQUENCE_SECONDS = 2.0
 """So long may the cause of a failed collective take to show, before the failure itself counts as the cause."""
 EXIT_SECONDS = 0.3
@@ -81,18 +81,17 @@ class Peer:
 
 
 class Watch:
-    """Watches from when it is made until `close`. `endpoint`: where it listens, as for zmq's bind. `welcome` answers each
-    process that comes. `abort` lets a collective fail that the main thread waits in. `last_words`, if there are any, tell
-    the client and end this process.
+    """Watches from when it is made until `close`. `endpoint`: where it listens, as for zmq's bind. `welcome` answers
+    each process that comes. `abort` lets a collective fail that the main thread waits in. `last_words`, if there are
+    any, tell the client and end this process. Raises zmq.ZMQError if it cannot listen there.
 
-    Raises ConfigError's cause, zmq.ZMQError, if it cannot listen there. Times are the clock's of its own thread, which
-    stands still while this process does.
+    Times are those of a PatientClock, which stands still while this process does.
     """
 
     def __init__(
         self,
         config: EngineConfig,
-        bind: Callable[[zmq.Socket[bytes]], None],
+        endpoint: str,
         welcome: Welcome,
         abort: Callable[[], None],
         last_words: LastWords | None = None,
@@ -121,7 +120,7 @@ class Watch:
         self._socket.ipv6 = True
         self._socket.set_hwm(0)
         try:
-            bind(self._socket)
+            self._socket.bind(endpoint)
         except BaseException:
             self._context.destroy(linger=0)
             raise
@@ -167,7 +166,9 @@ class Watch:
         with self._changed:
             self._changed.wait_for(lambda: self._reason is not None, seconds)
         self._noticed.set()
-        return RankError(self._reason or "rank 0 could not complete a collective; no other rank is known to have failed")
+        return RankError(
+            self._reason or "rank 0 could not complete a collective; no other rank is known to have failed"
+        )
 
     def wait_for(self, kind: type[Answer], tell: Callable[[], None] = lambda: None) -> list[Answer]:
         """Wait for a message of this kind from each rank, and return them by rank, from 1 on. `tell` is called now and
@@ -211,7 +212,7 @@ class Watch:
         interval, due = beat_seconds(self._config.rank_timeout), 0.0
         with contextlib.closing(self._socket), contextlib.suppress(zmq.ContextTerminated):
             while not self._closing.is_set():
-                while self._socket.poll(POLL_SECONDS * 1000):
+                while self._socket.poll(POLL_MS):
                     identity, data = self._socket.recv_multipart()
                     try:
                         message = decode(data)
@@ -339,7 +340,9 @@ class Watch:
         entered |= {peer.name: peer.beat.collectives for peer in self._peers}
         least, most = min(entered.values()), max(entered.values())
         if least == most:
-            return f"pass {self._passes} has not ended in {waited:.0f} s, and no rank is behind: a device or a link hangs"
+            return (
+                f"pass {self._passes} has not ended in {waited:.0f} s, and no rank is behind: a device or a link hangs"
+            )
         names = " and ".join(name for name, count in entered.items() if count == least)
         return (
             f"{names} hung in pass {self._passes} for {waited:.0f} s: it has entered {least} collectives, others "
@@ -364,5 +367,3 @@ class Watch:
         for event, seconds in ((self._noticed, LAST_WORDS_SECONDS), (self._closing, TEARDOWN_SECONDS)):
             if not event.wait(seconds):
                 self._last_words(self._reason or "")
-
-
