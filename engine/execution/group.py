@@ -19,7 +19,7 @@ import zmq
 
 from engine import logs
 from engine.config import EngineConfig
-from engine.errors import ConfigError
+from engine.errors import CollectiveError, ConfigError
 from engine.execution.loader import Progress, thread_count
 from engine.execution.runner import ModelRunner
 from engine.execution.spans import HostBatch, Span, pack
@@ -45,7 +45,7 @@ from engine.parallel.messages import (
     control_endpoint,
     ranks_of,
 )
-from engine.parallel.torch_group import CollectiveError, TorchGroup, connect, serve_store
+from engine.parallel.torch_group import TorchGroup, connect, serve_store
 from engine.parallel.watch import LastWords, Watch
 from engine.request import RankMemory
 

@@ -15,7 +15,7 @@ import msgspec
 
 from engine import logs, processes
 from engine.config import EngineConfig
-from engine.errors import PilotfishError
+from engine.errors import CollectiveError, PilotfishError
 from engine.logs import Logs
 from engine.parallel.link import Link
 from engine.parallel.messages import Beat, Welcome
@@ -96,9 +96,12 @@ def run(serve: Serve) -> int:
     link = Link(launch.config, launch.rank, launch.endpoint, lambda: state.beat(), end)
     try:
         serve(launch, link.wait_welcome(), link, state)
+    except CollectiveError as error:  # another rank is the cause, and rank 0 will say which
+        logger.info("rank %d failed: %s", launch.rank, error)
+        link.fail(one_line(error), consequence=True)
     except PilotfishError as error:
         logger.error("rank %d failed: %s", launch.rank, error)
-        link.fail(one_line(error), consequence=type(error).__name__ == "CollectiveError")
+        link.fail(one_line(error))
     except Exception as error:
         logger.exception("rank %d failed", launch.rank)
         link.fail(one_line(error))

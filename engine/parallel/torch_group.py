@@ -17,14 +17,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, GatherOptions
 
-from engine.errors import ConfigError, RankError
-
+from engine.errors import CollectiveError, ConfigError
 
 NCCL_TIMEOUT = timedelta(hours=1)
-
-
-class CollectiveError(RankError):
-    """A collective could not be completed: another rank has gone, or does not answer. It says nothing of the cause."""
+"""A collective may wait for as long as a rank computes; who hangs is found out by the watch, which knows more."""
 
 
 class TorchGroup:
@@ -128,7 +124,6 @@ def connect(store: dist.Store, rank: int, size: int, device: torch.device, maste
             if not dist.is_nccl_available():
                 raise ConfigError("tensor_parallel_size needs NCCL on CUDA, which this torch was built without")
             options = dist.ProcessGroupNCCL.Options()
-            # A collective may wait for as long as a rank loads; who hangs is found out by the watch, not by NCCL's.
             options._timeout = NCCL_TIMEOUT
             backend = dist.ProcessGroupNCCL(store, rank, size, options)
             backend.eager_connect_single_device(device)

@@ -255,7 +255,8 @@ class Watch:
         peer = self._peers[rank - 1]
         match message:
             case Died(code=code):
-                peer.exit, peer.exited = code, self._now
+                if code:  # 0: it was told to end
+                    peer.exit, peer.exited = code, self._now
                 return
             case Beat():
                 peer.beat = message if message.memory else msgspec.structs.replace(message, memory=peer.beat.memory)
