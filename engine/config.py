@@ -129,8 +129,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         if size % nodes:
             raise ConfigError(
-                f"nnodes is {nodes}, but tensor_parallel_size ({size}) must be a multiple of it: each host has the same "
-                "number of ranks"
+                f"nnodes is {nodes}, but tensor_parallel_size ({size}) must be a multiple of it: each host has the "
+                "same number of ranks"
             )
         if self.node_rank >= nodes:
             raise ConfigError(f"node_rank is {self.node_rank}, but with nnodes {nodes} it can be 0 to {nodes - 1}")

@@ -1,9 +1,9 @@
 """The engine process: one EngineCore behind two sockets. What crosses them is in `engine.messages`; who starts it, and
 talks to it, is `engine.client`.
 
-`python -m engine.process` is started with a `Launch` (see `engine.processes`), and ends with its parent. Signals to stop do
-not end it: they are the parent's to act on. Of a model that is divided over ranks this process is rank 0; it starts the
-others of its host.
+`python -m engine.process` is started with a `Launch` (see `engine.processes`), and ends with its parent. Signals to
+stop do not end it: they are the parent's to act on. Of a model that is divided over ranks this process is rank 0; it
+starts the others of its host.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ def settle(config: EngineConfig, place: Place) -> tuple[EngineConfig, torch.devi
         there = torch.cuda.device_count()
         if there < place.local_size:
             raise ConfigError(
-                f"tensor_parallel_size is {place.size} on {place.nnodes} host(s), which takes {place.local_size} GPUs of "
-                f"each, but torch sees {there} on {sockets.gethostname()}"
+                f"tensor_parallel_size is {place.size} on {place.nnodes} host(s), which takes {place.local_size} GPUs "
+                f"of each, but torch sees {there} on {sockets.gethostname()}"
             )
         torch.cuda.set_device(place.local_rank)
         return config, torch.device("cuda", place.local_rank)
@@ -69,8 +69,8 @@ def settle(config: EngineConfig, place: Place) -> tuple[EngineConfig, torch.devi
 
 
 class PassChannel:
-    """From rank 0 to all others, in order: orders, and batches as they are packed. What is published goes to whoever has
-    subscribed to this engine's key, so `wait_for` them first."""
+    """From rank 0 to all others, in order: orders, and batches as they are packed. What is published goes to whoever
+    has subscribed to this engine's key, so `wait_for` them first."""
 
     def __init__(self, endpoint: str) -> None:
         """Listens at `endpoint`, as for zmq's bind. Raises zmq.ZMQError if it cannot."""
@@ -274,8 +274,8 @@ def start_ranks(
 ) -> Ranks:
     """Start the ranks of this host, wait for those of others, and meet them all. They load from then on.
 
-    `last_words` end this process where its main thread cannot. Raises ConfigError for what this host cannot do, RankError
-    for a rank that does not come.
+    `last_words` end this process where its main thread cannot. Raises ConfigError for what this host cannot do,
+    RankError for a rank that does not come.
     """
     place = Place(0, config.tensor_parallel_size, config.nnodes)
     settled, device = settle(config, place)

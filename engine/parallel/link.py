@@ -1,5 +1,5 @@
-"""Link: the end of the control channel that belongs to a rank above 0, or to the parent of another host's ranks. A thread
-of its own sends beats and hears rank 0's, whatever the process's main thread waits for. No torch.
+"""Link: the end of the control channel that belongs to a rank above 0, or to the parent of another host's ranks. A
+thread of its own sends beats and hears rank 0's, whatever the process's main thread waits for. No torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What crosses between the ranks' processes, beside the tensors: msgspec structs in MessagePack for starting, watching and
-ending; a fixed header and a packed batch for a pass.
+"""What crosses between the ranks' processes, beside the tensors: msgspec structs in MessagePack for starting, watching
+and ending; a fixed header and a packed batch for a pass.
 
-Two channels, both pyzmq. *Control*: a ROUTER of rank 0's and a DEALER of everyone else's, owned by a thread on both sides
-(`watch`, `link`), so that it speaks while a pass runs or hangs. *Passes*: from rank 0 to all others, in order.
+Two channels, both pyzmq. *Control*: a ROUTER of rank 0's and a DEALER of everyone else's, owned by a thread on both
+sides (`watch`, `link`), so that it speaks while a pass runs or hangs. *Passes*: from rank 0 to all others, in order.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Watch: rank 0's thread that hears the other ranks, and ends the engine, with the culprit's name, when one of them ends,
-falls silent or hangs. No torch. Starting the ranks and giving them passes is `engine.execution.group`'s.
+"""Watch: rank 0's thread that hears the other ranks, and ends the engine, with the culprit's name, when one of them
+ends, falls silent or hangs. No torch. Starting the ranks and giving them passes is `engine.execution.group`'s.
 """
 
 from __future__ import annotations
@@ -103,6 +103,8 @@ class Watch:
         self._host = sockets.gethostname()
         self._peers = [Peer(rank) for rank in range(1, config.tensor_parallel_size)]
         self._identities: dict[bytes, int] = {}
+        self._nodes: set[int] = set()
+        """Hosts whose process that holds their ranks has come."""
         self._changed = threading.Condition()
         self._reason: str | None = None
         self._noticed = threading.Event()
@@ -272,7 +274,7 @@ class Watch:
         """Take a process in, or refuse it for settings that differ from rank 0's."""
         who = f"rank {hello.rank}" if hello.rank >= 0 else f"node {hello.config.node_rank}"
         who += f" (pid {hello.pid}, {hello.host})"
-        if all(peer.heard is not None for peer in self._peers):  # as one that a service manager started once more
+        if self._complete():  # as one that a service manager started once more
             logger.warning("%s was sent away: the engine has all its ranks", who)
             refusal = End("the engine has all its ranks already; end it before you start its nodes once more")
             self._socket.send_multipart([identity, msgspec.msgpack.encode(refusal)])
@@ -281,12 +283,18 @@ class Watch:
         if (reason := self._why_not(hello)) is not None:
             self._end_engine(f"{who} cannot take part: {reason}")
             return
-        if hello.rank >= 1:
+        if hello.rank < 0:
+            self._nodes.add(hello.config.node_rank)
+        else:
             peer = self._peers[hello.rank - 1]
             peer.host, peer.pid, peer.heard = hello.host, hello.pid, self._clock.now()
         self._socket.send_multipart([identity, msgspec.msgpack.encode(self._welcome)])
         if hello.config.node_rank:
             logger.info("%s has come", who)
+
+    def _complete(self) -> bool:
+        """Everyone has come that is expected."""
+        return len(self._nodes) == self._config.nnodes - 1 and all(peer.heard is not None for peer in self._peers)
 
     def _why_not(self, hello: Hello) -> str | None:
         ours, theirs = msgspec.structs.asdict(self._config), msgspec.structs.asdict(hello.config)
@@ -296,8 +304,8 @@ class Watch:
             return f"{listed}; start the same command on each host, but for node_rank"
         if hello.rank >= 0 and (hello.rank == 0 or hello.rank not in ranks_of(hello.config)):
             return "its rank does not belong to its host"
-        if hello.rank < 0 and hello.config.node_rank == 0:
-            return "two hosts have been started as node 0"
+        if hello.rank < 0 and hello.config.node_rank in {0, *self._nodes}:
+            return f"another host is node {hello.config.node_rank}"
         if hello.rank >= 1 and self._peers[hello.rank - 1].heard is not None:
             return f"{self._peers[hello.rank - 1].name} is there already"
         return None

@@ -75,8 +75,10 @@ def load_draft(
     progress: Progress,
     comm: Communicator = ALONE,
 ) -> LoadedDraft | None:
-    """None for a drafter without weights. `comm`: of the ranks that a draft model is divided over. Raises ConfigError for a draft that does not go with the target, ModelError
-    for one that cannot be read."""
+    """None for a drafter without weights. `comm`: of the ranks that a draft model is divided over.
+
+    Raises ConfigError for a draft that does not go with the target, ModelError for one that cannot be read.
+    """
     if source.files is None:
         return None
     if kind_of(source.files) == "eagle3":
@@ -137,7 +139,7 @@ def make_drafter(
     device: torch.device,
     make_runner: Callable[[Model, list[LayerCache]], Runner],
 ) -> CostlyDrafter:
-    """`caches`: of the draft's layers, all as long as the target's; `make_runner` makes one of a model and its caches."""
+    """`caches`: of the draft's layers, all as long as the target's; `make_runner`: of a model and its caches."""
     num_blocks = len(caches[0].values)
     keep_probs = config.verification == "rejection"
     eos, rows = target.eos_token_ids, config.max_batch_tokens
