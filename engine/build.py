@@ -10,54 +10,107 @@ import msgspec
 from engine.config import EngineConfig
 from engine.device import synchronize
 from engine.errors import ConfigError
+from engine.execution.group import LastWords, Ranks, start_ranks
 from engine.execution.loader import Platform, Progress, load_model
-from engine.execution.runner import ModelRunner
+from engine.execution.runner import ModelRunner, Runner
 from engine.execution.spans import Span
 from engine.layers.attention.interface import LayerCache
 from engine.memory import kv_cache
 from engine.memory.block_pool import BlockPool
 from engine.memory.free import free_memory
 from engine.models.config import ModelConfig
-from engine.request import EngineInfo
+from engine.models.interface import Model
+from engine.parallel.interface import ALONE
+from engine.request import EngineInfo, RankMemory
 from engine.speculation.portfolio import free_drafters, load_draft, make_controller, make_drafter
 from engine.speculation.sources import check_speculation, find
 from engine.speculation.speculator import Speculator
 from engine.speculation.verify import CoupledVerifier, RejectionVerifier, Verifier
+from engine.weights.catalog import resolve
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
     info: EngineInfo
-    runner: ModelRunner
+    runner: Runner
     pool: BlockPool
     speculator: Speculator
     verifier: Verifier
+    ranks: Ranks | None = None
+    """The others, if the model is divided."""
+
+    def check(self) -> None:
+        """Raise RankError if a rank has failed: what was computed since then is not to be used."""
+        if self.ranks is not None:
+            self.ranks.check()
+
+    def other_memory(self) -> tuple[RankMemory, ...]:
+        return self.ranks.memory() if self.ranks is not None else ()
+
+    def close(self) -> None:
+        """End the other ranks."""
+        if self.ranks is not None:
+            self.ranks.close()
 
 
-def build(config: EngineConfig, progress: Progress) -> Engine:
-    """Raises ConfigError for settings that cannot work together, ModelError for a model that cannot be read."""
+def build(config: EngineConfig, progress: Progress, last_words: LastWords | None = None) -> Engine:
+    """Raises ConfigError for settings that cannot work together, ModelError for a model that cannot be read, RankError
+    for a rank that fails; for `last_words` see `engine.process`."""
+    if config.node_rank:
+        raise ConfigError(
+            f"node_rank is {config.node_rank}, but an engine runs on node 0: `pilotfish serve` holds ranks"
+        )
+    if config.tensor_parallel_size == 1:
+        return _build(config, progress, None)
+    # Once, and not by all ranks of this host at the same time.
+    files = resolve(config.model, progress, config.load_format != "dummy")
+    find(config.drafter, files.name, progress)
+    ranks = start_ranks(config, progress, last_words)
+    try:
+        return _build(ranks.config, ranks.reported(progress), ranks)
+    except BaseException:
+        ranks.close()
+        raise
+
+
+def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Engine:
     start = time.perf_counter()
-    target, platform, files = load_model(config.model, None, config, config.max_model_len, progress)
+    comm = ALONE if ranks is None else ranks.comm
+    target, platform, files = load_model(config.model, None, config, config.max_model_len, progress, comm)
     config = msgspec.structs.replace(config, block_size=platform.block_size)
     sources = find(config.drafter, files.name, progress)
     check_speculation(config.speculation, sources)
-    loaded = [load_draft(source, target, platform, config, progress) for source in sources]
+    draft_comm = comm if config.draft_tensor_parallel_size > 1 else ALONE
+    loaded = [load_draft(source, target, platform, config, progress, draft_comm) for source in sources]
     drafts = [draft for draft in loaded if draft is not None]
 
-    num_blocks = _block_count(config, [target.config, *(draft.shape for draft in drafts)], platform)
+    shapes = [(target.config, comm.size), *((draft.shape, draft.ranks) for draft in drafts)]
+    num_blocks = _block_count(config, shapes, platform, progress, ranks)
     max_model_len = _max_model_len(config, target.config, num_blocks)
 
     progress("allocating the KV cache", 0.0)
 
-    def caches(shape: ModelConfig) -> list[LayerCache]:
+    if ranks is not None:
+        ranks.allocate(num_blocks)
+
+    def runner(model: Model, caches: list[LayerCache]) -> Runner:
+        alone = ModelRunner(model, caches, config.block_size, platform.device)
+        return alone if ranks is None or model.comm.size == 1 else ranks.lead(alone)
+
+    def caches(shape: ModelConfig, size: int) -> list[LayerCache]:
         return kv_cache.allocate(
-            shape, platform.attention, num_blocks, config.block_size, platform.cache_dtype, platform.device
+            shape, platform.attention, num_blocks, config.block_size, platform.cache_dtype, platform.device, size
         )
 
     eos_token_ids = target.config.eos_token_ids
     drafters = free_drafters(sources, config)
-    drafters += [make_drafter(draft, target.config, config, caches(draft.shape), platform.device) for draft in drafts]
-    target_runner = ModelRunner(target, caches(target.config), config.block_size, platform.device)
+    target_runner = runner(target, caches(target.config, comm.size))
+    drafters += [
+        make_drafter(draft, target.config, config, caches(draft.shape, draft.ranks), platform.device, runner)
+        for draft in drafts
+    ]
+    if ranks is not None:
+        ranks.wait_prepared()
     progress("allocating the KV cache", 1.0)
 
     def try_target(rows: int) -> None:  # what it writes to the cache nobody reads
@@ -82,6 +135,7 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
         dtype=str(platform.dtype).removeprefix("torch."),
         device=str(platform.device),
         kernels=platform.kernels_name,
+        tensor_parallel_size=comm.size,
         load_seconds=time.perf_counter() - start,
     )
     return Engine(
@@ -90,15 +144,23 @@ def build(config: EngineConfig, progress: Progress) -> Engine:
         pool=BlockPool(num_blocks, config.block_size, config.prefix_caching),
         speculator=speculator,
         verifier=verifier(eos_token_ids),
+        ranks=ranks,
     )
 
 
-def _block_count(config: EngineConfig, models: list[ModelConfig], platform: Platform) -> int:
+def _block_count(
+    config: EngineConfig,
+    models: list[tuple[ModelConfig, int]],
+    platform: Platform,
+    progress: Progress,
+    ranks: Ranks | None,
+) -> int:
     """Blocks that fit into the cache's memory, where a block of the target's comes with one of each draft's: so all
-    caches hold the same number of tokens."""
-    size = sum(kv_cache.block_bytes(model, config.block_size, platform.cache_dtype) for model in models)
-    memory = config.kv_cache_memory or int(config.kv_cache_share * free_memory(platform.device))
-    count = memory // size
+    caches hold the same number of tokens. `models`: each with the number of ranks that it is divided over."""
+    size = sum(kv_cache.block_bytes(model, config.block_size, platform.cache_dtype, parts) for model, parts in models)
+    free = free_memory(platform.device)
+    memory = config.kv_cache_memory or int(config.kv_cache_share * free)
+    count = memory // size if ranks is None else ranks.block_count(size, free, progress)
     if count < 2:
         raise ConfigError(
             f"the KV cache has {memory} bytes, but one block of {config.block_size} tokens takes {size}: "

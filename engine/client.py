@@ -7,11 +7,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import random
 import shutil
-import signal
-import sys
+import socket
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -20,6 +18,7 @@ from typing import Literal
 import msgspec
 import zmq
 
+from engine import processes
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError, EngineNotReadyError, ParameterError
 from engine.logs import Logs
@@ -31,8 +30,7 @@ logger = logging.getLogger(__name__)
 
 EngineState = Literal["starting", "ready", "stopping", "dead"]
 
-# -P: the folder that a user happens to stand in is not where `engine`, or anything that it imports, comes from.
-ENGINE_COMMAND = (sys.executable, "-P", "-m", "engine.process")
+ENGINE_COMMAND = processes.command_of("engine.process")
 
 STOP_SECONDS = 5.0
 """How long the process may take to end after each of: Shutdown, the end of its standard input, SIGKILL."""
@@ -78,6 +76,9 @@ class AsyncEngine:
         self._connection: _Connection | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._heard = False
+        """Something has come from the engine since this was last set to False."""
 
     @property
     def in_flight(self) -> int:
@@ -103,10 +104,8 @@ class AsyncEngine:
         launch = Launch(config=self.config, directory=tempfile.mkdtemp(prefix="pilotfish-"), logs=self._logs)
         try:
             self._connection = _Connection(launch, self._receive)
-            # The engine imports from where this process does, whether or not the package is installed.
-            path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
             process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+                *self._command, stdin=asyncio.subprocess.PIPE, env=processes.environment()
             )
         except BaseException:
             self._disconnect(launch.directory)
@@ -114,6 +113,7 @@ class AsyncEngine:
             raise
         self._process = process
         self._watch = asyncio.create_task(self._watch_process(process, launch.directory))
+        self._listening = asyncio.create_task(self._watch_silence(process))
         # The pipe stays open from here on: its end tells the engine that this process is gone.
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(launch) + b"\n")
@@ -206,6 +206,7 @@ class AsyncEngine:
         self._connection.send(message)
 
     def _receive(self, message: FromEngine) -> None:
+        self._heard = True
         match message:
             case Outputs(deltas=deltas, stats=stats):
                 for delta in deltas:
@@ -237,11 +238,34 @@ class AsyncEngine:
     async def _watch_process(self, process: asyncio.subprocess.Process, directory: str) -> None:
         """Wait for the end of the process, whatever its cause; then everything that waits for it is told."""
         code = await process.wait()
+        if self._listening is not None:
+            self._listening.cancel()
         stopped = self.state == "stopping"
         if code >= 0:  # else it had no time for any
             await self._last_words()
-        self._die("the engine was stopped" if stopped else _reason(code))
+        self._die("the engine was stopped" if stopped else f"the engine process {processes.how_it_ended(code)}")
         self._disconnect(directory)
+
+    async def _watch_silence(self, process: asyncio.subprocess.Process) -> None:
+        """End a process that says nothing for `rank_timeout` seconds while requests wait for it: it is stopped, or its
+        interpreter is."""
+        timeout, clock = self.config.rank_timeout, processes.PatientClock()
+        since = clock.now()
+        while True:
+            await asyncio.sleep(processes.beat_seconds(timeout))
+            now = clock.now()
+            if self._heard or not self._requests:
+                self._heard, since = False, now
+            elif now - since > timeout:
+                reason = (
+                    f"rank 0 (the engine process, pid {process.pid} on {socket.gethostname()}) was silent for "
+                    f"{now - since:.0f} s with requests in flight, and was ended"
+                )
+                logger.error("%s", reason)
+                self._die(reason)
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                return
 
     async def _last_words(self) -> None:
         """Let in what the process sent before it ended, and a thread of this one may still be reading."""
@@ -315,15 +339,3 @@ class _Connection:
         if not self._loop.is_closed():
             self._loop.remove_reader(self._reader.fileno())
         self._context.destroy(linger=0)
-
-
-def _reason(code: int) -> str:
-    """Why a process ended that nobody asked to. `code` is its exit status, or the negative number of a signal."""
-    if code >= 0:
-        return f"the engine process ended by itself with exit code {code}; its log says why"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    hint = " (if nobody killed it, the machine ran out of memory)" if name == "SIGKILL" else ""
-    return f"the engine process was ended by {name}{hint}"

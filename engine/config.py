@@ -15,6 +15,7 @@ from engine.speculation import sources
 
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
 
 Verification = Literal["coupled", "rejection"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -48,9 +49,22 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     load_format: LoadFormat = "auto"
     """auto: the model's own weights; dummy: random ones of the same shapes, for benchmarks, from config.json alone."""
     num_threads: NotNegative = 0
-    """CPU threads of the engine process; 0: one for each core that this process may use."""
+    """CPU threads of each engine process; 0: the cores that it may use, divided by the ranks of this host."""
     tensor_parallel_size: Positive = 1
-    """GPUs that share a model. Only 1 can be served so far; `pilotfish plan` computes with more."""
+    """GPUs, or processes on a CPU, that share a model: its ranks."""
+    draft_tensor_parallel_size: Positive = 1
+    """1: draft models lie whole on rank 0; the same as tensor_parallel_size: they are divided as the target is."""
+    nnodes: Positive = 1
+    """Hosts that the ranks are on, the same number on each: start the same command on each, but for node_rank."""
+    node_rank: NotNegative = 0
+    """Which of them this host is. Node 0 has rank 0 and serves; the others only hold ranks."""
+    master_addr: str | None = None
+    """Address of node 0, as all nodes reach it; needed with nnodes."""
+    master_port: Port = 29500
+    """Port of node 0 where the ranks of several hosts meet."""
+    rank_timeout: Annotated[float, Meta(gt=0)] = 60.0
+    """Seconds that a rank may be silent, or stuck in a pass that the others wait in, before the engine ends with its
+    name; also rank 0 itself while requests are in flight."""
 
     max_model_len: NotNegative = 0
     """Most tokens of prompt and answer together; 0: the model's own limit, or less if the KV cache is smaller."""
@@ -103,9 +117,24 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"max_batch_tokens ({self.max_batch_tokens}) is smaller than max_num_seqs ({self.max_num_seqs}): "
                 "every running sequence needs a row of each step"
             )
-        if self.tensor_parallel_size > 1:
-            raise ConfigError(
-                f"tensor_parallel_size is {self.tensor_parallel_size}, but tensor parallelism is not built yet: only 1 "
-                "can be served (`pilotfish plan` computes with more)"
-            )
+        self._check_ranks()
         return self
+
+    def _check_ranks(self) -> None:
+        size, nodes = self.tensor_parallel_size, self.nnodes
+        if self.draft_tensor_parallel_size not in (1, size):
+            raise ConfigError(
+                f"draft_tensor_parallel_size is {self.draft_tensor_parallel_size}, but must be 1 or the same as "
+                f"tensor_parallel_size ({size})"
+            )
+        if size % nodes:
+            raise ConfigError(
+                f"nnodes is {nodes}, but tensor_parallel_size ({size}) must be a multiple of it: each host has the "
+                "same number of ranks"
+            )
+        if self.node_rank >= nodes:
+            raise ConfigError(f"node_rank is {self.node_rank}, but with nnodes {nodes} it can be 0 to {nodes - 1}")
+        if nodes > 1 and not self.master_addr:
+            raise ConfigError(
+                f"nnodes is {nodes}, which needs master_addr: the address of node 0, as all nodes reach it"
+            )

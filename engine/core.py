@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,16 +41,29 @@ class StepResult:
 class EngineCore:
     """Loads the model; then `add` requests and call `step` while there is work.
 
-    Raises ConfigError or ModelError where the settings or the model's files are wrong. One thread at a time may use it.
+    Raises ConfigError or ModelError where the settings or the model's files are wrong, and RankError, here or from a
+    step, if a rank of a divided model ends; `last_words` are for when that leaves no other way to say so (see
+    `engine.process`). One thread at a time may use it.
     """
 
-    def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None) -> None:
-        self._engine: Engine = build(config.check(), progress or (lambda what, share: None))
-        self._memory = MemoryMeter(self._engine.info.device)
-        self.info: EngineInfo = msgspec.structs.replace(self._engine.info, memory=(self._memory.read(),))
+    def __init__(
+        self,
+        config: EngineConfig,
+        progress: Callable[[str, float], None] | None = None,
+        last_words: Callable[[str], None] | None = None,
+    ) -> None:
+        self._engine: Engine = build(config.check(), progress or (lambda what, share: None), last_words)
+        # However this core goes, no rank is left behind.
+        self._finalizer = weakref.finalize(self, self._engine.close)
+        self._memory = MemoryMeter(self._engine.info.device, others=self._engine.other_memory)
+        self.info: EngineInfo = msgspec.structs.replace(self._engine.info, memory=self._memory.read_all())
         self._scheduler = Scheduler(self._engine.pool, config.max_num_seqs, config.max_batch_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[Delta] = []  # to be reported with the next step's deltas
+
+    def close(self) -> None:
+        """End the other ranks, if there are any. May be called again; there are no steps after it."""
+        self._finalizer()
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ParameterError for one that this engine can never serve."""
@@ -88,6 +102,7 @@ class EngineCore:
             logits = engine.runner.run([_span(planned) for planned in plan.spans], tap) if plan.spans else None
         with clock.phase("sample"):
             verdicts = self._verify(plan, logits) if logits is not None else []
+            engine.check()
         with clock.phase("commit"):
             deltas, self._ended = self._ended, []
             deltas += self._commit(plan, verdicts)

@@ -30,5 +30,13 @@ class EngineDeadError(PilotfishError):
     """The engine process has ended or was stopped; requests in flight cannot finish."""
 
 
+class RankError(EngineDeadError):
+    """A rank of a divided model has ended, hangs, or cannot start: the engine ends with it. The message names it."""
+
+
+class CollectiveError(RankError):
+    """Ranks could not compute something together: another one has gone, or does not answer. The cause is not in it."""
+
+
 class EngineNotReadyError(PilotfishError):
     """The engine is still loading its model, or is stopping: the request was not taken."""

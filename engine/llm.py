@@ -61,7 +61,8 @@ class LLM:
 
     `settings` are fields of EngineConfig, on top of `config`: `LLM(model="smollm2-135m", speculation="none")`.
     `on_stats` is called after each step. Raises ConfigError for settings that are unknown, of the wrong type or
-    contradictory, and ModelError for a model that cannot be loaded.
+    contradictory, ModelError for a model that cannot be loaded, and RankError, also from `generate` and `stream`, for a
+    rank that fails.
     """
 
     def __init__(
@@ -95,8 +96,10 @@ class LLM:
         return self.core.info
 
     def close(self) -> None:
-        """Let go of the model and the KV cache. May be called again."""
-        self._core = None
+        """Let go of the model and the KV cache, and end the other ranks. May be called again."""
+        core, self._core = self._core, None
+        if core is not None:
+            core.close()
 
     def __enter__(self) -> LLM:
         return self

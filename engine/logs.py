@@ -33,6 +33,15 @@ def configure(logs: Logs) -> None:
     logging.captureWarnings(True)
 
 
+def current() -> Logs:
+    """How this process logs, for one that it starts."""
+    root = logging.getLogger()
+    json_lines = any(isinstance(handler.formatter, JsonFormatter) for handler in root.handlers)
+    levels: tuple[LogLevel, ...] = ("debug", "info", "warning")
+    enabled = (name for name in levels if root.isEnabledFor(logging.getLevelName(name.upper())))
+    return Logs(format="json" if json_lines else "text", level=next(enabled, "error"))
+
+
 def fields(**values: Any) -> dict[str, Any]:
     """`extra` of a message; fields that are None are left out."""
     return {_FIELDS: {name: value for name, value in values.items() if value is not None}}

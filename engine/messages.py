@@ -76,6 +76,10 @@ class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     stats: StepStats | None = None
 
 
+class Alive(msgspec.Struct, frozen=True, tag="alive"):
+    """The engine's process runs; it may be at work on a long step."""
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The engine cannot start or go on; the process ends after this message."""
 
@@ -83,4 +87,4 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 ToEngine = Submit | Abort | Shutdown
-FromEngine = Loading | Ready | Outputs | Failed
+FromEngine = Loading | Ready | Outputs | Alive | Failed

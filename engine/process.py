@@ -1,9 +1,9 @@
 """The engine process: one EngineCore behind two sockets. What crosses them is in `engine.messages`; who starts it, and
 talks to it, is `engine.client`.
 
-`python -m engine.process` reads one line of JSON, a `Launch`, from its standard input, which its parent then holds open
-for as long as it lives: end of file there means that the parent has gone, however it went, and ends this process.
-Signals to stop do not: they are the parent's to act on.
+`python -m engine.process` is started with a `Launch` (see `engine.processes`), and ends with its parent. Signals to
+stop do not end it: they are the parent's to act on. Of a model that is divided over ranks this process is rank 0; it
+starts the others of its host.
 """
 
 from __future__ import annotations
@@ -12,20 +12,32 @@ import gc
 import logging
 import os
 import shutil
-import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 import zmq
 
-from engine import logs
+from engine import logs, processes
 from engine.config import EngineConfig
 from engine.errors import ParameterError, PilotfishError
 from engine.logs import Logs
-from engine.messages import Abort, Failed, FromEngine, Loading, Outputs, Ready, Shutdown, StepStats, Submit, ToEngine
+from engine.messages import (
+    Abort,
+    Alive,
+    Failed,
+    FromEngine,
+    Loading,
+    Outputs,
+    Ready,
+    Shutdown,
+    StepStats,
+    Submit,
+    ToEngine,
+)
 from engine.request import Delta, EngineInfo, Request
 
 logger = logging.getLogger(__name__)
@@ -34,6 +46,8 @@ LINGER_MS = 2000
 """How long the last messages may take to leave, when the process ends."""
 
 Progress = Callable[[str, float], None]
+LastWords = Callable[[str], None]
+"""Tell the client why the engine ends, and end the process at once: for a thread that finds the main one stuck."""
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +90,7 @@ class Core(Protocol):
     def step(self) -> StepResult: ...
 
 
-CreateCore = Callable[[EngineConfig, Progress], Core]
+CreateCore = Callable[[EngineConfig, Progress, LastWords], Core]
 
 
 def run(create_core: CreateCore) -> int:
@@ -84,18 +98,19 @@ def run(create_core: CreateCore) -> int:
 
     `create_core` is called once, after the watch on the parent has begun: imports that take their time belong into it.
     """
-    # Ctrl-C reaches every process of the terminal, and a service manager's SIGTERM every process of the service. Both
-    # are the server's to hear, to drain, and then to stop its engine: by a Shutdown, or by closing standard input.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:
-        launch = msgspec.json.decode(stdin.readline(), type=Launch)
+    processes.ignore_signals()
+    launch = processes.read_launch(Launch)
     logs.configure(launch.logs)
-    threading.Thread(target=_end_with_parent, args=(launch.directory,), name="parent-watch", daemon=True).start()
+    processes.end_with_parent(lambda: shutil.rmtree(launch.directory, ignore_errors=True))
     connection = _Connection(launch)
+    threading.Thread(target=_beat, args=(launch,), name="heartbeat", daemon=True).start()
     try:
         try:
-            core = create_core(launch.config, lambda what, share: connection.send(Loading(what, share)))
+            core = create_core(
+                launch.config,
+                lambda what, share: connection.send(Loading(what, share)),
+                lambda reason: _last_words(launch, reason),
+            )
         except PilotfishError as error:  # the settings' or the files' fault: a traceback says no more
             logger.error("the engine cannot start: %s", error)
             connection.send(Failed(_one_line(error)))
@@ -181,12 +196,24 @@ class _Connection:
         self._context.term()
 
 
-def _end_with_parent(directory: str) -> None:
-    """End this process, wherever it is, once the parent's end of standard input is closed."""
-    # Not through sys.stdin: a daemon thread that holds its lock would crash the interpreter's own shutdown.
-    while os.read(0, 4096):
-        pass
-    shutil.rmtree(directory, ignore_errors=True)
+def _beat(launch: Launch) -> None:
+    """Tell the client that this process runs, until it ends; a thread's task. The socket is this thread's own."""
+    interval = processes.beat_seconds(launch.config.rank_timeout)
+    message = msgspec.msgpack.encode(Alive())
+    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+        socket.linger = 0
+        socket.connect(launch.from_engine)
+        while True:
+            socket.send(message)
+            time.sleep(interval)
+
+
+def _last_words(launch: Launch, reason: str) -> None:
+    """See LastWords."""
+    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+        socket.linger = LINGER_MS
+        socket.connect(launch.from_engine)
+        socket.send(msgspec.msgpack.encode(Failed(reason)))
     os._exit(1)
 
 
@@ -197,11 +224,11 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _create_core(config: EngineConfig, progress: Progress) -> Core:
+def _create_core(config: EngineConfig, progress: Progress, last_words: LastWords) -> Core:
     progress("importing torch", 0.0)
     from engine.core import EngineCore  # takes seconds, and the parent may die in them
 
-    return EngineCore(config, progress)
+    return EngineCore(config, progress, last_words)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     device: str
     kernels: str
+    tensor_parallel_size: int = 1
+    """Ranks that the target is divided over."""
     load_seconds: float
     memory: tuple[RankMemory, ...] = ()
     """Of each rank, once the model was loaded."""

@@ -103,8 +103,10 @@ def queue_full(in_flight: int, limit: int) -> ApiError:
     )
 
 
-def engine_dead() -> ApiError:
-    return ApiError(503, "The engine has ended; the server must be restarted.", type=SERVER_ERROR, code="engine_dead")
+def engine_dead(reason: str | None = None) -> ApiError:
+    because = f": {reason}" if reason else ""
+    message = f"The engine has ended{because}; the server must be restarted."
+    return ApiError(503, message, type=SERVER_ERROR, code="engine_dead")
 
 
 def internal(request_id: str) -> ApiError:
@@ -124,7 +126,7 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         case EngineNotReadyError():
             return stopping()  # routes ask `Service.ready` first: what was ready then can only have begun to stop
         case EngineDeadError():
-            return engine_dead()
+            return engine_dead(str(error))
         case HTTPException():
             return _routing_error(error)
         case RequestValidationError():

@@ -132,7 +132,8 @@ class Metrics:
     def ready(self, info: EngineInfo) -> None:
         """Note what the engine says of itself, and that it takes requests."""
         named = {"model": info.model, "dtype": info.dtype, "device": info.device, "kernels": info.kernels}
-        self._info.info(named | {"drafter": info.default_drafter, "max_model_len": str(info.max_model_len)})
+        numbers = {"max_model_len": info.max_model_len, "tensor_parallel_size": info.tensor_parallel_size}
+        self._info.info(named | {"drafter": info.default_drafter} | {name: str(n) for name, n in numbers.items()})
         self._model = info.model
         self._up.set(1)
         self._load.set(info.load_seconds)

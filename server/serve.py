@@ -17,6 +17,7 @@ from engine import logs
 from engine.client import AsyncEngine
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineDeadError
+from engine.execution.node import run_node
 from engine.logs import Logs
 from engine.speculation.sources import check_speculation, find
 from engine.weights.catalog import ModelFiles, resolve
@@ -38,7 +39,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def serve(engine_config: EngineConfig, config: ServerConfig, console: Console) -> int:
     """Serve until SIGTERM or Ctrl-C; returns the process's exit status: 0 after a drain, 1 if the engine could not
-    start, 128 and the signal's number if a second signal cut the drain short.
+    start, 128 and the signal's number if a second signal cut the drain short. On a node other than 0: `run_node`'s.
 
     Raises ConfigError or ModelError for what is wrong with the settings or the model's files, before anything is
     started.
@@ -46,8 +47,10 @@ def serve(engine_config: EngineConfig, config: ServerConfig, console: Console) -
     engine_config.check()
     config.check()
     console.line(f"Pilotfish {VERSION}")
-    template = _read_template(config.chat_template)
     weights = engine_config.load_format != "dummy"
+    if engine_config.node_rank:
+        return _hold_ranks(engine_config, console, weights)
+    template = _read_template(config.chat_template)
     tracing = open_tracing(config.otlp_endpoint)
     with _bound(config) as listener:
         files = resolve(engine_config.model, console.progress, weights)
@@ -56,6 +59,15 @@ def serve(engine_config: EngineConfig, config: ServerConfig, console: Console) -
         running = _Running(engine_config, config, console, files, names, template, tracing)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(running.run(listener))
+
+
+def _hold_ranks(config: EngineConfig, console: Console, weights: bool) -> int:
+    """What there is to do on a host other than node 0: no HTTP, no tokenizer."""
+    files = resolve(config.model, console.progress, weights)
+    if config.draft_tensor_parallel_size > 1:
+        find(config.drafter, files.name, console.progress)
+    console.line(f"Node {config.node_rank} of {config.nnodes}: holds ranks of {files.name}, node 0 serves it")
+    return run_node(config)
 
 
 class _Server(uvicorn.Server):

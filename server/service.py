@@ -55,7 +55,7 @@ class Service:
     def ready(self) -> EngineInfo:
         """The engine's info. Raises ApiError 503 while it loads, stops or is dead."""
         if self.engine.state == "dead" and not self.gate.closed:
-            raise engine_dead()
+            raise engine_dead(self.engine.error)
         if self.engine.state in ("stopping", "dead") or self.gate.closed:
             raise stopping()
         if self.engine.state == "starting" or self.engine.info is None:

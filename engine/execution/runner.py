@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import Protocol
 
 import torch
 
@@ -12,11 +13,26 @@ from engine.models.features import FeatureTap
 from engine.models.interface import Model
 
 
+class Runner(Protocol):
+    """A ModelRunner, or one that has others compute with it (`engine.execution.group`)."""
+
+    @property
+    def model(self) -> Model: ...
+
+    def run(self, spans: Seq[Span], tap: FeatureTap | None = None) -> torch.Tensor:
+        """See ModelRunner."""
+        ...
+
+    def run_batch(self, host: HostBatch, tap: FeatureTap | None = None) -> torch.Tensor:
+        """See ModelRunner."""
+        ...
+
+
 class ModelRunner:
     def __init__(self, model: Model, caches: list[LayerCache], block_size: int, device: torch.device) -> None:
         self.model = model
         self._caches = caches
-        self._block_size = block_size
+        self.block_size = block_size
         self.device = device
 
     def run(self, spans: Seq[Span], tap: FeatureTap | None = None) -> torch.Tensor:
@@ -26,7 +42,7 @@ class ModelRunner:
         Returns the logits of each span's last `logit_rows` rows, spans in order: (sum of logit_rows, vocab_size), in
         the model's dtype.
         """
-        return self.run_batch(pack(spans, self._block_size), tap)
+        return self.run_batch(pack(spans, self.block_size), tap)
 
     @torch.inference_mode()
     def run_batch(self, host: HostBatch, tap: FeatureTap | None = None) -> torch.Tensor:

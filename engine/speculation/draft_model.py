@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine.execution.runner import ModelRunner
+from engine.execution.runner import Runner
 from engine.execution.spans import Span
 from engine.memory.block_pool import BlockPool
 from engine.memory.block_table import BlockTable
@@ -74,7 +74,7 @@ class DraftModelDrafter:
     def __init__(
         self,
         name: str,
-        runner: ModelRunner,
+        runner: Runner,
         pool: BlockPool,
         eos_token_ids: tuple[int, ...],
         max_batch_tokens: int,

@@ -17,12 +17,13 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.execution.loader import Platform, Progress, check_draft, load_model, load_shared
-from engine.execution.runner import ModelRunner
+from engine.execution.runner import Runner
 from engine.layers.attention.interface import LayerCache
 from engine.memory.block_pool import BlockPool
 from engine.models.config import ModelConfig
 from engine.models.eagle3 import Eagle3Model
 from engine.models.interface import Model
+from engine.parallel.interface import ALONE, Communicator
 from engine.speculation.controller import Controller
 from engine.speculation.cost import RowCost
 from engine.speculation.draft_model import DraftModelDrafter
@@ -55,6 +56,11 @@ class LoadedDraft:
         """Of what has a KV cache."""
         return self.model.config.decoder if isinstance(self.model, Eagle3Model) else self.model.config
 
+    @property
+    def ranks(self) -> int:
+        """That it is divided over."""
+        return 1 if isinstance(self.model, Eagle3Model) else self.model.comm.size
+
 
 def kind_of(files: ModelFiles) -> Kind:
     """What kind of draft these files hold. Raises ModelError for files that cannot be read."""
@@ -62,15 +68,22 @@ def kind_of(files: ModelFiles) -> Kind:
 
 
 def load_draft(
-    source: Source, target: Model, platform: Platform, config: EngineConfig, progress: Progress
+    source: Source,
+    target: Model,
+    platform: Platform,
+    config: EngineConfig,
+    progress: Progress,
+    comm: Communicator = ALONE,
 ) -> LoadedDraft | None:
-    """None for a drafter without weights. Raises ConfigError for a draft that does not go with the target, ModelError
-    for one that cannot be read."""
+    """None for a drafter without weights. `comm`: of the ranks that a draft model is divided over.
+
+    Raises ConfigError for a draft that does not go with the target, ModelError for one that cannot be read.
+    """
     if source.files is None:
         return None
     if kind_of(source.files) == "eagle3":
         return LoadedDraft(source.name, _load_eagle3(source.name, source.files, target, platform, config, progress))
-    model, _, _ = load_model(str(source.files.path), platform, config, target.config.max_position, progress)
+    model, _, _ = load_model(str(source.files.path), platform, config, target.config.max_position, progress, comm)
     _check_vocabulary(source.name, model.config.vocab_size, target.config)
     return LoadedDraft(source.name, model)
 
@@ -119,9 +132,14 @@ def _check_vocabulary(name: str, size: int, target: ModelConfig) -> None:
 
 
 def make_drafter(
-    draft: LoadedDraft, target: ModelConfig, config: EngineConfig, caches: list[LayerCache], device: torch.device
+    draft: LoadedDraft,
+    target: ModelConfig,
+    config: EngineConfig,
+    caches: list[LayerCache],
+    device: torch.device,
+    make_runner: Callable[[Model, list[LayerCache]], Runner],
 ) -> CostlyDrafter:
-    """`caches`: of the draft's layers, all as long as the target's."""
+    """`caches`: of the draft's layers, all as long as the target's; `make_runner`: of a model and its caches."""
     num_blocks = len(caches[0].values)
     keep_probs = config.verification == "rejection"
     eos, rows = target.eos_token_ids, config.max_batch_tokens
@@ -129,7 +147,7 @@ def make_drafter(
         layers = draft.model.config.features_of(target)
         pool = BlockPool(num_blocks, config.block_size, False)  # what a block holds depends on more than its tokens
         return Eagle3Drafter(draft.name, draft.model, layers, caches[0], pool, eos, rows, device, keep_probs)
-    runner = ModelRunner(draft.model, caches, config.block_size, device)
+    runner = make_runner(draft.model, caches)
     pool = BlockPool(num_blocks, config.block_size, config.prefix_caching)
     return DraftModelDrafter(draft.name, runner, pool, eos, rows, keep_probs)
 

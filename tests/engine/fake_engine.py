@@ -34,7 +34,9 @@ class Result:
 class FakeCore:
     """`config.model` says how it loads: "slow" takes a minute, "broken" raises ModelError, others are there at once."""
 
-    def __init__(self, config: EngineConfig, progress: Callable[[str, float], None]) -> None:
+    def __init__(
+        self, config: EngineConfig, progress: Callable[[str, float], None], last_words: process.LastWords
+    ) -> None:
         self._events = Path(sys.argv[1])
         progress("reading the script", 0.5)
         self._note("loading")
