@@ -135,8 +135,10 @@ def differences_of(
     params: SamplingParams,
     bound: float,
 ) -> list[Difference]:
-    """What differs between two sets of `texts_of`, looked into with `llm`, which has made the `wanted` ones. `bound`: by
-    how much logits may differ between the two."""
+    """What differs between two sets of `texts_of`, looked into with `llm`, which has made the `wanted` ones.
+
+    bound: by how much logits may differ between the two.
+    """
     return [
         _difference(llm, i, prompts[i], one, other, _seeded(params, i), bound)
         for i, (one, other) in enumerate(zip(wanted, got, strict=True))

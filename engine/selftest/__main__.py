@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import threading
@@ -16,6 +17,7 @@ def main() -> int:
     # What libraries print is no message: it goes to standard error.
     messages = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    faulthandler.enable()
     launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     encoder = msgspec.json.Encoder()
@@ -45,7 +47,8 @@ def main() -> int:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):
+        pass
     os._exit(1)
 
 

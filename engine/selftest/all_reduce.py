@@ -1,5 +1,6 @@
-"""What the ranks' sums cost: `python -m engine.selftest.all_reduce` reads a line of JSON, a `Launch`, starts a process for
-each rank, and prints rank 0's `Figures`. Processes of their own, because a rank has a device, and a group, to itself."""
+"""What the ranks' sums cost: `python -m engine.selftest.all_reduce` reads a line of JSON, a `Launch`, starts a process
+for each rank, and prints rank 0's `Figures`. Processes of their own, because a rank has a device, and a group, to
+itself."""
 
 from __future__ import annotations
 
@@ -111,9 +112,7 @@ def measure(launch: Launch) -> Figures:
         bandwidth = crossed / seconds(lambda: group.all_reduce(large), 5)
     backend = group.name
     group.close()
-    return Figures(
-        backend=backend, wrong=wrong, small=row.nbytes, latency=latency, bandwidth=bandwidth
-    )
+    return Figures(backend=backend, wrong=wrong, small=row.nbytes, latency=latency, bandwidth=bandwidth)
 
 
 if __name__ == "__main__":

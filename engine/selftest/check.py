@@ -85,8 +85,8 @@ def run_check(check: Check) -> Result:
         result = msgspec.structs.replace(
             result,
             verdict=verdict,
-            measured=found.measured,
-            bound=found.bound,
+            measured=float(found.measured),
+            bound=None if found.bound is None else float(found.bound),
             at_least=found.at_least,
             detail=found.detail,
         )

@@ -1,5 +1,5 @@
-"""Whole models on this device, through the paged cache in prefill chunks, verify spans and decode rows, against one pass
-of the reference arithmetic over the same tokens and weights."""
+"""Whole models on this device, through the paged cache in prefill chunks, verify spans and decode rows, against one
+pass of the reference arithmetic over the same tokens and weights."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ BOUNDS = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.08}
 MOST, FP8_BOUND = 0.3, 0.5
 WHY = (
     "the same weights, so what differs is the rounding of what passes through the layers: about ten steps of the dtype "
-    "for two layers, more with the root of their number, but no more than 0.3; a wrong kernel, mask or position is off by "
-    "about 1"
+    "for two layers, more with the root of their number, but no more than 0.3; a wrong kernel, mask or position is off "
+    "by about 1"
 )
 FP8_WHY = (
-    "both round activations to fp8, in steps of 1/16 to 1/8, but what is near the edge of a step on one side may fall to "
-    "the other; a wrong kernel, mask or scale is off by about 1"
+    "both round activations to fp8, in steps of 1/16 to 1/8, but what is near the edge of a step on one side may fall "
+    "to the other; a wrong kernel, mask or scale is off by about 1"
 )
 
 
@@ -64,7 +64,7 @@ def _check(name: str, subject: Subject, why: str, run: Callable[[], Finding]) ->
     return Check(
         group=GROUP,
         name=name,
-        compares=f"logits of {TOKENS} tokens on {subject.device} in {subject.dtype_name}, in chunks, with the CPU's in one",
+        compares=f"logits of {TOKENS} tokens on {subject.device} in {subject.dtype_name}, in chunks, with the CPU's",
         unit="of the logits' deviation",
         why=why,
         run=torch.inference_mode()(run),
@@ -93,7 +93,9 @@ def _own(subject: Subject) -> Finding:
     parameters = sum(torch.Size(size).numel() for size in expected_shapes(shape).values())
     wanted_memory = 4 * parameters + (4 << 30)
     if (free := free_memory(torch.device("cpu"))) < wanted_memory:
-        raise Skip(f"the reference takes {wanted_memory / 2**30:.0f} GiB of host memory, and {free / 2**30:.0f} are free")
+        raise Skip(
+            f"the reference takes {wanted_memory / 2**30:.0f} GiB of host memory, and {free / 2**30:.0f} are free"
+        )
     model, platform, files = load_model(config.model, subject.platform, config, TOKENS, ignore)
     found = chunked(model, shape, platform).cpu()
     del model
@@ -128,8 +130,10 @@ def chunked(model: Any, shape: ModelConfig, platform: Platform) -> torch.Tensor:
 def reference(
     files: ModelFiles, shape: ModelConfig, rounded: torch.dtype, dtype: torch.dtype, ids: list[int], fp8: bool
 ) -> torch.Tensor:
-    """Logits, (tokens, vocab_size) in `dtype` on the CPU, of the model with its weights rounded to `rounded`; `fp8`: the
-    layers' matrices, and what they are multiplied by, to fp8."""
+    """Logits, (tokens, vocab_size) in `dtype` on the CPU, of the model with its weights rounded to `rounded`.
+
+    fp8: the layers' matrices, and what they are multiplied by, are rounded to fp8.
+    """
     cpu, count = torch.device("cpu"), len(ids)
     kernels: Kernels[Any] = ReferenceKernels(dtype)
     attention: AttentionBackend = ReferenceAttention()

@@ -26,8 +26,8 @@ GROUP = "parallel"
 ARMS = ((Arm(VANILLA, "off"), 1), (Arm("ngram", "ngram"), 8))
 """On several ranks: plain decoding one at a time, and drafts in a batch."""
 TEXT_WHY = (
-    "the ranks' parts of a sum are rounded before they are added: two tokens that are nearly tied may change places, by no "
-    "more than a bound that is asked of the engine as `pilotfish verify` does"
+    "the ranks' parts of a sum are rounded before they are added: two tokens that are nearly tied may change places, "
+    "within a bound, which is asked of the engine as `pilotfish verify` does"
 )
 GAP_WHY = "the same bound as for texts: about four steps of the dtype between logits of 16 to 32"
 REDUCE_SECONDS = 120.0
@@ -36,9 +36,7 @@ REDUCE_SECONDS = 120.0
 def checks(subject: Subject) -> Iterator[Check]:
     ranks = subject.config.tensor_parallel_size
     if ranks == 1:
-        yield Check(
-            group=GROUP, name="ranks", compares="several ranks with one", unit="", why="", run=_one_rank
-        )
+        yield Check(group=GROUP, name="ranks", compares="several ranks with one", unit="", why="", run=_one_rank)
         return
     for pair in [_Pair(subject, own=False)] + [_Pair(subject, own=True)] * subject.job.own_model:
         for mode in modes(1):
@@ -63,13 +61,21 @@ def checks(subject: Subject) -> Iterator[Check]:
     for name, compares, unit, why, run in (
         ("all-reduce, sums", "what every rank has with the sum", "wrong numbers", exact, reduce.wrong),
         ("all-reduce, latency", "of a row of hidden states", "us", "", reduce.latency),
-        ("all-reduce, bandwidth", "bytes that cross a rank's link, 2 (n - 1) / n of 64 MiB", "GB/s", "", reduce.bandwidth),
+        (
+            "all-reduce, bandwidth",
+            "bytes that cross a rank's link, 2 (n - 1) / n of 64 MiB",
+            "GB/s",
+            "",
+            reduce.bandwidth,
+        ),
     ):
         yield Check(group=GROUP, name=name, compares=compares, unit=unit, why=why, run=run)
 
 
 def _one_rank() -> Finding:
-    raise Skip("tensor_parallel_size is 1: with --tensor-parallel-size N a model on N ranks is compared with one rank's")
+    raise Skip(
+        "tensor_parallel_size is 1: with --tensor-parallel-size N a model on N ranks is compared with one rank's"
+    )
 
 
 class _Pair:
@@ -190,7 +196,9 @@ class _AllReduce:
         return Finding(measured=self.figures.wrong, bound=0)
 
     def latency(self) -> Finding:
-        return Finding(measured=1e6 * self.figures.latency, detail=f"{self.figures.small:,} bytes, {self.figures.backend}")
+        return Finding(
+            measured=1e6 * self.figures.latency, detail=f"{self.figures.small:,} bytes, {self.figures.backend}"
+        )
 
     def bandwidth(self) -> Finding:
         return Finding(measured=self.figures.bandwidth / 1e9, detail=self.figures.backend)

@@ -16,9 +16,9 @@ class Worst:
         self.error, self.where = 0.0, ""
 
     def add(self, error: float, where: str) -> None:
-        if not error <= self.error or not self.where:  # NaN is larger than everything
-            if not math.isnan(self.error):
-                self.error, self.where = error, where
+        larger = not error <= self.error and not math.isnan(self.error)  # NaN is larger than everything
+        if larger or not self.where:
+            self.error, self.where = error, where
 
     def finding(self, bound: float) -> Finding:
         return Finding(measured=self.error, bound=bound, detail=f"largest at {self.where}" if self.error else "")

@@ -1,5 +1,5 @@
-"""The arithmetic that everything else is held against: plain formulas in float64 (or float32) on the CPU, of the kernels,
-the attention, the noise and the truncation. Slow, and by nobody's library but for sums and exponentials."""
+"""The arithmetic that everything else is held against: plain formulas in float64 (or float32) on the CPU, of the
+kernels, the attention, the noise and the truncation. Slow, and by nobody's library but for sums and exponentials."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class ReferenceLinear:
 
 
 class ReferenceKernels:
-    """See `engine.kernels.interface`; everything is computed in `dtype`. Weights in fp8 or int8 are what they stand for;
-    what is multiplied by the former is rounded to fp8, as `engine.kernels.fp8` defines it."""
+    """See `engine.kernels.interface`; everything is computed in `dtype`. Weights in fp8 or int8 are what they stand
+    for; what is multiplied by the former is rounded to fp8, as `engine.kernels.fp8` defines it."""
 
     name = "reference"
 
@@ -47,9 +47,7 @@ class ReferenceKernels:
             wide = wide * scale.to(self.dtype)
         return ReferenceLinear(wide, None if bias is None else bias.to(self.dtype), weight.dtype == FP8)
 
-    def linear(
-        self, x: torch.Tensor, weight: ReferenceLinear, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, weight: ReferenceLinear, residual: torch.Tensor | None = None) -> torch.Tensor:
         x = x.to(self.dtype)
         if weight.fp8:
             scale = x.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
@@ -102,6 +100,11 @@ class ReferenceAttention:
         shape = (num_blocks, block_size, kv_heads, head_dim)
         return LayerCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
 
+    def write(self, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, batch: AttentionBatch) -> None:
+        """Keys and values alone."""
+        keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
+        keys[batch.slots], values[batch.slots] = key.to(keys.dtype), value.to(values.dtype)
+
     def attend(
         self,
         query: torch.Tensor,
@@ -113,8 +116,8 @@ class ReferenceAttention:
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
+        self.write(key, value, cache, batch)
         keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
-        keys[batch.slots], values[batch.slots] = key.to(keys.dtype), value.to(values.dtype)
         rows, heads, head_dim = query.shape
         group = heads // cache.keys.shape[2]
         out = torch.empty(rows, heads, head_dim, dtype=query.dtype)

@@ -15,7 +15,7 @@ from typing import IO
 import msgspec
 
 from engine.config import EngineConfig
-from engine.errors import ConfigError, ModelError
+from engine.errors import ConfigError, ModelError, PilotfishError
 from engine.selftest.check import Result
 from engine.selftest.environment import Environment
 
@@ -79,13 +79,12 @@ OnStart = Callable[[str, str], object]
 
 def describe(job: Job) -> Environment:
     """What this machine is. Raises ConfigError or ModelError where nothing can be checked with the job's settings."""
-    found: list[Environment] = []
     for item in _in_process(Launch(job=job, group=ENVIRONMENT), lambda group, name: None, LIMIT):
         if isinstance(item, Environment):
-            found.append(item)
-        else:
-            raise ConfigError(f"the self-test cannot start: {item.detail}")
-    return found[0]
+            return item
+        if item is not None:
+            raise PilotfishError(f"the self-test cannot start: {item.detail}")
+    raise AssertionError
 
 
 def run_groups(job: Job, on_start: OnStart, limit: float = LIMIT) -> Iterator[Result]:
@@ -106,8 +105,11 @@ def run_groups(job: Job, on_start: OnStart, limit: float = LIMIT) -> Iterator[Re
 
 
 def _in_process(launch: Launch, on_start: OnStart, limit: float) -> Iterator[Result | Environment | None]:
-    """What comes of a process; None at its proper end. The check during which it goes down or takes too long has failed;
-    before the first, there is a result of the group's own name."""
+    """What comes of a process; None at its proper end.
+
+    The check during which it goes down or takes too long has failed; before the first, that is a result of the group's
+    own name.
+    """
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "engine.selftest"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
@@ -154,8 +156,9 @@ def _failed(group: str, name: str, reason: str) -> Result:
 def _last_words(code: int, errors: IO[bytes]) -> str:
     errors.seek(0)
     lines = errors.read().decode(errors="replace").strip().splitlines()
+    words = next((line for line in reversed(lines) if "rror: " in line), lines[-1] if lines else "")
     how = f"signal {-code}" if code < 0 else f"status {code}"
-    return f"its process ended by {how}" + (f": {lines[-1]}" if lines else "")
+    return f"its process ended by {how}" + (f": {words.strip()}" if words else "")
 
 
 def _messages(pipe: IO[bytes], limit: float) -> Iterator[Message | None]:

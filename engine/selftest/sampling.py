@@ -48,13 +48,21 @@ def checks(subject: Subject) -> Iterator[Check]:
             f"the tokens that {name} keeps {where} with those of a sorted list in float64",
             "wrong tokens",
             near,
-            lambda cut=cut: sampling.truncation(cut),  # type: ignore[misc]
+            lambda cut=cut: sampling.truncation(cut),
         )
     yield _check(
-        "greedy tokens", f"the likeliest tokens {where} with NumPy's", "wrong tokens", "comparisons only", sampling.greedy
+        "greedy tokens",
+        f"the likeliest tokens {where} with NumPy's",
+        "wrong tokens",
+        "comparisons only",
+        sampling.greedy,
     )
     yield _check(
-        "drawn tokens", f"tokens drawn {where} with argmax(logit - log E) in float64", "wrong tokens", near, sampling.drawn
+        "drawn tokens",
+        f"tokens drawn {where} with argmax(logit - log E) in float64",
+        "wrong tokens",
+        near,
+        sampling.drawn,
     )
 
 
@@ -144,5 +152,3 @@ def _kept(row: np.ndarray, params: SamplingParams) -> tuple[set[int], set[int]]:
 def _sequence(number: int, params: SamplingParams) -> Decoding:
     request = Request(id=str(number), prompt_ids=(1, 2, 3), params=params)
     return Decoding(request=request, seed=number, blocks=BlockTable(BlockPool(1, 16)))
-
-

@@ -1,5 +1,5 @@
-"""Models that need no download: small ones of each kind, written as folders that the engine loads like any other, and the
-shape of Llama-3.1-8B for its speed."""
+"""Models that need no download: small ones of each kind, written as folders that the engine loads like any other, and
+the shape of Llama-3.1-8B for its speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""How fast this machine is where it matters: its memory, passes of one row and of five, the way to the device and back."""
+"""How fast this machine is where it matters: its memory, passes of one row and of five, the way to the device and
+back."""
 
 from __future__ import annotations
 
@@ -53,7 +54,13 @@ _NAMES = {
 
 def checks(subject: Subject) -> Iterator[Check]:
     machine = _Machine(subject)
-    yield _check("memory, copy", "bytes read and written by a large copy, with the card's data sheet", "GB/s", COPY_WHY, machine.copy)
+    yield _check(
+        "memory, copy",
+        "bytes read and written by a large copy, with the card's data sheet",
+        "GB/s",
+        COPY_WHY,
+        machine.copy,
+    )
     yield _check("host to device", "a small copy to the device, until it is there", "us", "", machine.to_device)
     yield _check("device to host", "a number of the device, until the host has it", "us", "", machine.to_host)
     for name, model in _models(subject):
@@ -65,12 +72,13 @@ def checks(subject: Subject) -> Iterator[Check]:
         yield _check(f"step, {name}", what, "ms", "", _step(model))
 
 
-COPY_WHY = (
-    "copies reach 80 to 92 % of a data sheet's bandwidth: less than 75 % is a card that is throttled, shared, or another"
+COPY_WHY = "a large copy should come near the data sheet: below 75 % of it a card is throttled, shared, or another one"
+PASS_WHY = (
+    "what a decoding step waits for is its weights: 80 % of the data sheet's bandwidth is what the project asks for"
 )
-PASS_WHY = "what a decoding step waits for is its weights: 80 % of the data sheet's bandwidth is what the project asks for"
 VERIFY_WHY = (
-    "the weights are read once, for five rows as for one; the rest of a pass grows a little: 1.1 is what the project asks for"
+    "the weights are read once, for five rows as for one; the rest of a pass grows a little: 1.1 is what the project "
+    "asks for"
 )
 
 
@@ -140,7 +148,9 @@ class _Model:
     @property
     def planned(self) -> PlannedModel:
         info, fp8 = self.engine.info, self.subject.platform.cache_dtype == torch.float8_e4m3fn
-        unquantized = (self.shape.fp8.unquantized if self.shape.fp8 else ()) if self.config.quantization == "fp8" else None
+        unquantized = (
+            (self.shape.fp8.unquantized if self.shape.fp8 else ()) if self.config.quantization == "fp8" else None
+        )
         return PlannedModel(
             name=info.model,
             shape=self.shape,

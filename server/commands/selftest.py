@@ -1,5 +1,5 @@
-"""`pilotfish selftest`: whether this machine computes what it should, and how fast: what to run first on a GPU host. See
-docs/gpu.md."""
+"""`pilotfish selftest`: whether this machine computes what it should, and how fast: what to run first on a GPU host.
+See docs/gpu.md."""
 
 from __future__ import annotations
 
@@ -180,12 +180,16 @@ def _machine(environment: Environment) -> list[str]:
     lines = [
         f"Pilotfish {VERSION} on {environment.device} in {environment.dtype}, {environment.kernels} kernels",
         f"{environment.processor}, {environment.cores} cores, {_gib(environment.memory)}; {environment.system}",
-        f"Python {environment.python}, {packages}{cuda}" + (f", driver {environment.driver}" if environment.driver else ""),
+        f"Python {environment.python}, {packages}{cuda}"
+        + (f", driver {environment.driver}" if environment.driver else ""),
     ]
     for i, gpu in enumerate(environment.gpus):
         lines.append(f"GPU {i}: {gpu.name}, {gpu.capability}, {_gib(gpu.memory)}, {_gib(gpu.free)} free")
     apart = [
-        f"{i} and {j}" for i, row in enumerate(environment.peers) for j, reaches in enumerate(row) if i < j and not reaches
+        f"{i} and {j}"
+        for i, row in enumerate(environment.peers)
+        for j, reaches in enumerate(row)
+        if i < j and not reaches
     ]
     if apart:
         lines.append(f"GPUs that cannot reach each other's memory: {', '.join(apart)}")
@@ -226,7 +230,9 @@ def _figures(results: Sequence[Result]) -> list[str]:
         for result in results
         if result.measured is not None and (result.group == "speed" or result.verdict == "measured")
     ]
-    return aligned(("figure", "measured", "unit", "bound", "detail"), body, ("figure", "unit", "detail")) if body else []
+    return (
+        aligned(("figure", "measured", "unit", "bound", "detail"), body, ("figure", "unit", "detail")) if body else []
+    )
 
 
 def _everything(results: Sequence[Result]) -> list[str]:
@@ -279,7 +285,13 @@ def _bound(result: Result) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:,.0f}" if value == int(value) and abs(value) < 1e9 else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return (
+        f"{value:,.0f}"
+        if value == int(value) and abs(value) < 1e9
+        else f"{value:.3g}"
+        if abs(value) < 1000
+        else f"{value:,.0f}"
+    )
 
 
 def _gib(size: int) -> str:

@@ -117,7 +117,10 @@ def test_a_token_at_the_edge_of_the_nucleus_is_a_near_tie(
         edge = narrow[0].top_p * (1 - narrow[0].top_p)
         for moved, explained in ((0.005, False), (0.025, True)):
             monkeypatch.setitem(BOUNDS, "float32", moved / edge)
-            found = [_difference(llm, 0, PROMPT, wanted[seed], got[seed], narrow[seed], bound_of(llm.info)) for seed in other[:5]]
+            found = [
+                _difference(llm, 0, PROMPT, wanted[seed], got[seed], narrow[seed], bound_of(llm.info))
+                for seed in other[:5]
+            ]
             assert [each.explained for each in found] == [explained] * len(found)
 
 
