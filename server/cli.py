@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.config import EngineConfig
-from engine.errors import ConfigError, ModelError, ParameterError
+from engine.errors import ConfigError, ParameterError, PilotfishError
 from server import VERSION, configuration
 from server.commands import bench, plan, selftest, train_draft, verify
 from server.config import ServerConfig
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, ParameterError) as error:
         print(f"pilotfish: {error}", file=sys.stderr)
         return 2
-    except ModelError as error:
+    except PilotfishError as error:
         print(f"pilotfish: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # of serve, while files are downloaded: nothing is running yet

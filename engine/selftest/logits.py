@@ -22,7 +22,7 @@ from engine.models.registry import model_class
 from engine.selftest import small
 from engine.selftest.check import Check, Finding, Skip
 from engine.selftest.reference import ReferenceAttention, ReferenceKernels
-from engine.selftest.subject import Subject, ignore
+from engine.selftest.subject import Subject, ignore, release
 from engine.weights import iter_weights
 from engine.weights.catalog import ModelFiles
 from engine.weights.names import expected_shapes
@@ -99,6 +99,7 @@ def _own(subject: Subject) -> Finding:
     model, platform, files = load_model(config.model, subject.platform, config, TOKENS, ignore)
     found = chunked(model, shape, platform).cpu()
     del model
+    release()
     fp8 = _in_fp8(subject)
     wanted = reference(files, shape, platform.dtype, torch.float32, tokens(shape), fp8)
     return _gap(found, wanted, _bound(shape, platform, fp8))

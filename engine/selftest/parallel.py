@@ -18,7 +18,7 @@ from engine.memory.free import free_memory
 from engine.sampling.params import SamplingParams
 from engine.selftest.all_reduce import Figures, Launch
 from engine.selftest.check import Check, Finding, Skip
-from engine.selftest.subject import Subject, prompts_of
+from engine.selftest.subject import Subject, prompts_of, release
 from engine.selftest.text import modes
 from engine.weights.names import expected_shapes
 
@@ -111,6 +111,7 @@ class _Pair:
     @cached_property
     def whole(self) -> LLM:
         assert self.divided  # first, so that both need not be in memory
+        release()
         return LLM(self.config(1))
 
     def text(self, mode: str) -> Callable[[], Finding]:

@@ -50,8 +50,9 @@ class ReferenceKernels:
     def linear(self, x: torch.Tensor, weight: ReferenceLinear, residual: torch.Tensor | None = None) -> torch.Tensor:
         x = x.to(self.dtype)
         if weight.fp8:
-            scale = x.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
-            x = (x / scale).to(FP8).to(self.dtype) * scale
+            # In float32, as it is defined: a number at the edge of a step must fall to the same side.
+            scale = x.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
+            x = (x.float() / scale).clamp(-LARGEST, LARGEST).to(FP8).to(self.dtype) * scale.to(self.dtype)
         y = x @ weight.weight.T
         if weight.bias is not None:
             y = y + weight.bias

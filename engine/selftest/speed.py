@@ -26,7 +26,7 @@ from engine.planner.models import PlannedModel
 from engine.sampling.params import SamplingParams
 from engine.selftest import small
 from engine.selftest.check import Check, Finding, Skip
-from engine.selftest.subject import Subject, ignore
+from engine.selftest.subject import Subject, ignore, release
 from engine.weights import read_config
 from engine.weights.catalog import resolve
 
@@ -145,6 +145,11 @@ class _Model:
             raise Skip(f"the KV cache has no room for {CONTEXT} tokens: raise kv_cache_memory")
         return found
 
+    def close(self) -> None:
+        for name in ("engine", "blocks"):
+            self.__dict__.pop(name, None)
+        release()
+
     @property
     def planned(self) -> PlannedModel:
         info, fp8 = self.engine.info, self.subject.platform.cache_dtype == torch.float8_e4m3fn
@@ -222,8 +227,7 @@ def _verify(model: _Model) -> Callable[[], Finding]:
 def _step(model: _Model) -> Callable[[], Finding]:
     def run() -> Finding:
         _check_room(model)
-        model.__dict__.pop("engine", None)  # its memory is wanted
-        model.__dict__.pop("blocks", None)
+        model.close()  # its memory is wanted
         tokens = 24 if model.subject.quick else 64
         times: list[float] = []
         with LLM(model.config) as llm:
@@ -235,6 +239,7 @@ def _step(model: _Model) -> Callable[[], Finding]:
                 stats = llm.core.step().stats
                 if not stats.prompt_tokens:
                     times.append(time.perf_counter() - begin)
+        release()
         return Finding(measured=1e3 * statistics.median(times), detail=f"{1 / statistics.median(times):.1f} tokens/s")
 
     return run
@@ -242,12 +247,16 @@ def _step(model: _Model) -> Callable[[], Finding]:
 
 def _reached(subject: Subject, rate: float, share: float | None) -> Finding:
     """A rate of bytes per second, beside what the card's data sheet says."""
-    card = peaks(torch.cuda.get_device_name(subject.device)) if subject.device.type == "cuda" else None
+    card = _card(subject)
     if card is None:
         return Finding(measured=rate / 1e9)
     detail = f"{rate / card.bandwidth:.0%} of {card.bandwidth / 1e9:.0f} ({card.source})"
     bound = None if share is None else share * card.bandwidth / 1e9
     return Finding(measured=rate / 1e9, bound=bound, at_least=True, detail=detail)
+
+
+def _card(subject: Subject) -> Device | None:
+    return peaks(torch.cuda.get_device_name(subject.device)) if subject.device.type == "cuda" else None
 
 
 def _with_detail(found: Finding, more: str) -> Finding:
