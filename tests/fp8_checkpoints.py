@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.kernels.fp8 import FP8, quantize_rows
-from engine.weights.quantization import is_quantizable
+from engine.weights.hf_quantization import is_quantizable
 
 FBGEMM = {
     "quant_method": "fbgemm_fp8",

@@ -14,14 +14,13 @@ from engine.parallel.layout import Layout, num_kv_heads, shape_of
 from engine.planner.published import Published, find
 from engine.weights import read_config
 from engine.weights.catalog import CATALOG, ModelFiles, resolve
+from engine.weights.hf_quantization import is_quantizable
 from engine.weights.names import expected_shapes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 """Of one number."""
 SCALE_BYTES = 4
 """An fp8 matrix has a float32 scale for each output channel."""
-
-_LAYER_MATRIX = re.compile(r"model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +59,13 @@ class PlannedModel:
 
     def dtype_of(self, name: str) -> str:
         """Of the weight of that name."""
-        if self.fp8_except is None or not _LAYER_MATRIX.fullmatch(name):
-            return self.dtype
-        return self.dtype if any(_names(part, name) for part in self.fp8_except) else "fp8"
+        in_fp8 = self.fp8_except is not None and is_quantizable(name, self.fp8_except)
+        return "fp8" if in_fp8 else self.dtype
 
     def matrices(self, ranks: int = 1) -> Iterator[Matrix]:
         """One rank's, in the order of the computation: the layers', then the head (tied or not)."""
         for name, shape in rank_shapes(self.shape, ranks).items():
-            if _LAYER_MATRIX.fullmatch(name):
+            if is_quantizable(name):
                 yield Matrix(name, shape[0], shape[1], self.dtype_of(name))
         yield Matrix("lm_head.weight", Layout(self.shape, 0, ranks).vocab_part, self.shape.hidden_size, self.dtype)
 
@@ -114,13 +112,6 @@ def read_shape(model: str) -> Published:
     shape = read_config(files)
     quantization = shape.fp8
     return Published(shape, None if quantization is None else tuple(quantization.unquantized))
-
-
-def _names(part: str, tensor: str) -> bool:
-    """Checkpoints name modules by a part of their path, or by "re:" and what they begin with."""
-    if part.startswith("re:"):
-        return re.match(part[3:], tensor.removesuffix(".weight")) is not None
-    return f".{part}." in f".{tensor}"
 
 
 def _is_hub_name(model: str) -> bool:

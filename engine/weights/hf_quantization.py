@@ -1,4 +1,5 @@
-"""The quantization_config of a Hugging Face config.json, as far as the engine knows it: fp8. No torch.
+"""The quantization_config of a Hugging Face config.json, as far as the engine knows it: fp8; and which matrices can be
+in fp8. No torch.
 
 Three ways in which Llama 3.1's fp8 checkpoints are published, all with weights in float8_e4m3fn and `weight_scale`:
 
@@ -12,6 +13,7 @@ Activations get the scale of each row, whatever scale was found for them when th
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,21 @@ def read_fp8(path: Path, raw: dict[str, Any]) -> Fp8Config | None:
             _check_group(path, group)
         return Fp8Config(unquantized=tuple(found.get("ignore") or ()))
     raise _unknown(path, repr(method))
+
+
+def is_quantizable(name: str, unquantized: tuple[str, ...] = ()) -> bool:
+    """Whether the tensor is a matrix of a layer, and not of one of the modules `unquantized`."""
+    module = name.removesuffix(".weight")
+    if module == name or not re.fullmatch(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj", module):
+        return False
+    return not any(_names(pattern, module) for pattern in unquantized)
+
+
+def _names(pattern: str, module: str) -> bool:
+    """compressed-tensors: a name, or "re:" and what a name begins with; transformers: also a part of a name's path."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], module) is not None
+    return f".{pattern}." in f".{module}."
 
 
 def _check_group(path: Path, group: dict[str, Any]) -> None:

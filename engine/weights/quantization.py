@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 
 import torch
 
 from engine.kernels.fp8 import FP8, dequantize, quantize_rows
+from engine.weights.hf_quantization import is_quantizable
 
 SCALE = "_scale"
 """What the name of a weight's scales ends in after the weight's own name: (out_features, 1) float32, weight times scale
@@ -42,18 +42,3 @@ def quantized(
         weight, scale = quantize_rows(tensor.to(device))  # a row of a weight is an output channel
         yield name, weight
         yield name + SCALE, scale
-
-
-def is_quantizable(name: str, unquantized: tuple[str, ...] = ()) -> bool:
-    """Whether the tensor is a matrix of a layer, and not of one of the modules `unquantized`."""
-    module = name.removesuffix(".weight")
-    if module == name or not re.fullmatch(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj", module):
-        return False
-    return not any(_names(pattern, module) for pattern in unquantized)
-
-
-def _names(pattern: str, module: str) -> bool:
-    """compressed-tensors: a name, or "re:" and what a name begins with; transformers: also a part of a name's path."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
-    return f".{pattern}." in f".{module}."
