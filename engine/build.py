@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, cache_share
 from engine.device import synchronize
 from engine.errors import ConfigError
 from engine.execution.group import LastWords, Ranks, start_ranks
@@ -159,7 +159,8 @@ def _block_count(
     caches hold the same number of tokens. `models`: each with the number of ranks that it is divided over."""
     size = sum(kv_cache.block_bytes(model, config.block_size, platform.cache_dtype, parts) for model, parts in models)
     free = free_memory(platform.device)
-    memory = config.kv_cache_memory or int(config.kv_cache_share * free)
+    share = cache_share(config.kv_cache_share, on_gpu=platform.device.type == "cuda")
+    memory = config.kv_cache_memory or int(share * free)
     count = memory // size if ranks is None else ranks.block_count(size, free, progress)
     if count < 2:
         raise ConfigError(

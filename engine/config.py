@@ -27,6 +27,15 @@ CacheDType = Literal["auto", "fp8"]
 LoadFormat = Literal["auto", "dummy"]
 
 
+CACHE_SHARES = {"cpu": 0.05, "gpu": 0.9}
+"""What `kv_cache_share` 0 stands for."""
+
+
+def cache_share(kv_cache_share: float, on_gpu: bool) -> float:
+    """The setting's value, or what it stands for where a model computes."""
+    return kv_cache_share or CACHE_SHARES["gpu" if on_gpu else "cpu"]
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an engine is started with. Every field has a default but `model`'s is the catalogue's small one.
 
@@ -79,8 +88,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
     kv_cache_memory: NotNegative = 0
     """Bytes of the KV cache; 0: `kv_cache_share` of the memory that is free once the weights are loaded."""
-    kv_cache_share: Annotated[float, Meta(gt=0, le=1)] = 0.05
-    """See kv_cache_memory."""
+    kv_cache_share: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """See kv_cache_memory. 0: 0.05 on the CPU, whose memory others want, too, and 0.9 on a GPU."""
     prefix_caching: bool = True
     """Keep the KV cache of finished requests, as long as there is room, for prompts that begin as they did."""
 

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from fastapi.routing import APIRoute
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, cache_share
 from engine.messages import StepStats
 from engine.request import EngineInfo, RankMemory
 from server import request_log, routes
@@ -139,7 +139,7 @@ def test_readmes_options_exist_with_these_defaults() -> None:
     assert lines
     for _, names, values, *_ in lines:
         assert values.strip() == ", ".join(known[flag] for flag in code(names))
-    assert EngineConfig().kv_cache_share == 0.05
+    assert cache_share(EngineConfig().kv_cache_share, on_gpu=False) == 0.05
 
 
 def test_every_endpoint_is_documented() -> None:

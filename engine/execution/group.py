@@ -18,7 +18,7 @@ import torch
 import zmq
 
 from engine import logs
-from engine.config import EngineConfig
+from engine.config import EngineConfig, cache_share
 from engine.errors import CollectiveError, ConfigError
 from engine.execution.loader import Progress, thread_count
 from engine.execution.runner import ModelRunner
@@ -151,11 +151,12 @@ class Ranks:
         if config.kv_cache_memory:
             return min(config.kv_cache_memory // each.block_bytes for each in measured)
         if self._device.type == "cuda":
-            return min(int(config.kv_cache_share * each.free) // each.block_bytes for each in measured)
+            share = cache_share(config.kv_cache_share, on_gpu=True)
+            return min(int(share * each.free) // each.block_bytes for each in measured)
         counts = []
         for first in range(0, len(measured), self._place.local_size):  # the ranks of a host share its memory
             host = measured[first : first + self._place.local_size]
-            memory = int(config.kv_cache_share * min(each.free for each in host))
+            memory = int(cache_share(config.kv_cache_share, on_gpu=False) * min(each.free for each in host))
             counts.append(memory // sum(each.block_bytes for each in host))
         return min(counts)
 

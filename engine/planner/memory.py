@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from engine.config import cache_share
 from engine.planner.devices import DEVICES, Device
 from engine.planner.models import BYTES, PlannedModel
 from engine.planner.roofline import kernel_count
@@ -61,7 +62,8 @@ def plan_memory(setup: Setup) -> MemoryPlan:
     per_token += sum(model.kv_bytes_per_token(setup.draft_ranks) for model in setup.draft_models)
     # As the engine does: a share of what is free once the weights are there.
     free = device.memory - device.reserved - weights - sum(drafts.values())
-    cache = settings.kv_cache_memory or max(0, int(settings.kv_cache_share * free))
+    share = cache_share(settings.kv_cache_share, on_gpu=not device.threads)
+    cache = settings.kv_cache_memory or max(0, int(share * free))
     return MemoryPlan(
         total=device.memory,
         reserved=device.reserved,

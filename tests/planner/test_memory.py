@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from engine.config import EngineConfig, cache_share
 from engine.errors import ConfigError
 from engine.planner.devices import DEVICES
 from engine.planner.memory import fits, largest_batch, largest_context, plan_memory, remedies
+from engine.planner.settings import PlanSettings
 from engine.planner.setup import Setup
 
 SetupOf = Callable[..., Setup]
@@ -33,6 +35,17 @@ def test_sizes_worked_out_by_hand(setup_of: SetupOf) -> None:
     sharded = plan_memory(setup_of(ranks=4, draft_ranks=4))
     assert sharded.draft_weights["8b"] == pytest.approx(2 * 8_030_261_248 / 4, rel=1e-4)
     assert sharded.kv_bytes_per_token == (327_680 + 131_072 + 32_768) // 4
+
+
+def test_the_cache_takes_most_of_a_gpu_and_little_of_a_host(setup_of: SetupOf) -> None:
+    """Unless the settings say otherwise, on which the engine and the planner agree."""
+    for name, share in (("h100", 0.9), ("cpu", 0.05)):
+        memory = plan_memory(setup_of(name, 1, model="smollm2-135m", drafter=(), kv_cache_share=0.0))
+        free = memory.total - memory.reserved - memory.weights
+        assert memory.kv_cache == int(share * free)
+        assert EngineConfig().kv_cache_share == PlanSettings().kv_cache_share == 0.0
+        assert cache_share(0.0, on_gpu=name != "cpu") == share
+    assert plan_memory(setup_of(kv_cache_share=0.5)).kv_cache < plan_memory(setup_of(kv_cache_share=0.0)).kv_cache
 
 
 def test_an_fp8_cache_holds_twice_as_many_tokens(setup_of: SetupOf) -> None:
