@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +34,9 @@ from engine.selftest.precision import Worst, units
 from engine.selftest.run import GROUPS, Job, run_groups
 from engine.weights.hf_config import read_config
 from server import cli
+from server.commands import selftest
 from server.commands.selftest import report
+from server.settings import settings_of
 
 if load_library() is None:
     pytest.skip("the native kernels were not built here", allow_module_level=True)
@@ -467,3 +471,20 @@ def test_a_slow_card_fails(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     names = failed(run("speed"))
     assert {"memory, copy", "decode pass, small model"} <= set(names)
     assert set(names) <= {"memory, copy", "decode pass, small model", "verify 5 tokens, small model"}
+
+
+def test_flags_and_fields_are_documented() -> None:
+    page = (
+        (Path(__file__).parents[2] / "docs" / "gpu.md").read_text().partition("## Self-test")[2].partition("\n## ")[0]
+    )
+    documented = set(re.findall(r"`(--[a-z-]+)`", page))
+    parser = argparse.ArgumentParser()
+    selftest.add_parser(parser.add_subparsers())
+    (command,) = parser._subparsers._group_actions[0].choices.values()  # type: ignore[union-attr]
+    engine = {flag for setting in settings_of(EngineConfig) for flag in (setting.flag, f"--no-{setting.flag[2:]}")}
+    own = {flag for action in command._actions for flag in action.option_strings if flag.startswith("--")} - engine
+    assert own - {"--help"} <= documented
+    assert documented <= own | engine
+    fields = {name for line in page.splitlines() if line.startswith("| `") for name in re.findall(r"`([a-z_]+)`", line)}
+    assert set(Result.__struct_fields__) <= fields
+    assert set(GROUPS) <= fields
