@@ -8,6 +8,7 @@ import msgspec
 
 from engine.config import cache_share
 from engine.planner.devices import DEVICES, Device
+from engine.planner.heads import PlannedHead
 from engine.planner.models import BYTES, PlannedModel
 from engine.planner.roofline import kernel_count
 from engine.planner.setup import Setup, ranks_that_divide
@@ -52,14 +53,14 @@ def plan_memory(setup: Setup) -> MemoryPlan:
     """What lies on each of the setup's GPUs."""
     device, settings, ranks = setup.device, setup.settings, setup.ranks
     weights = setup.target.weight_bytes(ranks)
-    drafts = {d.name: d.model.weight_bytes(setup.draft_ranks) for d in setup.drafts if d.model is not None}
+    drafts = {d.name: _draft_bytes(d.model, setup) for d in setup.drafts if d.model is not None}
     working = max(
         activation_bytes(model, setup, part)
-        for model, part in [(setup.target, ranks), *((model, setup.draft_ranks) for model in setup.draft_models)]
+        for model, part in [(setup.target, ranks), *((model, setup.ranks_of(model)) for model in setup.draft_models)]
     )
     graphs = graph_bytes(setup) if device.graphs else 0
     per_token = setup.target.kv_bytes_per_token(ranks)
-    per_token += sum(model.kv_bytes_per_token(setup.draft_ranks) for model in setup.draft_models)
+    per_token += sum(model.kv_bytes_per_token(setup.ranks_of(model)) for model in setup.draft_models)
     # As the engine does: a share of what is free once the weights are there.
     free = device.memory - device.reserved - weights - sum(drafts.values())
     share = cache_share(settings.kv_cache_share, on_gpu=not device.threads)
@@ -77,14 +78,21 @@ def plan_memory(setup: Setup) -> MemoryPlan:
     )
 
 
-def activation_bytes(model: PlannedModel, setup: Setup, ranks: int) -> int:
+def _draft_bytes(draft: PlannedModel | PlannedHead, setup: Setup) -> int:
+    if isinstance(draft, PlannedHead):
+        return draft.weight_bytes(setup.target, setup.ranks)
+    return draft.weight_bytes(setup.draft_ranks)
+
+
+def activation_bytes(model: PlannedModel | PlannedHead, setup: Setup, ranks: int) -> int:
     """Peak of a pass: the widest moment of a layer at `max_batch_tokens` rows, or the logits, which come after it."""
     shape, width = model.shape, BYTES[model.dtype]
     rows = setup.settings.max_batch_tokens
     heads = (shape.num_heads + 2 * max(1, shape.num_kv_heads // ranks) * ranks) * shape.head_dim
     layer = rows * width * (3 * shape.hidden_size + max(3 * shape.intermediate_size, 2 * heads) // ranks)
-    logits = drawn_rows(setup) * shape.vocab_size * (width + LOGIT_COPIES * 4)
-    return max(layer, logits + rows * shape.hidden_size * width)
+    logits = drawn_rows(setup) * model.logit_size * (width + LOGIT_COPIES * 4)
+    features = rows * 3 * model.config.target_hidden_size * width if isinstance(model, PlannedHead) else 0
+    return features + max(layer, logits + rows * shape.hidden_size * width)
 
 
 def drawn_rows(setup: Setup) -> int:

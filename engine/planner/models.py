@@ -17,10 +17,10 @@ from engine.weights.catalog import CATALOG, ModelFiles, resolve
 from engine.weights.hf_quantization import is_quantizable
 from engine.weights.names import expected_shapes
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
 """Of one number."""
 SCALE_BYTES = 4
-"""An fp8 matrix has a float32 scale for each output channel."""
+"""An fp8 or int8 matrix has a float32 scale for each output channel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Matrix:
 
     @property
     def bytes(self) -> int:
-        return self.params * BYTES[self.dtype] + (self.outputs * SCALE_BYTES if self.dtype == "fp8" else 0)
+        return self.params * BYTES[self.dtype] + (self.outputs * SCALE_BYTES if self.dtype in ("fp8", "int8") else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +51,10 @@ class PlannedModel:
     """Those, or "fp8"."""
     fp8_except: tuple[str, ...] | None = None
     """As in `Published`."""
+
+    @property
+    def logit_size(self) -> int:
+        return self.shape.vocab_size
 
     @property
     def params(self) -> int:
@@ -106,12 +110,22 @@ def read_shape(model: str) -> Published:
     A hub's name that is not published here is looked for in the local cache only: planning downloads nothing. Raises
     ModelError.
     """
-    if not Path(model).expanduser().exists() and (published := find(model)) is not None:
+    files = locate(model)
+    if files is None:
+        published = find(model)
+        assert published is not None
         return published
-    files = _cached(model) if _is_hub_name(model) else resolve(model)
     shape = read_config(files)
     quantization = shape.fp8
     return Published(shape, None if quantization is None else tuple(quantization.unquantized))
+
+
+def locate(model: str) -> ModelFiles | None:
+    """The files of a model, of a hub's name those in the local cache; None for one whose shape is published here.
+    Raises ModelError."""
+    if not Path(model).expanduser().exists() and find(model) is not None:
+        return None
+    return _cached(model) if _is_hub_name(model) else resolve(model)
 
 
 def _is_hub_name(model: str) -> bool:

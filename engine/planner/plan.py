@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from engine.errors import ConfigError
 from engine.planner.memory import MemoryPlan, Remedy, fits, largest_batch, largest_context, plan_memory, remedies
 from engine.planner.roofline import StepSeconds, draft_seconds, step_seconds
-from engine.planner.setup import PlannedDraft, Setup
+from engine.planner.setup import Kind, PlannedDraft, Setup
 from engine.planner.speculation import acceptance_for, expected_tokens
 
 VANILLA = "vanilla"
-ASSUMED = {"draft model": 0.7, "lookup": 0.3}
+ASSUMED: Mapping[Kind, float] = {"draft model": 0.7, "EAGLE-3 head": 0.7, "lookup": 0.3}
 """Acceptance rates where none is given: placeholders, as acceptance depends on models and texts, not on the machine."""
 
 
@@ -98,8 +98,7 @@ def make_plan(
         vanilla = predict(setup, None, batch, context, 0, None, room)
         predictions.append(vanilla)
         for draft in setup.drafts:
-            kind = "lookup" if draft.model is None else "draft model"
-            acceptance = acceptances.get(draft.name, ASSUMED[kind])
+            acceptance = acceptances.get(draft.name, ASSUMED[draft.kind])
             verifiable = [k for k in lengths if batch * (1 + k) <= settings.max_batch_tokens]
             predictions += [predict(setup, draft, batch, context, k, acceptance, room) for k in verifiable]
     ok = fits(memory, setup)
@@ -173,4 +172,6 @@ def _drafting(
     if draft is None or draft.model is None or length == 0:
         return 0.0
     new_rows = 1 + acceptance**length  # one more after a draft that was accepted whole: its last token was never read
-    return draft_seconds(draft.model, setup.device, setup.draft_ranks, length, batch, context, new_rows)
+    if draft.kind == "EAGLE-3 head":
+        new_rows = expected_tokens(acceptance, length)  # it reads the target's features of all that was accepted
+    return draft_seconds(draft.model, setup.device, setup.ranks_of(draft.model), length, batch, context, new_rows)

@@ -10,13 +10,16 @@ from functools import lru_cache
 from math import log2
 
 from engine.planner.devices import Device
-from engine.planner.models import BYTES, PlannedModel
+from engine.planner.heads import PlannedHead
+from engine.planner.models import BYTES, Matrix, PlannedModel
 
 KERNELS_PER_LAYER = 10
 """Norm, qkv, rotation, cache write, attention, output, norm, gate and up, activation, down: what `engine.models.llama`
 calls, one by one."""
 SANDWICH_KERNELS = 7
 """More of them in Gemma's layers: norms of queries and keys, norms after, sums."""
+HEAD_KERNELS = 2
+"""More of them in an EAGLE-3 head's: its second norm, and putting the two halves of its input together."""
 ROW_PASSES = 12
 """Times that a row's hidden state, as wide as `hidden_size`, is read or written by a layer's operators that go row by
 row; its wider intermediate state counts separately."""
@@ -66,20 +69,38 @@ def step_seconds(
 
 
 def draft_seconds(
-    model: PlannedModel, device: Device, ranks: int, length: int, sequences: int, context: int, new_rows: float = 2.0
+    model: PlannedModel | PlannedHead,
+    device: Device,
+    ranks: int,
+    length: int,
+    sequences: int,
+    context: int,
+    new_rows: float = 2.0,
 ) -> float:
     """Of a draft of `length` tokens for each sequence: as many passes of a row each, the first of which also reads the
-    tokens that have come since the last draft, `new_rows` for each sequence in all."""
+    tokens that have come since the last draft, `new_rows` for each sequence in all. An EAGLE-3 head fuses the target's
+    features of those first."""
     total = 0.0
+    if isinstance(model, PlannedHead) and length:
+        fusion: Matrix = model.fusion
+        rows = max(sequences, round(new_rows * sequences))
+        total += _product(device, _rate_dtype(model, fusion.dtype), fusion.params, fusion.bytes, rows)
+        total += device.kernel_seconds
     for place in range(length):
         rows = round(new_rows * sequences) if place == 0 else sequences
         step = pass_seconds(model, device, ranks, max(rows, sequences), sequences, context, sequences)
-        total += step.total + device.draft_seconds + device.logit_seconds * sequences * model.shape.vocab_size
+        total += step.total + device.draft_seconds + device.logit_seconds * sequences * model.logit_size
     return total
 
 
 def pass_seconds(
-    model: PlannedModel, device: Device, ranks: int, rows: int, sequences: int, context: int, logit_rows: int
+    model: PlannedModel | PlannedHead,
+    device: Device,
+    ranks: int,
+    rows: int,
+    sequences: int,
+    context: int,
+    logit_rows: int,
 ) -> StepSeconds:
     """Of a model's pass alone, without the engine's own work."""
     shape, width = model.shape, BYTES[model.dtype]
@@ -106,8 +127,10 @@ def pass_seconds(
     )
 
 
-def kernel_count(model: PlannedModel) -> int:
+def kernel_count(model: PlannedModel | PlannedHead) -> int:
     """Of a pass, one after the other."""
+    if isinstance(model, PlannedHead):
+        return KERNELS_PER_LAYER + HEAD_KERNELS + 3
     per_layer = KERNELS_PER_LAYER + (SANDWICH_KERNELS if model.shape.sandwich_norms else 0)
     return model.shape.num_layers * per_layer + 3
 
@@ -128,11 +151,16 @@ def _product(device: Device, dtype: str, params: int, size: int, rows: int) -> f
     return max(reading, 2.0 * rows * params / device.rate(dtype, rows))
 
 
+def _rate_dtype(model: PlannedModel | PlannedHead, dtype: str) -> str:
+    """What a matrix is multiplied in: int8 is widened on the way."""
+    return model.dtype if dtype == "int8" else dtype
+
+
 @lru_cache(maxsize=256)
-def _matrices(model: PlannedModel, ranks: int) -> tuple[tuple[tuple[bool, str, int, int], int], ...]:
+def _matrices(model: PlannedModel | PlannedHead, ranks: int) -> tuple[tuple[tuple[bool, str, int, int], int], ...]:
     """The matrices of a pass, alike ones together: ((is it the head, dtype, params, bytes), how many)."""
-    return tuple(
-        Counter(
-            (each.name == "lm_head.weight", each.dtype, each.params, each.bytes) for each in model.matrices(ranks)
-        ).items()
+    found = Counter(
+        (each.name == "lm_head.weight", _rate_dtype(model, each.dtype), each.params, each.bytes)
+        for each in model.matrices(ranks)
     )
+    return tuple(found.items())

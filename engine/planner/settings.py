@@ -19,7 +19,8 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A name of the catalogue or of a well-known model, a Hugging Face folder, a .gguf file, or a hub name in the local
     cache."""
     drafter: tuple[str, ...] = ()
-    """Who may draft: "ngram", "suffix", or a draft model, as MODEL or NAME=MODEL; give it several times for several."""
+    """Who may draft: "ngram", "suffix", or a draft model or EAGLE-3 head, as MODEL or NAME=MODEL; give it several times
+    for several."""
     dtype: DType = "auto"
     """Of weights and KV cache. auto: float32 on the CPU, the checkpoint's own on a GPU."""
     quantization: Literal["auto", "none", "fp8"] = "auto"

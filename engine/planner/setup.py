@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from engine.errors import ConfigError
 from engine.parallel.layout import MAX_RANKS, what_does_not_divide
 from engine.planner.devices import Device
+from engine.planner.heads import PlannedHead, find_head, read_head
 from engine.planner.models import PlannedModel, read_shape
 from engine.planner.settings import PlanSettings
 
@@ -16,12 +18,21 @@ LOOKUPS = ("ngram", "suffix")
 """Drafters without a model: they cost next to nothing."""
 
 
+Kind = Literal["lookup", "draft model", "EAGLE-3 head"]
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedDraft:
     """A drafter by its name; `model` None: a lookup."""
 
     name: str
-    model: PlannedModel | None
+    model: PlannedModel | PlannedHead | None
+
+    @property
+    def kind(self) -> Kind:
+        if self.model is None:
+            return "lookup"
+        return "EAGLE-3 head" if isinstance(self.model, PlannedHead) else "draft model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +43,23 @@ class Setup:
     drafts: tuple[PlannedDraft, ...]
     ranks: int
     draft_ranks: int
-    """1: every rank has the whole draft and computes it alike; else as `ranks`: sharded."""
+    """Of draft models. 1: each is whole on the first rank; else as `ranks`: sharded. EAGLE-3 heads are always whole."""
     notes: tuple[str, ...] = ()
     """What was decided on the way, for the reader."""
 
     @property
-    def draft_models(self) -> list[PlannedModel]:
+    def draft_models(self) -> list[PlannedModel | PlannedHead]:
         return [draft.model for draft in self.drafts if draft.model is not None]
+
+    @property
+    def split(self) -> list[PlannedModel]:
+        """The models that are divided over the ranks."""
+        drafts = self.draft_models if self.draft_ranks > 1 else []
+        return [self.target, *(model for model in drafts if isinstance(model, PlannedModel))]
+
+    def ranks_of(self, draft: PlannedModel | PlannedHead) -> int:
+        """Over how many ranks a draft is divided."""
+        return 1 if isinstance(draft, PlannedHead) else self.draft_ranks
 
     @property
     def max_model_len(self) -> int:
@@ -49,8 +70,11 @@ class Setup:
         return replace(self, ranks=ranks, draft_ranks=self.draft_ranks if self.draft_ranks == 1 else ranks)
 
     def with_fp8(self) -> Setup:
-        """The same with all models' matrices in fp8."""
-        drafts = tuple(replace(d, model=d.model and _in_fp8(d.model)) for d in self.drafts)
+        """The same with all models' matrices in fp8; heads stay as they are."""
+        drafts = tuple(
+            replace(draft, model=_in_fp8(draft.model)) if isinstance(draft.model, PlannedModel) else draft
+            for draft in self.drafts
+        )
         return replace(self, target=_in_fp8(self.target), drafts=drafts)
 
 
@@ -64,7 +88,8 @@ def make_setup(settings: PlanSettings, device: Device, draft_ranks: int = 1) -> 
         if entry in LOOKUPS:
             drafts.append(PlannedDraft(entry, None))
         else:
-            drafts.append(PlannedDraft(name or Path(model).name, _planned(model, name, settings, device, notes)))
+            name = name or Path(model).name
+            drafts.append(PlannedDraft(name, _draft(model, name, settings, device, notes)))
     setup = Setup(
         settings=settings,
         device=device,
@@ -80,9 +105,8 @@ def make_setup(settings: PlanSettings, device: Device, draft_ranks: int = 1) -> 
 
 def ranks_that_divide(setup: Setup) -> list[int]:
     """From 1 to MAX_RANKS, those that all models can be split over; only 1 where there is no link between devices."""
-    split = [setup.target, *(setup.draft_models if setup.draft_ranks > 1 else [])]
     most = MAX_RANKS if setup.device.link_bandwidth else 1
-    return [n for n in range(1, most + 1) if not any(_obstacles(model, n) for model in split)]
+    return [n for n in range(1, most + 1) if not any(_obstacles(model, n) for model in setup.split)]
 
 
 def _obstacles(model: PlannedModel, ranks: int) -> list[str]:
@@ -96,6 +120,8 @@ def _check(setup: Setup) -> None:
                 f"drafter {draft.name!r} has a vocabulary of {draft.model.shape.vocab_size} tokens, the target of "
                 f"{setup.target.shape.vocab_size}: a draft needs the target's own tokenizer"
             )
+        if isinstance(draft.model, PlannedHead):
+            _check_head(draft.name, draft.model, setup.target)
     if setup.draft_ranks not in (1, setup.ranks):
         raise ConfigError(
             f"draft_tensor_parallel_size is {setup.draft_ranks}, but must be 1 or tensor_parallel_size ({setup.ranks})"
@@ -104,8 +130,7 @@ def _check(setup: Setup) -> None:
         raise ConfigError(
             f"tensor_parallel_size is {setup.ranks}, but {setup.device.name} has no link to others: use 1"
         )
-    split = [setup.target, *(setup.draft_models if setup.draft_ranks > 1 else [])]
-    for model in split:
+    for model in setup.split:
         if reasons := _obstacles(model, setup.ranks):
             would = ", ".join(map(str, ranks_that_divide(setup)))
             raise ConfigError(
@@ -116,6 +141,34 @@ def _check(setup: Setup) -> None:
             f"max_model_len is {setup.settings.max_model_len}, but the model's context is "
             f"{setup.target.shape.max_position}"
         )
+
+
+def _check_head(name: str, head: PlannedHead, target: PlannedModel) -> None:
+    size, wanted = head.config.target_hidden_size, target.shape.hidden_size
+    if size != wanted:
+        raise ConfigError(
+            f"drafter {name!r} reads hidden states of size {size}, the target's are {wanted}: it was made for another "
+            "target"
+        )
+    layers = head.config.features_of(target.shape)
+    if max(layers) > target.shape.num_layers:
+        raise ConfigError(
+            f"drafter {name!r} reads layers {layers}, the target has {target.shape.num_layers}: it was made for "
+            "another target"
+        )
+
+
+def _draft(
+    model: str, name: str, settings: PlanSettings, device: Device, notes: list[str]
+) -> PlannedModel | PlannedHead:
+    files = find_head(model)
+    if files is None:
+        return _planned(model, name, settings, device, notes)
+    dtype = settings.dtype
+    if dtype == "auto":  # as its target computes
+        dtype = "float32" if device.threads else read_shape(settings.model).shape.dtype  # type: ignore[assignment]
+    kv_dtype = dtype if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype
+    return read_head(files, name, dtype, kv_dtype, notes)
 
 
 def _planned(model: str, name: str, settings: PlanSettings, device: Device, notes: list[str]) -> PlannedModel:
