@@ -21,11 +21,13 @@ from engine.memory.free import free_memory
 from engine.models.config import ModelConfig
 from engine.models.interface import Model
 from engine.parallel.interface import ALONE
+from engine.parallel.layout import check_divides
 from engine.request import EngineInfo, RankMemory
 from engine.speculation.portfolio import free_drafters, load_draft, make_controller, make_drafter
 from engine.speculation.sources import check_speculation, find
 from engine.speculation.speculator import Speculator
 from engine.speculation.verify import CoupledVerifier, RejectionVerifier, Verifier
+from engine.weights import read_config
 from engine.weights.catalog import resolve
 
 
@@ -65,11 +67,12 @@ def build(config: EngineConfig, progress: Progress, last_words: LastWords | None
     # Once, and not by all ranks of this host at the same time.
     files = resolve(config.model, progress, config.load_format != "dummy")
     find(config.drafter, files.name, progress)
+    check_divides(read_config(files), config.tensor_parallel_size, False, "tensor_parallel_size", files.name)
     ranks = start_ranks(config, progress, last_words)
     try:
         return _build(ranks.config, ranks.reported(progress), ranks)
-    except BaseException:
-        ranks.close()
+    except BaseException as error:
+        ranks.close(str(error) or type(error).__name__)
         raise
 
 

@@ -179,9 +179,9 @@ class Ranks:
         """Of the ranks above 0, as they have said last."""
         return self._watch.memory()
 
-    def close(self) -> None:
-        """End all ranks. May be called again."""
-        self._watch.close()
+    def close(self, error: str = "") -> None:
+        """End all ranks; `error` tells other hosts why, if not because the engine was stopped. May be called again."""
+        self._watch.close(error)
         self._local.end()
         self.comm.close()
         self._channel.close()
@@ -320,9 +320,9 @@ def start_ranks(
         watch.counts(lambda: comm[0].entered)
         logger.info("%d ranks on %d host(s), %s", place.size, place.nnodes, comm[0].name)
         return Ranks(settled, comm[0], device, watch, channel, local)
-    except BaseException:
+    except BaseException as error:
         if watch is not None:
-            watch.close()
+            watch.close(str(error) or type(error).__name__)
         local.end()
         if channel is not None:
             channel.close()
