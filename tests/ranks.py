@@ -93,7 +93,7 @@ class RankedRunner:
     """A model that is divided over ranks, and its cache: runs as a ModelRunner does."""
 
     def __init__(self, model: str, size: int, num_blocks: int, **settings: Any) -> None:
-        self._ranks = Ranks(size)
+        self.ranks = Ranks(size)
         self.config = EngineConfig(**{"model": model, "dtype": "float32", "device": "cpu"} | settings)
 
         def make(comm: Communicator) -> tuple[ModelRunner, Platform]:
@@ -107,7 +107,7 @@ class RankedRunner:
                 cache.values.fill_(torch.nan)
             return ModelRunner(loaded, caches, block, platform.device), platform
 
-        made = self._ranks.each(make)
+        made = self.ranks.each(make)
         self.runners = [runner for runner, _ in made]
         self.platform = made[0][1]
 
@@ -120,4 +120,4 @@ class RankedRunner:
         def run(comm: Communicator) -> torch.Tensor:
             return self.runners[comm.rank].run(spans, tap if comm.rank == 0 else None)
 
-        return self._ranks.each(run)[0]
+        return self.ranks.each(run)[0]

@@ -24,11 +24,11 @@ from engine.models.eagle3 import SharedWeights
 from engine.models.interface import Model
 from engine.models.registry import model_class
 from engine.parallel.interface import ALONE, Communicator
-from engine.parallel.layout import Layout, Part, check_divides, whole
+from engine.parallel.layout import Layout, check_divides
 from engine.weights import iter_weights, read_config
 from engine.weights.catalog import ModelFiles, resolve
 from engine.weights.dummy import iter_weights as dummy_weights
-from engine.weights.names import HEAD, expected_shapes
+from engine.weights.names import HEAD, Part, expected_shapes, whole
 from engine.weights.quantization import SCALE, dequantized, quantized
 
 logger = logging.getLogger(__name__)

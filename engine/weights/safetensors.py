@@ -25,9 +25,8 @@ from safetensors import SafetensorError, safe_open
 
 from engine.errors import ModelError
 from engine.models.config import ModelConfig
-from engine.parallel.layout import Part, shape_of, whole
 from engine.weights.hf_quantization import IGNORED_TENSORS
-from engine.weights.names import HEAD, check_names, check_shape, expected_shapes
+from engine.weights.names import HEAD, Part, check_names, check_shape, expected_shapes, shape_of, whole
 from engine.weights.quantization import FP8, SCALE
 from engine.weights.read_ahead import Job, read_ahead
 
@@ -85,8 +84,8 @@ def iter_weights(
     parts: Mapping[str, Part] | None = None,
     device: torch.device | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """See `engine.weights.iter_weights`. Several files are read at a time, and what is read ahead of the caller is less
-    than a quarter of the largest of them, if it is not a single tensor."""
+    """See `engine.weights.iter_weights`. Several files are read at a time. What is read ahead of the caller, with what
+    it was given last, is less than a quarter of the largest file, or a single tensor beside that last one."""
     with ExitStack() as stack:
         places: dict[str, Place] = {}
         sizes = []
