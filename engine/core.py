@@ -102,7 +102,8 @@ class EngineCore:
             logits = engine.runner.run([_span(planned) for planned in plan.spans], tap) if plan.spans else None
         with clock.phase("sample"):
             verdicts = self._verify(plan, logits) if logits is not None else []
-            engine.check()
+            if logits is not None:
+                engine.check()
         with clock.phase("commit"):
             deltas, self._ended = self._ended, []
             deltas += self._commit(plan, verdicts)

@@ -23,7 +23,7 @@ import zmq
 
 from engine import logs, processes
 from engine.config import EngineConfig
-from engine.errors import ParameterError, PilotfishError
+from engine.errors import ParameterError, PilotfishError, RankError
 from engine.logs import Logs
 from engine.messages import (
     Abort,
@@ -120,6 +120,10 @@ def run(create_core: CreateCore) -> int:
         gc.freeze()
         connection.send(Ready(core.info))
         _serve(core, connection)
+    except RankError as error:  # another process's fault, whose log has the traceback if there is one
+        logger.error("the engine failed: %s", error)
+        connection.send(Failed(_one_line(error)))
+        return 1
     except Exception as error:
         logger.exception("the engine failed")
         connection.send(Failed(_one_line(error)))

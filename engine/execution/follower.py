@@ -119,14 +119,15 @@ def serve(launch: WorkerLaunch, welcome: Welcome, link: Link, state: State, load
     orders.expect(Meet)
     store = join_store(welcome.store_host, welcome.store_port, place.size, collective_seconds(config))
     comm = connect(store, place.rank, place.size, device, welcome.store_host, collective_seconds(config))
-    following = _Following(comm, MemoryMeter(str(device), place.rank))
+    memory = MemoryMeter(str(device), place.rank)
+    following = _Following(comm, memory)
     state.beat = following.beat
     part = load(config, comm, lambda what, share: link.send(RankLoading(what, share)))
     link.send(Loaded())
     orders.expect(Measure)
     link.send(Measured(free_memory(device), part.block_bytes))
     following.runners = part.allocate(orders.expect(Allocate).num_blocks)
-    link.send(Prepared())
+    link.send(Prepared(memory.read()))
     while True:
         following.run(*orders.next_pass(part.block_size))
 

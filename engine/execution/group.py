@@ -17,7 +17,6 @@ import msgspec
 import torch
 import zmq
 
-from engine import logs
 from engine.config import EngineConfig
 from engine.errors import CollectiveError, ConfigError
 from engine.execution.loader import Progress, thread_count
@@ -130,6 +129,7 @@ class Ranks:
         self._channel = channel
         self._local = local
         self._led = 0
+        self._memory: dict[int, RankMemory] = {}
         self._place = Place(0, config.tensor_parallel_size, config.nnodes)
 
     def reported(self, progress: Progress) -> Progress:
@@ -164,7 +164,7 @@ class Ranks:
         self._channel.order(Allocate(num_blocks))
 
     def wait_prepared(self) -> None:
-        self._watch.wait_for(Prepared)
+        self._memory = {each.memory.rank: each.memory for each in self._watch.wait_for(Prepared)}
 
     def lead(self, runner: ModelRunner) -> LeadRunner:
         """`runner`, whose passes all ranks compute. Divided models are led in the order in which ranks load them."""
@@ -177,7 +177,8 @@ class Ranks:
 
     def memory(self) -> tuple[RankMemory, ...]:
         """Of the ranks above 0, as they have said last."""
-        return self._watch.memory()
+        self._memory |= {memory.rank: memory for memory in self._watch.memory()}
+        return tuple(self._memory[rank] for rank in sorted(self._memory))
 
     def close(self, error: str = "") -> None:
         """End all ranks; `error` tells other hosts why, if not because the engine was stopped. May be called again."""
@@ -305,7 +306,7 @@ def start_ranks(
         except zmq.ZMQError as error:
             raise ConfigError(f"cannot listen on master_port {config.master_port} of {master}: {error}") from error
         for rank in ranks_of(config)[1:]:
-            local.workers.append(start_worker(config, rank, endpoint, logs.current(), command))
+            local.workers.append(start_worker(config, rank, endpoint, local.directory, command))
             watch.adopt(rank, local.workers[-1])
         joined = watch.wait_for(Joined, lambda: progress(f"waiting for {watch.waited_for(Joined)}", 0.0))
         for rank, each in enumerate(joined, start=1):

@@ -94,6 +94,8 @@ class Measured(msgspec.Struct, frozen=True, tag="measured"):
 class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
     """Its caches are there: it waits for passes."""
 
+    memory: RankMemory
+
 
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
     passes: int = 0
