@@ -223,7 +223,7 @@ class LeadRunner:
         except CollectiveError:
             raise self._watch.why() from None
         except BaseException as error:  # the others are in the middle of this pass, and stay there
-            self._watch.fail(f"rank 0 failed in pass {number}: {type(error).__name__}: {error}")
+            self._watch.fail(f"rank 0 failed in pass {number}: {type(error).__name__} {error}".rstrip())
             raise
         self._watch.pass_ends(_end_of_work(self.device))
         return logits

@@ -29,8 +29,8 @@ WORKER_COMMAND = processes.command_of("engine.execution.worker")
 
 
 class WorkerLaunch(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank is started with. `endpoint`: rank 0's end of the control channel; `directory`: of the sockets, if they
-    are files, to be removed if rank 0 has gone without doing so."""
+    """What a rank is started with. `endpoint`: rank 0's end of the control channel; `directory`: of the sockets, if
+    they are files, to be removed if rank 0 has gone without doing so."""
 
     config: EngineConfig
     rank: int
@@ -92,8 +92,7 @@ def run(serve: Serve) -> int:
     logs.configure(
         msgspec.structs.replace(launch.logs, level="warning") if launch.logs.level == "info" else launch.logs
     )
-    directory = launch.directory
-    processes.end_with_parent(lambda: directory and shutil.rmtree(directory, ignore_errors=True))
+    processes.end_with_parent(lambda: _remove(launch.directory))
     state = State()
 
     def end(reason: str) -> None:
@@ -122,6 +121,11 @@ def one_line(error: Exception) -> str:
     if isinstance(error, PilotfishError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _remove(directory: str | None) -> None:
+    if directory is not None:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _exit(status: int) -> None:

@@ -3,8 +3,8 @@ ends the engine, with the rank's name, and leaves no process behind."""
 
 from __future__ import annotations
 
-import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -19,7 +19,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineDeadError, RankError
 from engine.llm import LLM
-from engine.processes import PatientClock
+from engine.processes import PatientClock, environment
 from engine.sampling.params import SamplingParams
 
 SETTINGS: dict[str, Any] = {"num_threads": 1, "kv_cache_memory": 64 * 2**20, "max_num_seqs": 8}
@@ -82,20 +82,22 @@ def test_a_divided_model_says_the_same_whoever_drafts(tiny_llama: Path, size: in
                     assert answers(llm, drafter, params) == text, (shared, drafter)
             drafted = llm.generate([PROMPTS[0]], GREEDY, speculation="draft")[0]
             assert drafted.stats is not None
-            assert drafted.stats.accepted_tokens > 10
+            assert drafted.stats.accepted_tokens > 15
 
 
 @pytest.mark.real_model
 @pytest.mark.parametrize(("model", "size"), [("smollm2-135m", 3), ("gemma-3-270m", 2), ("gemma-3-270m", 4)])
 def test_real_models_say_the_same_with_their_own_drafters(model: str, size: int) -> None:
-    """SmolLM2 has 9 heads and 3 key-value heads, Gemma 4 and 1. The heads that come with them are not divided, and one
-    of Gemma's needs its target's embedding."""
+    """SmolLM2 has 9 heads and 3 key-value heads, Gemma 4 and 1. The EAGLE-3 heads that come with them are not divided,
+    and need their target's whole embedding."""
     with LLM(model=model, **SETTINGS) as alone:
         head = next(name for name in alone.info.drafters if "eagle3" in name)
         expected = answers(alone, "off")
-    with LLM(model=model, tensor_parallel_size=size, **SETTINGS) as llm:
+    with LLM(model=model, tensor_parallel_size=size, adaptive_drafts=False, num_draft_tokens=3, **SETTINGS) as llm:
         for drafter in ("off", "ngram", head):
             assert answers(llm, drafter) == expected, drafter
+        drafted = llm.generate(PROMPTS, GREEDY, speculation=head)
+        assert sum(answer.stats.accepted_tokens for answer in drafted if answer.stats) > 5
 
 
 def test_every_rank_has_its_part_of_the_cache_alone(tiny_llama: Path) -> None:
@@ -167,48 +169,27 @@ def test_a_pass_that_fails_on_rank_0_alone_ends_the_engine(llm: LLM, monkeypatch
         broken.setattr(model, "forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate([[5]], GREEDY)
-    with pytest.raises(RankError, match="rank 0 failed in pass .*KeyboardInterrupt"):
+    with pytest.raises(RankError, match=r"rank 0 failed in pass \d+: KeyboardInterrupt"):
         llm.generate([[5]], GREEDY)
 
 
-def test_ranks_end_with_rank_0_however_it_goes(tiny_llama: Path, tmp_path: Path) -> None:
-    """Killed or stopped for good, and even a rank that is stopped itself."""
-    for stop_rank in (False, True):
-        pid = os.fork()
-        if pid == 0:  # pragma: no cover
-            settings = SETTINGS | {"model": str(tiny_llama), "drafter": ("ngram",), "tensor_parallel_size": 3}
-            os.execve(
-                sys.executable,
-                [sys.executable, "-c", HOLD.format(settings=settings | {"tensor_parallel_size": 2})],
-                {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)},
-            )
-        holder = psutil.Process(pid)
-        rank = _wait_for(lambda: next((c for c in holder.children() if "worker" in " ".join(c.cmdline())), None))
-        _wait_for(lambda: (tmp_path / "ready").exists())
-        (tmp_path / "ready").unlink()
-        if stop_rank:
-            rank.suspend()
-        holder.kill()
-        os.waitpid(pid, 0)
-        _wait_for(lambda: not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE)
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith("pilotfish-") and not stop_rank]
-
-
-HOLD = """
-import pathlib, tempfile, time
-from engine.llm import LLM
-llm = LLM(**{settings})
-(pathlib.Path(tempfile.gettempdir()) / "ready").touch()
-time.sleep(600)
-"""
-
-
-def _wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return found
+@pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
+def test_a_rank_ends_with_rank_0_even_if_it_is_stopped_itself(tiny_llama: Path, tmp_path: Path, stopped: bool) -> None:
+    settings = SETTINGS | {"model": str(tiny_llama), "drafter": ("ngram",), "tensor_parallel_size": 2}
+    script = f"import time; from engine.llm import LLM; llm = LLM(**{settings}); print(); time.sleep(600)"
+    variables = environment() | {"TMPDIR": str(tmp_path)}
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=variables)
+    assert holder.stdout is not None
+    assert holder.stdout.readline()
+    (rank,) = psutil.Process(holder.pid).children()
+    if stopped:
+        rank.suspend()
+    holder.kill()
+    holder.wait()
+    _, left = psutil.wait_procs([rank], timeout=20)
+    assert not left
+    if not stopped:
+        assert not list(tmp_path.iterdir())
 
 
 # How it does not start.
@@ -235,9 +216,7 @@ def test_a_rank_that_hangs_in_a_pass_is_told_from_those_that_wait_for_it(
 ) -> None:
     """It still beats: but it has entered fewer collectives than the others."""
     monkeypatch.setattr("engine.build.start_ranks", _with_worker("hang"))
-    with pytest.raises(
-        RankError, match=r"^rank 2 \(pid \d+, .*\) hung in pass 1 for [23] s: it has entered 0 collectives"
-    ):
+    with pytest.raises(RankError, match=r"^rank 2 \(pid \d+, .*\) hung in pass 1 for [23] s: it has entered 0 coll"):
         LLM(model=str(tiny_llama), tensor_parallel_size=4, rank_timeout=2.0, **SETTINGS)
     assert not ranks_of_this_process()
 

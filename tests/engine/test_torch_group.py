@@ -1,4 +1,4 @@
-"""Sums and parts of gloo's ranks, each a thread with a process group of its own: bit by bit as a Communicator promises."""
+"""Sums and parts of gloo's ranks, each a thread with a process group of its own: bit by bit as a Communicator says."""
 
 from __future__ import annotations
 
