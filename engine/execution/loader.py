@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from engine.config import EngineConfig
-from engine.device import compute_capability
+from engine.device import compute_capability, give_back_memory
 from engine.errors import ConfigError
 from engine.kernels.fp8 import FP8_CAPABILITY
 from engine.kernels.interface import Kernels
@@ -189,6 +189,7 @@ def load_model(
         model = model_class(shape.architecture)(
             shape, platform.kernels, platform.attention, weights, positions, platform.device, comm
         )
+    give_back_memory(platform.device)  # of parts that have become one matrix, and of what was read ahead
     return model, platform, files
 
 
