@@ -15,6 +15,7 @@ import torch
 from engine.build import Engine, build
 from engine.config import EngineConfig
 from engine.errors import ParameterError
+from engine.execution.loader import Progress
 from engine.execution.spans import Span
 from engine.memory.block_table import BlockTable
 from engine.memory.usage import MemoryMeter
@@ -43,7 +44,12 @@ class EngineCore:
     Raises ConfigError or ModelError where the settings or the model's files are wrong. One thread at a time may use it.
     """
 
-    def __init__(self, config: EngineConfig, progress: Callable[[str, float], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        progress: Callable[[str, float], None] | None = None,
+        build: Callable[[EngineConfig, Progress], Engine] = build,
+    ) -> None:
         self._engine: Engine = build(config.check(), progress or (lambda what, share: None))
         self._memory = MemoryMeter(self._engine.info.device)
         self.info: EngineInfo = msgspec.structs.replace(self._engine.info, memory=(self._memory.read(),))
