@@ -51,6 +51,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """CPU threads of the engine process; 0: one for each core that this process may use."""
     tensor_parallel_size: Positive = 1
     """GPUs that share a model. Only 1 can be served so far; `pilotfish plan` computes with more."""
+    enforce_eager: bool = False
+    """Launch every kernel of every pass by itself, even where passes could be captured as CUDA graphs."""
+    cuda_graph_memory: NotNegative = 0
+    """Bytes that captured graphs may take on a GPU; 0: a twentieth of what is free once the weights are loaded."""
 
     max_model_len: NotNegative = 0
     """Most tokens of prompt and answer together; 0: the model's own limit, or less if the KV cache is smaller."""

@@ -4,6 +4,7 @@ the controller's choice; without one, sequences take the first proposal there is
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Seq
 
 import torch
 
@@ -11,6 +12,11 @@ from engine.models.features import FeatureTap
 from engine.sequence import Sequence
 from engine.speculation.controller import Choice, Controller, Step, Turn
 from engine.speculation.drafter import CostlyDrafter, Draft, Drafter, DraftRequest, FeatureReader
+
+
+def feature_layers(drafters: Seq[object]) -> tuple[int, ...]:
+    """The target's layers whose inputs these drafters read, one drafter's after the other's."""
+    return tuple(layer for each in drafters if isinstance(each, FeatureReader) for layer in each.feature_layers)
 
 
 class Speculator:
@@ -57,7 +63,7 @@ class Speculator:
 
     def tap(self) -> FeatureTap | None:
         """What the next pass of the target is to take of its layers, for drafters that read them."""
-        layers = [layer for reader in self._readers for layer in reader.feature_layers]
+        layers = feature_layers(self._readers)
         return FeatureTap(layers) if layers else None
 
     def observe_features(self, sequence: Sequence, start: int, features: torch.Tensor) -> None:

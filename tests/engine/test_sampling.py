@@ -20,7 +20,7 @@ from engine.request import Request, fan_out
 from engine.sampling.logprobs import prompt_logprobs, token_logprobs
 from engine.sampling.noise import ACCEPT, DRAW, RESIDUAL, log_exponential, row_key, uniform
 from engine.sampling.params import MAX_SEED, SamplingParams
-from engine.sampling.processors import adjust, kept_ids, kept_of_all, process
+from engine.sampling.processors import adjust, kept_ids, kept_of_all, limits_of, process
 from engine.sampling.sampler import argmax, choose, draw
 from engine.sampling.spans import LogitSpan, rows_of
 from engine.sequence import Sequence
@@ -309,7 +309,8 @@ def test_truncation_without_sorting_all_keeps_what_sorting_all_keeps(
     scaled -= scaled.amax()
     total = scaled.double().exp().sum().item()
     kept = kept_ids(scaled[0], total, params)
-    masked = kept_of_all(scaled.clone(), torch.tensor([[total]], dtype=torch.float64), [params])
+    limits = torch.from_numpy(limits_of([params]))
+    masked = kept_of_all(scaled.clone(), torch.tensor([[total]], dtype=torch.float64), limits)
     assert kept.tolist() == (masked[0] > -math.inf).nonzero().squeeze(1).tolist()
     assert len(kept) >= 1
     assert len(kept) <= (top_k or 5000)
