@@ -211,12 +211,12 @@ def test_a_draft_on_the_device_ends_where_its_confidence_does(
             drafter._on_device = on_device
             requests = [DraftRequest(sequence, 8, 0.3) for sequence in core._scheduler.decoding()]
             with torch.inference_mode():
-                drafts[drafter.name, on_device] = [
-                    (draft.tokens, pytest.approx(draft.confidences, rel=1e-4)) for draft in drafter.propose(requests)
-                ]
+                drafts[drafter.name, on_device] = drafter.propose(requests)
     for name in ("draft-model", "eagle3"):
-        assert drafts[name, True] == drafts[name, False]
-        assert len({len(tokens) for tokens, _ in drafts[name, True]}) > 1
+        for one, other in zip(drafts[name, True], drafts[name, False], strict=True):
+            assert one.tokens == other.tokens
+            assert one.confidences == pytest.approx(other.confidences, rel=1e-4)
+        assert len({len(draft.tokens) for draft in drafts[name, True]}) > 1
 
 
 @given(st.integers(1, 300), st.integers(0, 20), st.integers(1, 4096))
