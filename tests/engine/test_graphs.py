@@ -209,7 +209,8 @@ def test_a_draft_on_the_device_ends_where_its_confidence_does(
             core.step()
         for drafter in core._engine.speculator._costly.values():
             drafter._on_device = on_device
-            requests = [DraftRequest(sequence, 8, 0.3) for sequence in core._scheduler.decoding()]
+            floors = zip(core._scheduler.decoding(), (0.5, 0.1, 1e-2, 1e-3, 0.0), strict=True)
+            requests = [DraftRequest(sequence, 8, floor) for sequence, floor in floors]
             with torch.inference_mode():
                 drafts[drafter.name, on_device] = drafter.propose(requests)
     for name in ("draft-model", "eagle3"):
