@@ -200,11 +200,12 @@ def measure(core: EngineCore, sequences: int, profiler: cProfile.Profile | None 
     while core.has_work():
         if profiler is not None:
             profiler.enable()
-        start = time.perf_counter()
+        start, spent = time.perf_counter(), time.thread_time()
         result = core.step()
         step = time.perf_counter() - start
         encoded = encode(Outputs(tuple(result.deltas), result.stats))
         encoding = time.perf_counter() - start - step
+        spent = time.thread_time() - spent
         if profiler is not None:
             profiler.disable()
         decode(encoded)
@@ -217,6 +218,7 @@ def measure(core: EngineCore, sequences: int, profiler: cProfile.Profile | None 
             "own work": step - stats.seconds["forward"] + messages,
             "step": step,
             "host work": step + encoding,
+            "host work, processor time": spent,
         }
         for name, seconds in counted.items():
             series.setdefault(name, []).append(1e3 * seconds)

@@ -27,13 +27,11 @@ class ModelRunner:
         caches: list[LayerCache],
         block_size: int,
         device: torch.device,
-        comm: Communicator = ALONE,
     ) -> None:
         self.model = model
         self._caches = caches
-        self._block_size = block_size
+        self.block_size = block_size
         self.device = device
-        self._comm = comm
         self._graphs: GraphedPasses | None = None
         self._captured_layers: tuple[int, ...] = ()
 
@@ -51,7 +49,8 @@ class ModelRunner:
             return logits, tap.features.index_select(0, places)
 
         self._captured_layers = feature_layers
-        self._graphs = GraphedPasses(name, function, plan, self._block_size, self.device, self._comm)
+        comm: Communicator = getattr(self.model, "comm", ALONE)
+        self._graphs = GraphedPasses(name, function, plan, self.block_size, self.device, comm)
 
     @property
     def most_spans(self) -> int:
@@ -65,7 +64,7 @@ class ModelRunner:
         Returns the logits of each span's last `logit_rows` rows, spans in order: (sum of logit_rows, vocab_size), in
         the model's dtype.
         """
-        return self.run_batch(pack(spans, self._block_size), tap)
+        return self.run_batch(pack(spans, self.block_size), tap)
 
     @torch.inference_mode()
     def run_batch(
@@ -90,14 +89,14 @@ class ModelRunner:
 
     def run_on_device(self, spans: Seq[Span], token_ids: torch.Tensor) -> torch.Tensor:
         """`run` of spans of one row each, whose tokens, (spans,) int64, are on the device."""
-        return self.run_batch(pack(spans, self._block_size), None, token_ids)
+        return self.run_batch(pack(spans, self.block_size), None, token_ids)
 
     def trial(self, rows: int) -> list[Span]:
         """Spans of so many rows in all, to see what a pass takes; they are in the cache's first blocks, so only while
         there are no sequences. As many spans as a captured pass may have, else one."""
         count = min(rows, self.most_spans)
         lengths = [rows // count + (i < rows % count) for i in range(count)]
-        return [Span([0] * length, 0, [0] * -(-length // self._block_size), length) for length in lengths]
+        return [Span([0] * length, 0, [0] * -(-length // self.block_size), length) for length in lengths]
 
 
 class HeadRunner:
@@ -106,7 +105,7 @@ class HeadRunner:
     def __init__(self, model: Eagle3Model, cache: LayerCache, block_size: int, device: torch.device) -> None:
         self.model = model
         self._cache = cache
-        self._block_size = block_size
+        self.block_size = block_size
         self.device = device
         self._graphs: GraphedPasses | None = None
 
@@ -122,7 +121,7 @@ class HeadRunner:
         most = max(bucket.rows for bucket in plan.buckets)
         # Zeros, not just any memory: rows of padding are computed, too.
         hidden = torch.zeros(most, self.model.config.decoder.hidden_size, dtype=self.model.dtype, device=self.device)
-        self._graphs = GraphedPasses(name, function, plan, self._block_size, self.device, ALONE, (hidden,))
+        self._graphs = GraphedPasses(name, function, plan, self.block_size, self.device, ALONE, (hidden,))
 
     @torch.inference_mode()
     def run(
@@ -130,7 +129,7 @@ class HeadRunner:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The head's output and its logits, (sum of logit_rows, ...) each, of spans whose rows have these hidden
         states, (rows, hidden_size). `token_ids` as in ModelRunner.run_batch."""
-        host = pack(spans, self._block_size)
+        host = pack(spans, self.block_size)
         if self._graphs is not None and (bucket := self._graphs.find(host)) is not None:
             out, logits = self._graphs.run(bucket, host, (hidden,), token_ids)
             return out[: host.shape.wanted], logits[: host.shape.wanted]

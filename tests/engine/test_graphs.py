@@ -165,7 +165,7 @@ def test_all_ranks_stop_where_one_has_no_memory_left(make: Callable[..., LLM]) -
             return x + float(self.votes <= 3)
 
     runner = make(drafter=("ngram",)).core._engine.runner
-    runner._comm = Other()
+    runner.model.comm = Other()
     backend = Poisoned()
     plan = GraphPlan(
         backend=backend,
