@@ -42,14 +42,13 @@ class Chain:
         return on_device.draw(adjust(logits, spans, eos_token_ids), rows_of(spans), chances=True)
 
     def add(self, tokens: torch.Tensor, chances: torch.Tensor) -> torch.Tensor | None:
-        """Append (going,) tokens, and return which of them go on, as (count,) int64 on the device; None: all of them.
-        Nobody goes on once `going` is empty."""
+        """Append (going,) tokens, and return which of them go on, as (count,) int64 on the device; None: all of them,
+        or nobody, and then `going` is empty."""
         self._columns.append((self.going, tokens, chances))
         places = [i for i, each in enumerate(self.going) if self._requests[each].limit > self.depth]
-        if len(places) == len(self.going):
-            return None
+        all_go_on = len(places) == len(self.going)
         self.going = [self.going[i] for i in places]
-        return ids_to_device(places, tokens.device)
+        return None if all_go_on or not places else ids_to_device(places, tokens.device)
 
     def read(self) -> list[tuple[list[int], list[float]]]:
         """Of each request the tokens and their chances. Waits for the device."""
