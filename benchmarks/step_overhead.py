@@ -56,6 +56,8 @@ TOKEN = 7
 
 
 def main() -> None:
+    gc.collect()
+    gc.freeze()  # as the engine process does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--sequences", type=int, default=8)
@@ -195,8 +197,6 @@ def measure(core: EngineCore, sequences: int, profiler: cProfile.Profile | None 
     """Milliseconds of each counted step, and what it computed."""
     encode, decode = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(FromEngine).decode
     series: dict[str, list[float]] = {}
-    gc.collect()
-    gc.freeze()  # as the engine process does
     while core.has_work():
         if profiler is not None:
             profiler.enable()

@@ -11,6 +11,10 @@ FREE_ROWS = 64
 beyond it to at most WASTE times its own. Assumed, not measured."""
 WASTE = 2
 
+DRAFT_LENGTHS = (1, 2)
+"""Tokens of a sequence in a pass of a draft model: one that the target chose, and two where it accepted all drafted
+ones, the last of which was not run. What reads more in a first pass is computed eagerly."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from engine.execution.buckets import DRAFT_LENGTHS, batch_sizes, buckets, span_lengths
 from engine.planner.devices import DEVICES, Device
 from engine.planner.models import BYTES, PlannedModel
 from engine.planner.roofline import kernel_count
@@ -92,11 +93,15 @@ def drawn_rows(setup: Setup) -> int:
 
 
 def graph_bytes(setup: Setup) -> int:
-    """Of the captured passes: batches of 1, 2, 4, ... sequences times spans of 1, 2, 3, 5, 9, ... tokens."""
-    batches = setup.settings.max_num_seqs.bit_length() + 1
-    spans = 1 + (setup.settings.num_draft_tokens.bit_length() if setup.drafts else 0)
-    target = batches * spans * kernel_count(setup.target)
-    drafts = batches * sum(kernel_count(model) for model in setup.draft_models)
+    """Of the captured passes, which are the engine's own: see `engine.execution.buckets`."""
+    settings = setup.settings
+    batches = batch_sizes(settings.max_num_seqs)
+
+    def passes(lengths: tuple[int, ...]) -> int:
+        return len(buckets(batches, lengths, settings.max_batch_tokens))
+
+    target = passes(span_lengths(settings.num_draft_tokens)) * kernel_count(setup.target)
+    drafts = passes(DRAFT_LENGTHS) * sum(kernel_count(model) for model in setup.draft_models)
     return (target + drafts) * GRAPH_KERNEL_BYTES
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from engine.execution.buckets import DRAFT_LENGTHS
 from engine.execution.graphs import GraphPlan
 from engine.execution.runner import ModelRunner
 from engine.execution.spans import Span
@@ -22,10 +23,6 @@ from engine.sampling.spans import LogitSpan
 from engine.sequence import Sequence
 from engine.speculation.chain import Chain, confident, knows_no_draft
 from engine.speculation.drafter import NO_DRAFT, Draft, DraftRequest
-
-CAPTURED = (1, 2)
-"""Tokens of a sequence in a pass that is captured: one that the target chose, and two where it accepted all drafted
-ones, the last of which was not run. What reads more in a first pass is computed eagerly."""
 
 
 @dataclass(slots=True)
@@ -156,7 +153,7 @@ class DraftModelDrafter:
         self._runner.run([replace(span, logit_rows=1) for span in self._runner.trial(rows)])
 
     def capture(self, planned: Callable[[tuple[int, ...]], GraphPlan]) -> None:
-        self._runner.capture(self.name, planned(CAPTURED))
+        self._runner.capture(self.name, planned(DRAFT_LENGTHS))
 
     def release(self, sequence: Sequence) -> None:
         cached = self._cached.pop(sequence.id, None)

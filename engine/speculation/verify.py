@@ -69,7 +69,8 @@ class CoupledVerifier:
 
 def _drawn(logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft]) -> list[list[int]]:
     """Each span's tokens up to the first that was not drafted, all rows drawn at once."""
-    drawn = choose(logits, rows_of(spans))
+    greedy = all(span.sequence.params.greedy for span in spans)
+    drawn = argmax(logits) if greedy else choose(logits, rows_of(spans))
     tokens = []
     start = 0
     for draft in drafts:
