@@ -11,7 +11,7 @@ import msgspec
 from engine.config import EngineConfig
 from engine.device import synchronize
 from engine.errors import ConfigError
-from engine.execution.buckets import batch_sizes, buckets, span_lengths
+from engine.execution.buckets import GRAPH_SHARE, batch_sizes, buckets, span_lengths
 from engine.execution.graphs import GraphBackend, GraphPlan, graph_backend
 from engine.execution.loader import Platform, Progress, load_model
 from engine.execution.runner import ModelRunner
@@ -26,9 +26,6 @@ from engine.speculation.portfolio import free_drafters, load_draft, make_control
 from engine.speculation.sources import check_speculation, find
 from engine.speculation.speculator import Speculator, feature_layers
 from engine.speculation.verify import CoupledVerifier, RejectionVerifier, Verifier
-
-GRAPH_SHARE = 0.05
-"""Of the memory that is free once the weights are loaded, what captured graphs may take unless the settings say."""
 
 
 @dataclass(frozen=True, slots=True)

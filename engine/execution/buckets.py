@@ -11,6 +11,8 @@ FREE_ROWS = 64
 beyond it to at most WASTE times its own. Assumed, not measured."""
 WASTE = 2
 
+GRAPH_SHARE = 0.05
+"""Of the memory that is free once the weights are loaded: what captured graphs may take unless the settings say."""
 DRAFT_LENGTHS = (1, 2)
 """Tokens of a sequence in a pass of a draft model: one that the target chose, and two where it accepted all drafted
 ones, the last of which was not run. What reads more in a first pass is computed eagerly."""

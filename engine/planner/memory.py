@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from engine.execution.buckets import DRAFT_LENGTHS, batch_sizes, buckets, span_lengths
+from engine.execution.buckets import DRAFT_LENGTHS, GRAPH_SHARE, batch_sizes, buckets, span_lengths
 from engine.planner.devices import DEVICES, Device
 from engine.planner.models import BYTES, PlannedModel
 from engine.planner.roofline import kernel_count
@@ -57,12 +57,14 @@ def plan_memory(setup: Setup) -> MemoryPlan:
         activation_bytes(model, setup, part)
         for model, part in [(setup.target, ranks), *((model, setup.draft_ranks) for model in setup.draft_models)]
     )
-    graphs = graph_bytes(setup) if device.graphs else 0
+    captured = device.graphs and not settings.enforce_eager
+    graphs = graph_bytes(setup) if captured else 0
     per_token = setup.target.kv_bytes_per_token(ranks)
     per_token += sum(model.kv_bytes_per_token(setup.draft_ranks) for model in setup.draft_models)
-    # As the engine does: a share of what is free once the weights are there.
+    # As the engine does: a share of what is free once the weights are there, and what graphs may take is set aside.
     free = device.memory - device.reserved - weights - sum(drafts.values())
-    cache = settings.kv_cache_memory or max(0, int(settings.kv_cache_share * free))
+    aside = (settings.cuda_graph_memory or int(GRAPH_SHARE * max(0, free))) if captured else 0
+    cache = settings.kv_cache_memory or max(0, int(settings.kv_cache_share * (free - aside)))
     return MemoryPlan(
         total=device.memory,
         reserved=device.reserved,
