@@ -10,7 +10,8 @@ import shutil
 import socket as sockets
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -19,6 +20,7 @@ import zmq
 
 from engine.config import EngineConfig
 from engine.errors import CollectiveError, ConfigError
+from engine.execution.graphs import GraphPlan
 from engine.execution.loader import Progress, thread_count
 from engine.execution.runner import ModelRunner
 from engine.execution.spans import HostBatch, Span, pack
@@ -159,9 +161,9 @@ class Ranks:
             counts.append(memory // sum(each.block_bytes for each in host))
         return min(counts)
 
-    def allocate(self, num_blocks: int) -> None:
-        """Let all ranks make their KV caches; `wait_prepared` waits for it."""
-        self._channel.order(Allocate(num_blocks))
+    def allocate(self, num_blocks: int, max_model_len: int) -> None:
+        """Let all ranks make their KV caches, and capture passes as rank 0 does; `wait_prepared` waits for it."""
+        self._channel.order(Allocate(num_blocks, max_model_len))
 
     def wait_prepared(self) -> None:
         self._memory = {each.memory.rank: each.memory for each in self._watch.wait_for(Prepared)}
@@ -207,26 +209,47 @@ class LeadRunner:
         return self._runner.device
 
     @property
-    def block_size(self) -> int:
-        return self._runner.block_size
+    def most_spans(self) -> int:
+        return self._runner.most_spans
+
+    def trial(self, rows: int) -> list[Span]:
+        """See ModelRunner.trial."""
+        return self._runner.trial(rows)
+
+    def capture(self, name: str, plan: GraphPlan, feature_layers: tuple[int, ...] = ()) -> None:
+        """See ModelRunner.capture. The other ranks do so by themselves, model by model in the order of `Ranks.lead`."""
+        self._watch.begin()
+        with self._together(f"while it captured passes of {name}"):
+            self._runner.capture(name, plan, feature_layers)
 
     def run(self, spans: Sequence[Span], tap: FeatureTap | None = None) -> torch.Tensor:
         """See ModelRunner.run."""
-        return self.run_batch(pack(spans, self.block_size), tap)
+        return self.run_batch(pack(spans, self._runner.block_size), tap)
+
+    def run_on_device(self, spans: Sequence[Span], token_ids: torch.Tensor) -> torch.Tensor:
+        """See ModelRunner.run_on_device. The other ranks need the tokens, too, so the host waits for them."""
+        host = pack(spans, self._runner.block_size)
+        host.arrays()[0][:] = token_ids.cpu().numpy()
+        return self.run_batch(host)
 
     def run_batch(self, host: HostBatch, tap: FeatureTap | None = None) -> torch.Tensor:
         """See ModelRunner.run_batch."""
-        number = self._watch.pass_begins()
+        number = self._watch.begin_pass()
         self._channel.broadcast(self._model, number, host)
+        with self._together(f"in pass {number}"):
+            return self._runner.run_batch(host, tap)
+
+    @contextmanager
+    def _together(self, when: str) -> Iterator[None]:
+        """What all ranks do at the same time: if it fails here alone, the others are in the middle of it, for good."""
         try:
-            logits = self._runner.run_batch(host, tap)
+            yield
         except CollectiveError:
             raise self._watch.why() from None
-        except BaseException as error:  # the others are in the middle of this pass, and stay there
-            self._watch.fail(f"rank 0 failed in pass {number}: {type(error).__name__} {error}".rstrip())
+        except BaseException as error:
+            self._watch.fail(f"rank 0 failed {when}: {type(error).__name__} {error}".rstrip())
             raise
-        self._watch.pass_ends(_end_of_work(self.device))
-        return logits
+        self._watch.end(_end_of_work(self.device))
 
 
 def _end_of_work(device: torch.device) -> Callable[[], bool]:

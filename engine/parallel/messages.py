@@ -151,9 +151,11 @@ class Measure(msgspec.Struct, frozen=True, tag="measure"):
 
 
 class Allocate(msgspec.Struct, frozen=True, tag="allocate"):
-    """Make the KV caches, and answer with Prepared."""
+    """Make the KV caches and capture graphs, and answer with Prepared."""
 
     num_blocks: int
+    """For sequences."""
+    max_model_len: int
 
 
 ToLead = Hello | Joined | RankLoading | Loaded | Measured | Prepared | Beat | RankFailed | Died

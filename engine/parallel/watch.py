@@ -142,15 +142,19 @@ class Watch:
         """`entered` tells how many collectives rank 0 has entered."""
         self._entered = entered
 
-    def pass_begins(self) -> int:
-        """Rank 0 gives out a pass; returns its number. Raises RankError if the engine has failed."""
+    def begin(self) -> None:
+        """Rank 0 begins something that all ranks do together. Raises RankError if the engine has failed."""
         self.check()
-        self._passes += 1
         self._finished = lambda: False
+
+    def begin_pass(self) -> int:
+        """As `begin`, of a pass, whose number it returns."""
+        self.begin()
+        self._passes += 1
         return self._passes
 
-    def pass_ends(self, finished: Callable[[], bool]) -> None:
-        """It has done its part of the pass, or has given it to its device: `finished` tells when that is through."""
+    def end(self, finished: Callable[[], bool]) -> None:
+        """It has done its part, or has given it to its device: `finished` tells when that is through."""
         self._finished = finished
 
     def check(self) -> None:

@@ -1,6 +1,7 @@
 """A rank's process that fails as it is told, for test_ranks.py: `python fake_worker.py BEHAVIOUR`.
 
 cannot load: reports an error while it loads. exit: vanishes with exit code 7. hang: rank 2 never enters a collective.
+capture: does nothing wrong, but captures passes on the CPU, as its rank 0 must, too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from engine.parallel.messages import Welcome
 
 def serve(launch: WorkerLaunch, welcome: Welcome, link: Link, state: State) -> None:
     from engine.execution import follower
+    from engine.execution.graphs import EagerGraphs
 
     class Part(follower.DividedModels):
         def __init__(self, *arguments: object) -> None:
@@ -26,10 +28,12 @@ def serve(launch: WorkerLaunch, welcome: Welcome, link: Link, state: State) -> N
                 raise ModelError("no memory is left for its part")
             super().__init__(*arguments)  # type: ignore[arg-type]
 
-        def allocate(self, num_blocks: int) -> list[follower.Runner]:
-            runners = super().allocate(num_blocks)
+        def allocate(self, num_blocks: int, max_model_len: int) -> list[follower.Runner]:
+            runners = super().allocate(num_blocks, max_model_len)
             return [Stuck()] if sys.argv[1] == "hang" and launch.rank == 2 else runners
 
+    if sys.argv[1] == "capture":
+        follower.graph_backend = lambda *_: EagerGraphs  # type: ignore[assignment]
     if sys.argv[1] == "exit":
         os._exit(7)
     follower.serve(launch, welcome, link, state, Part)

@@ -18,6 +18,7 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineDeadError, RankError
+from engine.execution.graphs import EagerGraphs
 from engine.llm import LLM
 from engine.processes import PatientClock, environment
 from engine.sampling.params import SamplingParams
@@ -73,6 +74,7 @@ def test_a_divided_model_says_the_same_whoever_drafts(tiny_llama: Path, size: in
             drafter=("ngram", draft),
             tensor_parallel_size=size,
             draft_tensor_parallel_size=shared,
+            adaptive_drafts=False,  # else it might find that not drafting is faster here
             **SETTINGS,
         ) as llm:
             assert llm.info.tensor_parallel_size == size
@@ -98,6 +100,21 @@ def test_real_models_say_the_same_with_their_own_drafters(model: str, size: int)
             assert answers(llm, drafter) == expected, drafter
         drafted = llm.generate(PROMPTS, GREEDY, speculation=head)
         assert sum(answer.stats.accepted_tokens for answer in drafted if answer.stats) > 5
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_captured_passes_of_a_divided_model(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, shared: int) -> None:
+    """By the twin on the CPU: all ranks capture the same passes, and replay them for the same batches."""
+    settings = SETTINGS | {"model": str(tiny_llama), "drafter": ("ngram", f"draft={tiny_llama}"), "num_draft_tokens": 2}
+    with LLM(**settings) as alone:
+        expected = answers(alone, "off")
+    monkeypatch.setattr("engine.build.graph_backend", lambda *_: EagerGraphs)
+    monkeypatch.setattr("engine.build.start_ranks", _with_worker("capture"))
+    settings |= {"tensor_parallel_size": 2, "draft_tensor_parallel_size": shared, "adaptive_drafts": False}
+    with LLM(**settings) as llm:
+        assert llm.core._engine.runner.most_spans == 8
+        for drafter in ("off", "draft"):
+            assert answers(llm, drafter) == expected
 
 
 def test_every_rank_has_its_part_of_the_cache_alone(tiny_llama: Path) -> None:
