@@ -1,79 +1,243 @@
 """What a step costs beside the model's pass: the engine's own work, by phase, and the messages to the server.
 
     python benchmarks/step_overhead.py --sequences 8 --max-tokens 128
+    python benchmarks/step_overhead.py --idle-model --sequences 64
 
 Decodes the built-in prompts (server/commands/prompts.jsonl) with n-gram speculation in this process. Counted are steps
 in which all sequences decode and no prompt is read. "messages" is a step's Outputs to MessagePack and back: the engine
 process does the one, the server's the other. "own work" is the whole step but the model's pass, plus the messages.
+
+--idle-model measures what a GPU would have to wait for: a model that does nothing, whose hidden states and logits are
+there beforehand, and a drafter that proposes the tokens that it will say. Then "forward" is the work of packing the
+spans and handing out their tensors, and "host work" is the whole step, this and the drawing of tokens from a vocabulary
+of 512 included, with the message to the server encoded (not decoded, which is the server's). Measured without drafts,
+and with --draft-tokens of them verified at each step, once without the controller's choice and once with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
+import gc
 import json
+import pstats
 import statistics
 import time
 from pathlib import Path
 
 import msgspec
+import torch
 
+from engine.build import Engine
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.execution.loader import Progress
+from engine.execution.runner import ModelRunner
+from engine.layers.attention.interface import AttentionBatch, LayerCache
 from engine.llm import LLM
+from engine.memory.block_pool import BlockPool
 from engine.messages import FromEngine, Outputs
+from engine.models.config import ModelConfig, RopeConfig
+from engine.models.features import FeatureTap
+from engine.request import EngineInfo, Request
 from engine.sampling.params import SamplingParams
+from engine.sequence import Sequence
+from engine.speculation.controller import Controller
+from engine.speculation.drafter import Draft, Drafter, DraftRequest
+from engine.speculation.speculator import Speculator
+from engine.speculation.verify import CoupledVerifier
 from engine.weights.catalog import resolve
 from server.tokenizer import load_tokenizer
 
 PROMPTS = Path(__file__).parents[1] / "server" / "commands" / "prompts.jsonl"
-PHASES = ("draft", "plan", "sample", "commit")
+PHASES = ("draft", "plan", "forward", "sample", "commit")
+TOKEN = 7
+"""What the idle model says, always."""
 
 
 def main() -> None:
+    gc.collect()
+    gc.freeze()  # as the engine process does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--speculation", default="ngram", help='a drafter, or "off"')
+    parser.add_argument("--idle-model", action="store_true")
+    parser.add_argument("--draft-tokens", type=int, default=4, help="with --idle-model")
+    parser.add_argument("--profile", action="store_true", help="with --idle-model: where the time goes, by function")
     args = parser.parse_args()
+    if args.idle_model:
+        idle_model(args.sequences, args.max_tokens, args.temperature, args.draft_tokens, args.profile)
+    else:
+        real_model(args)
 
+
+def real_model(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(resolve(args.model))
     lines = PROMPTS.read_text().splitlines()
     texts = [json.loads(lines[i % len(lines)])["prompt"] for i in range(args.sequences)]
     chats = [tokenizer.apply_chat_template([{"role": "user", "content": text}], True) for text in texts]
     prompts = [tokenizer.encode(chat, add_special_tokens=False) for chat in chats]
     params = SamplingParams(temperature=args.temperature, seed=1, max_tokens=args.max_tokens, ignore_eos=True)
-
-    encode, decode = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(FromEngine).decode
-    times: dict[str, list[float]] = {name: [] for name in (*PHASES, "messages", "own work", "forward", "step")}
-    rows = tokens = 0
     with LLM(model=args.model) as llm:
-        core = llm.core
         for request in llm.requests(prompts, params, speculation=args.speculation):
-            core.add(request)
-        while core.has_work():
-            start = time.perf_counter()
-            result = core.step()
-            step = time.perf_counter() - start
-            start = time.perf_counter()
-            decode(encode(Outputs(tuple(result.deltas), result.stats)))
-            messages = time.perf_counter() - start
-            stats = result.stats
-            if stats.prompt_tokens or stats.running < args.sequences:
-                continue
-            rows, tokens = rows + stats.rows, tokens + stats.generated_tokens
-            forward = stats.seconds["forward"]
-            whole = {"messages": messages, "own work": step - forward + messages, "step": step}
-            for name, series in times.items():
-                series.append(1e3 * (stats.seconds | whole)[name])
-    count = len(times["step"])
-    if not count:
+            llm.core.add(request)
+        report(f"{args.speculation}", measure(llm.core, args.sequences))
+
+
+def idle_model(sequences: int, max_tokens: int, temperature: float, drafted: int, profile: bool) -> None:
+    params = SamplingParams(temperature=temperature, seed=1, max_tokens=max_tokens, ignore_eos=True)
+    arms = {
+        "vanilla": ("off", 0, False),
+        f"{drafted} drafted": ("idle", drafted, False),
+        f"{drafted} drafted, with the controller": ("idle", drafted, True),
+    }
+    for name, (speculation, length, controlled) in arms.items():
+        core = idle_core(sequences, length, controlled)
+        for i in range(sequences):
+            prompt = tuple(range(i, i + 100))
+            core.add(Request(id=f"request-{i}", prompt_ids=prompt, params=params, speculation=speculation))
+        profiler = cProfile.Profile() if profile else None
+        report(name, measure(core, sequences, profiler))
+        if profiler is not None:
+            pstats.Stats(profiler).sort_stats("tottime").print_stats(32)
+
+
+class IdleModel:
+    """Says TOKEN, whatever it is given, without computing anything."""
+
+    def __init__(self, config: ModelConfig, most_rows: int) -> None:
+        self.config = config
+        self._hidden = torch.zeros(most_rows, config.hidden_size)
+        self._logits = torch.zeros(most_rows, config.vocab_size)
+        self._logits[:, TOKEN] = 100.0
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        batch: AttentionBatch,
+        caches: list[LayerCache],
+        tap: FeatureTap | None = None,
+    ) -> torch.Tensor:
+        return self._hidden[: len(token_ids)]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._logits[: len(hidden)]
+
+
+class IdleDrafter:
+    """Drafts what the idle model will say."""
+
+    name = "idle"
+    prior = 0.9
+    free = True
+
+    def propose(self, requests: list[DraftRequest]) -> list[Draft]:
+        return [Draft((TOKEN,) * request.limit, None, self.name) for request in requests]
+
+    def release(self, sequence: Sequence) -> None:
+        pass
+
+
+def idle_core(sequences: int, draft_tokens: int, controlled: bool) -> EngineCore:
+    rows = sequences * (1 + max(1, draft_tokens))
+    config = EngineConfig(max_num_seqs=sequences, max_batch_tokens=max(rows, 128), seed=1)
+    shape = ModelConfig(
+        architecture="llama",
+        vocab_size=512,
+        hidden_size=16,
+        intermediate_size=16,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=16,
+        max_position=8192,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(),
+        tie_embeddings=True,
+    )
+
+    def build(config: EngineConfig, progress: Progress) -> Engine:
+        device, size, blocks = torch.device("cpu"), 16, sequences * 512
+        drafters: list[Drafter] = [IdleDrafter()]
+        controller = Controller(max(1, draft_tokens), {"idle": 0.9}) if controlled else None
+        if controller is not None:
+            controller.target.calibrate({1: 20e-3, 64: 21e-3, 512: 30e-3})  # a GPU's
+        model = IdleModel(shape, config.max_batch_tokens)
+        info = EngineInfo(
+            model="idle",
+            vocab_size=shape.vocab_size,
+            max_model_len=shape.max_position,
+            eos_token_ids=(0,),
+            num_blocks=blocks,
+            block_size=size,
+            max_num_seqs=config.max_num_seqs,
+            drafters=("idle",),
+            default_drafter="off",
+            dtype="float32",
+            device="cpu",
+            kernels="none",
+            load_seconds=0.0,
+        )
+        return Engine(
+            info=info,
+            runner=ModelRunner(model, [], size, device),  # type: ignore[arg-type]
+            pool=BlockPool(blocks, size),
+            speculator=Speculator(drafters, max(1, draft_tokens), shape.max_position, controller),
+            verifier=CoupledVerifier((0,), lazy=False),  # as on a GPU
+        )
+
+    return EngineCore(config, None, build)
+
+
+def measure(core: EngineCore, sequences: int, profiler: cProfile.Profile | None = None) -> dict[str, list[float]]:
+    """Milliseconds of each counted step, and what it computed."""
+    encode, decode = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(FromEngine).decode
+    series: dict[str, list[float]] = {}
+    while core.has_work():
+        if profiler is not None:
+            profiler.enable()
+        start, spent = time.perf_counter(), time.thread_time()
+        result = core.step()
+        step = time.perf_counter() - start
+        encoded = encode(Outputs(tuple(result.deltas), result.stats))
+        encoding = time.perf_counter() - start - step
+        spent = time.thread_time() - spent
+        if profiler is not None:
+            profiler.disable()
+        decode(encoded)
+        messages = time.perf_counter() - start - step
+        stats = result.stats
+        if stats.prompt_tokens or stats.running < sequences:
+            continue
+        counted = {name: stats.seconds[name] for name in PHASES} | {
+            "messages": messages,
+            "own work": step - stats.seconds["forward"] + messages,
+            "step": step,
+            "host work": step + encoding,
+            "host work, processor time": spent,
+        }
+        for name, seconds in counted.items():
+            series.setdefault(name, []).append(1e3 * seconds)
+        series.setdefault("rows", []).append(stats.rows)
+        series.setdefault("tokens", []).append(stats.generated_tokens)
+    if not series:
         raise SystemExit("no step was counted: raise --max-tokens")
-    per_step = f"{rows / count:.1f} rows and {tokens / count:.1f} tokens a step"
-    print(f"{count} steps of {args.sequences} sequences, {args.speculation}: {per_step}\n")
+    return series
+
+
+def report(name: str, series: dict[str, list[float]]) -> None:
+    rows, tokens = (statistics.fmean(series.pop(what)) for what in ("rows", "tokens"))
+    count = len(series["step"])
+    print(f"{name}: {count} steps, {rows:.1f} rows and {tokens:.1f} tokens a step\n")
     print("| phase | mean, ms | p50, ms | p99, ms |\n|---|---|---|---|")
-    for name, series in times.items():
-        high = sorted(series)[round(0.99 * (count - 1))]
-        print(f"| {name} | {statistics.fmean(series):.3f} | {statistics.median(series):.3f} | {high:.3f} |")
+    for phase, times in series.items():
+        high = sorted(times)[round(0.99 * (count - 1))]
+        print(f"| {phase} | {statistics.fmean(times):.3f} | {statistics.median(times):.3f} | {high:.3f} |")
+    print()
 
 
 if __name__ == "__main__":

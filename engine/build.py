@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
 from engine.config import EngineConfig, cache_share
 from engine.device import synchronize
 from engine.errors import ConfigError
+from engine.execution.buckets import span_lengths
+from engine.execution.graphs import graph_backend, graph_memory, graph_plan
 from engine.execution.group import LastWords, Ranks, start_ranks
 from engine.execution.loader import Platform, Progress, load_model
 from engine.execution.runner import ModelRunner, Runner
-from engine.execution.spans import Span
 from engine.layers.attention.interface import LayerCache
 from engine.memory import kv_cache
 from engine.memory.block_pool import BlockPool
@@ -21,11 +23,14 @@ from engine.memory.free import free_memory
 from engine.models.config import ModelConfig
 from engine.models.interface import Model
 from engine.parallel.interface import ALONE
+from engine.parallel.layout import check_divides
 from engine.request import EngineInfo, RankMemory
+from engine.speculation.drafter import CostlyDrafter
 from engine.speculation.portfolio import free_drafters, load_draft, make_controller, make_drafter
 from engine.speculation.sources import check_speculation, find
-from engine.speculation.speculator import Speculator
+from engine.speculation.speculator import Speculator, feature_layers
 from engine.speculation.verify import CoupledVerifier, RejectionVerifier, Verifier
+from engine.weights import read_config
 from engine.weights.catalog import resolve
 
 
@@ -65,11 +70,12 @@ def build(config: EngineConfig, progress: Progress, last_words: LastWords | None
     # Once, and not by all ranks of this host at the same time.
     files = resolve(config.model, progress, config.load_format != "dummy")
     find(config.drafter, files.name, progress)
+    check_divides(read_config(files), config.tensor_parallel_size, False, "tensor_parallel_size", files.name)
     ranks = start_ranks(config, progress, last_words)
     try:
         return _build(ranks.config, ranks.reported(progress), ranks)
-    except BaseException:
-        ranks.close()
+    except BaseException as error:
+        ranks.close(str(error) or type(error).__name__)
         raise
 
 
@@ -84,14 +90,18 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
     loaded = [load_draft(source, target, platform, config, progress, draft_comm) for source in sources]
     drafts = [draft for draft in loaded if draft is not None]
 
+    make_graphs = graph_backend(config.enforce_eager, platform.attention, platform.device)
+    free = free_memory(platform.device)
+    for_graphs = graph_memory(config, free) if make_graphs else 0
+    padding = 1 if make_graphs else 0  # a block that is no sequence's, behind those that are
     shapes = [(target.config, comm.size), *((draft.shape, draft.ranks) for draft in drafts)]
-    num_blocks = _block_count(config, shapes, platform, progress, ranks)
+    num_blocks = _block_count(config, shapes, platform, free - for_graphs, padding, progress, ranks)
     max_model_len = _max_model_len(config, target.config, num_blocks)
 
     progress("allocating the KV cache", 0.0)
 
     if ranks is not None:
-        ranks.allocate(num_blocks)
+        ranks.allocate(num_blocks, max_model_len)
 
     def runner(model: Model, caches: list[LayerCache]) -> Runner:
         alone = ModelRunner(model, caches, config.block_size, platform.device)
@@ -99,22 +109,36 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
 
     def caches(shape: ModelConfig, size: int) -> list[LayerCache]:
         return kv_cache.allocate(
-            shape, platform.attention, num_blocks, config.block_size, platform.cache_dtype, platform.device, size
+            shape,
+            platform.attention,
+            num_blocks + padding,
+            config.block_size,
+            platform.cache_dtype,
+            platform.device,
+            size,
         )
 
     eos_token_ids = target.config.eos_token_ids
     drafters = free_drafters(sources, config)
     target_runner = runner(target, caches(target.config, comm.size))
-    drafters += [
-        make_drafter(draft, target.config, config, caches(draft.shape, draft.ranks), platform.device, runner)
-        for draft in drafts
-    ]
-    if ranks is not None:
-        ranks.wait_prepared()
+    for draft in drafts:
+        cache = caches(draft.shape, draft.ranks)
+        drafters.append(make_drafter(draft, target.config, config, cache, num_blocks, platform.device, runner))
     progress("allocating the KV cache", 1.0)
 
+    if make_graphs:
+        progress("capturing graphs", 0.0)
+        planned = partial(graph_plan, config, make_graphs(), max_model_len, num_blocks, for_graphs)
+        target_runner.capture("target", planned(span_lengths(config.num_draft_tokens)), feature_layers(drafters))
+        for drafter in drafters:
+            if isinstance(drafter, CostlyDrafter):
+                drafter.capture(planned)
+        progress("capturing graphs", 1.0)
+    if ranks is not None:
+        ranks.wait_prepared()
+
     def try_target(rows: int) -> None:  # what it writes to the cache nobody reads
-        target_runner.run([Span([0] * rows, 0, [0] * -(-rows // config.block_size), logit_rows=rows)])
+        target_runner.run(target_runner.trial(rows))
         synchronize(platform.device)
 
     controller = (
@@ -152,16 +176,18 @@ def _block_count(
     config: EngineConfig,
     models: list[tuple[ModelConfig, int]],
     platform: Platform,
+    free: int,
+    padding: int,
     progress: Progress,
     ranks: Ranks | None,
 ) -> int:
     """Blocks that fit into the cache's memory, where a block of the target's comes with one of each draft's: so all
-    caches hold the same number of tokens. `models`: each with the number of ranks that it is divided over."""
+    caches hold the same number of tokens. `models`: each with the number of ranks that it is divided over; `padding`:
+    blocks that are nobody's."""
     size = sum(kv_cache.block_bytes(model, config.block_size, platform.cache_dtype, parts) for model, parts in models)
-    free = free_memory(platform.device)
     share = cache_share(config.kv_cache_share, on_gpu=platform.device.type == "cuda")
     memory = config.kv_cache_memory or int(share * free)
-    count = memory // size if ranks is None else ranks.block_count(size, free, progress)
+    count = (memory // size if ranks is None else ranks.block_count(size, free, progress)) - padding
     if count < 2:
         raise ConfigError(
             f"the KV cache has {memory} bytes, but one block of {config.block_size} tokens takes {size}: "

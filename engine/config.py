@@ -74,6 +74,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     rank_timeout: Annotated[float, Meta(gt=0)] = 60.0
     """Seconds that a rank may be silent, or stuck in a pass that the others wait in, before the engine ends with its
     name; also rank 0 itself while requests are in flight."""
+    enforce_eager: bool = False
+    """Launch every kernel of every pass by itself, even where passes could be captured as CUDA graphs."""
+    cuda_graph_memory: NotNegative = 0
+    """Bytes that captured graphs may take on a GPU; 0: a twentieth of what is free once the weights are loaded."""
 
     max_model_len: NotNegative = 0
     """Most tokens of prompt and answer together; 0: the model's own limit, or less if the KV cache is smaller."""

@@ -8,24 +8,28 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import torch
 
 from engine.build import Engine, build
 from engine.config import EngineConfig
+from engine.device import PassTimer
 from engine.errors import ParameterError
+from engine.execution.loader import Progress
 from engine.execution.spans import Span
 from engine.memory.block_table import BlockTable
 from engine.memory.usage import MemoryMeter
 from engine.messages import StepStats
+from engine.models.features import FeatureTap
 from engine.request import Delta, EngineInfo, FinishReason, Request, RequestStats, check_request, drafters_of
 from engine.sampling.logprobs import prompt_logprobs
 from engine.sampling.params import MAX_SEED
 from engine.sampling.spans import LogitSpan
 from engine.scheduler import PlannedSpan, Scheduler, StepPlan
 from engine.sequence import Sequence
+from engine.speculation.speculator import Drafted
 from engine.speculation.tally import by_position
 from engine.speculation.verify import Verdict
 
@@ -42,17 +46,16 @@ class EngineCore:
     """Loads the model; then `add` requests and call `step` while there is work.
 
     Raises ConfigError or ModelError where the settings or the model's files are wrong, and RankError, here or from a
-    step, if a rank of a divided model ends; `last_words` are for when that leaves no other way to say so (see
-    `engine.process`). One thread at a time may use it.
+    step, if a rank of a divided model ends. One thread at a time may use it.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         progress: Callable[[str, float], None] | None = None,
-        last_words: Callable[[str], None] | None = None,
+        build: Callable[[EngineConfig, Progress], Engine] = build,
     ) -> None:
-        self._engine: Engine = build(config.check(), progress or (lambda what, share: None), last_words)
+        self._engine: Engine = build(config.check(), progress or (lambda what, share: None))
         # However this core goes, no rank is left behind.
         self._finalizer = weakref.finalize(self, self._engine.close)
         self._memory = MemoryMeter(self._engine.info.device, others=self._engine.other_memory)
@@ -60,6 +63,11 @@ class EngineCore:
         self._scheduler = Scheduler(self._engine.pool, config.max_num_seqs, config.max_batch_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[Delta] = []  # to be reported with the next step's deltas
+        self._timer = PassTimer(torch.device(self.info.device))
+        self._under_way: _Step | None = None
+        self._finished: _Step | None = None
+        self.asynchronous = self.info.device.startswith("cuda")
+        """A pass goes on by itself once it is launched."""
 
     def close(self) -> None:
         """End the other ranks, if there are any. May be called again; there are no steps after it."""
@@ -88,29 +96,63 @@ class EngineCore:
     def has_work(self) -> bool:
         return bool(self._sequences or self._ended)
 
-    @torch.inference_mode()
     def step(self) -> StepResult:
-        """Plan, draft, run, verify, commit."""
+        """Draft, plan, run, verify, commit."""
+        self.launch()
+        deltas = self.finish()
+        return StepResult(deltas, self.settle())
+
+    @torch.inference_mode()
+    def launch(self) -> None:
+        """A step's first half: draft, plan, and set the pass going. On a GPU it runs on by itself from here: what does
+        not need its outcome may be done meanwhile, `settle` of the step before, `add` and `abort` too."""
         engine, clock = self._engine, _Phases()
         with clock.phase("draft"):
             drafts = engine.speculator.draft(self._scheduler.decoding(), self._scheduler.prompt_rows())
         with clock.phase("plan"):
             plan = self._scheduler.plan(drafts)
             self._note_admissions(plan)
-        with clock.phase("forward"):
-            tap = engine.speculator.tap()
-            logits = engine.runner.run([_span(planned) for planned in plan.spans], tap) if plan.spans else None
-        with clock.phase("sample"):
-            verdicts = self._verify(plan, logits) if logits is not None else []
-            engine.check()
-        with clock.phase("commit"):
-            deltas, self._ended = self._ended, []
-            deltas += self._commit(plan, verdicts)
-            if tap is not None and tap.features is not None:
-                self._hand_on(plan, tap.features)
+        tap, logits = engine.speculator.tap(), None
+        self._timer.begin()
         if plan.spans:
-            engine.speculator.observe_step(plan.rows, clock.seconds, sum(len(verdict.tokens) for verdict in verdicts))
-        return StepResult(deltas, self._stats(plan, verdicts, deltas, clock.seconds))
+            logits = engine.runner.run([_span(planned) for planned in plan.spans], tap)
+        self._timer.launched()
+        self._under_way = _Step(plan, engine.speculator.drafted, tap, logits, clock)
+
+    @torch.inference_mode()
+    def finish(self) -> list[Delta]:
+        """A step's second half: wait for the pass, verify, commit."""
+        step, self._under_way = self._under_way, None
+        assert step is not None  # launch() comes first
+        verdicts = self._verify(step.plan, step.logits) if step.logits is not None else []
+        if step.logits is not None:
+            self._engine.check()
+        forward = step.clock.seconds["forward"] = self._timer.seconds()
+        step.clock.seconds["sample"] = max(0.0, self._timer.elapsed() - forward)
+        with step.clock.phase("commit"):
+            deltas, self._ended = self._ended, []
+            step.committed = self._commit(step.plan, verdicts)
+            deltas += [delta for _, _, delta in step.committed]
+            if step.tap is not None and step.tap.features is not None:
+                self._hand_on(step.plan, step.tap.features)
+        self._finished = step
+        return deltas
+
+    def settle(self) -> StepStats:
+        """What is left of the step that was finished last, and does not hurry: others may find its blocks, the
+        controller learns what it took, and it is counted."""
+        step, self._finished = self._finished, None
+        assert step is not None  # finish() comes first
+        for sequence in self._alive(step.plan):
+            sequence.blocks.commit(sequence.tokens, sequence.computed)
+        if step.plan.spans:
+            tokens = sum(len(verdict.tokens) for _, verdict, _ in step.committed)
+            self._engine.speculator.observe_step(step.drafted, step.plan.rows, step.clock.seconds, tokens)
+        return self._stats(step)
+
+    def _alive(self, plan: StepPlan) -> Iterator[Sequence]:
+        """The plan's sequences that have not ended since."""
+        return (p.sequence for p in plan.spans if self._sequences.get(p.sequence.id) is p.sequence)
 
     def _note_admissions(self, plan: StepPlan) -> None:
         now = time.monotonic()
@@ -153,24 +195,26 @@ class EngineCore:
             row += rows
         return drawing_rows
 
-    def _commit(self, plan: StepPlan, verdicts: list[Verdict]) -> list[Delta]:
-        deltas = []
+    def _commit(self, plan: StepPlan, verdicts: list[Verdict]) -> list[_Committed]:
+        """Of each span that drew: what it drew, and what came of it. Those who ended during the pass are left out."""
+        committed = []
         drawn = iter(verdicts)
         for planned in plan.spans:
-            if planned.draws:
-                deltas.append(self._commit_tokens(planned, next(drawn)))
+            verdict = next(drawn) if planned.draws else None
+            if self._sequences.get(planned.sequence.id) is not planned.sequence:
+                continue
+            if verdict is not None:
+                committed.append((planned, verdict, self._commit_tokens(planned, verdict)))
             else:
-                sequence = planned.sequence
-                sequence.computed = planned.stop
-                sequence.blocks.commit(sequence.tokens, sequence.computed)
-        return deltas
+                planned.sequence.computed = planned.stop
+        return committed
 
     def _hand_on(self, plan: StepPlan, features: torch.Tensor) -> None:
         """Give the features of the rows that stay to the drafters that read them."""
         row = 0
         for planned in plan.spans:
             sequence = planned.sequence
-            if sequence.id in self._sequences:
+            if self._sequences.get(sequence.id) is sequence:
                 kept = sequence.computed - planned.start
                 self._engine.speculator.observe_features(sequence, planned.start, features[row : row + kept])
             row += planned.stop - planned.start
@@ -183,7 +227,8 @@ class EngineCore:
         tokens, reason, stop_token = self._until_stop(sequence, verdict.tokens)
         sequence.tokens.extend(tokens)
         sequence.computed = len(sequence.tokens) - 1
-        sequence.blocks.commit(sequence.tokens, sequence.computed)
+        if reason is not None:
+            sequence.blocks.commit(sequence.tokens, sequence.computed)  # others' is `settle`'s
         sequence.steps += 1
         drafter, drafted = planned.draft.drafter, len(planned.draft.tokens)
         accepted = min(verdict.accepted, len(tokens))
@@ -241,24 +286,21 @@ class EngineCore:
         delta = delta or Delta(request_id=sequence.id)
         return msgspec.structs.replace(delta, finish_reason=reason, stop_token=stop_token, stats=stats)
 
-    def _stats(
-        self, plan: StepPlan, verdicts: list[Verdict], deltas: list[Delta], seconds: dict[str, float]
-    ) -> StepStats:
+    def _stats(self, step: _Step) -> StepStats:
+        plan, seconds = step.plan, step.clock.seconds
         drafted: dict[str, int] = {}
         accepted: dict[str, int] = {}
         chosen: dict[str, int] = {}
-        step_tokens: dict[str, tuple[int, ...]] = {}
-        drawing = [planned for planned in plan.spans if planned.draws]
-        for planned, verdict, delta in zip(drawing, verdicts, deltas[len(deltas) - len(drawing) :], strict=True):
+        step_tokens: dict[str, list[int]] = {}
+        for planned, verdict, delta in step.committed:
             name = planned.draft.drafter or "none"
             if _decodes(planned):
                 chosen[name] = chosen.get(name, 0) + 1
-                step_tokens[name] = (*step_tokens.get(name, ()), len(delta.token_ids))
+                step_tokens.setdefault(name, []).append(len(delta.token_ids))
             if planned.draft.tokens:
                 drafted[name] = drafted.get(name, 0) + len(planned.draft.tokens)
                 accepted[name] = accepted.get(name, 0) + verdict.accepted
-        drafters = [planned.draft.drafter for planned in drawing]
-        pool, choice = self._engine.pool, self._engine.speculator.choice
+        pool, choice = self._engine.pool, step.drafted.choice
         return StepStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
@@ -269,15 +311,15 @@ class EngineCore:
                 for p in plan.spans
                 if p.start < p.sequence.prompt_len
             ),
-            generated_tokens=sum(len(delta.token_ids) for delta in deltas),
+            generated_tokens=sum(len(delta.token_ids) for _, _, delta in step.committed),
             drafted=drafted,
             accepted=accepted,
             chosen=chosen,
             predicted_goodput=choice.goodput if chosen else 0.0,
             predicted_plain_goodput=choice.plain if chosen else 0.0,
-            drafted_at=by_position(zip(drafters, (len(p.draft.tokens) for p in drawing), strict=True)),
-            accepted_at=by_position(zip(drafters, (verdict.accepted for verdict in verdicts), strict=True)),
-            step_tokens=step_tokens,
+            drafted_at=by_position((p.draft.drafter, len(p.draft.tokens)) for p, _, _ in step.committed),
+            accepted_at=by_position((p.draft.drafter, verdict.accepted) for p, verdict, _ in step.committed),
+            step_tokens={name: tuple(counts) for name, counts in step_tokens.items()},
             preemptions=plan.preemptions,
             prefix_queried_tokens=sum(len(sequence.request.prompt_ids) for sequence in plan.admitted),
             prefix_hit_tokens=sum(sequence.cached_prompt_tokens for sequence in plan.admitted),
@@ -287,6 +329,21 @@ class EngineCore:
             seconds=seconds,
             memory=self._memory.read_if_due(),
         )
+
+
+_Committed = tuple[PlannedSpan, Verdict, Delta]
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step between its launch and its account."""
+
+    plan: StepPlan
+    drafted: Drafted
+    tap: FeatureTap | None
+    logits: torch.Tensor | None
+    clock: _Phases
+    committed: list[_Committed] = field(default_factory=list)
 
 
 def _wants_prompt_logprobs(planned: PlannedSpan) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -24,7 +25,46 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+class PassTimer:
+    """How long a pass of the model takes on its device. On the CPU, where a launch returns when all is done, it is the
+    launch; on a GPU what lies between two events in its stream, as the host is elsewhere meanwhile."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if device.type == "cuda":
+            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._began = self._launched = 0.0
+
+    def begin(self) -> None:
+        """Just before the pass is launched."""
+        self._began = time.perf_counter()
+        if self._events is not None:
+            self._events[0].record()
+
+    def launched(self) -> None:
+        if self._events is not None:
+            self._events[1].record()
+        self._launched = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Of the last pass. Waits for it."""
+        if self._events is None:
+            return self._launched - self._began
+        self._events[1].synchronize()
+        return float(self._events[0].elapsed_time(self._events[1])) / 1000
+
+    def elapsed(self) -> float:
+        """Seconds since `begin`."""
+        return time.perf_counter() - self._began
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given; the CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def give_back_memory(device: torch.device) -> None:
+    """What torch keeps of a GPU's memory without using it, for others to count it as free."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -23,7 +24,7 @@ import zmq
 
 from engine import logs, processes
 from engine.config import EngineConfig
-from engine.errors import ParameterError, PilotfishError
+from engine.errors import ParameterError, PilotfishError, RankError
 from engine.logs import Logs
 from engine.messages import (
     Abort,
@@ -70,15 +71,6 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
         return f"ipc://{self.directory}/client"
 
 
-class StepResult(Protocol):
-    """What a step brought: see `engine.core`."""
-
-    @property
-    def deltas(self) -> list[Delta]: ...
-    @property
-    def stats(self) -> StepStats: ...
-
-
 class Core(Protocol):
     """What this process needs of an EngineCore, without the torch that comes with importing one."""
 
@@ -86,8 +78,12 @@ class Core(Protocol):
     def info(self) -> EngineInfo: ...
     def add(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> None: ...
+    @property
+    def asynchronous(self) -> bool: ...
     def has_work(self) -> bool: ...
-    def step(self) -> StepResult: ...
+    def launch(self) -> None: ...
+    def finish(self) -> list[Delta]: ...
+    def settle(self) -> StepStats: ...
 
 
 CreateCore = Callable[[EngineConfig, Progress, LastWords], Core]
@@ -120,6 +116,10 @@ def run(create_core: CreateCore) -> int:
         gc.freeze()
         connection.send(Ready(core.info))
         _serve(core, connection)
+    except RankError as error:  # another process's fault, whose log has the traceback if there is one
+        logger.error("the engine failed: %s", error)
+        connection.send(Failed(_one_line(error)))
+        return 1
     except Exception as error:
         logger.exception("the engine failed")
         connection.send(Failed(_one_line(error)))
@@ -131,30 +131,57 @@ def run(create_core: CreateCore) -> int:
 
 def _serve(core: Core, connection: _Connection) -> None:
     """Step while there is work, and sleep on the socket while there is none; return after a Shutdown."""
-    live: set[str] = set()
-    stopping = False
-    while not stopping:
-        for message in connection.receive(wait=not core.has_work()):
+    requests = _Requests(core, connection)
+    unsent: list[Delta] | None = None
+    while not requests.stopping:
+        requests.take_in(wait=not core.has_work())
+        if not core.has_work():
+            continue
+        core.launch()
+        if core.asynchronous:  # while the pass runs: what the last one brought, and what has come since
+            if unsent is not None:
+                requests.send(unsent)
+                unsent = None
+            requests.take_in(wait=False)
+        deltas = core.finish()
+        if core.asynchronous and core.has_work() and not requests.stopping:
+            unsent = deltas
+        else:
+            requests.send(deltas)
+
+
+class _Requests:
+    """The requests in flight, between the core and the client."""
+
+    def __init__(self, core: Core, connection: _Connection) -> None:
+        self._core, self._connection = core, connection
+        self._live: set[str] = set()
+        self.stopping = False
+
+    def take_in(self, wait: bool) -> None:
+        """Pass on every message that has come; with `wait`, at least one."""
+        for message in self._connection.receive(wait):
             match message:
                 case Submit(request=request):
                     try:
-                        core.add(request)
+                        self._core.add(request)
                     except ParameterError as error:
                         refusal = Delta(request_id=request.id, finish_reason="error", error=error.message)
-                        connection.send(Outputs((refusal,)))
+                        self._connection.send(Outputs((refusal,)))
                     else:
-                        live.add(request.id)
+                        self._live.add(request.id)
                 case Abort(request_ids=request_ids):
                     for request_id in request_ids:
-                        core.abort(request_id)
+                        self._core.abort(request_id)
                 case Shutdown():
-                    stopping = True
-                    for request_id in live:
-                        core.abort(request_id)
-        if core.has_work():
-            result = core.step()
-            live.difference_update(delta.request_id for delta in result.deltas if delta.finish_reason is not None)
-            connection.send(Outputs(tuple(result.deltas), result.stats))
+                    self.stopping = True
+                    for request_id in self._live:
+                        self._core.abort(request_id)
+
+    def send(self, deltas: list[Delta]) -> None:
+        """What the step that was finished last has brought, with its account."""
+        self._live.difference_update(delta.request_id for delta in deltas if delta.finish_reason is not None)
+        self._connection.send(Outputs(tuple(deltas), self._core.settle()))
 
 
 class _Connection:
@@ -226,9 +253,10 @@ def _one_line(error: Exception) -> str:
 
 def _create_core(config: EngineConfig, progress: Progress, last_words: LastWords) -> Core:
     progress("importing torch", 0.0)
-    from engine.core import EngineCore  # takes seconds, and the parent may die in them
+    from engine.build import build  # takes seconds, and the parent may die in them
+    from engine.core import EngineCore
 
-    return EngineCore(config, progress, last_words)
+    return EngineCore(config, progress, partial(build, last_words=last_words))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import zmq
 
 from engine.config import EngineConfig
 from engine.errors import RankError
+from engine.execution.buckets import DRAFT_LENGTHS, span_lengths
+from engine.execution.graphs import graph_backend, graph_memory, graph_plan
 from engine.execution.group import collective_seconds, settle
 from engine.execution.loader import Platform, Progress, load_model
 from engine.execution.runner import ModelRunner
@@ -60,8 +62,12 @@ class Part(Protocol):
     block_bytes: int
     """Of one block of all KV caches here."""
 
-    def allocate(self, num_blocks: int) -> list[Runner]:
-        """Make the caches; a runner for each model, the target's first."""
+    def free(self) -> int:
+        """Bytes that there are for caches."""
+        ...
+
+    def allocate(self, num_blocks: int, max_model_len: int) -> list[Runner]:
+        """Make the caches, and capture passes; a runner for each model, the target's first."""
         ...
 
 
@@ -82,32 +88,42 @@ class DividedModels:
                     positions = target.config.max_position
                     draft, _, _ = load_model(str(source.files.path), platform, config, positions, progress, comm)
                     self._models.append(draft)
-        self._ranks = comm.size
+        self._config = config
+        self._make_graphs = graph_backend(config.enforce_eager, platform.attention, platform.device)
+        self._graph_memory = 0
         self.block_size = platform.block_size
         self.block_bytes = sum(
-            kv_cache.block_bytes(model.config, self.block_size, platform.cache_dtype, self._ranks)
+            kv_cache.block_bytes(model.config, self.block_size, platform.cache_dtype, comm.size)
             for model in self._models
         )
 
-    def allocate(self, num_blocks: int) -> list[Runner]:
-        platform = self._platform
-        return [
-            ModelRunner(
-                model,
-                kv_cache.allocate(
-                    model.config,
-                    platform.attention,
-                    num_blocks,
-                    self.block_size,
-                    platform.cache_dtype,
-                    platform.device,
-                    self._ranks,
-                ),
+    def free(self) -> int:
+        free = free_memory(self._platform.device)
+        self._graph_memory = graph_memory(self._config, free) if self._make_graphs else 0
+        return free - self._graph_memory
+
+    def allocate(self, num_blocks: int, max_model_len: int) -> list[Runner]:
+        platform, config = self._platform, self._config
+        padding = 1 if self._make_graphs else 0
+        runners = []
+        for model in self._models:
+            caches = kv_cache.allocate(
+                model.config,
+                platform.attention,
+                num_blocks + padding,
                 self.block_size,
+                platform.cache_dtype,
                 platform.device,
+                model.comm.size,
             )
-            for model in self._models
-        ]
+            runners.append(ModelRunner(model, caches, self.block_size, platform.device))
+        if self._make_graphs:
+            backend = self._make_graphs()
+            for place, runner in enumerate(runners):
+                lengths = DRAFT_LENGTHS if place else span_lengths(config.num_draft_tokens)
+                plan = graph_plan(config, backend, max_model_len, num_blocks, self._graph_memory, lengths)
+                runner.capture(f"divided model {place}", plan)
+        return list(runners)
 
 
 def serve(launch: WorkerLaunch, welcome: Welcome, link: Link, state: State, load: Load = DividedModels) -> None:
@@ -119,14 +135,16 @@ def serve(launch: WorkerLaunch, welcome: Welcome, link: Link, state: State, load
     orders.expect(Meet)
     store = join_store(welcome.store_host, welcome.store_port, place.size, collective_seconds(config))
     comm = connect(store, place.rank, place.size, device, welcome.store_host, collective_seconds(config))
-    following = _Following(comm, MemoryMeter(str(device), place.rank))
+    memory = MemoryMeter(str(device), place.rank)
+    following = _Following(comm, memory)
     state.beat = following.beat
     part = load(config, comm, lambda what, share: link.send(RankLoading(what, share)))
     link.send(Loaded())
     orders.expect(Measure)
-    link.send(Measured(free_memory(device), part.block_bytes))
-    following.runners = part.allocate(orders.expect(Allocate).num_blocks)
-    link.send(Prepared())
+    link.send(Measured(part.free(), part.block_bytes))
+    order = orders.expect(Allocate)
+    following.runners = part.allocate(order.num_blocks, order.max_model_len)
+    link.send(Prepared(memory.read()))
     while True:
         following.run(*orders.next_pass(part.block_size))
 

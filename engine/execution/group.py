@@ -10,16 +10,17 @@ import shutil
 import socket as sockets
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import msgspec
 import torch
 import zmq
 
-from engine import logs
 from engine.config import EngineConfig, cache_share
 from engine.errors import CollectiveError, ConfigError
+from engine.execution.graphs import GraphPlan
 from engine.execution.loader import Progress, thread_count
 from engine.execution.runner import ModelRunner
 from engine.execution.spans import HostBatch, Span, pack
@@ -130,6 +131,7 @@ class Ranks:
         self._channel = channel
         self._local = local
         self._led = 0
+        self._memory: dict[int, RankMemory] = {}
         self._place = Place(0, config.tensor_parallel_size, config.nnodes)
 
     def reported(self, progress: Progress) -> Progress:
@@ -160,12 +162,12 @@ class Ranks:
             counts.append(memory // sum(each.block_bytes for each in host))
         return min(counts)
 
-    def allocate(self, num_blocks: int) -> None:
-        """Let all ranks make their KV caches; `wait_prepared` waits for it."""
-        self._channel.order(Allocate(num_blocks))
+    def allocate(self, num_blocks: int, max_model_len: int) -> None:
+        """Let all ranks make their KV caches, and capture passes as rank 0 does; `wait_prepared` waits for it."""
+        self._channel.order(Allocate(num_blocks, max_model_len))
 
     def wait_prepared(self) -> None:
-        self._watch.wait_for(Prepared)
+        self._memory = {each.memory.rank: each.memory for each in self._watch.wait_for(Prepared)}
 
     def lead(self, runner: ModelRunner) -> LeadRunner:
         """`runner`, whose passes all ranks compute. Divided models are led in the order in which ranks load them."""
@@ -178,11 +180,12 @@ class Ranks:
 
     def memory(self) -> tuple[RankMemory, ...]:
         """Of the ranks above 0, as they have said last."""
-        return self._watch.memory()
+        self._memory |= {memory.rank: memory for memory in self._watch.memory()}
+        return tuple(self._memory[rank] for rank in sorted(self._memory))
 
-    def close(self) -> None:
-        """End all ranks. May be called again."""
-        self._watch.close()
+    def close(self, error: str = "") -> None:
+        """End all ranks; `error` tells other hosts why, if not because the engine was stopped. May be called again."""
+        self._watch.close(error)
         self._local.end()
         self.comm.close()
         self._channel.close()
@@ -207,26 +210,47 @@ class LeadRunner:
         return self._runner.device
 
     @property
-    def block_size(self) -> int:
-        return self._runner.block_size
+    def most_spans(self) -> int:
+        return self._runner.most_spans
+
+    def trial(self, rows: int) -> list[Span]:
+        """See ModelRunner.trial."""
+        return self._runner.trial(rows)
+
+    def capture(self, name: str, plan: GraphPlan, feature_layers: tuple[int, ...] = ()) -> None:
+        """See ModelRunner.capture. The other ranks do so by themselves, model by model in the order of `Ranks.lead`."""
+        self._watch.begin()
+        with self._together(f"while it captured passes of {name}"):
+            self._runner.capture(name, plan, feature_layers)
 
     def run(self, spans: Sequence[Span], tap: FeatureTap | None = None) -> torch.Tensor:
         """See ModelRunner.run."""
-        return self.run_batch(pack(spans, self.block_size), tap)
+        return self.run_batch(pack(spans, self._runner.block_size), tap)
+
+    def run_on_device(self, spans: Sequence[Span], token_ids: torch.Tensor) -> torch.Tensor:
+        """See ModelRunner.run_on_device. The other ranks need the tokens, too, so the host waits for them."""
+        host = pack(spans, self._runner.block_size)
+        host.arrays()[0][:] = token_ids.cpu().numpy()
+        return self.run_batch(host)
 
     def run_batch(self, host: HostBatch, tap: FeatureTap | None = None) -> torch.Tensor:
         """See ModelRunner.run_batch."""
-        number = self._watch.pass_begins()
+        number = self._watch.begin_pass()
         self._channel.broadcast(self._model, number, host)
+        with self._together(f"in pass {number}"):
+            return self._runner.run_batch(host, tap)
+
+    @contextmanager
+    def _together(self, when: str) -> Iterator[None]:
+        """What all ranks do at the same time: if it fails here alone, the others are in the middle of it, for good."""
         try:
-            logits = self._runner.run_batch(host, tap)
+            yield
         except CollectiveError:
             raise self._watch.why() from None
-        except BaseException as error:  # the others are in the middle of this pass, and stay there
-            self._watch.fail(f"rank 0 failed in pass {number}: {type(error).__name__}: {error}")
+        except BaseException as error:
+            self._watch.fail(f"rank 0 failed {when}: {type(error).__name__} {error}".rstrip())
             raise
-        self._watch.pass_ends(_end_of_work(self.device))
-        return logits
+        self._watch.end(_end_of_work(self.device))
 
 
 def _end_of_work(device: torch.device) -> Callable[[], bool]:
@@ -306,7 +330,7 @@ def start_ranks(
         except zmq.ZMQError as error:
             raise ConfigError(f"cannot listen on master_port {config.master_port} of {master}: {error}") from error
         for rank in ranks_of(config)[1:]:
-            local.workers.append(start_worker(config, rank, endpoint, logs.current(), command))
+            local.workers.append(start_worker(config, rank, endpoint, local.directory, command))
             watch.adopt(rank, local.workers[-1])
         joined = watch.wait_for(Joined, lambda: progress(f"waiting for {watch.waited_for(Joined)}", 0.0))
         for rank, each in enumerate(joined, start=1):
@@ -321,9 +345,9 @@ def start_ranks(
         watch.counts(lambda: comm[0].entered)
         logger.info("%d ranks on %d host(s), %s", place.size, place.nnodes, comm[0].name)
         return Ranks(settled, comm[0], device, watch, channel, local)
-    except BaseException:
+    except BaseException as error:
         if watch is not None:
-            watch.close()
+            watch.close(str(error) or type(error).__name__)
         local.end()
         if channel is not None:
             channel.close()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from engine.config import EngineConfig
-from engine.device import compute_capability
+from engine.device import compute_capability, give_back_memory
 from engine.errors import ConfigError
 from engine.kernels.fp8 import FP8_CAPABILITY
 from engine.kernels.interface import Kernels
@@ -24,11 +24,11 @@ from engine.models.eagle3 import SharedWeights
 from engine.models.interface import Model
 from engine.models.registry import model_class
 from engine.parallel.interface import ALONE, Communicator
-from engine.parallel.layout import Layout, Part, check_divides, whole
+from engine.parallel.layout import Layout, check_divides
 from engine.weights import iter_weights, read_config
 from engine.weights.catalog import ModelFiles, resolve
 from engine.weights.dummy import iter_weights as dummy_weights
-from engine.weights.names import HEAD, expected_shapes
+from engine.weights.names import HEAD, Part, expected_shapes, whole
 from engine.weights.quantization import SCALE, dequantized, quantized
 
 logger = logging.getLogger(__name__)
@@ -189,6 +189,7 @@ def load_model(
         model = model_class(shape.architecture)(
             shape, platform.kernels, platform.attention, weights, positions, platform.device, comm
         )
+    give_back_memory(platform.device)  # of parts that have become one matrix, and of what was read ahead
     return model, platform, files
 
 

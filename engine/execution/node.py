@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine import logs
 from engine.config import EngineConfig
 from engine.execution.worker import WORKER_COMMAND, end_workers, start_worker
 from engine.parallel.link import Link
@@ -55,7 +54,7 @@ def run_node(config: EngineConfig, command: Sequence[str] = WORKER_COMMAND) -> i
     events: _Events = queue.SimpleQueue()
     handlers = {number: signal.signal(number, lambda number, _: events.put(_Signalled(number))) for number in SIGNALS}
     link = Link(config, -1, endpoint, Beat, lambda reason: events.put(_Ended(reason)))
-    workers = {rank: start_worker(config, rank, endpoint, logs.current(), command) for rank in ranks}
+    workers = {rank: start_worker(config, rank, endpoint, None, command) for rank in ranks}
     name = f"node {config.node_rank} (ranks {', '.join(map(str, ranks))})"
     logger.info("%s: meeting node 0 at %s", name, endpoint.removeprefix("tcp://"))
     try:

@@ -1,16 +1,22 @@
-"""ModelRunner: spans in, logits out. One for each model: the target's and each draft's are the same kind."""
+"""ModelRunner: spans in, logits out. One for each model: the target's and each draft's are the same kind. HeadRunner:
+the same for an EAGLE-3 head, which reads hidden states beside tokens. Both replay a captured pass where there is one
+for the batch (`graphs`), and compute it eagerly where there is none."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 
-from engine.execution.spans import HostBatch, Span, pack
+from engine.execution.graphs import GraphedPasses, GraphPlan
+from engine.execution.spans import FlatBatch, HostBatch, Span, pack
 from engine.layers.attention.interface import LayerCache
+from engine.models.eagle3 import Eagle3Model
 from engine.models.features import FeatureTap
 from engine.models.interface import Model
+from engine.parallel.interface import ALONE, Communicator
 
 
 class Runner(Protocol):
@@ -18,22 +24,55 @@ class Runner(Protocol):
 
     @property
     def model(self) -> Model: ...
-
-    def run(self, spans: Seq[Span], tap: FeatureTap | None = None) -> torch.Tensor:
-        """See ModelRunner."""
-        ...
-
-    def run_batch(self, host: HostBatch, tap: FeatureTap | None = None) -> torch.Tensor:
-        """See ModelRunner."""
-        ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def most_spans(self) -> int: ...
+    def capture(self, name: str, plan: GraphPlan, feature_layers: tuple[int, ...] = ()) -> None: ...
+    def run(self, spans: Seq[Span], tap: FeatureTap | None = None) -> torch.Tensor: ...
+    def run_batch(self, host: HostBatch, tap: FeatureTap | None = None) -> torch.Tensor: ...
+    def run_on_device(self, spans: Seq[Span], token_ids: torch.Tensor) -> torch.Tensor: ...
+    def trial(self, rows: int) -> list[Span]: ...
 
 
 class ModelRunner:
-    def __init__(self, model: Model, caches: list[LayerCache], block_size: int, device: torch.device) -> None:
+    """What `run` returns, and the features in a tap, hold until the next `run`."""
+
+    def __init__(
+        self,
+        model: Model,
+        caches: list[LayerCache],
+        block_size: int,
+        device: torch.device,
+    ) -> None:
         self.model = model
         self._caches = caches
         self.block_size = block_size
         self.device = device
+        self._graphs: GraphedPasses | None = None
+        self._captured_layers: tuple[int, ...] = ()
+
+    @torch.inference_mode()
+    def capture(self, name: str, plan: GraphPlan, feature_layers: tuple[int, ...] = ()) -> None:
+        """Capture the plan's passes; `feature_layers`: those of the taps that `run` will be given. Of a divided model
+        all ranks capture, at the same time; only the first one has taps."""
+
+        def function(batch: FlatBatch, places: torch.Tensor, inputs: Seq[torch.Tensor]) -> Seq[torch.Tensor]:
+            tap = FeatureTap(feature_layers) if feature_layers else None
+            hidden = self.model.forward(batch.token_ids, batch.positions, batch.attention, self._caches, tap)
+            logits = self.model.logits(hidden.index_select(0, batch.logit_rows))
+            if tap is None or tap.features is None:
+                return (logits,)
+            return logits, tap.features.index_select(0, places)
+
+        self._captured_layers = feature_layers
+        comm: Communicator = getattr(self.model, "comm", ALONE)
+        self._graphs = GraphedPasses(name, function, plan, self.block_size, self.device, comm)
+
+    @property
+    def most_spans(self) -> int:
+        """Sequences of the largest captured pass; 1 where none is captured."""
+        return max((bucket.spans for bucket in self._graphs.captured), default=1) if self._graphs else 1
 
     def run(self, spans: Seq[Span], tap: FeatureTap | None = None) -> torch.Tensor:
         """Compute the spans in one pass; afterwards their keys and values are in the cache, and all rows' features in
@@ -45,12 +84,80 @@ class ModelRunner:
         return self.run_batch(pack(spans, self.block_size), tap)
 
     @torch.inference_mode()
-    def run_batch(self, host: HostBatch, tap: FeatureTap | None = None) -> torch.Tensor:
-        """`run`, of spans that are packed."""
-        batch = host.to(self.device)
+    def run_batch(
+        self, host: HostBatch, tap: FeatureTap | None = None, token_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`run`, of spans that are packed. `token_ids`, (rows,) int64 on the device, stand for the batch's own, which
+        has one row a span: tokens that the host has not seen."""
+        if self._graphs is not None and (tap is None or tap.layers == self._captured_layers):
+            bucket = self._graphs.find(host)
+            if bucket is not None:
+                logits, *features = self._graphs.run(bucket, host, (), token_ids)
+                if tap is not None:
+                    tap.features = features[0][: host.shape.rows]
+                return logits[: host.shape.wanted]
+        batch = _with_tokens(host.to(self.device), token_ids)
         hidden = self.model.forward(batch.token_ids, batch.positions, batch.attention, self._caches, tap)
         if len(batch.logit_rows) != len(hidden):
             hidden = hidden[batch.logit_rows]
         if not len(hidden):
             return hidden.new_empty(0, self.model.config.vocab_size)
         return self.model.logits(hidden)
+
+    def run_on_device(self, spans: Seq[Span], token_ids: torch.Tensor) -> torch.Tensor:
+        """`run` of spans of one row each, whose tokens, (spans,) int64, are on the device."""
+        return self.run_batch(pack(spans, self.block_size), None, token_ids)
+
+    def trial(self, rows: int) -> list[Span]:
+        """Spans of so many rows in all, to see what a pass takes; they are in the cache's first blocks, so only while
+        there are no sequences. As many spans as a captured pass may have, else one."""
+        count = min(rows, self.most_spans)
+        lengths = [rows // count + (i < rows % count) for i in range(count)]
+        return [Span([0] * length, 0, [0] * -(-length // self.block_size), length) for length in lengths]
+
+
+class HeadRunner:
+    """`run`'s results hold until the next `run`."""
+
+    def __init__(self, model: Eagle3Model, cache: LayerCache, block_size: int, device: torch.device) -> None:
+        self.model = model
+        self._cache = cache
+        self.block_size = block_size
+        self.device = device
+        self._graphs: GraphedPasses | None = None
+
+    @torch.inference_mode()
+    def capture(self, name: str, plan: GraphPlan) -> None:
+        """Capture the plan's passes."""
+
+        def function(batch: FlatBatch, places: torch.Tensor, inputs: Seq[torch.Tensor]) -> Seq[torch.Tensor]:
+            out = self.model.forward(inputs[0], batch.token_ids, batch.positions, batch.attention, self._cache)
+            wanted = out.index_select(0, batch.logit_rows)
+            return wanted, self.model.logits(wanted)
+
+        most = max(bucket.rows for bucket in plan.buckets)
+        # Zeros, not just any memory: rows of padding are computed, too.
+        hidden = torch.zeros(most, self.model.config.decoder.hidden_size, dtype=self.model.dtype, device=self.device)
+        self._graphs = GraphedPasses(name, function, plan, self.block_size, self.device, ALONE, (hidden,))
+
+    @torch.inference_mode()
+    def run(
+        self, spans: Seq[Span], hidden: torch.Tensor, token_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The head's output and its logits, (sum of logit_rows, ...) each, of spans whose rows have these hidden
+        states, (rows, hidden_size). `token_ids` as in ModelRunner.run_batch."""
+        host = pack(spans, self.block_size)
+        if self._graphs is not None and (bucket := self._graphs.find(host)) is not None:
+            out, logits = self._graphs.run(bucket, host, (hidden,), token_ids)
+            return out[: host.shape.wanted], logits[: host.shape.wanted]
+        batch = _with_tokens(host.to(self.device), token_ids)
+        out = self.model.forward(hidden, batch.token_ids, batch.positions, batch.attention, self._cache)
+        if len(batch.logit_rows) != len(out):
+            out = out[batch.logit_rows]
+        if not len(out):
+            return out, out.new_empty(0, self.model.config.draft_vocab_size)
+        return out, self.model.logits(out)
+
+
+def _with_tokens(batch: FlatBatch, token_ids: torch.Tensor | None) -> FlatBatch:
+    return batch if token_ids is None else replace(batch, token_ids=token_ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 
 import numpy as np
@@ -105,30 +106,29 @@ class FlatBatch:
 def pack(spans: Seq[Span], block_size: int) -> HostBatch:
     """The spans' rows, one after the other."""
     lengths = [len(span.token_ids) for span in spans]
-    contexts = [span.stop for span in spans]
+    contexts = [span.start + length for span, length in zip(spans, lengths, strict=True)]
+    wanted = [span.logit_rows for span in spans]
     shape = BatchShape(
-        spans=len(spans),
-        rows=sum(lengths),
-        wanted=sum(span.logit_rows for span in spans),
-        max_blocks=max(-(-context // block_size) for context in contexts),
+        spans=len(spans), rows=sum(lengths), wanted=sum(wanted), max_blocks=-(-max(contexts) // block_size)
     )
     buffer = np.zeros(max(shape.offsets()[-1], ALIGNMENT), dtype=np.uint8)
     token_ids, positions, logit_rows, slots, ends, context_lens, cu_context_lens, tables = _views(shape, buffer)
+    token_ids[:] = np.fromiter(chain.from_iterable([span.token_ids for span in spans]), np.int64, shape.rows)
     np.cumsum(lengths, out=ends[1:])
     context_lens[:] = contexts
-    np.cumsum(contexts, out=cu_context_lens[1:])
-    taken = last = 0
-    for i, span in enumerate(spans):
-        first, last = last, last + lengths[i]
-        token_ids[first:last] = span.token_ids
-        place = np.arange(span.start, span.stop)
-        positions[first:last] = place
-        used = -(-span.stop // block_size)
-        table = tables[i]
+    np.cumsum(context_lens, out=cu_context_lens[1:])
+    for table, span, context in zip(tables, spans, contexts, strict=True):
+        used = -(-context // block_size)
         table[:used] = span.blocks[:used]
-        slots[first:last] = table[place // block_size].astype(np.int64) * block_size + place % block_size
-        logit_rows[taken : taken + span.logit_rows] = np.arange(last - span.logit_rows, last)
-        taken += span.logit_rows
+    # Row r of all is position r - end + context of its span.
+    rows = np.arange(shape.rows)
+    positions[:] = rows + np.repeat(context_lens - ends[1:], lengths)
+    blocks, places = np.divmod(positions, block_size)
+    slots[:] = tables[np.repeat(np.arange(shape.spans), lengths), blocks] * np.int64(block_size) + places
+    if shape.wanted == shape.rows:
+        logit_rows[:] = rows
+    else:
+        logit_rows[:] = np.arange(shape.wanted) + np.repeat(ends[1:] - np.cumsum(wanted), wanted)
     return HostBatch(shape, buffer, lengths, contexts, block_size)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 
@@ -28,23 +29,29 @@ WORKER_COMMAND = processes.command_of("engine.execution.worker")
 
 
 class WorkerLaunch(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank is started with. `endpoint`: rank 0's end of the control channel."""
+    """What a rank is started with. `endpoint`: rank 0's end of the control channel; `directory`: of the sockets, if
+    they are files, to be removed if rank 0 has gone without doing so."""
 
     config: EngineConfig
     rank: int
     endpoint: str
+    directory: str | None = None
     logs: Logs = Logs()
 
 
 def start_worker(
-    config: EngineConfig, rank: int, endpoint: str, logs: Logs, command: Sequence[str] = WORKER_COMMAND
+    config: EngineConfig,
+    rank: int,
+    endpoint: str,
+    directory: str | None = None,
+    command: Sequence[str] = WORKER_COMMAND,
 ) -> subprocess.Popen[bytes]:
     """Start a rank of this host. It ends when the standard input of what is returned is closed."""
     # In a process group of its own: a terminal's Ctrl-C does not reach it, and if its parent dies while it is stopped,
     # its group is orphaned, for which the kernel ends it (POSIX: SIGHUP and SIGCONT).
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=processes.environment(), process_group=0)
     assert process.stdin is not None
-    launch = WorkerLaunch(config=config, rank=rank, endpoint=endpoint, logs=logs)
+    launch = WorkerLaunch(config=config, rank=rank, endpoint=endpoint, directory=directory, logs=logs.current())
     process.stdin.write(msgspec.json.encode(launch) + b"\n")
     process.stdin.flush()
     return process
@@ -85,7 +92,7 @@ def run(serve: Serve) -> int:
     logs.configure(
         msgspec.structs.replace(launch.logs, level="warning") if launch.logs.level == "info" else launch.logs
     )
-    processes.end_with_parent()
+    processes.end_with_parent(lambda: _remove(launch.directory))
     state = State()
 
     def end(reason: str) -> None:
@@ -114,6 +121,11 @@ def one_line(error: Exception) -> str:
     if isinstance(error, PilotfishError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _remove(directory: str | None) -> None:
+    if directory is not None:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _exit(status: int) -> None:

@@ -24,7 +24,7 @@ class BlockTable:
 
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
-        self.blocks: list[int] = []
+        self.blocks = array("i")  # copied as it is into each step's block tables
         self._digested = 0  # blocks whose digests are known: claimed, or full and computed
         self._digest = pool.root  # of the last of them
 
@@ -54,7 +54,7 @@ class BlockTable:
         blocks = self.pool.allocate(missing)
         if blocks is None:
             return False
-        self.blocks += blocks
+        self.blocks.extend(blocks)
         return True
 
     def commit(self, tokens: Sequence[int], computed: int) -> None:
@@ -77,7 +77,7 @@ class BlockTable:
     def release(self) -> None:
         """Give every block back. The table is empty then and can be used again, by the same sequence or another."""
         self.pool.release(reversed(self.blocks))  # a chain's tail is evicted before its head
-        self.blocks = []
+        self.blocks = array("i")
         self._digested, self._digest = 0, self.pool.root
 
     def slots(self, start: int, stop: int) -> NDArray[np.int64]:

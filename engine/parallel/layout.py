@@ -15,10 +15,7 @@ from dataclasses import dataclass
 
 from engine.errors import ConfigError
 from engine.models.config import ModelConfig
-from engine.weights.names import expected_shapes
-
-Part = tuple[slice, ...]
-"""Of a tensor: a range for each of its dimensions, with start and stop."""
+from engine.weights.names import Part, expected_shapes, whole
 
 MAX_RANKS = 16
 """Highest number of ranks that is suggested."""
@@ -93,15 +90,6 @@ class Layout:
 
     def _of_heads(self, first: int, count: int) -> slice:
         return slice(first * self.config.head_dim, (first + count) * self.config.head_dim)
-
-
-def whole(shape: tuple[int, ...]) -> Part:
-    """All of a tensor."""
-    return tuple(slice(0, size) for size in shape)
-
-
-def shape_of(part: Part) -> tuple[int, ...]:
-    return tuple(each.stop - each.start for each in part)
 
 
 def num_kv_heads(config: ModelConfig, ranks: int) -> int:

@@ -94,6 +94,8 @@ class Measured(msgspec.Struct, frozen=True, tag="measured"):
 class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
     """Its caches are there: it waits for passes."""
 
+    memory: RankMemory
+
 
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
     passes: int = 0
@@ -149,9 +151,11 @@ class Measure(msgspec.Struct, frozen=True, tag="measure"):
 
 
 class Allocate(msgspec.Struct, frozen=True, tag="allocate"):
-    """Make the KV caches, and answer with Prepared."""
+    """Make the KV caches and capture graphs, and answer with Prepared."""
 
     num_blocks: int
+    """For sequences."""
+    max_model_len: int
 
 
 ToLead = Hello | Joined | RankLoading | Loaded | Measured | Prepared | Beat | RankFailed | Died

@@ -7,6 +7,7 @@ whole process: a process may have several engines, one after the other or side b
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -85,7 +86,9 @@ class TorchGroup:
 
     def _wait(self, start: Callable[[], Any]) -> None:
         try:
-            start().wait()
+            work = start()
+            if work is not None:  # else it is on the current stream already
+                work.wait()
         except RuntimeError as error:
             raise CollectiveError(f"rank {self.rank} could not complete a collective: {error}") from error
 
@@ -123,6 +126,8 @@ def connect(store: dist.Store, rank: int, size: int, device: torch.device, maste
         if device.type == "cuda":
             if not dist.is_nccl_available():
                 raise ConfigError("tensor_parallel_size needs NCCL on CUDA, which this torch was built without")
+            # Left to itself, torch ends a process whose collective has failed; here the watch does, and says why.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = NCCL_TIMEOUT
             backend = dist.ProcessGroupNCCL(store, rank, size, options)

@@ -107,6 +107,8 @@ class Watch:
         """Hosts whose process that holds their ranks has come."""
         self._changed = threading.Condition()
         self._reason: str | None = None
+        self._error = ""
+        """What `close` was given."""
         self._noticed = threading.Event()
         self._closing = threading.Event()
         self._clock = PatientClock()
@@ -140,15 +142,19 @@ class Watch:
         """`entered` tells how many collectives rank 0 has entered."""
         self._entered = entered
 
-    def pass_begins(self) -> int:
-        """Rank 0 gives out a pass; returns its number. Raises RankError if the engine has failed."""
+    def begin(self) -> None:
+        """Rank 0 begins something that all ranks do together. Raises RankError if the engine has failed."""
         self.check()
-        self._passes += 1
         self._finished = lambda: False
+
+    def begin_pass(self) -> int:
+        """As `begin`, of a pass, whose number it returns."""
+        self.begin()
+        self._passes += 1
         return self._passes
 
-    def pass_ends(self, finished: Callable[[], bool]) -> None:
-        """It has done its part of the pass, or has given it to its device: `finished` tells when that is through."""
+    def end(self, finished: Callable[[], bool]) -> None:
+        """It has done its part, or has given it to its device: `finished` tells when that is through."""
         self._finished = finished
 
     def check(self) -> None:
@@ -201,8 +207,9 @@ class Watch:
         """The last reading of each rank above 0 that has sent one."""
         return tuple(peer.beat.memory for peer in self._peers if peer.beat.memory is not None)
 
-    def close(self) -> None:
-        """Watch no more: ranks may end now. Tells those of other hosts that the engine was stopped."""
+    def close(self, error: str = "") -> None:
+        """Watch no more: ranks may end now. They are told why, if the engine was not just stopped."""
+        self._error = error
         self._closing.set()
         if threading.current_thread() is not self._thread:
             self._thread.join(5)
@@ -235,7 +242,7 @@ class Watch:
                 if self._reason is not None:
                     self._after_the_end()
                     break
-            self._tell(End(self._reason or ""))
+            self._tell(End(self._reason or self._error))
         self._context.destroy(linger=LINGER_MS)
 
     def _tell(self, message: FromLead) -> None:

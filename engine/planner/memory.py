@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from engine.config import cache_share
+from engine.execution.buckets import DRAFT_LENGTHS, GRAPH_SHARE, batch_sizes, buckets, span_lengths
 from engine.planner.devices import DEVICES, Device
 from engine.planner.heads import PlannedHead
 from engine.planner.models import BYTES, PlannedModel
@@ -58,13 +59,15 @@ def plan_memory(setup: Setup) -> MemoryPlan:
         activation_bytes(model, setup, part)
         for model, part in [(setup.target, ranks), *((model, setup.ranks_of(model)) for model in setup.draft_models)]
     )
-    graphs = graph_bytes(setup) if device.graphs else 0
+    captured = device.graphs and not settings.enforce_eager
+    graphs = graph_bytes(setup) if captured else 0
     per_token = setup.target.kv_bytes_per_token(ranks)
     per_token += sum(model.kv_bytes_per_token(setup.ranks_of(model)) for model in setup.draft_models)
-    # As the engine does: a share of what is free once the weights are there.
+    # As the engine does: a share of what is free once the weights are there, and what graphs may take is set aside.
     free = device.memory - device.reserved - weights - sum(drafts.values())
+    aside = (settings.cuda_graph_memory or int(GRAPH_SHARE * max(0, free))) if captured else 0
     share = cache_share(settings.kv_cache_share, on_gpu=not device.threads)
-    cache = settings.kv_cache_memory or max(0, int(share * free))
+    cache = settings.kv_cache_memory or max(0, int(share * (free - aside)))
     return MemoryPlan(
         total=device.memory,
         reserved=device.reserved,
@@ -102,11 +105,15 @@ def drawn_rows(setup: Setup) -> int:
 
 
 def graph_bytes(setup: Setup) -> int:
-    """Of the captured passes: batches of 1, 2, 4, ... sequences times spans of 1, 2, 3, 5, 9, ... tokens."""
-    batches = setup.settings.max_num_seqs.bit_length() + 1
-    spans = 1 + (setup.settings.num_draft_tokens.bit_length() if setup.drafts else 0)
-    target = batches * spans * kernel_count(setup.target)
-    drafts = batches * sum(kernel_count(model) for model in setup.draft_models)
+    """Of the captured passes, which are the engine's own: see `engine.execution.buckets`."""
+    settings = setup.settings
+    batches = batch_sizes(settings.max_num_seqs)
+
+    def passes(lengths: tuple[int, ...]) -> int:
+        return len(buckets(batches, lengths, settings.max_batch_tokens))
+
+    target = passes(span_lengths(settings.num_draft_tokens)) * kernel_count(setup.target)
+    drafts = passes(DRAFT_LENGTHS) * sum(kernel_count(model) for model in setup.draft_models)
     return (target + drafts) * GRAPH_KERNEL_BYTES
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from engine.errors import ModelError
 from engine.models.config import ModelConfig
-from engine.parallel.layout import Layout, num_kv_heads, shape_of
+from engine.parallel.layout import Layout, num_kv_heads
 from engine.planner.published import Published, find
 from engine.weights import read_config
 from engine.weights.catalog import CATALOG, ModelFiles, resolve
 from engine.weights.hf_quantization import is_quantizable
-from engine.weights.names import expected_shapes
+from engine.weights.names import expected_shapes, shape_of
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
 """Of one number."""

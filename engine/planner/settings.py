@@ -30,6 +30,10 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """auto: the same as `dtype`; fp8: one byte a number."""
     tensor_parallel_size: Positive = 1
     """GPUs that share a model."""
+    enforce_eager: bool = False
+    """No CUDA graphs."""
+    cuda_graph_memory: NotNegative = 0
+    """Bytes that CUDA graphs may take; 0: a share of the memory that is free once the weights are loaded."""
     max_model_len: NotNegative = 0
     """Most tokens of prompt and answer together; 0: the model's own limit."""
     max_num_seqs: Positive = 32

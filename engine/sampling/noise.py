@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
+import numpy as np
 import torch
 
 from engine.device import on_device
@@ -50,13 +51,19 @@ def uniform(key: int) -> float:
     return (_mix64(key + _GOLDEN & _MASK) >> 11) * 2.0**-53
 
 
-def log_exponential(keys: Seq[int], tokens: torch.Tensor) -> torch.Tensor:
+def key_halves(keys: Seq[int]) -> np.ndarray:
+    """The upper and the lower 32 bits of each key, as `log_exponential` takes them: (2, rows) int32."""
+    both = np.array(keys, dtype=np.uint64)
+    return np.stack([both >> np.uint64(32), both & np.uint64(0xFFFFFFFF)]).astype(np.uint32).view(np.int32)
+
+
+def log_exponential(keys: Seq[int] | torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """log E, E an independent exponential variable of rate 1 for each (key, token): float32, between -22.2 and 2.9.
 
     Its negative is standard Gumbel noise: argmax(log p - log E) = argmax(p / E) is a draw from p.
 
-    keys: one `row_key` for each row; tokens: token ids of each row, (rows, count), or of all, (1, count); any integer
-    type. -> (rows, count) on the device of `tokens`.
+    keys: one `row_key` for each row, or their `key_halves` on the device of `tokens`; tokens: token ids of each row,
+    (rows, count), or of all, (1, count); any integer type. -> (rows, count) on the device of `tokens`.
     """
     m = _bits31(keys, tokens)
     # v = (m + 1/2) / 2**31 to float32's relative precision, so fine where E is small and a token may win. The factor is
@@ -65,10 +72,18 @@ def log_exponential(keys: Seq[int], tokens: torch.Tensor) -> torch.Tensor:
     return v.log1p_().neg_().log_()
 
 
-def _bits31(keys: Seq[int], tokens: torch.Tensor) -> torch.Tensor:
+def gumbel_race(logits: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
+    """A token of all the vocabulary for each row, argmax(logit - log E): logits (rows, vocab), -inf for what may not be
+    drawn; halves (2, rows) of the rows' keys -> (rows,) int64."""
+    tokens = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device).unsqueeze(0)
+    noise = log_exponential(halves, tokens)
+    return torch.sub(logits, noise, out=noise).argmax(1)
+
+
+def _bits31(keys: Seq[int] | torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """31 random bits for each (key, token): int32, not negative."""
-    halves = [[key >> 32 for key in keys], [key & 0xFFFFFFFF for key in keys]]
-    high, low = on_device(halves, tokens.device).to(torch.int32).unsqueeze(2)  # (rows, 1) each
+    halves = keys if isinstance(keys, torch.Tensor) else on_device(torch.from_numpy(key_halves(keys)), tokens.device)
+    high, low = halves.unsqueeze(2)  # (rows, 1) each
     z = torch.bitwise_xor(tokens.to(torch.int32), low)
     spare = torch.empty_like(z)
     z.mul_(_TRIPLE_1)

@@ -139,8 +139,7 @@ def truncate(logits: torch.Tensor, rows: Seq[LogitRow]) -> list[Support]:
     for row in rows:
         params = row.sequence.params
         if not params.greedy:
-            restricted = 0 < params.top_k < vocab or params.top_p < 1.0 or params.min_p > 0.0
-            (cut if restricted else whole).append(row)
+            (cut if is_restricted(params, vocab) else whole).append(row)
     supports = []
     if whole:
         ids = torch.arange(vocab, dtype=torch.int32, device=logits.device).unsqueeze(0)
@@ -148,6 +147,28 @@ def truncate(logits: torch.Tensor, rows: Seq[LogitRow]) -> list[Support]:
     if cut:
         supports.append(_cut(_scaled(logits, cut), cut))
     return supports
+
+
+def is_restricted(params: SamplingParams, vocab: int) -> bool:
+    """Whether top_k, top_p or min_p may leave tokens out."""
+    return 0 < params.top_k < vocab or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def temperatures_of(params: Seq[SamplingParams]) -> np.ndarray:
+    """(rows, 1) float32, none of them 0."""
+    return np.array([[max(p.temperature, _TINY)] for p in params], dtype=np.float32)
+
+
+def limits_of(params: Seq[SamplingParams]) -> np.ndarray:
+    """What `kept_of_all` wants: (3, rows, 1) float64, top_k, top_p and min_p; infinite where there is no limit."""
+    limits = [(p.top_k if p.top_k > 0 else math.inf, p.top_p if p.top_p < 1.0 else math.inf, p.min_p) for p in params]
+    return np.array(limits, dtype=np.float64).reshape(-1, 3).T[:, :, None]
+
+
+def scale_rows(logits: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
+    """(logits - highest) / temperature: (rows, vocab) float32; temperatures (rows, 1)."""
+    logits = logits.float()
+    return (logits - logits.amax(1, keepdim=True)) / temperatures
 
 
 def _scaled(logits: torch.Tensor, rows: list[LogitRow]) -> torch.Tensor:
@@ -168,9 +189,10 @@ def _cut(scaled: torch.Tensor, rows: list[LogitRow]) -> Support:
     if any(p.top_p < 1.0 and not 0 < p.top_k < vocab for p in params):
         # In units of the likeliest token's probability. softmax sums each row in an order that no other row changes.
         totals = 1.0 / torch.softmax(scaled, 1).amax(1, keepdim=True)
-    if scaled.device.type != "cpu":
-        whole = torch.arange(vocab, dtype=torch.int32, device=scaled.device).unsqueeze(0)
-        return Support(rows, whole, kept_of_all(scaled, totals, params))
+    device = scaled.device
+    if device.type != "cpu":
+        whole = torch.arange(vocab, dtype=torch.int32, device=device).unsqueeze(0)
+        return Support(rows, whole, kept_of_all(scaled, totals, on_device(torch.from_numpy(limits_of(params)), device)))
     found = [kept_ids(*each) for each in zip(scaled, totals.squeeze(1).tolist(), params, strict=True)]
     return gather_support(rows, scaled, found)
 
@@ -227,13 +249,13 @@ def kept_ids(scaled: torch.Tensor, total: float, p: SamplingParams) -> np.ndarra
     return contenders[above]
 
 
-def kept_of_all(scaled: torch.Tensor, totals: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
+def kept_of_all(scaled: torch.Tensor, totals: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
     """`kept_ids` for many rows at once, without a look at them: `scaled` with -inf for the rest. For the GPU.
 
-    scaled: (rows, vocab) float32, changed in place; totals: (rows, 1). The same set as `kept_ids`, up to rounding.
+    scaled: (rows, vocab) float32, changed in place; totals: (rows, 1); limits: of `limits_of`. The same set as
+    `kept_ids`, up to rounding.
     """
-    limits = [(p.top_k if p.top_k > 0 else math.inf, p.top_p if p.top_p < 1.0 else math.inf, p.min_p) for p in params]
-    top_k, top_p, min_p = on_device(limits, scaled.device, torch.float64).T.unsqueeze(2)
+    top_k, top_p, min_p = limits
     places = torch.arange(scaled.shape[1], device=scaled.device)
     ordered, order = scaled.sort(dim=1, descending=True, stable=True)
     mass = ordered.double().exp_().masked_fill_(places >= top_k, 0.0)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from engine.device import on_device
+from engine.sampling import on_device as on_device_
 from engine.sampling.noise import DRAW, log_exponential, row_key
 from engine.sampling.processors import Support, gather_support, truncate
 from engine.sampling.spans import LogitRow, LogitSpan, rows_of
@@ -34,6 +35,9 @@ def draw(processed: torch.Tensor, spans: Seq[LogitSpan]) -> list[int]:
 
 def choose(adjusted: torch.Tensor, rows: Seq[LogitRow]) -> list[int]:
     """A token for each of `rows` of `adjusted`, (all rows, vocab) from `adjust`: greedy, or drawn after truncation."""
+    if adjusted.device.type != "cpu":
+        drawn: list[int] = on_device_.draw(adjusted, rows)[0].tolist()
+        return drawn
     tokens = _greedy(adjusted, rows)
     if len(tokens) < len(rows):
         for support in truncate(adjusted, rows):

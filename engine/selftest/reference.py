@@ -88,6 +88,7 @@ class ReferenceAttention:
 
     name = "reference"
     block_size = 16
+    capturable = False
 
     def allocate(
         self,

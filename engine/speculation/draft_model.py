@@ -6,10 +6,13 @@ and KV tensors of its own, so that whatever happens to a draft's cache never tou
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from engine.execution.buckets import DRAFT_LENGTHS
+from engine.execution.graphs import GraphPlan
 from engine.execution.runner import Runner
 from engine.execution.spans import Span
 from engine.memory.block_pool import BlockPool
@@ -18,6 +21,7 @@ from engine.sampling.processors import process
 from engine.sampling.sampler import draw
 from engine.sampling.spans import LogitSpan
 from engine.sequence import Sequence
+from engine.speculation.chain import Chain, confident, knows_no_draft
 from engine.speculation.drafter import NO_DRAFT, Draft, DraftRequest
 
 
@@ -66,6 +70,9 @@ class DraftModelDrafter:
 
     At most `max_batch_tokens` rows are caught up in a call: a sequence with a long prompt gets no draft until the draft
     model has read it, chunk by chunk.
+
+    on_device: let drafts grow on the device and look at them once, at the end (see `chain`), where that can be: not
+    with `keep_probs`, nor for penalties. By default so but on the CPU.
     """
 
     prior = 0.6
@@ -79,6 +86,7 @@ class DraftModelDrafter:
         eos_token_ids: tuple[int, ...],
         max_batch_tokens: int,
         keep_probs: bool = False,
+        on_device: bool | None = None,
     ) -> None:
         self.name = name
         self.passes: tuple[int, ...] = ()
@@ -87,6 +95,7 @@ class DraftModelDrafter:
         self._eos_token_ids = eos_token_ids
         self._max_batch_tokens = max_batch_tokens
         self._keep_probs = keep_probs
+        self._on_device = runner.device.type != "cpu" if on_device is None else on_device
         self._cached: dict[str, _Cached] = {}
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
@@ -116,6 +125,9 @@ class DraftModelDrafter:
             while read:  # in the cache only now
                 cached, tokens = read.pop()
                 cached.blocks.commit(tokens, cached.committed)
+            if self._on_device and not self._keep_probs and all(knows_no_draft(d.request.sequence) for d in active):
+                self._grow(logits, active, passes)
+                break
             self._draw(logits, active)
             active = [drafting for drafting in active if drafting.growing]
             spans = [self._next_span(drafting) for drafting in active]
@@ -138,7 +150,10 @@ class DraftModelDrafter:
 
     def try_pass(self, rows: int) -> None:
         """A pass over one span of so many rows, in the cache's first block: only while there are no sequences."""
-        self._runner.run([Span([0] * rows, 0, [0] * -(-rows // self._pool.block_size), logit_rows=1)])
+        self._runner.run([replace(span, logit_rows=1) for span in self._runner.trial(rows)])
+
+    def capture(self, planned: Callable[[tuple[int, ...]], GraphPlan]) -> None:
+        self._runner.capture(self.name, planned(DRAFT_LENGTHS))
 
     def release(self, sequence: Sequence) -> None:
         cached = self._cached.pop(sequence.id, None)
@@ -180,6 +195,23 @@ class DraftModelDrafter:
                 drafting.probs.append(
                     _certain(probs[i], token) if drafting.request.sequence.params.greedy else probs[i]
                 )
+
+    def _grow(self, logits: torch.Tensor, active: list[_Drafting], passes: list[int]) -> None:
+        """All the passes of the drafts whose first tokens' logits these are, without a look at them in between."""
+        chain = Chain([drafting.request for drafting in active])
+        while chain.going:
+            tokens, chances = chain.draw(logits, self._eos_token_ids)
+            on = chain.add(tokens, chances)
+            if not chain.going:
+                break
+            places = [(active[i], len(active[i].request.sequence.tokens) + chain.depth - 1) for i in chain.going]
+            spans = [Span([0], place, drafting.cached.blocks.blocks, logit_rows=1) for drafting, place in places]
+            passes.append(len(spans))
+            logits = self._runner.run_on_device(spans, tokens if on is None else tokens.index_select(0, on))
+        for drafting, (drafted, confidences) in zip(active, chain.read(), strict=True):
+            drafting.cached.drafted = drafted[:-1]
+            count = confident(confidences, drafting.request.floor)
+            drafting.tokens, drafting.confidences = drafted[:count], confidences[:count]
 
     def _next_span(self, drafting: _Drafting) -> Span:
         token, cached = drafting.tokens[-1], drafting.cached

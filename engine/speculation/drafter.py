@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 
+from engine.execution.graphs import GraphPlan
 from engine.sequence import Sequence
 
 
@@ -102,4 +104,8 @@ class CostlyDrafter(Drafter, Protocol):
 
     def try_pass(self, rows: int) -> None:
         """Compute a pass over so many rows, to measure what it takes. Only before there are sequences."""
+        ...
+
+    def capture(self, planned: Callable[[tuple[int, ...]], GraphPlan]) -> None:
+        """Capture its passes as graphs; `planned` makes a plan for spans of these lengths."""
         ...

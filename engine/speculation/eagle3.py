@@ -7,19 +7,21 @@ relative, so it does not matter where a sequence's rows begin.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from engine.execution.spans import Span, flatten
-from engine.layers.attention.interface import LayerCache
+from engine.execution.graphs import GraphPlan
+from engine.execution.runner import HeadRunner
+from engine.execution.spans import Span
 from engine.memory.block_pool import BlockPool
 from engine.memory.block_table import BlockTable
-from engine.models.eagle3 import Eagle3Model
 from engine.sampling.processors import process
 from engine.sampling.sampler import argmax, draw
 from engine.sampling.spans import LogitSpan
 from engine.sequence import Sequence
+from engine.speculation.chain import Chain, confident, knows_no_draft
 from engine.speculation.drafter import NO_DRAFT, Draft, DraftRequest
 
 MOST_PENDING = 256
@@ -49,31 +51,33 @@ class _Known:
 
 
 class Eagle3Drafter:
-    """`keep_probs`: also return the distributions that tokens were drawn from (rejection verification needs them)."""
+    """`keep_probs`: also return the distributions that tokens were drawn from (rejection verification needs them).
+    `on_device` as in DraftModelDrafter. `span_lengths`: tokens of a sequence in a pass that is captured."""
 
     free = False
 
     def __init__(
         self,
         name: str,
-        model: Eagle3Model,
+        runner: HeadRunner,
         feature_layers: tuple[int, ...],
-        cache: LayerCache,
         pool: BlockPool,
         eos_token_ids: tuple[int, ...],
         max_batch_tokens: int,
-        device: torch.device,
+        span_lengths: tuple[int, ...] = (1,),
         keep_probs: bool = False,
+        on_device: bool | None = None,
     ) -> None:
         self.name = name
         self.feature_layers = feature_layers
-        self._model = model
-        self._cache = cache
+        self._runner = runner
+        self._model = model = runner.model
         self._pool = pool
         self._eos_token_ids = eos_token_ids
         self._max_batch_tokens = max_batch_tokens
-        self._device = device
+        self._span_lengths = span_lengths
         self._keep_probs = keep_probs
+        self._on_device = runner.device.type != "cpu" if on_device is None else on_device
         ids = model.target_ids
         self._target_ids: list[int] | None = None if ids is None else ids.tolist()
         self._known: dict[str, _Known] = {}
@@ -87,9 +91,12 @@ class Eagle3Drafter:
 
     def try_pass(self, rows: int) -> None:
         """Compute a pass over so many rows, each a sequence's only one. What it writes to the cache nobody reads."""
-        hidden = torch.zeros(rows, self._model.config.decoder.hidden_size, device=self._device)
-        hidden = self._pass([Span([0], 0, [0], 1)] * rows, hidden.to(self._model.dtype))
-        argmax(self._model.logits(hidden))
+        hidden = torch.zeros(rows, self._model.config.decoder.hidden_size, device=self._runner.device)
+        _, logits = self._runner.run([Span([0], 0, [0], 1)] * rows, hidden.to(self._model.dtype))
+        argmax(logits)
+
+    def capture(self, planned: Callable[[tuple[int, ...]], GraphPlan]) -> None:
+        self._runner.capture(self.name, planned(self._span_lengths))
 
     def observe_features(self, sequence: Sequence, start: int, features: torch.Tensor) -> None:
         """The target has computed positions [start, start + rows) of `sequence` for good: features (rows, size)."""
@@ -142,10 +149,13 @@ class Eagle3Drafter:
             return [NO_DRAFT] * len(requests)
         hidden = self._model.fuse(torch.cat(features) if len(features) > 1 else features[0])
         drafted = active
-        hidden = self._pass(spans, hidden)
+        hidden, logits = self._runner.run(spans, hidden)
+        if self._on_device and not self._keep_probs and all(knows_no_draft(each.request.sequence) for each in active):
+            self._grow(hidden, logits, active, passes)
+            active = []
         depth = 0
         while active:
-            going = self._draw(self._model.logits(hidden), active)
+            going = self._draw(logits, active)
             depth += 1
             if not going:
                 break
@@ -156,7 +166,7 @@ class Eagle3Drafter:
             spans = [
                 Span([each.tokens[-1]], each.known.computed + depth - 1, each.known.blocks.blocks, 1) for each in active
             ]
-            hidden = self._pass(spans, hidden)
+            hidden, logits = self._runner.run(spans, hidden)
         self.passes = tuple(passes)
         drafts = {each.request.sequence.id: each.draft(self.name) for each in drafted}
         return [drafts.get(request.sequence.id, NO_DRAFT) for request in requests]
@@ -166,11 +176,34 @@ class Eagle3Drafter:
         if known is not None:
             known.blocks.release()
 
-    def _pass(self, spans: list[Span], hidden: torch.Tensor) -> torch.Tensor:
-        """One pass of the head; returns its output of the rows whose logits are wanted."""
-        batch = flatten(spans, self._pool.block_size, self._device)
-        out = self._model.forward(hidden, batch.token_ids, batch.positions, batch.attention, self._cache)
-        return out if len(batch.logit_rows) == len(out) else out[batch.logit_rows]
+    def _grow(self, hidden: torch.Tensor, logits: torch.Tensor, active: list[_Drafting], passes: list[int]) -> None:
+        """All later passes of these drafts, without a look at their tokens in between."""
+        chain = Chain([each.request for each in active])
+        while chain.going:
+            tokens, chances = self._draw_on_device(chain, logits, active)
+            on = chain.add(tokens, chances)
+            if not chain.going:
+                break
+            if on is not None:
+                tokens, hidden = tokens.index_select(0, on), hidden.index_select(0, on)
+            growing = [active[i].known for i in chain.going]
+            spans = [Span([0], known.computed + chain.depth - 1, known.blocks.blocks, 1) for known in growing]
+            passes.append(len(spans))
+            hidden, logits = self._runner.run(spans, hidden, tokens)
+        for each, (drafted, confidences) in zip(active, chain.read(), strict=True):
+            count = confident(confidences, each.request.floor)
+            each.tokens, each.confidences = drafted[:count], confidences[:count]
+
+    def _draw_on_device(
+        self, chain: Chain, logits: torch.Tensor, active: list[_Drafting]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not all(active[i].plain for i in chain.going):
+            return chain.draw(self._whole(logits), self._eos_token_ids)
+        columns = logits.argmax(1)
+        tops = logits.gather(1, columns.unsqueeze(1)).squeeze(1)
+        chances = (tops - torch.logsumexp(logits.float(), dim=1)).exp()
+        ids = self._model.target_ids
+        return columns if ids is None else ids.index_select(0, columns), chances
 
     def _draw(self, logits: torch.Tensor, active: list[_Drafting]) -> list[int]:
         """Append a token to each draft; returns which of them go on."""
@@ -192,10 +225,7 @@ class Eagle3Drafter:
 
     def _draw_processed(self, logits: torch.Tensor, active: list[_Drafting]) -> tuple[list[int], list[float]]:
         """As the target will draw: its processors, and the noise of each place."""
-        if self._model.target_ids is not None:
-            whole = logits.new_full((len(logits), self._model.config.decoder.vocab_size), float("-inf"))
-            whole[:, self._model.target_ids] = logits
-            logits = whole
+        logits = self._whole(logits)
         spans = [LogitSpan(each.request.sequence, tuple(each.tokens), rows=1) for each in active]
         processed = process(logits, spans, self._eos_token_ids)
         tokens = draw(processed, spans)
@@ -207,6 +237,13 @@ class Eagle3Drafter:
                     row[token] = 1.0
                 each.probs.append(row)
         return tokens, probs[range(len(tokens)), tokens].tolist()
+
+    def _whole(self, logits: torch.Tensor) -> torch.Tensor:
+        """Over the target's vocabulary: (rows, vocab), -inf for tokens that the head cannot say."""
+        if self._model.target_ids is None:
+            return logits
+        whole = logits.new_full((len(logits), self._model.config.decoder.vocab_size), float("-inf"))
+        return whole.index_copy_(1, self._model.target_ids, logits)
 
     def _reserve(self, known: _Known, rows: int) -> bool:
         return known.rows_pending > 0 and known.blocks.reserve(rows)

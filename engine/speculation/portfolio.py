@@ -16,8 +16,9 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.execution.buckets import span_lengths
 from engine.execution.loader import Platform, Progress, check_draft, load_model, load_shared
-from engine.execution.runner import Runner
+from engine.execution.runner import HeadRunner, Runner
 from engine.layers.attention.interface import LayerCache
 from engine.memory.block_pool import BlockPool
 from engine.models.config import ModelConfig
@@ -136,17 +137,20 @@ def make_drafter(
     target: ModelConfig,
     config: EngineConfig,
     caches: list[LayerCache],
+    num_blocks: int,
     device: torch.device,
     make_runner: Callable[[Model, list[LayerCache]], Runner],
 ) -> CostlyDrafter:
-    """`caches`: of the draft's layers, all as long as the target's; `make_runner`: of a model and its caches."""
-    num_blocks = len(caches[0].values)
+    """`caches`: of the draft's layers, of `num_blocks` blocks for sequences, as many as the target's. `make_runner`: of
+    a draft model and its caches."""
     keep_probs = config.verification == "rejection"
     eos, rows = target.eos_token_ids, config.max_batch_tokens
     if isinstance(draft.model, Eagle3Model):
         layers = draft.model.config.features_of(target)
         pool = BlockPool(num_blocks, config.block_size, False)  # what a block holds depends on more than its tokens
-        return Eagle3Drafter(draft.name, draft.model, layers, caches[0], pool, eos, rows, device, keep_probs)
+        head = HeadRunner(draft.model, caches[0], config.block_size, device)
+        lengths = span_lengths(config.num_draft_tokens)
+        return Eagle3Drafter(draft.name, head, layers, pool, eos, rows, lengths, keep_probs)
     runner = make_runner(draft.model, caches)
     pool = BlockPool(num_blocks, config.block_size, config.prefix_caching)
     return DraftModelDrafter(draft.name, runner, pool, eos, rows, keep_probs)

@@ -4,6 +4,8 @@ the controller's choice; without one, sequences take the first proposal there is
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import torch
 
@@ -11,6 +13,25 @@ from engine.models.features import FeatureTap
 from engine.sequence import Sequence
 from engine.speculation.controller import Choice, Controller, Step, Turn
 from engine.speculation.drafter import CostlyDrafter, Draft, Drafter, DraftRequest, FeatureReader
+
+
+def feature_layers(drafters: Seq[object]) -> tuple[int, ...]:
+    """The target's layers whose inputs these drafters read, one drafter's after the other's."""
+    return tuple(layer for each in drafters if isinstance(each, FeatureReader) for layer in each.feature_layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """What was done for a step before it was planned."""
+
+    choice: Choice
+    """What was chosen, and what it promised."""
+    context: int = 0
+    """Tokens in the KV cache of those that decode."""
+    prompts: bool = False
+    """Rows of prompts are in it."""
+    seconds: float = 0.0
+    """That drafts took which cost time."""
 
 
 class Speculator:
@@ -27,10 +48,10 @@ class Speculator:
         self._num_draft_tokens = num_draft_tokens
         self._max_model_len = max_model_len
         self._controller = controller
-        self.choice = Choice({})
-        """What was chosen for the last step, and what it promised."""
         self._seconds = 0.0  # of the last step's costly drafts
-        self._context, self._prompts = 0, False  # of the last step
+        self._context = 0  # of the last step
+        self.drafted = Drafted(Choice({}))
+        """What was done for the last step."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -39,7 +60,7 @@ class Speculator:
     def draft(self, sequences: list[Sequence], other_rows: int = 0) -> dict[Sequence, Draft]:
         """Drafts for those of `sequences`, all of which decode in the next step, that have one. The step has
         `other_rows` besides, for prompts."""
-        self._seconds, self._prompts = 0.0, other_rows > 0
+        self._seconds = 0.0
         self._context = sum(len(sequence.tokens) for sequence in sequences)
         turns = []
         for sequence in sequences:
@@ -49,15 +70,16 @@ class Speculator:
             if sequence.drafters and limit > 0:
                 turns.append(Turn(sequence, limit))
         if self._controller is None:
-            self.choice = Choice(self._first_proposals(turns))
+            choice = Choice(self._first_proposals(turns))
         else:
             step = Step(len(sequences) + other_rows, len(sequences), turns, self._context)
-            self.choice = self._chosen(self._controller, step)
-        return self.choice.drafts
+            choice = self._chosen(self._controller, step)
+        self.drafted = Drafted(choice, self._context, other_rows > 0, self._seconds)
+        return choice.drafts
 
     def tap(self) -> FeatureTap | None:
         """What the next pass of the target is to take of its layers, for drafters that read them."""
-        layers = [layer for reader in self._readers for layer in reader.feature_layers]
+        layers = feature_layers(self._readers)
         return FeatureTap(layers) if layers else None
 
     def observe_features(self, sequence: Sequence, start: int, features: torch.Tensor) -> None:
@@ -70,11 +92,12 @@ class Speculator:
                 reader.observe_features(sequence, start, features[:, first:last])
             first = last
 
-    def observe_step(self, rows: int, seconds: dict[str, float], tokens: int) -> None:
-        """The last step computed so many rows and committed so many tokens; `seconds` by its phases."""
+    def observe_step(self, drafted: Drafted, rows: int, seconds: dict[str, float], tokens: int) -> None:
+        """The step that this was done for computed so many rows and committed so many tokens; `seconds` by its
+        phases."""
         if self._controller is not None:
-            self._controller.observe_step(rows, seconds["forward"], self._context, self._prompts)
-            beside = sum(seconds.values()) - seconds["forward"] - self._seconds
+            self._controller.observe_step(rows, seconds["forward"], drafted.context, drafted.prompts)
+            beside = sum(seconds.values()) - seconds["forward"] - drafted.seconds
             self._controller.observe_overhead(beside, seconds["sample"], tokens)
 
     def observe_tokens(self, sequence: Sequence, tokens: list[int]) -> None:

@@ -6,7 +6,6 @@ ones, max_tokens) is not judged here: who commits the tokens cuts them off.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,8 +17,8 @@ from engine.request import TokenLogprobs
 from engine.sampling.logprobs import token_logprobs
 from engine.sampling.noise import ACCEPT, RESIDUAL, row_key, uniform
 from engine.sampling.processors import Support, adjust, truncate
-from engine.sampling.sampler import choose, race
-from engine.sampling.spans import LogitRow, LogitSpan
+from engine.sampling.sampler import argmax, choose, race
+from engine.sampling.spans import LogitRow, LogitSpan, rows_of
 from engine.speculation.drafter import Draft
 
 
@@ -60,10 +59,55 @@ class CoupledVerifier:
 
     @torch.inference_mode()
     def verify(self, logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft]) -> list[Verdict]:
-        def draw(adjusted: torch.Tensor, rows: list[_Row]) -> list[int]:
-            return choose(adjusted, [row.logits for row in rows])
+        starts = _starts(spans, drafts)
+        raw = _raw_rows(logits, spans, starts)
+        logits = adjust(logits, spans, self._eos_token_ids)
+        lazy = logits.device.type == "cpu" if self._lazy is None else self._lazy
+        tokens = _drawn_lazily(logits, spans, drafts, starts) if lazy else _drawn(logits, spans, drafts)
+        return _verdicts(spans, tokens, raw)
 
-        return _verify(logits, spans, drafts, self._eos_token_ids, self._lazy, draw)
+
+def _drawn(logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft]) -> list[list[int]]:
+    """Each span's tokens up to the first that was not drafted, all rows drawn at once."""
+    greedy = all(span.sequence.params.greedy for span in spans)
+    drawn = argmax(logits) if greedy else choose(logits, rows_of(spans))
+    tokens = []
+    start = 0
+    for draft in drafts:
+        end = start + len(draft.tokens)
+        for at, drafted in enumerate(draft.tokens, start):
+            if drawn[at] != drafted:
+                end = at
+                break
+        tokens.append(drawn[start : end + 1])
+        start += len(draft.tokens) + 1
+    return tokens
+
+
+def _drawn_lazily(
+    logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft], starts: list[int]
+) -> list[list[int]]:
+    """The same, row by row; sampled rows in rounds, since their noise is made for several at once."""
+    tokens: list[list[int]] = [[] for _ in spans]
+    open_spans = []
+    for i, (span, draft) in enumerate(zip(spans, drafts, strict=True)):
+        if not span.sequence.params.greedy:
+            open_spans.append(i)
+            continue
+        for at, drafted in enumerate((*draft.tokens, None), starts[i]):
+            (token,) = argmax(logits[at : at + 1])
+            tokens[i].append(token)
+            if token != drafted:
+                break
+    while open_spans:
+        rows = [
+            LogitRow(starts[i] + len(tokens[i]), spans[i].sequence, spans[i].first_place + len(tokens[i]))
+            for i in open_spans
+        ]
+        for i, token in zip(open_spans, choose(logits, rows), strict=True):
+            tokens[i].append(token)
+        open_spans = [i for i in open_spans if tuple(tokens[i]) == drafts[i].tokens[: len(tokens[i])]]
+    return tokens
 
 
 class RejectionVerifier:
@@ -80,7 +124,11 @@ class RejectionVerifier:
 
     @torch.inference_mode()
     def verify(self, logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft]) -> list[Verdict]:
-        return _verify(logits, spans, drafts, self._eos_token_ids, self._lazy, _accept_or_redraw)
+        starts = _starts(spans, drafts)
+        raw = _raw_rows(logits, spans, starts)
+        logits = adjust(logits, spans, self._eos_token_ids)
+        lazy = logits.device.type == "cpu" if self._lazy is None else self._lazy
+        return _verdicts(spans, _judged(logits, spans, drafts, starts, lazy), raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,32 +141,27 @@ class _Row:
     """The distribution that `drafted` was drawn from, (vocab,)."""
 
 
-_Judge = Callable[[torch.Tensor, list[_Row]], list[int]]
-"""A token for each of some rows of adjusted logits: the drafted one means that it is accepted."""
-
-
-def _verify(
-    logits: torch.Tensor,
-    spans: list[LogitSpan],
-    drafts: list[Draft],
-    eos_token_ids: Seq[int],
-    lazy: bool | None,
-    judge: _Judge,
-) -> list[Verdict]:
-    """Follow each draft up to the first row whose token is not the drafted one."""
+def _starts(spans: list[LogitSpan], drafts: list[Draft]) -> list[int]:
+    """The first row of each span, and behind them how many there are."""
     starts = [0]
     for span, draft in zip(spans, drafts, strict=True):
         if span.rows != len(draft.tokens) + 1:
             raise ValueError(f"a span of {span.rows} rows cannot verify {len(draft.tokens)} drafted tokens")
         starts.append(starts[-1] + span.rows)
-    # adjust works in place, and log-probabilities are the raw model's
-    raw = {
-        i: logits[starts[i] : starts[i + 1]].clone()
-        for i, span in enumerate(spans)
-        if span.sequence.params.logprobs is not None
-    }
-    logits = adjust(logits, spans, eos_token_ids)
-    lazy = logits.device.type == "cpu" if lazy is None else lazy
+    return starts
+
+
+def _raw_rows(logits: torch.Tensor, spans: list[LogitSpan], starts: list[int]) -> dict[int, torch.Tensor]:
+    """Copies of the rows of those spans that want log-probabilities, which are the raw model's: `adjust` works in
+    place."""
+    wanted = [i for i, span in enumerate(spans) if span.sequence.params.logprobs is not None]
+    return {i: logits[starts[i] : starts[i + 1]].clone() for i in wanted}
+
+
+def _judged(
+    logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft], starts: list[int], lazy: bool
+) -> list[list[int]]:
+    """Follow each draft up to the first row whose token is not the drafted one."""
     tokens: list[list[int]] = [[] for _ in spans]
     open_spans = list(range(len(spans)))
     while open_spans:
@@ -128,7 +171,7 @@ def _verify(
             for r in range(at, at + 1 if lazy else spans[i].rows):
                 row = LogitRow(starts[i] + r, spans[i].sequence, spans[i].first_place + r)
                 rows.append(_row(row, drafts[i], r))
-        judged = iter(zip(rows, judge(logits, rows), strict=True))
+        judged = iter(zip(rows, _accept_or_redraw(logits, rows), strict=True))
         still_open = []
         for i in open_spans:
             going = True
@@ -140,7 +183,7 @@ def _verify(
             if going:
                 still_open.append(i)
         open_spans = still_open
-    return _verdicts(spans, tokens, raw)
+    return tokens
 
 
 def _row(logits: LogitRow, draft: Draft, r: int) -> _Row:

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from engine.models.config import ModelConfig
-from engine.parallel.layout import Part
 from engine.weights.catalog import ModelFiles
+from engine.weights.names import Part
 
 if TYPE_CHECKING:
     import torch

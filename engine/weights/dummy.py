@@ -8,8 +8,7 @@ from zlib import crc32
 import torch
 
 from engine.models.config import ModelConfig
-from engine.parallel.layout import Part, whole
-from engine.weights.names import expected_shapes
+from engine.weights.names import Part, expected_shapes, whole
 
 
 def iter_weights(

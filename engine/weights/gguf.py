@@ -19,9 +19,8 @@ from gguf import GGMLQuantizationType as Kind
 
 from engine.errors import ModelError
 from engine.models.config import ModelConfig, RopeConfig
-from engine.parallel.layout import Part, shape_of, whole
 from engine.weights.gguf_header import Header, TensorPlace, read_header
-from engine.weights.names import check_names, check_shape, expected_shapes
+from engine.weights.names import Part, check_names, check_shape, expected_shapes, shape_of, whole
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 """Mistral's models are "llama" in this format."""

@@ -19,19 +19,20 @@ class Job(Generic[T]):
 
 
 def read_ahead(jobs: Iterable[Job[T]], threads: int, limit: int) -> Generator[T, None, None]:
-    """Results not taken yet have at most `limit` bytes together, or are of one job. Raises what a job raises."""
+    """Results that wait, and the one that was taken last, have at most `limit` bytes together; if that one alone has
+    more, one waits beside it. Raises what a job raises."""
     waiting: deque[tuple[int, Future[T]]] = deque()
-    taken = 0
+    ahead = last = 0  # bytes of those that wait, and of the one taken last, which its taker still has
     with ThreadPoolExecutor(threads, "weights") as pool:
         try:
             for job in jobs:
-                while waiting and taken + job.size > limit:
-                    size, future = waiting.popleft()
+                while waiting and last + ahead + job.size > limit:
+                    last, future = waiting.popleft()
+                    ahead -= last
                     yield future.result()
                     del future  # the result is its taker's alone
-                    taken -= size
                 waiting.append((job.size, pool.submit(job.run)))
-                taken += job.size
+                ahead += job.size
             while waiting:
                 yield waiting.popleft()[1].result()
         finally:

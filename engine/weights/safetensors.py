@@ -25,9 +25,8 @@ from safetensors import SafetensorError, safe_open
 
 from engine.errors import ModelError
 from engine.models.config import ModelConfig
-from engine.parallel.layout import Part, shape_of, whole
 from engine.weights.hf_quantization import IGNORED_TENSORS
-from engine.weights.names import HEAD, check_names, check_shape, expected_shapes
+from engine.weights.names import HEAD, Part, check_names, check_shape, expected_shapes, shape_of, whole
 from engine.weights.quantization import FP8, SCALE
 from engine.weights.read_ahead import Job, read_ahead
 
@@ -39,6 +38,8 @@ FILES = 4
 """That are read at a time, where there are as many."""
 READ_AHEAD = 1 << 30
 """Most bytes that are read and not yet taken; less if the files are small."""
+CHUNK = 4 << 20
+"""Bytes that pass through the host at a time, for each thread, on their way to another device or dtype."""
 
 _BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Old checkpoints hold the rotary frequencies, which follow from the configuration."""
@@ -85,8 +86,9 @@ def iter_weights(
     parts: Mapping[str, Part] | None = None,
     device: torch.device | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """See `engine.weights.iter_weights`. Several files are read at a time, and what is read ahead of the caller is less
-    than a quarter of the largest of them, if it is not a single tensor."""
+    """See `engine.weights.iter_weights`. Several files are read at a time. What is read ahead of the caller, with what
+    it was given last, is less than a quarter of the largest file, or a single tensor beside that last one; and what is
+    on another device than the CPU is not on the host any more."""
     with ExitStack() as stack:
         places: dict[str, Place] = {}
         sizes = []
@@ -156,40 +158,58 @@ def _job(
 ) -> Job[list[tuple[str, torch.Tensor]]]:
     """Reads the part of a tensor, and of its scales if it has any."""
     place = places[name]
+    kept = place.dtype if scaled else dtype
 
     def run() -> list[tuple[str, torch.Tensor]]:
-        tensor = _read(place, part).to(device)
-        if not scaled:
-            return [(name, tensor.to(dtype))]
-        scale = _read_scale(places[name + SCALE], part[0]).to(device)
-        return [(name, tensor), (name + SCALE, scale)]
+        tensors = [(name, _read(place, part, kept, device))]
+        if scaled:
+            tensors.append((name + SCALE, _read_scale(places[name + SCALE], part[0], device)))
+        return tensors
 
-    return Job(run, prod(shape_of(part)) * max(place.dtype.itemsize, 1 if scaled else dtype.itemsize))
+    return Job(run, prod(shape_of(part)) * kept.itemsize)
 
 
-def _read_scale(place: Place, rows: slice) -> torch.Tensor:
+def _read_scale(place: Place, rows: slice, device: torch.device) -> torch.Tensor:
     """(rows, 1) float32, from a scale for each output channel or one for all."""
     count = prod(place.shape)
     flat = Place(place.path, place.file, place.name, place.dtype, (count,), place.offset)
-    scale = _read(flat, (slice(0, 1) if count == 1 else rows,))
-    return scale.float().reshape(-1, 1).expand(rows.stop - rows.start, 1)
+    scale = _read(flat, (slice(0, 1) if count == 1 else rows,), torch.float32, device)
+    return scale.view(-1, 1).expand(rows.stop - rows.start, 1)
 
 
-def _read(place: Place, part: Part) -> torch.Tensor:
-    """That part of a vector or matrix, on the CPU."""
-    tensor = torch.empty(shape_of(part), dtype=place.dtype)
+def _read(place: Place, part: Part, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """That part of a vector or matrix, in `dtype` on `device`."""
+    tensor = torch.empty(shape_of(part), dtype=dtype, device=device)
     if not tensor.numel():
         return tensor
+    if device.type == "cpu" and dtype == place.dtype:
+        _fill(_bytes(tensor), place, part)
+        return tensor
+    step = max(1, CHUNK * len(tensor) // (tensor.numel() * place.dtype.itemsize))  # rows
+    buffer = torch.empty_like(tensor[:step], dtype=place.dtype, device="cpu", pin_memory=device.type == "cuda")
+    for start in range(0, len(tensor), step):
+        chunk = buffer[: len(tensor) - start]
+        rows = slice(part[0].start + start, part[0].start + start + len(chunk))
+        _fill(_bytes(chunk), place, (rows, *part[1:]))
+        tensor[start : start + step].copy_(chunk)
+    return tensor
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a tensor on the CPU."""
+    return memoryview(tensor.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+
+
+def _fill(memory: memoryview, place: Place, part: Part) -> None:
+    """Read that part of a vector or matrix, row by row if it is not whole rows."""
     size = place.dtype.itemsize
     rows, width = part[0], prod(place.shape[1:]) * size
-    memory = memoryview(tensor.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
     if len(part) == 1 or shape_of(part[1:]) == place.shape[1:]:
         _read_exactly(place, memory, place.offset + rows.start * width)
-        return tensor
+        return
     start, length = part[1].start * size, (part[1].stop - part[1].start) * size
     for i in range(rows.stop - rows.start):
         _read_exactly(place, memory[i * length : (i + 1) * length], place.offset + (rows.start + i) * width + start)
-    return tensor
 
 
 def _read_exactly(place: Place, memory: memoryview, offset: int) -> None:

@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from engine import process
@@ -25,14 +24,9 @@ EXIT = 77_777
 STEP_SECONDS = 0.001
 
 
-@dataclass
-class Result:
-    deltas: list[Delta]
-    stats: StepStats
-
-
 class FakeCore:
-    """`config.model` says how it loads: "slow" takes a minute, "broken" raises ModelError, others are there at once."""
+    """`config.model` says how it loads: "slow" takes a minute, "broken" raises ModelError, others are there at once.
+    Its passes go on by themselves, as on a GPU, if `config.dtype` is float16."""
 
     def __init__(
         self, config: EngineConfig, progress: Callable[[str, float], None], last_words: process.LastWords
@@ -48,6 +42,8 @@ class FakeCore:
         self._running: dict[str, Request] = {}
         self._made: dict[str, int] = {}
         self._ended: list[Delta] = []
+        self._deltas: list[Delta] = []
+        self.asynchronous = config.dtype == "float16"
         self.info = EngineInfo(
             model=config.model,
             vocab_size=VOCABULARY,
@@ -77,8 +73,10 @@ class FakeCore:
     def has_work(self) -> bool:
         return bool(self._running or self._ended)
 
-    def step(self) -> Result:
+    def launch(self) -> None:
         time.sleep(STEP_SECONDS)
+
+    def finish(self) -> list[Delta]:
         deltas, self._ended = self._ended, []
         for request in list(self._running.values()):
             first = request.prompt_ids[0]
@@ -92,18 +90,20 @@ class FakeCore:
                 deltas.append(self._end(request.id, "length", (token,)))
             else:
                 deltas.append(Delta(request_id=request.id, token_ids=(token,)))
-        running = len(self._running)
-        stats = StepStats(
-            running=running,
+        self._deltas = deltas
+        return deltas
+
+    def settle(self) -> StepStats:
+        return StepStats(
+            running=len(self._running),
             waiting=0,
-            rows=len(deltas),
+            rows=len(self._deltas),
             prompt_tokens=0,
-            generated_tokens=sum(len(delta.token_ids) for delta in deltas),
+            generated_tokens=sum(len(delta.token_ids) for delta in self._deltas),
             blocks_total=1,
             blocks_used=0,
             blocks_cached=0,
         )
-        return Result(deltas, stats)
 
     def _end(self, request_id: str, reason: FinishReason, token_ids: tuple[int, ...]) -> Delta:
         request = self._running.pop(request_id)

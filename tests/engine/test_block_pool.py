@@ -125,7 +125,7 @@ class PoolMachine(RuleBasedStateMachine):
             found.append(block)
         sequence.computed = sequence.table.claim_prefix(sequence.tokens)
         assert sequence.computed == len(found) * self.size < len(sequence.tokens)
-        assert sequence.table.blocks == found
+        assert list(sequence.table.blocks) == found
         sequence.blocks = found
         sequence.offered = len(found)
         for block in found:
@@ -141,9 +141,10 @@ class PoolMachine(RuleBasedStateMachine):
         reserved = sequence.table.reserve(length)
         assert reserved == (evicted <= len(self.cached))
         if not reserved:
-            assert sequence.table.blocks == sequence.blocks
+            assert list(sequence.table.blocks) == sequence.blocks
             return False
-        held, added = sequence.table.blocks[: len(sequence.blocks)], sequence.table.blocks[len(sequence.blocks) :]
+        now = list(sequence.table.blocks)
+        held, added = now[: len(sequence.blocks)], now[len(sequence.blocks) :]
         assert held == sequence.blocks
         assert len(added) == len(set(added)) == missing
         fresh = added[: missing - evicted]
@@ -187,7 +188,7 @@ class PoolMachine(RuleBasedStateMachine):
         sequence.computed = sequence.offered = 0
         for _ in range(2):  # the second time changes nothing
             sequence.table.release()
-            assert sequence.table.blocks == []
+            assert list(sequence.table.blocks) == []
             self.counts()
 
     # What always holds

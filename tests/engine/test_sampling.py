@@ -17,12 +17,13 @@ from engine.errors import ParameterError
 from engine.memory.block_pool import BlockPool
 from engine.memory.block_table import BlockTable
 from engine.request import Request, fan_out
+from engine.sampling import on_device
 from engine.sampling.logprobs import prompt_logprobs, token_logprobs
 from engine.sampling.noise import ACCEPT, DRAW, RESIDUAL, log_exponential, row_key, uniform
 from engine.sampling.params import MAX_SEED, SamplingParams
-from engine.sampling.processors import adjust, kept_ids, kept_of_all, process
+from engine.sampling.processors import adjust, kept_ids, kept_of_all, limits_of, process
 from engine.sampling.sampler import argmax, choose, draw
-from engine.sampling.spans import LogitSpan, rows_of
+from engine.sampling.spans import LogitRow, LogitSpan, rows_of
 from engine.sequence import Sequence
 
 VOCAB = 13
@@ -309,7 +310,8 @@ def test_truncation_without_sorting_all_keeps_what_sorting_all_keeps(
     scaled -= scaled.amax()
     total = scaled.double().exp().sum().item()
     kept = kept_ids(scaled[0], total, params)
-    masked = kept_of_all(scaled.clone(), torch.tensor([[total]], dtype=torch.float64), [params])
+    limits = torch.from_numpy(limits_of([params]))
+    masked = kept_of_all(scaled.clone(), torch.tensor([[total]], dtype=torch.float64), limits)
     assert kept.tolist() == (masked[0] > -math.inf).nonzero().squeeze(1).tolist()
     assert len(kept) >= 1
     assert len(kept) <= (top_k or 5000)
@@ -451,3 +453,30 @@ def test_a_bound_error_names_the_parameter_its_value_and_the_bounds(name: str, g
         shown = value if not isinstance(value, dict) else value[5]
         assert str(shown) in caught.value.message
         assert "must" in caught.value.message
+
+
+@given(st.integers(0, 2**31), st.integers(1, 6), st.booleans())
+@settings(max_examples=60)
+def test_drawing_without_a_look_is_drawing(seed: int, count: int, all_greedy: bool) -> None:
+    """What a GPU does, here on the CPU, whose truncation is another one."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 4 * torch.randn(count + 2, 300, generator=generator)
+    kinds = [
+        {"temperature": 0.0},
+        {"temperature": 0.8},
+        {"temperature": 1.0},
+        {"temperature": 1.3, "top_p": 0.8},
+        {"temperature": 0.6, "top_k": 7},
+        {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    ]
+    picks = torch.randint(len(kinds), (count,), generator=generator).tolist()
+    places = torch.randperm(count + 2, generator=generator).tolist()[:count]
+    rows = [
+        LogitRow(at, sequence([1, 2], seed=seed % 97, **kinds[0 if all_greedy else pick]), 5 + at)
+        for at, pick in zip(places, picks, strict=True)
+    ]
+    tokens, chances = on_device.draw(logits, rows, chances=True)
+    assert tokens.tolist() == choose(logits, rows)
+    for row, token, chance in zip(rows, tokens.tolist(), chances.tolist(), strict=True):
+        alone = process(logits[row.at : row.at + 1].clone(), [LogitSpan(row.sequence)])
+        assert chance == pytest.approx(torch.softmax(alone, 1)[0, token].item(), rel=1e-4)

@@ -23,12 +23,14 @@ from safetensors.torch import save_file
 from tiny import KINDS, build_model, make_tiny
 from tiny_gguf import write_gguf
 
+from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.execution.loader import load_model
 from engine.execution.spans import Span
 from engine.kernels.native import load_library
 from engine.models.eagle3 import Eagle3Model
 from engine.models.features import FeatureTap
+from engine.parallel.interface import Communicator
 from engine.speculation.portfolio import load_draft
 from engine.speculation.sources import Source
 from engine.weights import eagle3
@@ -325,3 +327,19 @@ def test_real_models_write_the_same_text(name: str, sizes: tuple[int, ...], prom
     wanted, *others = map(text, sizes)
     assert len(set(wanted)) > 8
     assert all(found == wanted for found in others)
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_each_rank_tells_how_far_it_is(divisible, load_format: str) -> None:
+    config = EngineConfig(model=str(divisible("llama-biased", 3)), device="cpu", load_format=load_format)
+    told: dict[int, list[tuple[str, float]]] = {rank: [] for rank in range(3)}
+
+    def load(comm: Communicator) -> None:
+        load_model(config.model, None, config, 0, lambda what, share: told[comm.rank].append((what, share)), comm)
+
+    Ranks(3).each(load)
+    for seen in told.values():
+        shares = [share for what, share in seen if what == "loading llama-biased-3"]
+        assert shares == sorted(shares)
+        assert len(set(shares)) > 10
+        assert shares[-1] == 1.0

@@ -46,6 +46,7 @@ class Flash2Attention:
 
     name = "flash2"
     block_size = 256
+    capturable = True
 
     def __init__(self, varlen: Function, with_kvcache: Function) -> None:
         self._varlen, self._with_kvcache = varlen, with_kvcache
@@ -115,6 +116,7 @@ class Flash4Attention:
     name = "flash4"
     # The key tile of Blackwell's kernels and of Hopper's up to head_dim 128: whole blocks are loaded by TMA then.
     block_size = 128
+    capturable = True
 
     def __init__(self, varlen: Function, split: bool) -> None:
         self._varlen = varlen

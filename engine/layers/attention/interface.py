@@ -16,7 +16,8 @@ import torch
 class AttentionBatch:
     """The spans of one step, flat: rows cu_query_lens[i] to cu_query_lens[i + 1] are those of span i.
 
-    All tensors are on the model's device. The lists are the same numbers for backends that loop on the host.
+    All tensors are on the model's device. The lists are the same numbers for backends that loop on the host; in a
+    captured pass they are upper bounds (see `engine.execution.graphs`).
     """
 
     cu_query_lens: torch.Tensor  # (spans + 1,) int32
@@ -42,6 +43,9 @@ class AttentionBackend(Protocol):
     name: str
     block_size: int
     """Tokens in a block where the settings leave it open: what this backend computes best with."""
+    capturable: bool
+    """Its launches can be recorded and replayed: of a batch it reads lengths and tables on the device alone, and
+    `query_lens` and `contexts` as bounds (see `engine.execution.graphs`)."""
 
     def allocate(
         self,

@@ -11,6 +11,7 @@ from engine.layers.attention.interface import AttentionBatch, LayerCache
 class NativeAttention:
     name = "native"
     block_size = 16
+    capturable = True
 
     def __init__(self, kernels: NativeKernels) -> None:
         self._kernels = kernels

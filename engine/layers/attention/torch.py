@@ -12,6 +12,7 @@ from engine.layers.attention.interface import AttentionBatch, LayerCache
 class TorchAttention:
     name = "torch"
     block_size = 16
+    capturable = False
 
     def allocate(
         self,

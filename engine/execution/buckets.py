@@ -1,0 +1,64 @@
+"""Which passes are captured as graphs: so many sequences, so many tokens of each. No torch: the planner counts them,
+too. What a captured pass is, is `graphs`'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+FREE_ROWS = 64
+"""A pass may be padded to so many rows whatever it has itself, since up to there it is the weights that take the time;
+beyond it to at most WASTE times its own. Assumed, not measured."""
+WASTE = 2
+
+GRAPH_SHARE = 0.05
+"""Of the memory that is free once the weights are loaded: what captured graphs may take unless the settings say."""
+DRAFT_LENGTHS = (1, 2)
+"""Tokens of a sequence in a pass of a draft model: one that the target chose, and two where it accepted all drafted
+ones, the last of which was not run. What reads more in a first pass is computed eagerly."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """Passes of at most `spans` sequences and at most `length` tokens of each, padded to just those."""
+
+    spans: int
+    length: int
+
+    @property
+    def rows(self) -> int:
+        return self.spans * self.length
+
+
+def batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """1, 2, 4, 8, then two an octave: 12, 16, 24, 32, ...; the last is `max_num_seqs` itself."""
+    sizes = [1, 2, 4]
+    step = 4
+    while sizes[-1] < max_num_seqs:
+        sizes += [2 * step, 3 * step] if step > 2 else [2 * step]
+        step *= 2
+    return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
+
+
+def span_lengths(num_draft_tokens: int) -> tuple[int, ...]:
+    """One token, and with drafts of 1, 2, 4, 8, ...: 2, 3, 5, 9, ...; the last is for `num_draft_tokens`."""
+    lengths = [1]
+    drafted = 1
+    while drafted < num_draft_tokens:
+        lengths.append(1 + drafted)
+        drafted *= 2
+    return (*lengths, 1 + num_draft_tokens) if num_draft_tokens else (1,)
+
+
+def buckets(batches: Seq[int], lengths: Seq[int], max_rows: int) -> tuple[Bucket, ...]:
+    """In the order in which they are captured, fewest rows first: where kernels are short, a graph saves most."""
+    every = (Bucket(spans, length) for spans in batches for length in lengths)
+    return tuple(sorted((bucket for bucket in every if bucket.rows <= max_rows), key=lambda b: (b.rows, b.length)))
+
+
+def fitting(captured: Seq[Bucket], spans: int, longest: int, rows: int) -> Bucket | None:
+    """The smallest of `captured`, in that order, for a pass of so many spans and rows; None where none is worth it."""
+    for bucket in captured:
+        if bucket.spans >= spans and bucket.length >= longest:
+            return bucket if bucket.rows <= max(FREE_ROWS, WASTE * rows) else None
+    return None

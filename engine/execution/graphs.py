@@ -1,0 +1,317 @@
+"""Captured passes (CUDA graphs): the launches of a pass recorded once for each bucket, and replayed as one.
+
+A captured pass computes what it computed at its capture: the same kernels, sizes and addresses. So a bucket's inputs
+lie in a static buffer, into which a batch is copied, padded to the bucket; what it returns lies in static buffers as
+well, which the next pass of the same model overwrites. Which buckets there are is `buckets`'; the eager way `runner`'s.
+
+Padding never disturbs what is not padding. Its keys and values go to a block that is no sequence's. A padding span sees
+only those. Rows that make a span longer see one key more each, as rows of a draft would, and nobody reads what they
+come to.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from engine.config import EngineConfig
+from engine.execution.buckets import GRAPH_SHARE, Bucket, batch_sizes, buckets, fitting
+from engine.execution.spans import BatchShape, FlatBatch, HostBatch, flat_batch
+from engine.execution.transfer import ALIGNMENT, copy_to
+from engine.layers.attention.interface import AttentionBackend
+from engine.parallel.interface import Communicator
+
+logger = logging.getLogger(__name__)
+
+Replay = Callable[[], None]
+
+WARM_UPS = 2
+"""Passes before a capture: kernels are compiled in the first, and workspaces settle."""
+
+
+class GraphBackend(Protocol):
+    """Records what a function does to tensors that stay where they are, and does it again."""
+
+    name: str
+
+    def capture(self, function: Callable[[], None], inputs: Seq[torch.Tensor], outputs: Seq[torch.Tensor]) -> Replay:
+        """`function` reads `inputs`, which are filled, and writes `outputs`. It neither waits for the device nor looks
+        at a value: what it makes of anything else on the host is fixed from now on. It may be called several times."""
+        ...
+
+    def memory(self) -> int:
+        """Bytes that have been taken since the backend was made."""
+        ...
+
+
+class CudaGraphs:
+    """torch.cuda.CUDAGraph. All graphs share a pool of memory: what a pass needs for the time that it runs, the next
+    one may have. Only one runs at a time, as all are replayed on the same stream."""
+
+    name = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        self._free = torch.cuda.mem_get_info(device)[0]
+
+    def capture(self, function: Callable[[], None], inputs: Seq[torch.Tensor], outputs: Seq[torch.Tensor]) -> Replay:
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UPS):
+                function()
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do meanwhile, such as NCCL's watchdog, is none of the graph's business.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            function()
+        return graph.replay
+
+    def memory(self) -> int:
+        return max(0, self._free - torch.cuda.mem_get_info(self._device)[0])
+
+
+class EagerGraphs:
+    """The twin on any device: calls the same function on the same buffers, and captures nothing."""
+
+    name = "eager"
+
+    def capture(self, function: Callable[[], None], inputs: Seq[torch.Tensor], outputs: Seq[torch.Tensor]) -> Replay:
+        function()
+        return function
+
+    def memory(self) -> int:
+        return 0
+
+
+def graph_backend(
+    enforce_eager: bool, attention: AttentionBackend, device: torch.device
+) -> Callable[[], GraphBackend] | None:
+    """What makes the backend, once all but graphs is in memory; None where every pass is to be eager."""
+    if enforce_eager or device.type != "cuda":
+        return None
+    if not attention.capturable:
+        logger.warning("graphs: none, since attention is %r, which looks at each sequence on the host", attention.name)
+        return None
+    return partial(CudaGraphs, device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphPlan:
+    """What is to be captured of a model."""
+
+    backend: GraphBackend
+    buckets: tuple[Bucket, ...]
+    """In this order, as far as there is memory for them."""
+    max_len: int
+    """Most tokens of a sequence."""
+    padding_block: int
+    """The block of the model's KV cache that is no sequence's."""
+    memory: int
+    """Bytes that the backend may have taken before another bucket is captured."""
+
+
+def graph_memory(config: EngineConfig, free: int) -> int:
+    """Bytes that captured graphs may take on a device with so many `free` once the weights are loaded."""
+    return config.cuda_graph_memory or int(GRAPH_SHARE * free)
+
+
+def graph_plan(
+    config: EngineConfig,
+    backend: GraphBackend,
+    max_model_len: int,
+    num_blocks: int,
+    memory: int,
+    lengths: tuple[int, ...],
+) -> GraphPlan:
+    """What to capture of a model whose spans have these lengths. `num_blocks`: those that are sequences'."""
+    return GraphPlan(
+        backend=backend,
+        buckets=buckets(batch_sizes(config.max_num_seqs), lengths, config.max_batch_tokens),
+        max_len=max_model_len,
+        padding_block=num_blocks,
+        memory=memory,
+    )
+
+
+Pass = Callable[[FlatBatch, torch.Tensor, Seq[torch.Tensor]], Seq[torch.Tensor]]
+"""Of a padded batch, the places of its real rows, (rows,) int64, and other inputs, (rows, ...) each: outputs, (rows,
+...) each. All are on the device."""
+
+
+class GraphedPasses:
+    """The captured passes of one model. All ranks of a divided model capture the same buckets in the same order.
+
+    `inputs`: what rows have beside their tokens, static, (most rows, ...) each. The outputs of `run` are static, too,
+    and hold until the next `run`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Pass,
+        plan: GraphPlan,
+        block_size: int,
+        device: torch.device,
+        comm: Communicator,
+        inputs: Seq[torch.Tensor] = (),
+    ) -> None:
+        self._layouts = {bucket: _Layout.of(bucket, plan, block_size) for bucket in plan.buckets}
+        self._inputs = tuple(inputs)
+        self._outputs: tuple[torch.Tensor, ...] | None = None
+        self._buffer = torch.zeros(max(layout.size for layout in self._layouts.values()), dtype=torch.uint8)
+        self._buffer = self._buffer.to(device)
+        self._replays: dict[Bucket, Replay] = {}
+        for bucket in plan.buckets:
+            if not _all_agree(plan.backend.memory() < plan.memory, comm, device):
+                break
+            self._replays[bucket] = self._capture(bucket, function, plan)
+        self._captured = tuple(self._replays)
+        missing = len(plan.buckets) - len(self._captured)
+        logger.info(
+            "graphs of %s: %d passes captured, up to %d sequences and %d tokens of each; all graphs take %d MiB%s",
+            name,
+            len(self._captured),
+            max((bucket.spans for bucket in self._captured), default=0),
+            max((bucket.length for bucket in self._captured), default=0),
+            plan.backend.memory() >> 20,
+            f"; {missing} more would exceed cuda_graph_memory ({plan.memory >> 20} MiB)" if missing else "",
+        )
+
+    @property
+    def captured(self) -> tuple[Bucket, ...]:
+        """In the order of their rows."""
+        return self._captured
+
+    def find(self, host: HostBatch) -> Bucket | None:
+        """Which captured pass computes this batch, if one does. The batch alone decides, so all ranks agree."""
+        shape = host.shape
+        bucket = fitting(self._captured, shape.spans, max(host.query_lens), shape.rows)
+        return bucket if bucket and shape.max_blocks <= self._layouts[bucket].shape.max_blocks else None
+
+    def run(
+        self,
+        bucket: Bucket,
+        host: HostBatch,
+        inputs: Seq[torch.Tensor] = (),
+        token_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """The outputs of the batch, (rows of the bucket, ...) each.
+
+        inputs: (rows of the batch, ...) each; token_ids: (rows,) on the device, in place of the batch's, of a batch of
+        one row a span.
+        """
+        assert self._outputs is not None
+        layout = self._layouts[bucket]
+        copy_to(layout.padded(host), self._buffer[: layout.size])
+        batch, places = layout.tensors(self._buffer)
+        rows = host.shape.rows
+        for static, given in zip(self._inputs, inputs, strict=True):
+            if layout.dense(host):
+                static[:rows].copy_(given)
+            else:
+                static.index_copy_(0, places[:rows], given)
+        if token_ids is not None:
+            if bucket.length != 1:
+                raise ValueError("tokens on the device can be given to passes of one row a span only")
+            batch.token_ids[:rows].copy_(token_ids)
+        self._replays[bucket]()
+        return tuple(output[: bucket.rows] for output in self._outputs)
+
+    def _capture(self, bucket: Bucket, function: Pass, plan: GraphPlan) -> Replay:
+        layout, rows = self._layouts[bucket], bucket.rows
+        copy_to(layout.padded(None), self._buffer[: layout.size])
+        batch, places = layout.tensors(self._buffer)
+        inputs = tuple(static[:rows] for static in self._inputs)
+        if self._outputs is None:
+            most = max(each.rows for each in plan.buckets)
+            made = function(batch, places, inputs)
+            self._outputs = tuple(each.new_empty(most, *each.shape[1:]) for each in made)
+        outputs = tuple(output[:rows] for output in self._outputs)
+
+        def step() -> None:
+            for output, made in zip(outputs, function(batch, places, inputs), strict=True):
+                output.copy_(made)
+
+        return plan.backend.capture(step, (self._buffer[: layout.size], *inputs), outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where the arrays of a bucket's batch lie in the static buffer."""
+
+    bucket: Bucket
+    shape: BatchShape
+    block_size: int
+    padding_block: int
+    size: int
+    """Bytes: the batch as `HostBatch` has it, and behind it the places of its rows, (rows,) int64."""
+
+    @staticmethod
+    def of(bucket: Bucket, plan: GraphPlan, block_size: int) -> _Layout:
+        rows = bucket.rows
+        # The longest sequence's last span may be padded.
+        width = -(-(plan.max_len + bucket.length - 1) // block_size)
+        shape = BatchShape(spans=bucket.spans, rows=rows, wanted=rows, max_blocks=width)
+        size = -(-(shape.offsets()[-1] + 8 * rows) // ALIGNMENT) * ALIGNMENT
+        return _Layout(bucket, shape, block_size, plan.padding_block, size)
+
+    def dense(self, host: HostBatch) -> bool:
+        """Its rows lie in the bucket as they lie in the batch."""
+        return host.shape.rows == host.shape.spans * self.bucket.length
+
+    def padded(self, host: HostBatch | None) -> np.ndarray:
+        """The buffer of the batch, (size,) uint8; None: of padding alone."""
+        spans, length, size = self.bucket.spans, self.bucket.length, self.block_size
+        every = np.arange(self.bucket.rows)
+        buffer = np.zeros(self.size, dtype=np.uint8)
+        token_ids, positions, logit_rows, slots, ends, context_lens, cu_context_lens, tables = HostBatch(
+            self.shape, buffer, [], [], size
+        ).arrays()
+        places = buffer[self.size - 8 * len(every) :].view(np.int64)
+        slots[:] = self.padding_block * size + every % length % size
+        ends[:] = np.arange(spans + 1) * length
+        context_lens[:] = length
+        tables[:] = self.padding_block
+        if host is not None:
+            count, rows = host.shape.spans, host.shape.rows
+            tokens_, positions_, logit_rows_, slots_, ends_, context_lens_, _, tables_ = host.arrays()
+            lengths = np.diff(ends_)
+            real = every[:rows]
+            if not self.dense(host):
+                real = real + np.repeat(ends[:count] - ends_[:-1], lengths)
+            places[:rows] = real
+            token_ids[real], positions[real], slots[real] = tokens_, positions_, slots_
+            logit_rows[: len(logit_rows_)] = real[logit_rows_]
+            context_lens[:count] = context_lens_ + (length - lengths)
+            used = -(-context_lens_ // size)
+            own = tables[:count, : tables_.shape[1]]
+            np.copyto(own, tables_, where=np.arange(tables_.shape[1]) < used[:, None])
+        np.cumsum(context_lens, out=cu_context_lens[1:])
+        return buffer
+
+    def tensors(self, buffer: torch.Tensor) -> tuple[FlatBatch, torch.Tensor]:
+        """Views of the static buffer. What attention reads of the host are bounds that hold for every batch."""
+        spans, longest = self.bucket.spans, self.shape.max_blocks * self.block_size
+        host = HostBatch(
+            self.shape, np.empty(0, dtype=np.uint8), [self.bucket.length] * spans, [longest] * spans, self.block_size
+        )
+        places = buffer[self.size - 8 * self.bucket.rows : self.size].view(torch.int64)
+        return flat_batch(host, buffer), places
+
+
+def _all_agree(willing: bool, comm: Communicator, device: torch.device) -> bool:
+    """Whether all ranks are willing."""
+    if comm.size == 1:
+        return willing
+    votes = comm.all_reduce(torch.full((1, 1), float(willing), device=device))
+    return bool(votes.item() == comm.size)
