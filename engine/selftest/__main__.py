@@ -33,7 +33,9 @@ def main() -> int:
 
     try:
         if launch.group == ENVIRONMENT:
-            send(Described(read_environment(Subject(launch.job).platform)))
+            subject = Subject(launch.job)
+            subject.check()
+            send(Described(read_environment(subject.platform)))
             send(Ended())
             return 0
         for result in run_group(launch.job, launch.group, launch.done, lambda name: send(Started(name))):

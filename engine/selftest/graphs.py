@@ -8,8 +8,7 @@ from functools import cached_property
 
 import torch
 
-from engine.bench.compare import BOUNDS
-from engine.execution.buckets import batch_sizes, buckets, span_lengths
+from engine.execution.buckets import batch_sizes, buckets, fitting, span_lengths
 from engine.execution.graphs import CudaGraphs, EagerGraphs, GraphBackend, GraphPlan, graph_backend
 from engine.execution.loader import Platform, load_model
 from engine.execution.runner import ModelRunner
@@ -17,6 +16,7 @@ from engine.execution.spans import Span
 from engine.memory import kv_cache
 from engine.models.interface import Model
 from engine.selftest.check import Check, Finding, Skip
+from engine.selftest.logits import BOUNDS, UNIT, gaps
 from engine.selftest.subject import Subject, ignore
 
 GROUP = "graphs"
@@ -30,17 +30,16 @@ BATCHES: tuple[tuple[tuple[int, int], ...], ...] = (
     ((9, 1),),  # once more: nothing of the larger ones is left
 )
 """Of each: (tokens in the cache, tokens of the span) of each sequence."""
+BUCKETS = buckets(batch_sizes(SEQUENCES), span_lengths(DRAFTED), SEQUENCES * (1 + DRAFTED))
 REPLAY_WHY = "the same kernels on the same padded buffers: a replay must give the very same bits"
 PADDED_WHY = "rows of padding may make a product or an attention kernel round otherwise; the native kernels never"
-    "rows of padding may make a matrix product or an attention kernel round otherwise; the native kernels never"
-)
 
 
 def checks(subject: Subject) -> Iterator[Check]:
     passes = _Passes(subject)
     compares = {
         "replayed passes": ("a graph's replays with the same passes eagerly, on the same buffers", "wrong numbers"),
-        "padded passes": ("passes padded to their buckets with passes of just their rows", "logits"),
+        "padded passes": ("passes padded to their buckets with passes of just their rows", UNIT),
     }
     runs = {"replayed passes": (passes.replayed, REPLAY_WHY), "padded passes": (passes.padded, PADDED_WHY)}
     for name, (what, unit) in compares.items():
@@ -68,16 +67,19 @@ class _Passes:
         graphs = self._logits(lambda: CudaGraphs(platform.device))
         eager = self._logits(EagerGraphs)
         wrong = sum(int((one != other).sum()) for one, other in zip(graphs, eager, strict=True))
-        return Finding(measured=wrong, bound=0, detail=f"of {sum(each.numel() for each in graphs):,}")
+        numbers = sum(each.numel() for each in graphs)
+        return Finding(
+            measured=wrong, bound=0, detail=f"of {numbers:,}; {_captured()} of {len(BATCHES)} batches in a bucket"
+        )
 
     def padded(self) -> Finding:
         _, platform = self.loaded
         if not platform.attention.capturable:
             raise Skip(f"attention by {platform.attention.name} cannot be captured, so that nothing is padded")
         padded, plain = self._logits(EagerGraphs), self._logits(None)
-        gap = max(float((one - other).abs().max()) for one, other in zip(padded, plain, strict=True))
-        bound = 0.0 if platform.kernels_name == "native" else BOUNDS[self.subject.dtype_name]
-        return Finding(measured=gap, bound=bound, detail=f"{len(BATCHES)} batches")
+        gap = max(float(gaps(one, other).max()) for one, other in zip(padded, plain, strict=True))
+        bound = 0.0 if platform.kernels_name == "native" else BOUNDS[platform.dtype]
+        return Finding(measured=gap, bound=bound, detail=f"{_captured()} of {len(BATCHES)} batches in a bucket")
 
     def _logits(self, make: Callable[[], GraphBackend] | None) -> list[torch.Tensor]:
         """Of all rows of each batch, float32 on the CPU; by captured passes, or by just the rows' own."""
@@ -94,7 +96,7 @@ class _Passes:
         if make is not None:
             plan = GraphPlan(
                 backend=make(),
-                buckets=buckets(batch_sizes(SEQUENCES), span_lengths(DRAFTED), SEQUENCES * (1 + DRAFTED)),
+                buckets=BUCKETS,
                 max_len=LONGEST,
                 padding_block=count,
                 memory=1 << 30,
@@ -108,3 +110,12 @@ class _Passes:
             ]
             found.append(runner.run(spans).float().cpu().clone())
         return found
+
+
+def _captured() -> int:
+    """How many of the batches there is a captured pass for."""
+    found = [
+        fitting(BUCKETS, len(batch), max(length for _, length in batch), sum(length for _, length in batch))
+        for batch in BATCHES
+    ]
+    return sum(bucket is not None for bucket in found)

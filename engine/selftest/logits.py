@@ -29,6 +29,7 @@ from engine.weights.names import expected_shapes
 from engine.weights.quantization import dequantized, quantized
 
 GROUP = "logits"
+UNIT = "of the logits' deviation"
 CHUNKS = ((0, 37), (37, 64), (64, 69), (69, 70), (70, 79), (79, 80))
 """Positions of the spans that a prompt is computed in: prefill, verification, decoding."""
 TOKENS = CHUNKS[-1][1]
@@ -65,7 +66,7 @@ def _check(name: str, subject: Subject, why: str, run: Callable[[], Finding]) ->
         group=GROUP,
         name=name,
         compares=f"logits of {TOKENS} tokens on {subject.device} in {subject.dtype_name}, in chunks, with the CPU's",
-        unit="of the logits' deviation",
+        unit=UNIT,
         why=why,
         run=torch.inference_mode()(run),
     )
@@ -153,8 +154,14 @@ def _bound(shape: ModelConfig, platform: Platform, fp8: bool) -> float:
     return FP8_BOUND if fp8 else min(MOST, BOUNDS[platform.dtype] * sqrt(max(2, shape.num_layers) / 2))
 
 
+def gaps(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Of each row, (rows,) float64: the root mean square of what the logits differ by, in standard deviations of all."""
+    wanted = wanted.cpu().double()
+    return (found.cpu().double() - wanted).square().mean(1).sqrt() / wanted.std()
+
+
 def _gap(found: torch.Tensor, wanted: torch.Tensor, bound: float) -> Finding:
-    errors = (found.cpu().double() - wanted.double()).square().mean(1).sqrt() / wanted.double().std()
+    errors = gaps(found, wanted)
     same = float((found.cpu().argmax(1) == wanted.argmax(1)).double().mean())
     detail = f"largest at token {int(errors.argmax())}; the likeliest token is the same for {same:.0%}"
     return Finding(measured=float(errors.max()), bound=bound, detail=detail)

@@ -13,8 +13,10 @@ import torch
 
 from engine.config import EngineConfig
 from engine.device import synchronize
-from engine.execution.loader import Platform, choose_platform
+from engine.errors import ConfigError
+from engine.execution.loader import Platform, choose_platform, computes_in_fp8
 from engine.models.config import ModelConfig
+from engine.parallel.layout import check_divides
 from engine.selftest import small
 from engine.selftest.run import Job
 from engine.weights import read_config
@@ -50,6 +52,18 @@ class Subject:
             return self.config
         return msgspec.structs.replace(self.config, dtype="bfloat16") if self.config.device != "cpu" else self.config
 
+    def check(self) -> None:
+        """Raise ConfigError where these settings cannot work on this machine, before anything is checked."""
+        config, platform = self.config, self.platform
+        ranks, nodes = config.tensor_parallel_size, config.nnodes
+        if nodes > 1:
+            raise ConfigError(f"nnodes is {nodes}, but the self-test checks one host at a time: run it on each")
+        if self.job.own_model:
+            fp8 = computes_in_fp8(config, self.shape, platform.needs.capability)
+            check_divides(self.shape, ranks, fp8, model=config.model)
+        if platform.device.type == "cuda" and ranks > (there := torch.cuda.device_count()):
+            raise ConfigError(f"tensor_parallel_size is {ranks}, but torch sees {there} GPUs here")
+
     @property
     def device(self) -> torch.device:
         return self.platform.device
@@ -79,6 +93,7 @@ class Subject:
             max_batch_tokens=128,
             kv_cache_memory=64 << 20,
             tensor_parallel_size=1,
+            draft_tensor_parallel_size=1,
             seed=0,
         )
         return msgspec.structs.replace(config, **settings)

@@ -19,6 +19,8 @@ import torch
 from broken_verifier import GullibleVerifier
 
 from engine.config import EngineConfig
+from engine.execution.graphs import EagerGraphs, _Layout
+from engine.execution.spans import HostBatch
 from engine.kernels.native import NativeKernels, load_library
 from engine.kernels.torch import TorchKernels
 from engine.layers.attention.native import NativeAttention
@@ -26,7 +28,7 @@ from engine.layers.attention.torch import TorchAttention
 from engine.planner.devices import DEVICES
 from engine.planner.published import PUBLISHED
 from engine.sampling import processors
-from engine.selftest import parallel, small, speed
+from engine.selftest import graphs, parallel, small, speed
 from engine.selftest.check import Check, Finding, Result, Skip, run_check
 from engine.selftest.environment import Environment
 from engine.selftest.groups import run_group
@@ -267,6 +269,35 @@ def test_a_verifier_that_believes_drafts_is_found(
     assert "FAILED: 2 failed, in" in printed
 
 
+def test_stale_and_disturbed_passes_are_found(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = run("graphs")
+    assert failed(results) == []
+    assert results["replayed passes"].detail == "there are no CUDA graphs on cpu"
+    assert results["padded passes"].detail == "6 of 6 batches in a bucket"
+
+    class Stale(EagerGraphs):
+        """Replays what it computed at its capture."""
+
+        def capture(self, function: Any, inputs: Any, outputs: Any) -> Any:
+            function()
+            return lambda: None
+
+    monkeypatch.setattr(graphs, "EagerGraphs", Stale)
+    assert failed(run("graphs")) == ["padded passes"]
+    monkeypatch.undo()
+    right = _Layout.padded
+
+    def disturbed(self: Any, host: Any) -> Any:
+        """Rows of padding overwrite what the first row has written."""
+        buffer = right(self, host)
+        slots = HostBatch(self.shape, buffer, [], [], self.block_size).arrays()[3]
+        slots[slots // self.block_size == self.padding_block] = slots[0]
+        return buffer
+
+    monkeypatch.setattr(_Layout, "padded", disturbed)
+    assert failed(run("graphs")) == ["padded passes"]
+
+
 def test_two_ranks(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     results = run("parallel", tensor_parallel_size=2)
     assert failed(results) == []
@@ -343,6 +374,32 @@ def test_a_crash_or_a_hang_fails_one_check_alone(
     assert all(result.verdict == "passed" for name, result in results.items() if name != "truncation, min_p")
 
 
+def test_a_device_that_is_lost_gets_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an illegal access on a GPU: every call fails from then on."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if sys.argv[0] == '-m':\n"
+        "    import torch\n"
+        "    import engine.selftest.check as check\n"
+        "    right, lost = check.run_check, []\n"
+        "    def gone(*given): raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "    def run_check(each):\n"
+        "        if each.name == 'truncation, min_p':\n"
+        "            lost.append(True)\n"
+        "            torch.cuda.is_initialized, torch.cuda.synchronize = (lambda: True), gone\n"
+        "        return right(check.Check(group=each.group, name=each.name, compares=each.compares, unit=each.unit,\n"
+        "            why=each.why, run=gone if lost else each.run))\n"
+        "    check.run_check = run_check\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
+    monkeypatch.setattr("engine.selftest.run.GROUPS", ("sampling",))
+    job = Job(config=EngineConfig(num_threads=1), directory=str(tmp_path), quick=True)
+    results = {result.name: result for result in run_groups(job, lambda group, name: None)}
+    assert failed(results) == ["truncation, min_p"]
+    assert results["truncation, min_p"].detail.startswith("RuntimeError: CUDA error")
+    assert len(results) == 8
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -351,6 +408,8 @@ def test_a_crash_or_a_hang_fails_one_check_alone(
         (["--json", "/nowhere/at/all.json"], "json is '/nowhere/at/all.json'"),
         (["--max-batch-tokens", "4"], "max_batch_tokens (4)"),
         (["--config", "/nowhere.yaml"], "cannot read the settings"),
+        (["--nnodes", "2", "--tensor-parallel-size", "2", "--master-addr", "x"], "nnodes is 2"),
+        (["--model", "smollm2-135m", "--tensor-parallel-size", "2"], "num_heads (9) does not divide by 2"),
     ],
 )
 def test_settings_that_cannot_work_are_status_2(
