@@ -155,7 +155,7 @@ def _bound(shape: ModelConfig, platform: Platform, fp8: bool) -> float:
 
 
 def gaps(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Of each row, (rows,) float64: the root mean square of what the logits differ by, in standard deviations of all."""
+    """Of each row, (rows,) float64: the root mean square of the logits' differences, in standard deviations of all."""
     wanted = wanted.cpu().double()
     return (found.cpu().double() - wanted).square().mean(1).sqrt() / wanted.std()
 
