@@ -1,10 +1,10 @@
-"""What it takes to give a step's plan to the other tensor-parallel ranks: from rank 0's call to broadcast until the last of
-them has the batch unpacked, ready to be copied to its device.
+"""What it takes to give a step's plan to the other tensor-parallel ranks: from rank 0's call to broadcast until the last
+of them has the batch unpacked, ready to be copied to its device.
 
     python benchmarks/plan_broadcast.py --sequences 64 --ranks 3 --context 4096
 
-Real processes, the engine's own channel, batches of one row and of five rows for each sequence, with block tables for that
-much context. All are on this machine, so that one clock times both ends. No model: between two plans nothing else
+Real processes, the engine's own channel, batches of one row and of five rows for each sequence, with block tables for
+that much context. All are on this machine, so that one clock times both ends. No model: between two plans nothing else
 runs. "packing" is what rank 0 does before, for itself and for the others alike.
 """
 
@@ -74,12 +74,12 @@ def _measure(args: argparse.Namespace, rows: int) -> None:
                 listener.wait()
             channel.close()
             done.close(linger=0)
-    size = host.buffer.nbytes
-    print(f"{args.sequences} sequences of {args.context} tokens, {rows} row(s) each, {args.ranks} ranks: {size:,} bytes")
+    size = f"{host.buffer.nbytes:,} bytes"
+    print(f"{args.sequences} sequences of {args.context} tokens, {rows} row(s) each, to {args.ranks} ranks: {size}")
     for what, seconds in (("packing", packing), ("in the call that sends", sending), ("until the last has it", given)):
-        ordered = sorted(seconds)
-        median, p99 = statistics.median(ordered), ordered[int(0.99 * (len(ordered) - 1))]
-        print(f"  {what:24} median {median * 1000:7.3f} ms   p99 {p99 * 1000:7.3f} ms   max {ordered[-1] * 1000:7.3f} ms")
+        found = sorted(1000 * each for each in seconds)
+        p99 = found[int(0.99 * (len(found) - 1))]
+        print(f"  {what:24} least {found[0]:.3f}  median {statistics.median(found):.3f}  p99 {p99:.3f} ms")
 
 
 def _spans(sequences: int, context: int, rows: int) -> list[Span]:

@@ -32,7 +32,7 @@ class Setup:
     drafts: tuple[PlannedDraft, ...]
     ranks: int
     draft_ranks: int
-    """1: every rank has the whole draft and computes it alike; else as `ranks`: sharded."""
+    """1: rank 0 has the whole draft, and is the fullest; else as `ranks`: sharded."""
     notes: tuple[str, ...] = ()
     """What was decided on the way, for the reader."""
 
