@@ -71,7 +71,7 @@ class Service:
     def fingerprint(self, info: EngineInfo) -> str:
         """OpenAI's system_fingerprint: as long as it is the same, the same seed gives the same text."""
         if not self._fingerprint:
-            parts = (VERSION, info.model, info.dtype, info.device, info.kernels)
+            parts = (VERSION, info.model, info.dtype, info.device, info.kernels, info.tensor_parallel_size)
             self._fingerprint = "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
         return self._fingerprint
 

@@ -130,7 +130,7 @@ def serve(launch: WorkerLaunch, welcome: Welcome, link: Link, state: State, load
     """Take part, for as long as this process lives. Raises what stands in the way."""
     place = Place(launch.rank, launch.config.tensor_parallel_size, launch.config.nnodes)
     config, device = settle(launch.config, place)
-    orders = _Orders(welcome)
+    orders = PassReader(welcome)
     link.send(Joined(device.type))
     orders.expect(Meet)
     store = join_store(welcome.store_host, welcome.store_port, place.size, collective_seconds(config))
@@ -171,7 +171,7 @@ class _Following:
         self.runners[header.model].run_batch(host)
 
 
-class _Orders:
+class PassReader:
     """This rank's end of the pass channel."""
 
     def __init__(self, welcome: Welcome) -> None:

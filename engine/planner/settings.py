@@ -30,6 +30,9 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """auto: the same as `dtype`; fp8: one byte a number."""
     tensor_parallel_size: Positive = 1
     """GPUs that share a model."""
+    draft_tensor_parallel_size: Positive = 1
+    """1: draft models lie whole on the first GPU; the same as tensor_parallel_size: they are divided as the target is.
+    """
     enforce_eager: bool = False
     """No CUDA graphs."""
     cuda_graph_memory: NotNegative = 0

@@ -43,7 +43,8 @@ class Setup:
     drafts: tuple[PlannedDraft, ...]
     ranks: int
     draft_ranks: int
-    """Of draft models. 1: each is whole on the first rank; else as `ranks`: sharded. EAGLE-3 heads are always whole."""
+    """Of draft models. 1: rank 0 has each whole, and is the fullest; else as `ranks`: sharded. EAGLE-3 heads are always
+    whole."""
     notes: tuple[str, ...] = ()
     """What was decided on the way, for the reader."""
 

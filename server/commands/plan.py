@@ -68,13 +68,6 @@ def add_parser(commands: Any) -> None:
         help="chance that a drafted token is accepted after those before it were, of the drafter NAME or of all; "
         "repeatable (default: 0.7 for draft models and EAGLE-3 heads, 0.3 for lookups)",
     )
-    parser.add_argument(
-        "--draft-tensor-parallel-size",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="1: every GPU has the whole draft; else tensor_parallel_size: drafts are split, too (default: 1)",
-    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw the predictions into a .png, .svg or .pdf file")
     add_flags(parser, PlanSettings, "settings")
@@ -90,7 +83,7 @@ def plan(options: dict[str, Any]) -> int:
     from engine.planner.plan import make_plan
     from engine.planner.setup import make_setup
 
-    setup = make_setup(settings, find_device(options["gpu"]), options["draft_tensor_parallel_size"])
+    setup = make_setup(settings, find_device(options["gpu"]), settings.draft_tensor_parallel_size)
     names = [draft.name for draft in setup.drafts]
     acceptances: dict[str, float] = {}
     for name, rate in options["acceptance"]:

@@ -3,6 +3,7 @@ ends the engine, with the rank's name, and leaves no process behind."""
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ SEEDED = SamplingParams(max_tokens=24, ignore_eos=True, temperature=0.9, seed=7)
 LONG = SamplingParams(max_tokens=2000, ignore_eos=True, temperature=0.0)
 PROMPTS = [[5, 9, 11, 40, 5, 9, 11], list(range(20, 180)), [7]]
 
+ROOT = Path(__file__).parents[2]
 FAKE_WORKER = [sys.executable, str(Path(__file__).with_name("fake_worker.py"))]
 
 
@@ -130,6 +132,21 @@ def test_two_divided_engines_can_live_in_one_process(tiny_llama: Path) -> None:
         assert answers(first, "off") == answers(second, "off")
         first.close()
         assert answers(second, "off")
+
+
+def test_nothing_listens_beyond_this_machine(llm: LLM) -> None:
+    for process in (psutil.Process(), *ranks_of_this_process()):
+        listening = [each for each in process.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+        assert {each.laddr.ip for each in listening} <= {"127.0.0.1", "::1"}
+
+
+def test_a_plan_is_with_three_ranks_within_a_millisecond() -> None:
+    """At the best of a hundred times: at other times this machine may have other things to do."""
+    command = [sys.executable, "benchmarks/plan_broadcast.py", "--sequences", "64", "--ranks", "3", "--steps", "100"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
+    least = [float(found) for found in re.findall(r"until the last has it +least (\S+)", done.stdout)]
+    assert len(least) == 2
+    assert max(least) < 1.0
 
 
 # How it ends.

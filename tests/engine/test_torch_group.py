@@ -8,6 +8,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.distributed_c10d import AllreduceOptions, GatherOptions
 
 from engine.errors import CollectiveError
 from engine.parallel.torch_group import TorchGroup, connect, join_store, serve_store
@@ -89,3 +92,51 @@ def test_a_rank_that_does_not_come_fails_those_that_wait_for_it() -> None:
 
     with ranks(2, timeout=1.0) as each:
         each(wait_for_the_other)
+
+
+# NCCL, by a stand-in: what it is asked, on tensors of a GPU that is not there.
+
+CUDA = torch.device("cuda", 0)
+
+
+class StandIn:
+    """ProcessGroupNCCL's methods that are used, with their rules: contiguous tensors of the GPU, no waiting, and on the
+    current stream, where it returns no work. Signatures as torch's own stubs have them."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def allreduce(self, tensors: list[torch.Tensor], opts: AllreduceOptions) -> None:
+        (tensor,) = tensors
+        assert tensor.device == CUDA
+        assert tensor.is_contiguous()
+        assert opts.reduceOp == dist.ReduceOp.SUM
+        assert not opts.asyncOp
+
+    def gather(
+        self, output_tensors: list[list[torch.Tensor]], input_tensors: list[torch.Tensor], opts: GatherOptions
+    ) -> None:
+        (given,) = input_tensors
+        assert given.device == CUDA
+        assert given.is_contiguous()
+        assert opts.rootRank == 0
+        assert not opts.asyncOp
+        if self.rank:
+            assert output_tensors == []
+        else:
+            (parts,) = output_tensors
+            assert [(part.shape, part.device) for part in parts] == [(given.shape, CUDA)] * self.size
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nccl_is_asked_for_sums_in_place_and_for_parts_on_rank_0(rank: int) -> None:
+    """A look at a value, which would wait for the GPU, fails on fake tensors; so what is here can be captured."""
+    group = TorchGroup(rank, 2, CUDA, StandIn(rank, 2))
+    with FakeTensorMode():
+        x = torch.empty(5, 8, dtype=torch.bfloat16, device=CUDA)
+        assert group.all_reduce(x) is x
+        gathered = group.gather(torch.empty(3, 7, device=CUDA))
+        assert gathered.device == CUDA
+        if rank == 0:
+            assert gathered.shape == (3, 14)
+    assert group.entered == 2

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from engine.config import EngineConfig
-from engine.errors import ConfigError
 from engine.parallel.layout import what_does_not_divide
 from engine.planner.devices import find_device
 from engine.planner.memory import fits, plan_memory
@@ -84,8 +83,7 @@ def test_both_drafts_of_the_70b_do_not_fit_on_two_cards_as_its_comment_says() ->
     assert not fits(plan_memory(setup), setup)
 
 
-@pytest.mark.parametrize("name", [name for name, places in MEANT_FOR.items() if places[0][1] > 1])
-def test_serve_does_not_pretend_to_more_than_one_gpu(name: str) -> None:
-    content = read_yaml(str(CONFIGS / f"{name}.yaml"), (EngineConfig, PlanSettings))
-    with pytest.raises(ConfigError, match="tensor parallelism is not built yet: only 1 can be served"):
-        load(EngineConfig, content).check()
+@pytest.mark.parametrize("name", MEANT_FOR)
+def test_serve_takes_what_is_planned(name: str) -> None:
+    content = read_yaml(str(CONFIGS / f"{name}.yaml"), (EngineConfig,))
+    assert load(EngineConfig, content).check().tensor_parallel_size == read(name).tensor_parallel_size

@@ -118,8 +118,11 @@ def test_a_server_that_is_killed_leaves_no_rank(divided: RunningServer) -> None:
 
 
 def test_a_rank_that_ends_while_the_server_is_idle_ends_the_engine(divided: RunningServer) -> None:
+    """Its main thread sleeps, and does not hear of it: another has to say so."""
     worker_of(divided).kill()
     divided.wait_for("/health", 503)
+    with divided.client() as client, pytest.raises(openai.APIError, match=r"rank 1 \(pid .* was ended by SIGKILL"):
+        client.completions.create(**SHORT)
 
 
 # Two hosts.
