@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -547,3 +548,13 @@ def test_flags_and_fields_are_documented() -> None:
     fields = {name for line in page.splitlines() if line.startswith("| `") for name in re.findall(r"`([a-z_]+)`", line)}
     assert set(Result.__struct_fields__) <= fields
     assert set(GROUPS) <= fields
+
+
+def test_the_command_itself_imports_no_torch(tmp_path: Path) -> None:
+    """What crashes with torch, or with a library that it loads, crashes in a group's process."""
+    program = (
+        f"import sys, server.cli, engine.selftest.run as run; run.GROUPS = (); "
+        f"status = server.cli.main({[*QUICK, '--json', str(tmp_path / 'result.json')]}); "
+        "assert status == 0 and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
