@@ -52,6 +52,16 @@ _NAMES = {
 """Names as the driver gives them. Cards of like names and other memory (H100 PCIe, A100 40GB) are not among them."""
 
 
+COPY_WHY = "a large copy should come near the data sheet: below 75 % of it a card is throttled, shared, or another one"
+PASS_WHY = (
+    "what a decoding step waits for is its weights: 80 % of the data sheet's bandwidth is what the project asks for"
+)
+VERIFY_WHY = (
+    "the weights are read once, for five rows as for one; the rest of a pass grows a little: 1.1 is what the project "
+    "asks for"
+)
+
+
 def checks(subject: Subject) -> Iterator[Check]:
     machine = _Machine(subject)
     yield _check(
@@ -70,16 +80,6 @@ def checks(subject: Subject) -> Iterator[Check]:
         yield _check(f"verify {VERIFIED} tokens, {name}", what, "times", VERIFY_WHY, _verify(model))
         what = "a step with one sequence: plan, pass, sampling, commit"
         yield _check(f"step, {name}", what, "ms", "", _step(model))
-
-
-COPY_WHY = "a large copy should come near the data sheet: below 75 % of it a card is throttled, shared, or another one"
-PASS_WHY = (
-    "what a decoding step waits for is its weights: 80 % of the data sheet's bandwidth is what the project asks for"
-)
-VERIFY_WHY = (
-    "the weights are read once, for five rows as for one; the rest of a pass grows a little: 1.1 is what the project "
-    "asks for"
-)
 
 
 def peaks(name: str) -> Device | None:

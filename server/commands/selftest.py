@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     from engine.selftest.environment import Environment
     from engine.selftest.run import Job
 
-OMITTED = frozenset({"prefix_caching", "speculation", "adaptive_drafts", "verification", "seed"})
-"""Engine settings that the checks have their own say in."""
+OMITTED = frozenset(
+    {"prefix_caching", "speculation", "adaptive_drafts", "verification", "seed"}
+    | {"nnodes", "node_rank", "master_addr", "master_port"}
+)
+"""Engine settings that the checks have their own say in, and those of several hosts, which are checked one by one."""
 PROMPTS = 8
 LIMIT = 600
 JSON_VERSION = 1

@@ -409,7 +409,6 @@ def test_a_device_that_is_lost_gets_a_new_process(tmp_path: Path, monkeypatch: p
         (["--json", "/nowhere/at/all.json"], "json is '/nowhere/at/all.json'"),
         (["--max-batch-tokens", "4"], "max_batch_tokens (4)"),
         (["--config", "/nowhere.yaml"], "cannot read the settings"),
-        (["--nnodes", "2", "--tensor-parallel-size", "2", "--master-addr", "x"], "nnodes is 2"),
         (["--model", "smollm2-135m", "--tensor-parallel-size", "2"], "num_heads (9) does not divide by 2"),
     ],
 )
@@ -418,6 +417,13 @@ def test_settings_that_cannot_work_are_status_2(
 ) -> None:
     assert cli.main([*QUICK, *arguments]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_hosts_are_checked_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("nnodes: 2\ntensor_parallel_size: 2\nmaster_addr: elsewhere\n")
+    assert cli.main([*QUICK, "--config", str(settings)]) == 2
+    assert "nnodes is 2, but the self-test checks one host at a time" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there_is_status_1(capsys: pytest.CaptureFixture[str]) -> None:
