@@ -53,8 +53,10 @@ def events(tmp_path: Path) -> Callable[[], list[str]]:
 Make = Callable[..., AsyncEngine]
 
 
-@pytest.fixture
-async def make(tmp_path: Path, sockets: Path) -> AsyncIterator[Make]:
+@pytest.fixture(params=["float32", "float16"], ids=["synchronous", "asynchronous"])
+async def make(tmp_path: Path, sockets: Path, request: pytest.FixtureRequest) -> AsyncIterator[Make]:
+    """`fake_engine` takes the dtype for the kind of its device."""
+    dtype = request.param
     engines: list[AsyncEngine] = []
 
     def make_engine(
@@ -66,7 +68,7 @@ async def make(tmp_path: Path, sockets: Path) -> AsyncIterator[Make]:
         command: list[str] | None = None,
     ) -> AsyncEngine:
         command = command or [sys.executable, str(FAKE_ENGINE), str(tmp_path / "events")]
-        engines.append(AsyncEngine(EngineConfig(model=model, seed=seed), on_stats, on_loading, command=command))
+        engines.append(AsyncEngine(EngineConfig(model=model, seed=seed, dtype=dtype), on_stats, on_loading, command=command))
         return engines[-1]
 
     yield make_engine
