@@ -62,3 +62,9 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given; the CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def give_back_memory(device: torch.device) -> None:
+    """What torch keeps of a GPU's memory without using it, for others to count it as free."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from engine.config import EngineConfig
-from engine.device import compute_capability
+from engine.device import compute_capability, give_back_memory
 from engine.errors import ConfigError
 from engine.kernels.fp8 import FP8_CAPABILITY
 from engine.kernels.interface import Kernels
@@ -20,12 +20,15 @@ from engine.kernels.torch import TorchKernels
 from engine.layers.attention.choose import AttentionNeeds, choose_attention, why_not
 from engine.layers.attention.interface import AttentionBackend
 from engine.models.config import ModelConfig
+from engine.models.eagle3 import SharedWeights
 from engine.models.interface import Model
 from engine.models.registry import model_class
+from engine.parallel.interface import ALONE, Communicator
+from engine.parallel.layout import Layout, check_divides
 from engine.weights import iter_weights, read_config
 from engine.weights.catalog import ModelFiles, resolve
 from engine.weights.dummy import iter_weights as dummy_weights
-from engine.weights.names import expected_shapes
+from engine.weights.names import HEAD, Part, expected_shapes, whole
 from engine.weights.quantization import SCALE, dequantized, quantized
 
 logger = logging.getLogger(__name__)
@@ -60,8 +63,8 @@ class Platform:
         return self.kernels.name + (f"+{self.attention.name}" if self.attention.name != self.kernels.name else "")
 
 
-def choose_platform(config: EngineConfig, model: ModelConfig) -> Platform:
-    """Where `model` will compute, its threads set up.
+def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) -> Platform:
+    """Where `model`, divided over `ranks`, will compute, its threads set up.
 
     Raises ConfigError where the settings ask for what this machine or model cannot do.
     """
@@ -71,7 +74,7 @@ def choose_platform(config: EngineConfig, model: ModelConfig) -> Platform:
         name = "float32" if device.type == "cpu" else model.dtype  # type: ignore[assignment]
     dtype = getattr(torch, name)
     kernels: NativeKernels | TorchKernels = TorchKernels()
-    reason = _why_not_native(device, dtype, model, config)
+    reason = _why_not_native(device, dtype, model, config, ranks)
     if config.kernels == "native" and reason:
         raise ConfigError(f"kernels is 'native', but {reason}")
     if config.kernels == "torch" or reason:
@@ -108,12 +111,15 @@ def _choose_device(config: EngineConfig) -> torch.device:
     return torch.device("cpu")
 
 
-def _why_not_native(device: torch.device, dtype: torch.dtype, model: ModelConfig, config: EngineConfig) -> str | None:
+def _why_not_native(
+    device: torch.device, dtype: torch.dtype, model: ModelConfig, config: EngineConfig, ranks: int
+) -> str | None:
     if device.type != "cpu" or dtype != torch.float32:
         return f"the native kernels compute in float32 on the CPU, not in {dtype} on {device}"
     if config.quantization == "fp8":
         return "the native kernels compute in float32, not with weights in fp8"
-    sizes = {"hidden_size": model.hidden_size, "intermediate_size": model.intermediate_size, "head_dim": model.head_dim}
+    inner = "intermediate_size" if ranks == 1 else "intermediate_size on each rank"
+    sizes = {"hidden_size": model.hidden_size, inner: model.intermediate_size // ranks, "head_dim": model.head_dim}
     for what, size in sizes.items():
         if size % VECTOR:
             return f"the model's {what} ({size}) is not a multiple of {VECTOR}"
@@ -124,13 +130,13 @@ def _why_not_native(device: torch.device, dtype: torch.dtype, model: ModelConfig
     return None
 
 
-def check_draft(platform: Platform, name: str, model: ModelConfig, config: EngineConfig) -> None:
-    """Raise ConfigError where a draft cannot compute as the target does."""
+def check_draft(platform: Platform, name: str, model: ModelConfig, config: EngineConfig, ranks: int = 1) -> None:
+    """Raise ConfigError where a draft, divided over `ranks`, cannot compute as the target does."""
     reason = why_not(platform.attention.name, replace(platform.needs, head_dim=model.head_dim))
     if reason:
         raise ConfigError(f"drafter {name!r}: {reason}; attention_backend names another one for both models")
     if platform.kernels.name == "native":
-        reason = _why_not_native(platform.device, platform.dtype, model, config)
+        reason = _why_not_native(platform.device, platform.dtype, model, config, ranks)
         if reason:
             raise ConfigError(f"drafter {name!r}: {reason}; kernels 'torch' serves both models")
 
@@ -155,38 +161,89 @@ def thread_count(config: EngineConfig) -> int:
 
 
 def load_model(
-    name: str, platform: Platform | None, config: EngineConfig, max_positions: int, progress: Progress
+    name: str,
+    platform: Platform | None,
+    config: EngineConfig,
+    max_positions: int,
+    progress: Progress,
+    comm: Communicator = ALONE,
 ) -> tuple[Model, Platform, ModelFiles]:
-    """Read a model's weights onto its device. `platform` None: the one that `config` chooses for this model.
+    """Read a model's weights onto its device: all, or what rank `comm.rank` has of a model that is divided.
 
+    `platform` is the target's; None: `name` is the target, and gets the one that `config` chooses for it.
     `max_positions` 0: as many as the model was made for. Raises ModelError, ConfigError.
     """
-    dummy = config.load_format == "dummy"
-    files = resolve(name, weights=not dummy)
+    files = resolve(name, weights=config.load_format != "dummy")
     shape = read_config(files)
+    setting = "tensor_parallel_size" if platform is None else "draft_tensor_parallel_size"
+    check_divides(shape, comm.size, False, setting, files.name)
     if platform is None:
-        platform = choose_platform(config, shape)
+        platform = choose_platform(config, shape, comm.size)
     else:
-        check_draft(platform, name, shape, config)
+        check_draft(platform, name, shape, config, comm.size)
+    if _computes_in_fp8(config, shape, platform.needs.capability):
+        check_divides(shape, comm.size, True, setting, files.name)
+    weights = _weights(files, shape, platform, config, Layout(shape, comm.rank, comm.size).parts(), progress)
+    positions = max_positions or shape.max_position
+    with torch.inference_mode():
+        model = model_class(shape.architecture)(
+            shape, platform.kernels, platform.attention, weights, positions, platform.device, comm
+        )
+    give_back_memory(platform.device)  # of parts that have become one matrix, and of what was read ahead
+    return model, platform, files
+
+
+def _weights(
+    files: ModelFiles,
+    shape: ModelConfig,
+    platform: Platform,
+    config: EngineConfig,
+    parts: Mapping[str, Part],
+    progress: Progress,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those parts of a model's tensors, in the dtypes that they are computed with."""
     device, dtype = platform.device, platform.dtype
+    dummy = config.load_format == "dummy"
     fp8 = _computes_in_fp8(config, shape, platform.needs.capability)
     if shape.fp8 is not None and not fp8 and not dummy:
         logger.info("%s: its fp8 weights become %s, which takes more memory", files.name, dtype)
 
     def read() -> Iterator[tuple[str, torch.Tensor]]:
-        total, done = len(expected_shapes(shape)), 0
-        for item in dummy_weights(shape, dtype, device) if dummy else iter_weights(files, shape, dtype):
+        done = 0
+        stored = (
+            dummy_weights(shape, dtype, device, parts) if dummy else iter_weights(files, shape, dtype, parts, device)
+        )
+        for item in stored:
             yield item
             done += not item[0].endswith(SCALE)
-            progress(f"loading {files.name}", done / total)
+            progress(f"loading {files.name}", done / len(parts))
 
-    weights = read()
     if fp8:
-        weights = quantized(weights, shape.fp8.unquantized if shape.fp8 else (), device)
-    elif shape.fp8 is not None:
-        weights = dequantized(weights, dtype)
+        return quantized(read(), shape.fp8.unquantized if shape.fp8 else (), device)
+    return read() if shape.fp8 is None else dequantized(read(), dtype)
+
+
+def load_shared(
+    target: Model, platform: Platform, config: EngineConfig, embedding: bool, head: bool, progress: Progress
+) -> SharedWeights:
+    """The target's embedding and head, those of the two that a draft on rank 0 needs: whole, read once more where the
+    target has only a part of them here. What is not needed may be a part."""
+    shared = SharedWeights(target.embedding, target.head)
+    names = {"model.embed_tokens.weight"} if embedding else set()
+    if head:
+        names.add("model.embed_tokens.weight" if target.config.tie_embeddings else HEAD)
+    if target.comm.size == 1 or not names:
+        return shared
+    files = resolve(config.model, weights=config.load_format != "dummy")
+    shapes = expected_shapes(target.config)
+    parts = {name: whole(shapes[name]) for name in names}
+    prepared = {}
     with torch.inference_mode():
-        model = model_class(shape.architecture)(
-            shape, platform.kernels, platform.attention, weights, max_positions or shape.max_position, device
-        )
-    return model, platform, files
+        weights = dict(_weights(files, target.config, platform, config, parts, progress))
+        for name in names:
+            scale = weights.get(name + SCALE)
+            prepared[name] = platform.kernels.prepare_linear(weights[name].to(platform.device), None, scale)
+    return SharedWeights(
+        prepared.get("model.embed_tokens.weight", shared.embedding),
+        prepared.get("model.embed_tokens.weight" if target.config.tie_embeddings else HEAD, shared.head),
+    )

@@ -6,11 +6,12 @@ import torch
 
 from engine.layers.attention.interface import AttentionBackend, LayerCache
 from engine.models.config import ModelConfig
+from engine.parallel.layout import num_kv_heads
 
 
-def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers, keys and values."""
-    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype, ranks: int = 1) -> int:
+    """Bytes of one block over all layers, keys and values, on each of `ranks` tensor-parallel ranks."""
+    return 2 * config.num_layers * block_size * num_kv_heads(config, ranks) * config.head_dim * dtype.itemsize
 
 
 def allocate(
@@ -20,9 +21,10 @@ def allocate(
     block_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    ranks: int = 1,
 ) -> list[LayerCache]:
-    """Empty caches, one for each layer."""
+    """Empty caches, one for each layer, on one of `ranks` tensor-parallel ranks."""
     return [
-        attention.allocate(num_blocks, block_size, config.num_kv_heads, config.head_dim, dtype, device)
+        attention.allocate(num_blocks, block_size, num_kv_heads(config, ranks), config.head_dim, dtype, device)
         for _ in range(config.num_layers)
     ]

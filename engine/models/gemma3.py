@@ -19,6 +19,9 @@ from engine.models.config import ModelConfig
 from engine.models.features import FeatureTap
 from engine.models.rope import cos_sin_table
 from engine.models.weight_store import WeightStore
+from engine.parallel.interface import ALONE, Communicator
+from engine.parallel.layout import Layout
+from engine.parallel.operators import embed, logits, summed_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +53,15 @@ class Gemma3Model:
         weights: Iterable[tuple[str, torch.Tensor]],
         max_positions: int,
         device: torch.device,
+        comm: Communicator = ALONE,
     ) -> None:
         self.config = config
+        self.comm = comm
+        self.layout = Layout(config, comm.rank, comm.size)
         self.kernels = kernels
         self.attention = attention
         self.attention_scale = config.attention_scale or config.head_dim**-0.5
-        store = WeightStore(config, kernels, device)
+        store = WeightStore(self.layout, kernels, device)
         for name, tensor in weights:
             store.add(name, tensor)
         self.embedding = store.linear("model.embed_tokens")
@@ -98,16 +104,16 @@ class Gemma3Model:
         tap: FeatureTap | None = None,
     ) -> torch.Tensor:
         """Hidden states after the last layer, before the final norm: (rows, hidden_size)."""
-        eps, kernels = self.config.rms_norm_eps, self.kernels
-        hidden = kernels.embed(token_ids, self.embedding).mul_(self.embedding_scale)
+        eps, kernels, comm = self.config.rms_norm_eps, self.kernels, self.comm
+        hidden = embed(kernels, comm, self.layout, token_ids, self.embedding).mul_(self.embedding_scale)
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             if tap is not None:
                 tap.take(index, hidden)
             attended = self._attend(layer, kernels.rms_norm(hidden, layer.attention_norm, eps), positions, batch, cache)
-            change = kernels.linear(attended, layer.output)
+            change = summed_linear(kernels, comm, attended, layer.output)
             hidden += kernels.rms_norm(change, layer.post_attention_norm, eps)
             gate_up = kernels.linear(kernels.rms_norm(hidden, layer.mlp_norm, eps), layer.gate_up)
-            change = kernels.linear(kernels.gelu_mul(gate_up), layer.down)
+            change = summed_linear(kernels, comm, kernels.gelu_mul(gate_up), layer.down)
             hidden += kernels.rms_norm(change, layer.post_mlp_norm, eps)
         if tap is not None:
             tap.take(len(self.layers), hidden)
@@ -117,7 +123,7 @@ class Gemma3Model:
         self, layer: DecoderLayer, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, cache: LayerCache
     ) -> torch.Tensor:
         config, kernels = self.config, self.kernels
-        heads, kv_heads = config.num_heads, config.num_kv_heads
+        heads, kv_heads = self.layout.num_heads, self.layout.num_kv_heads
         qkv = kernels.linear(x, layer.qkv).view(len(x), heads + 2 * kv_heads, config.head_dim)
         query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
         query = kernels.rms_norm(query, layer.q_norm, config.rms_norm_eps)
@@ -127,8 +133,9 @@ class Gemma3Model:
         return self.attention.attend(query, key, value.contiguous(), cache, batch, self.attention_scale, layer.window)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(rows, hidden_size) as `forward` returns them -> (rows, vocab_size)."""
-        return self.kernels.linear(self.kernels.rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.head)
+        """(rows, hidden_size) as `forward` returns them -> (rows, vocab_size), on rank 0."""
+        normed = self.kernels.rms_norm(hidden, self.norm, self.config.rms_norm_eps)
+        return logits(self.kernels, self.comm, self.layout, normed, self.head)
 
 
 def _one_plus(weight: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,25 @@ from engine.kernels.interface import PreparedLinear
 from engine.layers.attention.interface import AttentionBatch, LayerCache
 from engine.models.config import ModelConfig
 from engine.models.features import FeatureTap
+from engine.parallel.interface import Communicator
+from engine.parallel.layout import Layout
 
 
 class Model(Protocol):
-    @property
-    def config(self) -> ModelConfig: ...
+    """One rank's part of it, where it is divided over several: all of them call the same methods with the same rows."""
 
-    embedding: PreparedLinear  # (vocab_size, hidden_size)
+    @property
+    def config(self) -> ModelConfig:
+        """Of the whole model."""
+        ...
+
+    @property
+    def comm(self) -> Communicator: ...
+
+    @property
+    def layout(self) -> Layout: ...
+
+    embedding: PreparedLinear  # (layout.vocab_part, hidden_size)
     head: PreparedLinear  # the same; the embedding itself where they are tied
 
     def forward(
@@ -32,5 +44,6 @@ class Model(Protocol):
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(rows, hidden_size) as `forward` returns them -> (rows, vocab_size)."""
+        """(rows, hidden_size) as `forward` returns them -> (rows, vocab_size), on rank 0; what it returns elsewhere is
+        not to be read."""
         ...

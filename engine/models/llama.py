@@ -18,6 +18,9 @@ from engine.models.config import ModelConfig
 from engine.models.features import FeatureTap
 from engine.models.rope import cos_sin_table
 from engine.models.weight_store import WeightStore
+from engine.parallel.interface import ALONE, Communicator
+from engine.parallel.layout import Layout
+from engine.parallel.operators import embed, logits, summed_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +38,9 @@ class DecoderLayer:
 class LlamaModel:
     """Rows in, hidden states out; `logits` of those rows that are asked for.
 
-    Raises ModelError if `weights` lack a tensor. They are consumed one by one: a fused matrix is laid out as soon as
-    its parts are there, so that the peak is the model and a few tensors.
+    `weights` has the parts of rank `comm.rank` (see `Layout`). Raises ModelError if one is missing. They are consumed
+    one by one: a fused matrix is laid out as soon as its parts are there, so that the peak is the model and a few
+    tensors.
     """
 
     def __init__(
@@ -47,12 +51,15 @@ class LlamaModel:
         weights: Iterable[tuple[str, torch.Tensor]],
         max_positions: int,
         device: torch.device,
+        comm: Communicator = ALONE,
     ) -> None:
         self.config = config
+        self.comm = comm
+        self.layout = Layout(config, comm.rank, comm.size)
         self.kernels = kernels
         self.attention = attention
         self.cos_sin = cos_sin_table(config.rope, config.head_dim, max_positions).to(device)
-        store = WeightStore(config, kernels, device)
+        store = WeightStore(self.layout, kernels, device)
         for name, tensor in weights:
             store.add(name, tensor)
         self.embedding = store.linear("model.embed_tokens")
@@ -82,15 +89,15 @@ class LlamaModel:
         tap: FeatureTap | None = None,
     ) -> torch.Tensor:
         """Hidden states after the last layer, before the final norm: (rows, hidden_size)."""
-        eps, kernels = self.config.rms_norm_eps, self.kernels
-        hidden = kernels.embed(token_ids, self.embedding)
+        eps, kernels, comm = self.config.rms_norm_eps, self.kernels, self.comm
+        hidden = embed(kernels, comm, self.layout, token_ids, self.embedding)
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             if tap is not None:
                 tap.take(index, hidden)
             attended = self._attend(layer, kernels.rms_norm(hidden, layer.input_norm, eps), positions, batch, cache)
-            hidden = kernels.linear(attended, layer.output, residual=hidden)
+            hidden = summed_linear(kernels, comm, attended, layer.output, residual=hidden)
             gate_up = kernels.linear(kernels.rms_norm(hidden, layer.post_norm, eps), layer.gate_up)
-            hidden = kernels.linear(kernels.silu_mul(gate_up), layer.down, residual=hidden)
+            hidden = summed_linear(kernels, comm, kernels.silu_mul(gate_up), layer.down, residual=hidden)
         if tap is not None:
             tap.take(len(self.layers), hidden)
         return hidden
@@ -99,7 +106,7 @@ class LlamaModel:
         self, layer: DecoderLayer, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, cache: LayerCache
     ) -> torch.Tensor:
         config, kernels = self.config, self.kernels
-        heads, kv_heads = config.num_heads, config.num_kv_heads
+        heads, kv_heads = self.layout.num_heads, self.layout.num_kv_heads
         qkv = kernels.linear(x, layer.qkv).view(len(x), heads + 2 * kv_heads, config.head_dim)
         query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -114,5 +121,6 @@ class LlamaModel:
         return self.attention.attend(query, key, value, cache, batch, scale, config.sliding_window)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(rows, hidden_size) as `forward` returns them -> (rows, vocab_size)."""
-        return self.kernels.linear(self.kernels.rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.head)
+        """(rows, hidden_size) as `forward` returns them -> (rows, vocab_size), on rank 0."""
+        normed = self.kernels.rms_norm(hidden, self.norm, self.config.rms_norm_eps)
+        return logits(self.kernels, self.comm, self.layout, normed, self.head)

@@ -14,12 +14,14 @@ from engine.models.config import ModelConfig
 from engine.models.gemma3 import Gemma3Model
 from engine.models.interface import Model
 from engine.models.llama import LlamaModel
+from engine.parallel.interface import ALONE, Communicator
 
 
 class ModelClass(Protocol):
-    """Makes a model of a shape and its weights, which are consumed one by one; positions go up to `max_positions`.
+    """Makes a rank's part of a model, of the whole model's shape and the part's weights, which are consumed one by one;
+    positions go up to `max_positions`.
 
-    Raises ModelError if `weights` lack a tensor.
+    Raises ModelError if `weights` lack a tensor, ConfigError for a shape that does not divide over the ranks.
     """
 
     def __call__(
@@ -30,6 +32,7 @@ class ModelClass(Protocol):
         weights: Iterable[tuple[str, torch.Tensor]],
         max_positions: int,
         device: torch.device,
+        comm: Communicator = ALONE,
     ) -> Model: ...
 
 

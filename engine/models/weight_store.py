@@ -8,7 +8,7 @@ import torch
 
 from engine.errors import ModelError
 from engine.kernels.interface import Kernels, PreparedLinear
-from engine.models.config import ModelConfig
+from engine.parallel.layout import Layout
 
 _FUSED = {
     "self_attn.q_proj": ("self_attn.qkv_proj", 0, 3),
@@ -18,20 +18,26 @@ _FUSED = {
     "mlp.up_proj": ("mlp.gate_up_proj", 1, 2),
 }
 
+_VOCABULARIES = ("model.embed_tokens", "lm_head")
+
 
 class WeightStore:
-    """Collects named tensors, fuses and lays out the matrices. Names are Hugging Face's, less the last part."""
+    """Collects named tensors, fuses and lays out the matrices. Names are Hugging Face's, less the last part.
 
-    def __init__(self, config: ModelConfig, kernels: Kernels[Any], device: torch.device) -> None:
-        self._kernels, self._device = kernels, device
+    The tensors are the parts that `layout` gives to its rank.
+    """
+
+    def __init__(self, layout: Layout, kernels: Kernels[Any], device: torch.device) -> None:
+        self._kernels, self._device, self._layout = kernels, device, layout
         self._tensors: dict[str, torch.Tensor] = {}  # norms and biases
         self._parts: dict[str, dict[int, torch.Tensor]] = {}
         self._linears: dict[str, PreparedLinear] = {}
+        config, first = layout.config, layout.rank == 0
         self._biased = {
             "self_attn.qkv_proj": config.qkv_bias,
-            "self_attn.o_proj": config.output_bias,
+            "self_attn.o_proj": config.output_bias and first,  # one rank adds the bias of what is summed over all
             "mlp.gate_up_proj": config.mlp_bias,
-            "mlp.down_proj": config.mlp_bias,
+            "mlp.down_proj": config.mlp_bias and first,
         }
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -40,6 +46,8 @@ class WeightStore:
         if kind == "weight" and tensor.ndim == 1:
             self._tensors[name] = tensor
             return
+        if module in _VOCABULARIES:
+            tensor = _padded(tensor, self._layout.vocab_part)
         path, index, count = _fused_place(module)
         parts = self._parts.setdefault(f"{path}.{kind}", {})
         parts[index] = tensor
@@ -75,6 +83,15 @@ def _fused_place(module: str) -> tuple[str, int, int]:
         if module.endswith(end):
             return module.removesuffix(end) + fused, index, count
     return module, 0, 1
+
+
+def _padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """The same with rows of zeros at the end, so that there are `rows`."""
+    if len(tensor) == rows:
+        return tensor
+    padded = tensor.new_zeros(rows, *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    return padded
 
 
 def _joined(parts: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from engine.errors import ModelError
 from engine.models.config import ModelConfig
+from engine.parallel.layout import Layout, num_kv_heads
 from engine.planner.published import Published, find
 from engine.weights import read_config
 from engine.weights.catalog import CATALOG, ModelFiles, resolve
-from engine.weights.names import expected_shapes
+from engine.weights.names import expected_shapes, shape_of
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 """Of one number."""
@@ -68,7 +69,7 @@ class PlannedModel:
         for name, shape in rank_shapes(self.shape, ranks).items():
             if _LAYER_MATRIX.fullmatch(name):
                 yield Matrix(name, shape[0], shape[1], self.dtype_of(name))
-        yield Matrix("lm_head.weight", self.shape.vocab_size // ranks, self.shape.hidden_size, self.dtype)
+        yield Matrix("lm_head.weight", Layout(self.shape, 0, ranks).vocab_part, self.shape.hidden_size, self.dtype)
 
     def weight_bytes(self, ranks: int = 1) -> int:
         """Bytes of weights on one of `ranks` tensor-parallel ranks."""
@@ -81,7 +82,7 @@ class PlannedModel:
     def kv_bytes_per_token(self, ranks: int = 1) -> int:
         """Keys and values of a token, all layers, on one rank."""
         shape = self.shape
-        return 2 * shape.num_layers * kv_heads(shape, ranks) * shape.head_dim * BYTES[self.kv_dtype]
+        return 2 * shape.num_layers * num_kv_heads(shape, ranks) * shape.head_dim * BYTES[self.kv_dtype]
 
     def seen(self, context: int) -> float:
         """Keys that a query at the end of `context` tokens sees, the mean over the layers."""
@@ -93,41 +94,12 @@ class PlannedModel:
         return (sliding * near + (shape.num_layers - sliding) * context) / shape.num_layers
 
 
-def kv_heads(shape: ModelConfig, ranks: int) -> int:
-    """Key-value heads of one rank: split, or one each where ranks outnumber them."""
-    return max(1, shape.num_kv_heads // ranks)
-
-
-def what_does_not_divide(shape: ModelConfig, ranks: int) -> list[str]:
-    """Why a model cannot be split over so many ranks: sizes that do not divide; nothing if it can."""
-    sizes = {"num_heads": shape.num_heads, "intermediate_size": shape.intermediate_size, "vocab_size": shape.vocab_size}
-    reasons = [f"{name} ({size}) does not divide by {ranks}" for name, size in sizes.items() if size % ranks]
-    if shape.num_kv_heads % ranks and ranks % shape.num_kv_heads:
-        reasons.append(f"num_kv_heads ({shape.num_kv_heads}) neither divides by {ranks} nor divides it")
-    return reasons
-
-
 def rank_shapes(shape: ModelConfig, ranks: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of one rank's part of each tensor. Rows of queries, keys, values, gate, up, embedding and head are split,
-    columns of the output and down projections; norms, and biases that are added after the sum, are everywhere.
+    """Shapes of one rank's part of each tensor: the first rank's, which also has the biases that are added to a sum.
 
-    Raises ValueError if something does not divide (see `what_does_not_divide`).
+    Raises ConfigError, a ValueError, if something does not divide.
     """
-    if reasons := what_does_not_divide(shape, ranks):
-        raise ValueError("; ".join(reasons))
-    parts = {}
-    for name, whole in expected_shapes(shape).items():
-        module, _, kind = name.rpartition(".")
-        last = module.rpartition(".")[2]
-        if last in ("o_proj", "down_proj"):
-            parts[name] = (whole[0], whole[1] // ranks) if kind == "weight" else whole
-        elif last in ("k_proj", "v_proj"):
-            parts[name] = (kv_heads(shape, ranks) * shape.head_dim, *whole[1:])
-        elif last in ("q_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"):
-            parts[name] = (whole[0] // ranks, *whole[1:])
-        else:
-            parts[name] = whole
-    return parts
+    return {name: shape_of(part) for name, part in Layout(shape, 0, ranks).parts().items()}
 
 
 def read_shape(model: str) -> Published:

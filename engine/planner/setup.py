@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.errors import ConfigError
+from engine.parallel.layout import MAX_RANKS, what_does_not_divide
 from engine.planner.devices import Device
-from engine.planner.models import PlannedModel, read_shape, what_does_not_divide
+from engine.planner.models import PlannedModel, read_shape
 from engine.planner.settings import PlanSettings
 
 LOOKUPS = ("ngram", "suffix")
 """Drafters without a model: they cost next to nothing."""
-MAX_RANKS = 16
-"""Highest tensor-parallel degree that is suggested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,11 @@ def ranks_that_divide(setup: Setup) -> list[int]:
     """From 1 to MAX_RANKS, those that all models can be split over; only 1 where there is no link between devices."""
     split = [setup.target, *(setup.draft_models if setup.draft_ranks > 1 else [])]
     most = MAX_RANKS if setup.device.link_bandwidth else 1
-    return [n for n in range(1, most + 1) if not any(what_does_not_divide(model.shape, n) for model in split)]
+    return [n for n in range(1, most + 1) if not any(_obstacles(model, n) for model in split)]
+
+
+def _obstacles(model: PlannedModel, ranks: int) -> list[str]:
+    return what_does_not_divide(model.shape, ranks, fp8=model.fp8_except is not None)
 
 
 def _check(setup: Setup) -> None:
@@ -103,7 +106,7 @@ def _check(setup: Setup) -> None:
         )
     split = [setup.target, *(setup.draft_models if setup.draft_ranks > 1 else [])]
     for model in split:
-        if reasons := what_does_not_divide(model.shape, setup.ranks):
+        if reasons := _obstacles(model, setup.ranks):
             would = ", ".join(map(str, ranks_that_divide(setup)))
             raise ConfigError(
                 f"tensor_parallel_size is {setup.ranks}, but of {model.name} {' and '.join(reasons)}: {would} would do"

@@ -17,12 +17,12 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.execution.buckets import span_lengths
-from engine.execution.loader import Platform, Progress, check_draft, load_model
+from engine.execution.loader import Platform, Progress, check_draft, load_model, load_shared
 from engine.execution.runner import HeadRunner, ModelRunner
 from engine.layers.attention.interface import LayerCache
 from engine.memory.block_pool import BlockPool
 from engine.models.config import ModelConfig
-from engine.models.eagle3 import Eagle3Model, SharedWeights
+from engine.models.eagle3 import Eagle3Model
 from engine.models.interface import Model
 from engine.speculation.controller import Controller
 from engine.speculation.cost import RowCost
@@ -70,13 +70,15 @@ def load_draft(
     if source.files is None:
         return None
     if kind_of(source.files) == "eagle3":
-        return LoadedDraft(source.name, _load_eagle3(source.name, source.files, target, platform, config))
+        return LoadedDraft(source.name, _load_eagle3(source.name, source.files, target, platform, config, progress))
     model, _, _ = load_model(str(source.files.path), platform, config, target.config.max_position, progress)
     _check_vocabulary(source.name, model.config.vocab_size, target.config)
     return LoadedDraft(source.name, model)
 
 
-def _load_eagle3(name: str, files: ModelFiles, target: Model, platform: Platform, config: EngineConfig) -> Eagle3Model:
+def _load_eagle3(
+    name: str, files: ModelFiles, target: Model, platform: Platform, config: EngineConfig, progress: Progress
+) -> Eagle3Model:
     shape = eagle3.read_config(files.path)
     check_draft(platform, name, shape.decoder, config)
     _check_vocabulary(name, shape.decoder.vocab_size, target.config)
@@ -93,6 +95,8 @@ def _load_eagle3(name: str, files: ModelFiles, target: Model, platform: Platform
     weights = eagle3.read_weights(files.path, shape, platform.dtype)
     if "embed_tokens.weight" not in weights and shape.decoder.hidden_size != target.config.hidden_size:
         raise ConfigError(f"drafter {name!r} has no embedding of its own, and the target's is of another size")
+    embedding, head = (part not in weights for part in ("embed_tokens.weight", "lm_head.weight"))
+    shared = load_shared(target, platform, config, embedding, head, progress)
     with torch.inference_mode():
         return Eagle3Model(
             shape,
@@ -103,7 +107,7 @@ def _load_eagle3(name: str, files: ModelFiles, target: Model, platform: Platform
             max(shape.decoder.max_position, target.config.max_position),
             platform.device,
             platform.dtype,
-            SharedWeights(target.embedding, target.head),
+            shared,
         )
 
 

@@ -6,11 +6,12 @@ API process comes here, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from engine.models.config import ModelConfig
 from engine.weights.catalog import ModelFiles
+from engine.weights.names import Part
 
 if TYPE_CHECKING:
     import torch
@@ -27,17 +28,27 @@ def read_config(files: ModelFiles) -> ModelConfig:
     return hf_config.read_config(files.path)
 
 
-def iter_weights(files: ModelFiles, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor under Hugging Face's name, in `dtype` on the CPU, one at a time in the order of the computation.
+def iter_weights(
+    files: ModelFiles,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    parts: Mapping[str, Part] | None = None,
+    device: torch.device | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor under Hugging Face's name, in `dtype`, one at a time, in the order of the computation as far as they
+    lie in one file.
+
+    parts: of which tensors what is wanted, for instance a rank's (see `Layout.parts`); no more is read where the format
+    allows it. None: all of all. device: where files are read straight to; None: the CPU.
 
     An fp8 checkpoint's matrices come as they are, each followed by its scales (see `quantization`).
-    A tied head is left out. A tensor may share memory with the mapped file: to be copied if it is to be changed. Raises
-    ModelError if a tensor is missing, is not one of this model's, or has another shape than `config` gives it.
+    A tied head is left out. Raises ModelError if a tensor is missing, is not one of this model's, or has another shape
+    than `config` gives it, wanted or not.
     """
     if files.format == "gguf":
         from engine.weights import gguf
 
-        return gguf.iter_weights(files.path, config, dtype)
+        return gguf.iter_weights(files.path, config, dtype, parts)
     from engine.weights import safetensors
 
-    return safetensors.iter_weights(files.path, config, dtype)
+    return safetensors.iter_weights(files.path, config, dtype, parts, device)

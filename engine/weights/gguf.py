@@ -7,20 +7,20 @@ reads them, the gguf package dequantizes. The tokenizer inside the file is the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from math import prod
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
 import torch
+from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 
 from engine.errors import ModelError
 from engine.models.config import ModelConfig, RopeConfig
 from engine.weights.gguf_header import Header, TensorPlace, read_header
-from engine.weights.names import check_names, check_shape, expected_shapes
+from engine.weights.names import Part, check_names, check_shape, expected_shapes, shape_of, whole
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 """Mistral's models are "llama" in this format."""
@@ -105,22 +105,24 @@ def eos_token_ids(metadata: dict[str, Any]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(id_ for id_ in ids if id_ is not None))
 
 
-def iter_weights(path: Path, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """See `engine.weights.iter_weights`. Dequantized in float32, then rounded to `dtype`."""
+def iter_weights(
+    path: Path, config: ModelConfig, dtype: torch.dtype, parts: Mapping[str, Part] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """See `engine.weights.iter_weights`; on the CPU. Dequantized in float32, then rounded to `dtype`.
+
+    Rows are read as far as they are wanted, and of them the blocks that hold a wanted column are dequantized.
+    """
     tensors = read_header(path).tensors
     places = {_hf_name(name, config): place for name, place in tensors.items() if not _derived(name)}
     shapes = expected_shapes(config)
     check_names(path, places.keys(), shapes.keys())
     with path.open("rb") as file:
-        for name, wanted in shapes.items():
-            place = places[name]
-            check_shape(path, place.name, place.shape, wanted)
-            file.seek(place.offset)
-            tensor = _dequantized(path, place, np.fromfile(file, dtype=np.uint8, count=place.size))
-            if config.architecture == "llama" and ".q_proj." in name:
-                tensor = _halves(tensor, config.num_heads)
-            elif config.architecture == "llama" and ".k_proj." in name:
-                tensor = _halves(tensor, config.num_kv_heads)
+        for name, shape in shapes.items():
+            check_shape(path, places[name].name, places[name].shape, shape)
+        for name, part in ({name: whole(shape) for name, shape in shapes.items()} if parts is None else parts).items():
+            tensor = _read(path, file, places[name], part)
+            if config.architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+                tensor = _halves(tensor, len(tensor) // config.head_dim)
             elif config.architecture == "gemma3" and name.endswith("norm.weight"):
                 tensor = tensor - 1  # llama.cpp's converter stores what is multiplied by, Hugging Face one less
             yield name, tensor.to(dtype)
@@ -154,9 +156,7 @@ def _rope(path: Path, header: Header, values: _Values) -> RopeConfig:
     freq_factors = None
     if factors is not None:
         with path.open("rb") as file:
-            file.seek(factors.offset)
-            raw = np.fromfile(file, dtype=np.uint8, count=factors.size)
-        freq_factors = tuple(_dequantized(path, factors, raw).tolist())
+            freq_factors = tuple(_read(path, file, factors, whole(factors.shape)).tolist())
     return RopeConfig(
         theta=theta, kind="linear" if scaled else "default", factor=factor if scaled else 1.0, freq_factors=freq_factors
     )
@@ -211,25 +211,40 @@ def _derived(name: str) -> bool:
     return name == ROPE_FACTORS or name.endswith((".attn_rot_embd.weight", ".rope_freqs.weight"))
 
 
-def _dequantized(path: Path, place: TensorPlace, raw: np.ndarray) -> torch.Tensor:
-    """float32, of the tensor's shape."""
-    if place.kind == Kind.F32:
-        return torch.from_numpy(raw.view(np.float32)).view(place.shape)
-    if place.kind == Kind.F16:
-        return torch.from_numpy(raw.view(np.float16)).view(place.shape).float()
-    if place.kind == Kind.BF16:
-        return torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16).view(place.shape).float()
-    width = place.shape[-1]
-    rows, step = raw.reshape(-1, raw.size * width // prod(place.shape)), max(1, CHUNK // width)
-    values = np.empty((len(rows), width), dtype=np.float32)
+def _read(path: Path, file: BinaryIO, place: TensorPlace, part: Part) -> torch.Tensor:
+    """float32, that part of a vector or matrix."""
+    block, size = GGML_QUANT_SIZES[place.kind]
+    if len(part) == 1:
+        (columns,), rows, height = part, slice(0, 1), 1
+    else:
+        rows, columns = part
+        height = place.shape[0]
+    row_bytes = place.size // height
+    file.seek(place.offset + rows.start * row_bytes)
+    count = rows.stop - rows.start
+    raw = np.fromfile(file, dtype=np.uint8, count=count * row_bytes).reshape(count, row_bytes)
+    first, last = columns.start // block, -(-columns.stop // block)
+    raw = raw[:, first * size : last * size]
+    skipped = columns.start - first * block
+    tensor = _dequantized(path, place, raw, (last - first) * block)
+    return tensor[:, skipped : skipped + columns.stop - columns.start].reshape(shape_of(part))
+
+
+def _dequantized(path: Path, place: TensorPlace, raw: np.ndarray, width: int) -> torch.Tensor:
+    """float32 (rows, width) of (rows, bytes) uint8."""
+    plain = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+    if place.kind in plain:
+        return torch.from_numpy(np.ascontiguousarray(raw)).view(plain[place.kind]).float()
+    step = max(1, CHUNK // width)
+    values = np.empty((len(raw), width), dtype=np.float32)
     try:
-        for i in range(0, len(rows), step):
-            values[i : i + step] = gguf.dequantize(rows[i : i + step], place.kind)
+        for i in range(0, len(raw), step):
+            values[i : i + step] = gguf.dequantize(np.ascontiguousarray(raw[i : i + step]), place.kind)
     except NotImplementedError as error:
         raise ModelError(
             f"{path}: tensor {place.name!r} is {place.kind.name}, which the gguf package cannot read"
         ) from error
-    return torch.from_numpy(values).view(place.shape)
+    return torch.from_numpy(values)
 
 
 def _halves(tensor: torch.Tensor, heads: int) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""The tensors that a model of a given ModelConfig has: Hugging Face's names and the shapes wanted. No torch."""
+"""The tensors that a model of a given ModelConfig has: Hugging Face's names and the shapes wanted; parts of them. No
+torch."""
 
 from __future__ import annotations
 
@@ -8,6 +9,18 @@ from engine.errors import ModelError
 from engine.models.config import ModelConfig
 
 HEAD = "lm_head.weight"
+
+Part = tuple[slice, ...]
+"""What is wanted of a tensor: of each of its dimensions a range, with start and stop."""
+
+
+def whole(shape: tuple[int, ...]) -> Part:
+    """All of it."""
+    return tuple(slice(0, size) for size in shape)
+
+
+def shape_of(part: Part) -> tuple[int, ...]:
+    return tuple(each.stop - each.start for each in part)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ tensor and fails.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from engine.layers.attention.torch import TorchAttention
 from engine.memory import kv_cache
 from engine.models.config import ModelConfig
 from engine.models.registry import model_class
+from engine.parallel.interface import ALONE, Communicator
+from engine.parallel.layout import Layout
 from engine.weights.hf_config import read_config
-from engine.weights.names import expected_shapes
+from engine.weights.names import shape_of
 from engine.weights.quantization import quantized
 
 CUDA = torch.device("cuda", 0)
@@ -83,19 +86,39 @@ BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
 }
 
 
-def weights_of(config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, shape in expected_shapes(config).items():
-        yield name, torch.empty(shape, dtype=dtype)  # on the host, as files give them
+class Others:
+    """The other ranks of a model that is divided, as far as shapes and devices go."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x.add_(x)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x] * self.size, dim=1)
 
 
-def run(config: ModelConfig, backend: AttentionBackend, fp8: bool, cache_dtype: torch.dtype = torch.bfloat16) -> None:
-    weights = weights_of(config, torch.bfloat16)
+def weights_of(layout: Layout, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, part in layout.parts().items():
+        yield name, torch.empty(shape_of(part), dtype=dtype)  # on the host, as files give them
+
+
+def run(
+    config: ModelConfig,
+    backend: AttentionBackend,
+    fp8: bool,
+    cache_dtype: torch.dtype = torch.bfloat16,
+    comm: Communicator = ALONE,
+) -> None:
+    weights = weights_of(Layout(config, comm.rank, comm.size), torch.bfloat16)
     if fp8:
         weights = quantized(weights, (), CUDA)
     with torch.inference_mode():
-        model = model_class(config.architecture)(config, TorchKernels(), backend, weights, 256, CUDA)
+        model = model_class(config.architecture)(config, TorchKernels(), backend, weights, 256, CUDA, comm)
     size = backend.block_size
-    runner = ModelRunner(model, kv_cache.allocate(config, backend, 8, size, cache_dtype, CUDA), size, CUDA)
+    caches = kv_cache.allocate(config, backend, 8, size, cache_dtype, CUDA, comm.size)
+    runner = ModelRunner(model, caches, size, CUDA)
     blocks = list(range(8))
     spans = [Span([1] * 40, 0, blocks, 1), Span([1], 7, blocks, 1), Span([1] * 5, 30, blocks, 5), Span([1], 3, blocks)]
     for step in (spans, spans[1:2] * 3):
@@ -115,6 +138,14 @@ def shapes(tiny: Callable[[str], Path]) -> dict[str, ModelConfig]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_stays_on_the_device_and_waits_for_nothing(shapes, kind, backend, fp8):
     run(shapes[kind], BACKENDS[backend](), fp8)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("kind", ["llama", "llama-biased", "gemma3"])
+def test_ranks_of_a_divided_model_wait_for_nothing_either(shapes, kind, rank, fp8):
+    """4 heads and 2 key-value heads (1 for gemma3) over 4 ranks, a vocabulary that leaves the last of them less."""
+    run(replace(shapes[kind], vocab_size=510), TorchAttention(), fp8, comm=Others(rank, 4))
 
 
 @pytest.mark.parametrize("backend", ["torch", "flash4"])

@@ -161,6 +161,8 @@ def test_all_ranks_stop_where_one_has_no_memory_left(make: Callable[..., LLM]) -
         size, votes = 2, 0
 
         def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+            if x.shape != (1, 1):  # the model's own
+                return x
             self.votes += 1
             return x + float(self.votes <= 3)
 

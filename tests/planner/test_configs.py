@@ -9,9 +9,10 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.parallel.layout import what_does_not_divide
 from engine.planner.devices import find_device
 from engine.planner.memory import fits, plan_memory
-from engine.planner.models import PlannedModel, rank_shapes, what_does_not_divide
+from engine.planner.models import PlannedModel, rank_shapes
 from engine.planner.settings import PlanSettings
 from engine.planner.setup import Setup, make_setup
 from engine.weights.names import expected_shapes

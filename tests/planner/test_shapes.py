@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ModelError
-from engine.planner.models import PlannedModel, rank_shapes, read_shape, what_does_not_divide
+from engine.parallel.layout import what_does_not_divide
+from engine.planner.models import PlannedModel, rank_shapes, read_shape
 from engine.planner.published import PUBLISHED, find
 from engine.weights import read_config
 from engine.weights.catalog import ModelFiles

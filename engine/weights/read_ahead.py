@@ -1,0 +1,40 @@
+"""Results of jobs in their order, computed by a few threads ahead of who takes them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Job(Generic[T]):
+    run: Callable[[], T]
+    size: int
+    """Bytes that its result takes while nobody has taken it."""
+
+
+def read_ahead(jobs: Iterable[Job[T]], threads: int, limit: int) -> Generator[T, None, None]:
+    """Results that wait, and the one that was taken last, have at most `limit` bytes together; if that one alone has
+    more, one waits beside it. Raises what a job raises."""
+    waiting: deque[tuple[int, Future[T]]] = deque()
+    ahead = last = 0  # bytes of those that wait, and of the one taken last, which its taker still has
+    with ThreadPoolExecutor(threads, "weights") as pool:
+        try:
+            for job in jobs:
+                while waiting and last + ahead + job.size > limit:
+                    last, future = waiting.popleft()
+                    ahead -= last
+                    yield future.result()
+                    del future  # the result is its taker's alone
+                waiting.append((job.size, pool.submit(job.run)))
+                ahead += job.size
+            while waiting:
+                yield waiting.popleft()[1].result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
