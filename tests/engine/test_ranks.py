@@ -220,7 +220,7 @@ def test_what_was_computed_after_a_rank_failed_is_not_used(llm: LLM, monkeypatch
 
     monkeypatch.setattr(runner, "run", run_and_fail)
     with pytest.raises(RankError, match="rank 1 has gone"):
-        llm.generate([[5]], GREEDY)
+        llm.generate([[5]], SamplingParams(max_tokens=1))
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
