@@ -1,5 +1,5 @@
-"""What it takes to give a step's plan to the other tensor-parallel ranks: from rank 0's call to broadcast until the last
-of them has the batch unpacked, ready to be copied to its device.
+"""What it takes to give a step's plan to the other tensor-parallel ranks: from rank 0's call to broadcast until the
+last of them has the batch unpacked, ready to be copied to its device.
 
     python benchmarks/plan_broadcast.py --sequences 64 --ranks 3 --context 4096
 
@@ -21,8 +21,7 @@ import time
 
 import zmq
 
-from engine.execution.follower import PassReader
-from engine.execution.group import PassChannel
+from engine.execution.channel import PassChannel, PassReader
 from engine.execution.spans import Span, pack
 from engine.parallel.messages import Welcome
 

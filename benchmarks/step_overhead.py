@@ -39,6 +39,7 @@ from engine.memory.block_pool import BlockPool
 from engine.messages import FromEngine, Outputs
 from engine.models.config import ModelConfig, RopeConfig
 from engine.models.features import FeatureTap
+from engine.parallel.interface import ALONE
 from engine.request import EngineInfo, Request
 from engine.sampling.params import SamplingParams
 from engine.sequence import Sequence
@@ -109,7 +110,7 @@ class IdleModel:
     """Says TOKEN, whatever it is given, without computing anything."""
 
     def __init__(self, config: ModelConfig, most_rows: int) -> None:
-        self.config = config
+        self.config, self.comm = config, ALONE
         self._hidden = torch.zeros(most_rows, config.hidden_size)
         self._logits = torch.zeros(most_rows, config.vocab_size)
         self._logits[:, TOKEN] = 100.0

@@ -5,21 +5,19 @@ has no sequences: what a pass needs to know of them is in its batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-import msgspec
-import numpy as np
 import torch
-import zmq
 
 from engine.config import EngineConfig
 from engine.errors import RankError
 from engine.execution.buckets import DRAFT_LENGTHS, span_lengths
+from engine.execution.channel import PassReader
 from engine.execution.graphs import graph_backend, graph_memory, graph_plan
 from engine.execution.group import collective_seconds, settle
 from engine.execution.loader import Platform, Progress, load_model
 from engine.execution.runner import ModelRunner
-from engine.execution.spans import BatchShape, HostBatch
+from engine.execution.spans import HostBatch
 from engine.execution.worker import State, WorkerLaunch
 from engine.memory import kv_cache
 from engine.memory.free import free_memory
@@ -28,8 +26,6 @@ from engine.models.interface import Model
 from engine.parallel.interface import Communicator
 from engine.parallel.link import Link
 from engine.parallel.messages import (
-    KEY_BYTES,
-    PASS,
     Allocate,
     Beat,
     Header,
@@ -38,7 +34,6 @@ from engine.parallel.messages import (
     Measure,
     Measured,
     Meet,
-    Order,
     Place,
     Prepared,
     RankLoading,
@@ -71,7 +66,6 @@ class Part(Protocol):
         ...
 
 
-_OrderType = TypeVar("_OrderType", Meet, Measure, Allocate)
 Load = Callable[[EngineConfig, Communicator, Progress], Part]
 
 
@@ -169,34 +163,3 @@ class _Following:
         if header.number != self._passes:
             raise RankError(f"pass {header.number} came after pass {self._passes - 1}: those between were lost")
         self.runners[header.model].run_batch(host)
-
-
-class PassReader:
-    """This rank's end of the pass channel."""
-
-    def __init__(self, welcome: Welcome) -> None:
-        self._decode = msgspec.msgpack.Decoder(Order).decode
-        self._socket = zmq.Context().socket(zmq.SUB)
-        self._socket.ipv6 = True
-        self._socket.set_hwm(0)
-        self._socket.connect(welcome.passes)
-        assert len(welcome.key) == KEY_BYTES
-        self._socket.subscribe(welcome.key)
-
-    def expect(self, kind: type[_OrderType]) -> _OrderType:
-        """Wait for the next message, which must be this order."""
-        _, data = self._socket.recv_multipart()
-        order = self._decode(data)
-        if not isinstance(order, kind):
-            raise RankError(f"rank 0 sent {type(order).__name__} where {kind.__name__} was due")
-        return order
-
-    def next_pass(self, block_size: int) -> tuple[Header, HostBatch]:
-        """Wait for the next message, which must be a pass."""
-        first, frame = self._socket.recv_multipart(copy=False)
-        header = Header.unpack(first.bytes)
-        if header.kind != PASS:
-            raise RankError("rank 0 sent an order where a pass was due")
-        buffer = np.frombuffer(frame.buffer, dtype=np.uint8).copy()  # a frame's memory is neither aligned nor writable
-        shape = BatchShape(header.spans, header.rows, header.wanted, header.max_blocks)
-        return header, HostBatch.unpack(shape, buffer, block_size)

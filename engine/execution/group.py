@@ -5,7 +5,6 @@ before it computes its own part. Who watches them is `engine.parallel.watch`; wh
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import socket as sockets
 import subprocess
@@ -20,6 +19,7 @@ import zmq
 
 from engine.config import EngineConfig, cache_share
 from engine.errors import CollectiveError, ConfigError
+from engine.execution.channel import PassChannel
 from engine.execution.graphs import GraphPlan
 from engine.execution.loader import Progress, thread_count
 from engine.execution.runner import ModelRunner
@@ -28,20 +28,16 @@ from engine.execution.worker import WORKER_COMMAND, end_workers, start_worker
 from engine.models.features import FeatureTap
 from engine.models.interface import Model
 from engine.parallel.messages import (
-    KEY_BYTES,
-    ORDER,
-    PASS,
     Allocate,
-    Header,
     Joined,
     Loaded,
     Measure,
     Measured,
     Meet,
-    Order,
     Place,
     Prepared,
     Welcome,
+    addresses_of,
     bracketed,
     control_endpoint,
     ranks_of,
@@ -67,49 +63,6 @@ def settle(config: EngineConfig, place: Place) -> tuple[EngineConfig, torch.devi
         return config, torch.device("cuda", place.local_rank)
     threads = config.num_threads or max(1, thread_count(config) // place.local_size)
     return msgspec.structs.replace(config, num_threads=threads), torch.device("cpu")
-
-
-class PassChannel:
-    """From rank 0 to all others, in order: orders, and batches as they are packed. What is published goes to whoever
-    has subscribed to this engine's key, so `wait_for` them first."""
-
-    def __init__(self, endpoint: str) -> None:
-        """Listens at `endpoint`, as for zmq's bind. Raises zmq.ZMQError if it cannot."""
-        self.key = os.urandom(KEY_BYTES)
-        self._encode = msgspec.msgpack.Encoder().encode
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.XPUB)
-        self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)  # every subscription, not only the first to a key
-        self._socket.ipv6 = True
-        self._socket.set_hwm(0)  # nothing is dropped; what can pile up is a pass or two, for which rank 0 waits
-        self._socket.linger = 0
-        try:
-            self._socket.bind(endpoint)
-        except BaseException:
-            self._context.destroy(linger=0)
-            raise
-
-    @property
-    def endpoint(self) -> str:
-        return str(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
-
-    def wait_for(self, listeners: int, check: Callable[[], None]) -> None:
-        """Wait for so many subscriptions; `check` is called meanwhile, and may raise."""
-        while listeners:
-            if self._socket.poll(200):
-                listeners -= self._socket.recv() == b"\x01" + self.key
-            check()
-
-    def order(self, order: Order) -> None:
-        self._socket.send_multipart([Header(self.key, ORDER).pack(), self._encode(order)])
-
-    def broadcast(self, model: int, number: int, host: HostBatch) -> None:
-        shape = host.shape
-        header = Header(self.key, PASS, model, number, shape.spans, shape.rows, shape.wanted, shape.max_blocks)
-        self._socket.send_multipart([header.pack(), host.buffer.data])
-
-    def close(self) -> None:
-        self._context.destroy(linger=0)
 
 
 class Ranks:
@@ -282,10 +235,11 @@ def collective_seconds(config: EngineConfig) -> float:
 def _interface(master: str) -> str:
     """What to listen on to be reached at `master`: that address where it is one of this machine's, else all of them, as
     where it is the name of a service in front of it."""
-    for family, _, _, _, address in sockets.getaddrinfo(master, None, type=sockets.SOCK_STREAM):
+    for address in addresses_of(master):
+        family = sockets.AF_INET6 if ":" in address else sockets.AF_INET
         try:
-            with sockets.create_server((address[0], 0), family=family):
-                return bracketed(str(address[0]))
+            with sockets.create_server((address, 0), family=family):
+                return bracketed(address)
         except OSError:
             continue
     return "*"
@@ -305,12 +259,13 @@ def start_ranks(
     place = Place(0, config.tensor_parallel_size, config.nnodes)
     settled, device = settle(config, place)
     master = config.master_addr if config.nnodes > 1 else None
+    interface = _interface(master) if master is not None else ""
     store = serve_store(master or "127.0.0.1", place.size)
     local = _Local(tempfile.mkdtemp(prefix="pilotfish-"), [])
     comm: list[TorchGroup] = []
     channel = watch = None
     try:
-        channel = PassChannel(f"ipc://{local.directory}/passes" if master is None else f"tcp://{_interface(master)}:*")
+        channel = PassChannel(f"ipc://{local.directory}/passes" if master is None else f"tcp://{interface}:*")
         port = channel.endpoint.rpartition(":")[2]
         welcome = Welcome(
             key=channel.key,
@@ -319,7 +274,7 @@ def start_ranks(
             store_port=store.port,
         )
         endpoint = f"ipc://{local.directory}/control" if master is None else control_endpoint(config)
-        bind = endpoint if master is None else f"tcp://{_interface(master)}:{config.master_port}"
+        bind = endpoint if master is None else f"tcp://{interface}:{config.master_port}"
 
         def abort() -> None:
             for each in comm:

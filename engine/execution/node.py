@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from engine.config import EngineConfig
 from engine.execution.worker import WORKER_COMMAND, end_workers, start_worker
 from engine.parallel.link import Link
-from engine.parallel.messages import Beat, Died, control_endpoint, ranks_of
+from engine.parallel.messages import Beat, Died, addresses_of, control_endpoint, ranks_of
 from engine.processes import how_it_ended
 
 logger = logging.getLogger(__name__)
@@ -46,10 +46,12 @@ _Events = queue.SimpleQueue[_Ended | _Signalled]
 
 def run_node(config: EngineConfig, command: Sequence[str] = WORKER_COMMAND) -> int:
     """Hold this host's ranks until the engine ends; return the exit status: 0 if it was stopped, 1 if it failed, 128
-    and the signal's number if this process was told to end, which ends the engine.
+    and the signal's number if this process was told to end, which ends the engine. Raises ConfigError for a master_addr
+    that is no name or address.
 
     The model's files must be here already: ranks would fetch them all at once.
     """
+    addresses_of(config.master_addr or "")  # a name that has none is better found out here
     endpoint, ranks = control_endpoint(config), ranks_of(config)
     events: _Events = queue.SimpleQueue()
     handlers = {number: signal.signal(number, lambda number, _: events.put(_Signalled(number))) for number in SIGNALS}

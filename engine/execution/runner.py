@@ -16,7 +16,7 @@ from engine.layers.attention.interface import LayerCache
 from engine.models.eagle3 import Eagle3Model
 from engine.models.features import FeatureTap
 from engine.models.interface import Model
-from engine.parallel.interface import ALONE, Communicator
+from engine.parallel.interface import ALONE
 
 
 class Runner(Protocol):
@@ -66,8 +66,7 @@ class ModelRunner:
             return logits, tap.features.index_select(0, places)
 
         self._captured_layers = feature_layers
-        comm: Communicator = getattr(self.model, "comm", ALONE)
-        self._graphs = GraphedPasses(name, function, plan, self.block_size, self.device, comm)
+        self._graphs = GraphedPasses(name, function, plan, self.block_size, self.device, self.model.comm)
 
     @property
     def most_spans(self) -> int:

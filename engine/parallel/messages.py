@@ -7,12 +7,14 @@ sides (`watch`, `link`), so that it speaks while a pass runs or hangs. *Passes*:
 
 from __future__ import annotations
 
+import socket
 import struct
 from dataclasses import dataclass
 
 import msgspec
 
 from engine.config import EngineConfig
+from engine.errors import ConfigError
 from engine.request import RankMemory
 
 
@@ -48,6 +50,15 @@ def ranks_of(config: EngineConfig) -> range:
 def control_endpoint(config: EngineConfig) -> str:
     """Where several hosts find rank 0's end of the control channel."""
     return f"tcp://{bracketed(config.master_addr or '')}:{config.master_port}"
+
+
+def addresses_of(master: str) -> list[str]:
+    """IP addresses of node 0. Raises ConfigError where it has none."""
+    try:
+        found = socket.getaddrinfo(master, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"master_addr is {master!r}, which has no address here: {error}") from error
+    return [str(address[0]) for *_, address in found]
 
 
 def bracketed(host: str) -> str:

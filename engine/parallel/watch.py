@@ -210,6 +210,7 @@ class Watch:
     def close(self, error: str = "") -> None:
         """Watch no more: ranks may end now. They are told why, if the engine was not just stopped."""
         self._error = error
+        self._noticed.set()
         self._closing.set()
         if threading.current_thread() is not self._thread:
             self._thread.join(5)
@@ -236,7 +237,7 @@ class Watch:
                     self._tell(Beat())
                     due = self._now + interval
                 with self._changed:
-                    reason = self._cause() if self._reason is None else None
+                    reason = self._look() if self._reason is None else None
                     if reason is not None and not self._closing.is_set():
                         self._end_engine(reason)
                 if self._reason is not None:
@@ -319,6 +320,14 @@ class Watch:
 
     def _answered(self, kind: type[msgspec.Struct]) -> bool:
         return all(kind in peer.answers for peer in self._peers)
+
+    def _look(self) -> str | None:
+        """As `_cause`, which may itself fail: a device that has failed can no longer be asked how far it is."""
+        try:
+            return self._cause()
+        except Exception as error:
+            logger.exception("the watch failed")
+            return f"rank 0 (pid {os.getpid()}, {self._host}) failed: {type(error).__name__}: {error}"
 
     def _cause(self) -> str | None:
         """Why the engine cannot go on, if so; the causes that explain the others first."""

@@ -6,6 +6,7 @@ ones, max_tokens) is not judged here: who commits the tokens cuts them off.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +21,7 @@ from engine.sampling.processors import Support, adjust, truncate
 from engine.sampling.sampler import argmax, choose, race
 from engine.sampling.spans import LogitRow, LogitSpan, rows_of
 from engine.speculation.drafter import Draft
+from engine.speculation.rejection import accept_or_redraw, residual
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +117,14 @@ class RejectionVerifier:
 
     Speculative sampling, arXiv 2211.17192 and 2302.01318; q is the distribution that the draft was drawn from, or 1 on
     its token. The tokens have the target's distribution, but which they are depends on the draft: the same seed and the
-    same drafts give the same text. `lazy` as in CoupledVerifier.
+    same drafts give the same text. `lazy` as in CoupledVerifier. on_device: judge without a look at the
+    numbers; by default so but on the CPU.
     """
 
-    def __init__(self, eos_token_ids: Seq[int], lazy: bool | None = None) -> None:
+    def __init__(self, eos_token_ids: Seq[int], lazy: bool | None = None, on_device: bool | None = None) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
         self._lazy = lazy
+        self._on_device = on_device
 
     @torch.inference_mode()
     def verify(self, logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft]) -> list[Verdict]:
@@ -128,7 +132,9 @@ class RejectionVerifier:
         raw = _raw_rows(logits, spans, starts)
         logits = adjust(logits, spans, self._eos_token_ids)
         lazy = logits.device.type == "cpu" if self._lazy is None else self._lazy
-        return _verdicts(spans, _judged(logits, spans, drafts, starts, lazy), raw)
+        on_device = logits.device.type != "cpu" if self._on_device is None else self._on_device
+        judge = _judge_on_device if on_device else _accept_or_redraw
+        return _verdicts(spans, _judged(logits, spans, drafts, starts, lazy, judge), raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +165,12 @@ def _raw_rows(logits: torch.Tensor, spans: list[LogitSpan], starts: list[int]) -
 
 
 def _judged(
-    logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft], starts: list[int], lazy: bool
+    logits: torch.Tensor,
+    spans: list[LogitSpan],
+    drafts: list[Draft],
+    starts: list[int],
+    lazy: bool,
+    judge: Callable[[torch.Tensor, list[_Row]], list[int]],
 ) -> list[list[int]]:
     """Follow each draft up to the first row whose token is not the drafted one."""
     tokens: list[list[int]] = [[] for _ in spans]
@@ -171,7 +182,7 @@ def _judged(
             for r in range(at, at + 1 if lazy else spans[i].rows):
                 row = LogitRow(starts[i] + r, spans[i].sequence, spans[i].first_place + r)
                 rows.append(_row(row, drafts[i], r))
-        judged = iter(zip(rows, _accept_or_redraw(logits, rows), strict=True))
+        judged = iter(zip(rows, judge(logits, rows), strict=True))
         still_open = []
         for i in open_spans:
             going = True
@@ -202,13 +213,10 @@ def _verdicts(spans: list[LogitSpan], tokens: list[list[int]], raw: dict[int, to
     return [Verdict(own, len(own) - 1, logprobs.get(i)) for i, own in enumerate(tokens)]
 
 
-def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """What is left of p once a token drawn from q is rejected, not normalized: max(0, p - q), (rows, tokens) each.
-
-    p itself where nothing is left: then p and q differ by rounding alone.
-    """
-    left = (p - q).clamp_(min=0.0)
-    return torch.where(left.amax(1, keepdim=True) > 0.0, left, p)
+def _judge_on_device(adjusted: torch.Tensor, rows: list[_Row]) -> list[int]:
+    logits, drafted, probs = [row.logits for row in rows], [row.drafted for row in rows], [row.probs for row in rows]
+    judged: list[int] = accept_or_redraw(adjusted, logits, drafted, probs).tolist()
+    return judged
 
 
 def _accept_or_redraw(adjusted: torch.Tensor, rows: list[_Row]) -> list[int]:

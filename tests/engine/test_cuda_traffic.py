@@ -36,7 +36,7 @@ from engine.sequence import Sequence as Decoding
 from engine.speculation.draft_model import DraftModelDrafter
 from engine.speculation.drafter import Draft, DraftRequest
 from engine.speculation.eagle3 import Eagle3Drafter
-from engine.speculation.verify import CoupledVerifier
+from engine.speculation.verify import CoupledVerifier, RejectionVerifier
 from engine.weights.hf_config import read_config
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=100)
@@ -238,16 +238,22 @@ def decoding(params: SamplingParams, place: int) -> Decoding:
 
 
 @pytest.mark.parametrize("drafted", [0, 4])
-@pytest.mark.parametrize(("params", "copies"), [((GREEDY,) * 4, 0), (MIXED, 1)], ids=["greedy", "mixed"])
-def test_verification_is_one_look_and_at_most_one_copy(params, copies, drafted, monkeypatch):
-    drafts = [Draft((0,) * (drafted - i % 2 if drafted else 0)) for i in range(4)]
+@pytest.mark.parametrize(
+    ("kind", "params", "copies"),
+    [(CoupledVerifier, (GREEDY,) * 4, 0), (CoupledVerifier, MIXED, 1), (RejectionVerifier, MIXED, 1)],
+    ids=["greedy", "mixed", "rejection"],
+)
+def test_verification_is_one_look_and_at_most_one_copy(kind, params, copies, drafted, monkeypatch):
+    probs = torch.empty(5, 512, device=CUDA)
+    lengths = [drafted - i % 2 if drafted else 0 for i in range(4)]
+    drafts = [Draft((0,) * length, probs[:length] if i < 2 else None) for i, length in enumerate(lengths)]
     rows = [len(draft.tokens) + 1 for draft in drafts]
     spans = [
         LogitSpan(decoding(each, i), draft.tokens, rows=count)
         for i, (each, draft, count) in enumerate(zip(params, drafts, rows, strict=True))
     ]
     with Traffic(monkeypatch) as traffic:
-        verdicts = CoupledVerifier((0,)).verify(torch.empty(sum(rows), 512, device=CUDA), spans, drafts)
+        verdicts = kind((0,)).verify(torch.empty(sum(rows), 512, device=CUDA), spans, drafts)
     assert [len(verdict.tokens) for verdict in verdicts] == rows
     assert (traffic.copies_in, traffic.looks) == (copies, 1)
 

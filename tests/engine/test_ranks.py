@@ -207,6 +207,22 @@ def test_a_pass_that_fails_on_rank_0_alone_ends_the_engine(llm: LLM, monkeypatch
         llm.generate([[5]], GREEDY)
 
 
+def test_what_was_computed_after_a_rank_failed_is_not_used(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a pass that was cut short looks like any other to rank 0's host."""
+    runner, ranks = llm.core._engine.runner, llm.core._engine.ranks
+    assert ranks is not None
+    run = runner.run
+
+    def run_and_fail(*arguments: Any) -> Any:
+        logits = run(*arguments)
+        ranks._watch.fail("rank 1 has gone")
+        return logits
+
+    monkeypatch.setattr(runner, "run", run_and_fail)
+    with pytest.raises(RankError, match="rank 1 has gone"):
+        llm.generate([[5]], SamplingParams(max_tokens=1))
+
+
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
 def test_a_rank_ends_with_rank_0_even_if_it_is_stopped_itself(tiny_llama: Path, tmp_path: Path, stopped: bool) -> None:
     settings = SETTINGS | {"model": str(tiny_llama), "drafter": ("ngram",), "tensor_parallel_size": 2}

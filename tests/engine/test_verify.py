@@ -151,6 +151,19 @@ def test_rejection_is_greedy_exact_and_reproducible(
             assert each.tokens[each.prompt_len :][:LENGTH] == text
 
 
+@given(st.lists(SEQUENCES, min_size=1, max_size=3), st.data())
+@settings(max_examples=100, deadline=None)
+def test_rejection_without_a_look_judges_as_with_one(cases: list[dict[str, Any]], data: st.DataObject) -> None:
+    """What a GPU does, here on the CPU."""
+    looking, blind = RejectionVerifier(EOS), RejectionVerifier(EOS, on_device=True)
+    seen, unseen = ([sequence(case["prompt"], case["seed"], **case["params"]) for case in cases] for _ in range(2))
+    texts = [plain_text(looking, sequence(case["prompt"], case["seed"], **case["params"])) for case in cases]
+    for _ in range(4):
+        drafts = [any_draft(data, text, made.output_len) for text, made in zip(texts, seen, strict=True)]
+        one, other = step(looking, seen, drafts), step(blind, unseen, drafts)
+        assert [verdict.tokens for verdict in one] == [verdict.tokens for verdict in other]
+
+
 @BOTH
 @LAZY
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"temperature": 0.8, "top_p": 0.9}])

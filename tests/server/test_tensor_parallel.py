@@ -194,3 +194,21 @@ def test_a_host_whose_command_differs_is_refused(tiny_llama: Path, tmp_path: Pat
         assert said in hosts.log.read_text()
     finally:
         hosts.stop()
+
+
+def test_a_node_0_that_is_no_host_is_refused(tiny_llama: Path) -> None:
+    flags = [
+        "--model",
+        str(tiny_llama),
+        "--tensor-parallel-size",
+        "2",
+        "--nnodes",
+        "2",
+        "--master-addr",
+        "no-host.test",
+    ]
+    for rank in ("0", "1"):
+        command = [sys.executable, "-m", "server.cli", "serve", *flags, "--node-rank", rank, "--port", "0"]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        assert done.returncode == (2 if rank == "1" else 1)
+        assert "master_addr is 'no-host.test', which has no address here" in done.stderr
