@@ -185,7 +185,8 @@ class Controller:
     def observe_step(self, rows: int, seconds: float, context: int = 0, prompts: bool = False) -> None:
         """The target's pass over so many rows and tokens of context took so long. `prompts`: rows of prompts are among
         them, most of which need no logits, so it says less."""
-        self.target.observe(rows, seconds, context, PROMPT_NOISE if prompts else NOISE)
+        if not prompts:
+            self.target.observe(rows, seconds, context)
         self._trials.earn(seconds)
 
     def observe_overhead(self, seconds: float, drawing: float, tokens: int) -> None:
