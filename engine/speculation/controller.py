@@ -36,6 +36,7 @@ TRIED = 2
 """Most tokens of a trial."""
 HORIZON = 32
 """Steps over which reading a text for the first time should pay off, less where the answer ends sooner."""
+EVEN = 0.5
 SMOOTHING = 0.05
 """Weight of a step's overhead against what is known of it."""
 WORTHLESS = 0.5
@@ -166,17 +167,18 @@ class Controller:
         plain = step.decoding / plain_seconds
         prompts = self.target.predict(step.rows, step.context) + self._overhead - seconds[0]
         offers.sort()
-        expected, tokens = float(step.decoding), float(step.decoding)
+        expected, tokens, gained = float(step.decoding), float(step.decoding), 0.0
         count, goodput = 0, 0.0
-        for i, (chance, _) in enumerate(offers, start=1):
-            expected -= chance
-            promised = expected / (plain_seconds + CAUTION * (seconds[i] - seconds[0]))
+        for i, (gain, _, chance) in enumerate(offers, start=1):
+            expected += chance
+            gained -= gain
+            promised = step.decoding * (1 + gained / step.decoding) ** (1 / EVEN) / (plain_seconds + CAUTION * (seconds[i] - seconds[0]))
             if promised > goodput:
                 count, goodput, tokens = i, promised, expected
         if count and not self._pays(step, goodput / plain, count, plain_seconds):
             count, tokens = 0, float(step.decoding)
         lengths: dict[int, int] = {}
-        for _, i in offers[:count]:
+        for _, i, _ in offers[:count]:
             lengths[i] = lengths.get(i, 0) + 1
         chosen = {step.turns[i].sequence: shortened(picked[i], length) for i, length in lengths.items()}
         promised = self._told(tokens, seconds[count] + spent + prompts)
@@ -231,10 +233,10 @@ class Controller:
         offers = self._best_drafts(step)[1]
         if offers:
             filled: dict[int, int] = {}
-            for chance, i in offers:
+            for _, i, chance in offers:
                 at = filled[i] = filled.get(i, -1) + 1
-                chances[i, at] = -chance
-        goodput = max(plain, float(self._goodputs(step, chances.reshape(1, -1), np.zeros(1))[0]))
+                chances[i, at] = chance
+        goodput = max(plain, float(self._goodputs(step, chances[None], np.zeros(1))[0]))
         return _Plan(goodput, chances)
 
     def _with(self, step: Step, best: _Plan, name: str, price: float) -> _Plan | None:
@@ -285,7 +287,7 @@ class Controller:
         offered = np.where(self._positions < lengths[:, None], chances[:, None, :], 0.0)  # (turns, lengths, longest)
         joined = np.where(given[:, :, None], offered, best.chances[:, None, :]).transpose(1, 0, 2)
         total = best.drafting + CAUTION * drafting
-        goodputs = self._goodputs(step, joined.reshape(len(lengths), -1), total)
+        goodputs = self._goodputs(step, joined, total)
         at = int(np.argmax(goodputs))
         asks = {**best.asks, name: (given[:, at], at + 1)}
         return _Plan(float(goodputs[at]), joined[at], float(total[at]), asks)
@@ -316,13 +318,13 @@ class Controller:
         plan = self._joined(step, _Plan(best.goodput, best.chances), name, 0.0, chances, np.zeros(len(step.turns)))
         return plan is not None and plan.goodput >= GAIN * best.goodput
 
-    def _best_drafts(self, step: Step) -> tuple[dict[int, Draft], list[tuple[float, int]]]:
+    def _best_drafts(self, step: Step) -> tuple[dict[int, Draft], list[tuple[float, int, float]]]:
         """By turn the draft that is worth most; and (minus the chance, turn) of each of those drafts' tokens that is
         worth anything, a draft's in their order."""
         price = self._row_price(step, step.decoding / float(self._seconds(step, 0)[0]))
         least = WORTHLESS * price
         picked: dict[int, Draft] = {}
-        offers: list[tuple[float, int]] = []
+        offers: list[tuple[float, int, float]] = []
         for i, turn in enumerate(step.turns):
             best, most = None, 0.0
             for draft in turn.drafts:
@@ -333,14 +335,20 @@ class Controller:
                 if worth > most:
                     best, most, picked[i] = chances, worth, draft
             if best is not None:
-                offers += [(-chance, i) for chance in best if chance >= least]
+                had = 1.0
+                for chance in best:
+                    if chance >= least:
+                        offers.append((had**EVEN - (had + chance) ** EVEN, i, chance))
+                        had += chance
         return picked, offers
 
     def _goodputs(self, step: Step, chances: np.ndarray, drafting: np.ndarray) -> np.ndarray:
         """The highest goodput of each of some plans: (plans, turns * longest) chances, (plans,) seconds."""
-        ordered = -np.sort(-chances, axis=1)
-        expected = step.decoding + np.cumsum(ordered, axis=1)
-        cautious = _cautious(self._seconds(step, chances.shape[1]))[1:]
+        had = np.cumsum(chances, axis=2) + 1.0
+        gains = (had**EVEN - (had - chances) ** EVEN).reshape(len(chances), -1)
+        ordered = -np.sort(-gains, axis=1)
+        expected = step.decoding * (1 + np.cumsum(ordered, axis=1) / step.decoding) ** (1 / EVEN)
+        cautious = _cautious(self._seconds(step, ordered.shape[1]))[1:]
         goodputs: np.ndarray = (expected / (cautious + drafting[:, None])).max(axis=1)
         return goodputs
 
