@@ -111,6 +111,7 @@ class Controller:
         """Passes of the drafters that cost time."""
         self._trials = Trials()
         self._resting: dict[tuple[str, int], int] = {}  # steps, by drafter and load
+        self._hoping: dict[tuple[str, int], int] = {}  # the same
         self._longest = longest
         self._lengths = np.arange(1, longest + 1)
         self._within = (self._lengths <= self._lengths[:, None])[:, None, :]  # (lengths, 1, positions)
@@ -143,16 +144,17 @@ class Controller:
                 break
             open_names.remove(name)
             self._trials.won((name, load))
-            if self.acceptance.trials(name) >= SEEN:
+            if not self._new(name):
                 best = plan
             elif (advance := self._advance(step, name, *plan.asks[name])) is not None:
                 advances[name] = advance
-        asks = {**best.asks, **advances}
+        longer = {name: (turns, self._lengthened(step, best, name, turns, n)) for name, (turns, n) in best.asks.items()}
+        asks = {**longer, **advances}
         for name in open_names:
             trial = self._trial(step, best, name, load) if not asks else None
             if trial is not None:
                 asks[name] = trial
-            elif not self._would_pay_alone(step, alone[name] if alone else self._with_it_alone(step, name)):
+            elif not self._hopeful(step, name, alone):
                 self._resting[name, load] = REST
         floor = self._floor(step, best)
         return {name: self._requests(step, name, turns, length, floor) for name, (turns, length) in asks.items()}
@@ -221,7 +223,7 @@ class Controller:
         """A drafter that costs time took so long for passes of so many rows, over sequences of so many tokens."""
         if passes:
             self.drafting.setdefault(drafter, RowCost()).observe_passes(passes, seconds, context * len(passes))
-            if self.acceptance.trials(drafter) < SEEN:
+            if self._new(drafter):
                 self._trials.advanced(seconds)
 
     def observe_tokens(self, sequence: Sequence, tokens: Seq[int]) -> None:
@@ -232,7 +234,7 @@ class Controller:
             return
         if turn.asked:
             for draft in turn.drafts:
-                if draft.drafter in turn.asked and self.acceptance.trials(draft.drafter) < SEEN:
+                if draft.drafter in turn.asked and self._new(draft.drafter):
                     self._trials.advanced(-self._token * _agreed(draft.tokens, tokens[:-1]))
         self.acceptance.observe(sequence.id, turn.drafts, tokens, turn.asked)
 
@@ -248,14 +250,23 @@ class Controller:
             self._trials.wait(subject)
         return left > 0
 
-    def _would_pay_alone(self, step: Step, plan: _Plan | None) -> bool:
-        """Whether a drafter would be asked if there were no other drafts: those come and go with every token."""
-        return plan is not None and plan.goodput > NEARLY * step.decoding / float(self._seconds(step, 0)[0])
-
-    def _with_it_alone(self, step: Step, name: str) -> _Plan | None:
+    def _hopeful(self, step: Step, name: str, plans: Mapping[str, _Plan | None] | None) -> bool:
+        """Whether a drafter would be asked if there were no other drafts: those come and go with every token. `plans`:
+        with each drafter, if there are none. What comes out holds for some steps."""
+        subject = (name, step.decoding.bit_length())
+        if left := self._hoping.get(subject, 0):
+            self._hoping[subject] = left - 1
+            return True
         plain = step.decoding / float(self._seconds(step, 0)[0])
-        nothing = _Plan(plain, np.zeros((len(step.turns), self._longest)))
-        return self._with(step, nothing, name, self._row_price(step, plain))
+        if plans is None:
+            nothing = _Plan(plain, np.zeros((len(step.turns), self._longest)))
+            plan = self._with(step, nothing, name, self._row_price(step, plain))
+        else:
+            plan = plans[name]
+        hopeful = plan is not None and plan.goodput > NEARLY * plain
+        if hopeful:
+            self._hoping[subject] = REST
+        return hopeful
 
     def _without(self, step: Step) -> _Plan:
         """The best that can be done with the drafts that are there."""
@@ -330,16 +341,26 @@ class Controller:
         return _Plan(float(goodputs[at]), joined[at], float(total[at]), asks)
 
     def _advance(self, step: Step, name: str, turns: np.ndarray, length: int) -> tuple[np.ndarray, int] | None:
-        """Of what is wanted of a drafter that was hardly seen, as much as it may cost: first those turns that it has
-        least to read of."""
-        budget, length = self._trials.advance(float(self._seconds(step, 0)[0])), min(TRIED, length)
+        """Of what is wanted of a new drafter, as much as it may cost: first those turns that it has least to read of,
+        and one more at most than were seen of it, as its cost may be another than it seemed."""
+        budget = self._budget(step)
         wanted = sorted(np.flatnonzero(turns).tolist(), key=lambda i: step.turns[i].backlog[name])
-        count = 0
-        while count < len(wanted) and self._asking(step, name, wanted[: count + 1], length) <= budget:
+        most, count = min(len(wanted), 1 + int(self.acceptance.trials(name))), 0
+        if self._asking(step, name, wanted[:1], length) > budget:
+            length = min(TRIED, length)
+        while count < most and self._asking(step, name, wanted[: count + 1], length) <= budget:
             count += 1
         given = np.zeros_like(turns)
         given[wanted[:count]] = True
         return (given, length) if count else None
+
+    def _new(self, name: str) -> bool:
+        """Whether little more is known of a drafter than its prior."""
+        return self.acceptance.trials(name) < SEEN
+
+    def _budget(self, step: Step) -> float:
+        """Seconds that new drafters may cost in this step."""
+        return self._trials.advance(float(self._seconds(step, 0)[0]))
 
     def _trial(self, step: Step, best: _Plan, name: str, load: int) -> tuple[np.ndarray, int] | None:
         """Turns and length of a trial of a drafter that does not pay, as far as is known, if one is due."""
@@ -351,13 +372,27 @@ class Controller:
         turns = may & small if (may & small).any() else may & (np.cumsum(may) <= 1)
         length = min(TRIED, self._longest)
         loss = self._asking(step, name, np.flatnonzero(turns).tolist(), length)
-        if not self._trials.ready((name, load), loss):
+        if not self._trials.ready((name, load), loss) or (self._new(name) and loss > self._budget(step)):
             return None
         # Where the drafter may pay as far as is known, and too little is, trials go on; else they get rarer.
         likely = self._hoped(step, best, name, may, self.acceptance.at_best(name))
         possible = likely or self._hoped(step, best, name, may, np.full(self._longest, MOST_LIKELY))
         self._trials.done((name, load), loss if possible else 0.0, rarer=not likely)
         return (turns, length) if possible else None
+
+    def _lengthened(self, step: Step, best: _Plan, name: str, turns: np.ndarray, length: int) -> int:
+        """The length to ask for: now and then one more than pays as far as is known, since of places that are not
+        drafted for nothing more will be known."""
+        if length >= self._longest:
+            return length
+        count, subject = int(turns.sum()), (f"{name} {length + 1}", step.decoding.bit_length())
+        loss = self.drafting[name].predict(count)
+        if not self._trials.ready(subject, loss):
+            return length
+        hoped = np.where(self._lengths > length, self.acceptance.at_best(name), 1.0).cumprod()
+        possible = best.chances[turns, length - 1].sum() * hoped[length] > best.goodput * loss
+        self._trials.done(subject, loss if possible else 0.0, rarer=True)
+        return length + int(possible)
 
     def _hoped(self, step: Step, best: _Plan, name: str, may: np.ndarray, rates: np.ndarray) -> bool:
         """Whether a drafter would pay if its tokens were right that often, one after the other."""

@@ -10,7 +10,7 @@ SHARE = 0.01
 """Of all steps' time that trials may cost."""
 SAVED = 64
 """Most steps' time that is saved up for trials."""
-ADVANCE, ADVANCED_SHARE = 2.0, 0.02
+ADVANCE, ADVANCED_SHARE = 2.0, 0.01
 """What drafters that were hardly seen may cost beyond what they bring, however much they promise: so many steps' time,
 and this share of all the time since the start."""
 
