@@ -62,7 +62,8 @@ class Costs:
     """A pass of a draft by rows."""
     step: float = 0.35
     sequence: float = 0.05
-    """The engine's own work in a step, and for each of its sequences."""
+    """The engine's own work in a step, and for each of its sequences: about what `step_overhead.py` shows, for all arms
+    alike."""
 
 
 COSTS = {
