@@ -50,7 +50,8 @@ class RowCost:
             0
         )  # log speed; at speed 1 the logs of a context token's seconds and of those at each point
         self._doubt = np.zeros((0, 0))  # covariance of the state
-        self._table: np.ndarray | None = None  # seconds at speed 1 of 0, 1, 2, ... rows, while the shape stands
+        self._table: np.ndarray | None = None  # seconds without context of 0, 1, 2, ... rows, while the state stands
+        self._token = 0.0  # seconds of a token of context, as long
         self._observed = 0
         self._last: dict[int, int] = {}  # the observation that a point last had
 
@@ -95,19 +96,22 @@ class RowCost:
 
     def predict(self, rows: int, context: int = 0) -> float:
         """Seconds; 0 before anything was measured."""
-        return float(self.seconds(rows, rows, context)[0]) if self._rows else 0.0
+        if not self._rows:
+            return 0.0
+        table = self._table_to(rows)
+        return table.item(rows) + self._token * context
 
     @property
     def context_token(self) -> float:
         """Seconds that a token of context adds to a pass; 0 before anything was measured."""
-        return math.exp(self._state[0] + self._state[1]) if self._rows else 0.0
+        if not self._rows:
+            return 0.0
+        self._table_to(0)
+        return self._token
 
     def seconds(self, first: int, last: int, context: int = 0) -> np.ndarray:
         """Seconds of `first`, first + 1, ... `last` rows: (last - first + 1,) float64."""
-        if self._table is None or len(self._table) <= last:
-            self._table = self._tabulate(max(last, self._rows[-1]))
-        speed, token = math.exp(self._state[0]), math.exp(self._state[1])
-        return (self._table[first : last + 1] + token * context) * speed
+        return self._table_to(last)[first : last + 1] + self._token * context
 
     def uncertainty(self, rows: int, others: int, context: int = 0) -> float:
         """Standard deviation, relative, of how passes of `rows` and of `others` rows compare."""
@@ -160,7 +164,15 @@ class RowCost:
     def _nearest(self, rows: int) -> int:
         return bisect_left(self._rows, rows)
 
+    def _table_to(self, last: int) -> np.ndarray:
+        if self._table is None or len(self._table) <= last:
+            speed = math.exp(self._state[0])
+            self._token = math.exp(self._state[1]) * speed
+            self._table = self._tabulate(max(last, self._rows[-1])) * speed
+        return self._table
+
     def _tabulate(self, last: int) -> np.ndarray:
+        """Seconds at speed 1 of 0, 1, ... `last` rows."""
         points = np.array(self._rows)
         # A class that took longer than a larger one did: more rows never take less time.
         shape = np.minimum.accumulate(np.exp(self._state[: _FIRST - 1 : -1]))[::-1]

@@ -4,6 +4,7 @@ the controller's choice; without one, sequences take the first proposal there is
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -37,10 +38,15 @@ class Drafted:
 class Speculator:
     """Drafts of at most `num_draft_tokens`, less where answer or context end sooner, by whom and as long as the
     controller finds worth it. If there is no controller, a sequence takes the first proposal of its drafters, all of
-    it, and those that are free come first."""
+    it, and those that are free come first. `clock`: seconds since some moment."""
 
     def __init__(
-        self, drafters: list[Drafter], num_draft_tokens: int, max_model_len: int, controller: Controller | None
+        self,
+        drafters: list[Drafter],
+        num_draft_tokens: int,
+        max_model_len: int,
+        controller: Controller | None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._free = {drafter.name: drafter for drafter in drafters if drafter.free}
         self._costly = {drafter.name: drafter for drafter in drafters if isinstance(drafter, CostlyDrafter)}
@@ -48,6 +54,7 @@ class Speculator:
         self._num_draft_tokens = num_draft_tokens
         self._max_model_len = max_model_len
         self._controller = controller
+        self._clock = clock
         self._seconds = 0.0  # of the last step's costly drafts
         self._context = 0  # of the last step
         self.drafted = Drafted(Choice({}))
@@ -121,9 +128,9 @@ class Speculator:
         by_sequence = {turn.sequence: turn for turn in step.turns}
         for name, requests in controller.ask(step).items():
             costly = self._costly[name]
-            start = time.perf_counter()
+            start = self._clock()
             drafts = costly.propose(requests)
-            took = time.perf_counter() - start
+            took = self._clock() - start
             self._seconds += took
             context = sum(len(request.sequence.tokens) for request in requests)
             controller.observe_drafting(name, costly.passes, took, context)

@@ -10,6 +10,9 @@ SHARE = 0.01
 """Of all steps' time that trials may cost."""
 SAVED = 64
 """Most steps' time that is saved up for trials."""
+ADVANCE, ADVANCED_SHARE = 2.0, 0.01
+"""What drafters that were hardly seen may cost beyond what they bring, however much they promise: so many steps' time,
+and this share of all the time since the start."""
 
 Subject = tuple[str, int]
 """What is tried, at which load: the same draft can pay for one stream and not for sixteen."""
@@ -28,10 +31,24 @@ class Trials:
     _schedules: dict[Subject, _Schedule] = field(default_factory=dict)
     _credit: float = 0.0
     """Seconds that may be spent."""
+    _passed: float = 0.0
+    """Seconds of all steps."""
+    _advanced: float = 0.0
+    """Seconds that drafters took which were hardly seen, less those that their tokens saved."""
 
     def earn(self, seconds: float) -> None:
         """A step took so long."""
         self._credit = min(self._credit + SHARE * seconds, SAVED * seconds)
+        self._passed += seconds
+
+    def advance(self, step: float) -> float:
+        """Seconds that a drafter may cost in this step, which takes `step` without it, if hardly more than its prior is
+        known of it."""
+        return ADVANCE * step + ADVANCED_SHARE * self._passed - self._advanced
+
+    def advanced(self, seconds: float) -> None:
+        """Such a drafter took so long or, if negative, saved so much."""
+        self._advanced = max(0.0, self._advanced + seconds)
 
     def wait(self, subject: Subject) -> None:
         """One more step without the subject."""

@@ -60,11 +60,11 @@ def test_a_draft_that_pays_at_one_stream_alone() -> None:
         fixed = arms(target, drafters, count)
         assert (max(fixed.values()) > 1.2 * fixed["", 0]) == (count == 1)
         world.asked.clear()
-        got = world.goodput(count, steps=600)
+        got = world.goodput(count)
         assert got >= 0.97 * fixed["", 0]
         assert got >= 0.93 * max(fixed.values())
         asked = len(world.asked)
-        assert asked > 500 if count == 1 else asked < 100
+        assert asked > 1250 if count == 1 else asked < 100
 
 
 def figure(target: str) -> list[Simulated]:
@@ -110,6 +110,22 @@ def test_a_hostile_portfolio(cost: Cost, count: int, turnover: int) -> None:
     ]
     plain = World(cost, drafters, turnover).goodput(count, ("", 0), steps=600)
     assert World(cost, drafters, turnover).goodput(count, steps=600) >= 0.97 * plain
+
+
+@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("measured", [0.1, 0.2])
+@pytest.mark.parametrize("cost", [memory_bound, small_cpu])
+def test_a_draft_that_costs_more_than_it_seemed(cost: Cost, measured: float, count: int) -> None:
+    """It is as large as the target, but was measured while the machine had nothing else to do and the target while it
+    had: as far as is known at the start, it must pay. The first 512 steps hardly suffer."""
+    drafters = [
+        Simulated("random", constant(0.0), cost, prompt=64, prior=0.6, measured=measured),
+        Simulated("lookup", constant(0.01), prior=0.35),
+    ]
+    plain = World(cost, drafters, 64).goodput(count, ("", 0), steps=512)
+    world = World(cost, drafters, 64)
+    assert world.goodput(count, steps=512) >= 0.97 * plain
+    assert world.asked or measured > 0.1
 
 
 @pytest.mark.parametrize("count", [1, 4, 8, 16])
@@ -180,7 +196,7 @@ def test_each_request_of_a_batch_gets_what_suits_it() -> None:
         world.step(sequences)
     lengths = [{name: count / steps for name, count in counts.items() if name} for counts in drafted]
     assert lengths[0]["lookup"] > 5
-    assert lengths[0]["model"] < 0.5
+    assert lengths[0].get("model", 0) < 0.5
     for i in (1, 2):
         assert lengths[i]["model"] > 2
         assert lengths[i].get("lookup", 0) < 0.1
@@ -204,6 +220,25 @@ def test_a_prompt_in_the_step_does_not_make_drafts_cheap() -> None:
         seconds = 4e-3 + 2e-3 * step.rows
         assert choice.plain == pytest.approx(4 / seconds, rel=0.2)  # 104 rows were never measured
     assert chosen == [0, 0]
+
+
+def test_prompts_do_not_make_rows_cheap() -> None:
+    """The rows of a prompt need no logits, which are half of a pass here. What was seen of them says nothing of rows
+    that are verified."""
+
+    def verifying(rows: int) -> float:
+        return 10e-3 + 1e-3 * rows
+
+    world = World(verifying, [])
+    for i in range(300):
+        rows, prompts = (20 + i % 5 * 40, True) if i % 3 == 0 else (8, False)
+        seconds = 0.5 * verifying(rows) if prompts else verifying(rows)
+        world.controller.observe_step(rows, world.noisy(seconds), prompts=prompts)
+    target = world.controller.target
+    for rows in (16, 32, 64):
+        assert target.predict(rows) / target.predict(8) == pytest.approx(verifying(rows) / verifying(8), rel=0.1)
+    choice = world.controller.choose(Step(108, 8, []))
+    assert choice.plain == pytest.approx(8 / (0.5 * verifying(108)), rel=0.15)
 
 
 def test_long_contexts_make_drafts_worth_more() -> None:

@@ -57,6 +57,8 @@ class Simulated:
     prior: float = 0.5
     confident: bool = False
     """It says how likely each of its tokens is, and is right about it."""
+    measured: float = 1.0
+    """What its passes are taken to cost at the start, as a multiple of what they do."""
 
 
 Fixed = tuple[str, int]
@@ -74,7 +76,9 @@ class World:
         for drafter in drafters:
             if drafter.cost is not None:
                 self.controller.drafting[drafter.name] = RowCost()
-                self.controller.drafting[drafter.name].calibrate(self._calibrated(drafter.cost))
+                self.controller.drafting[drafter.name].calibrate(
+                    {rows: drafter.measured * seconds for rows, seconds in self._calibrated(drafter.cost).items()}
+                )
         self.asked: list[tuple[int, str]] = []
         """Steps in which a drafter that costs time was asked."""
         self.step_number = self.made = 0
