@@ -16,6 +16,7 @@ import argparse
 import json
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from engine.execution.graphs import GraphPlan
 from engine.llm import LLM
 from engine.memory.block_pool import BlockPool
 from engine.memory.block_table import BlockTable
@@ -244,6 +246,9 @@ class RecordedDrafter:
 
     def try_pass(self, rows: int) -> None:
         self._clock.spend(self._clock.draft(self.name, rows))
+
+    def capture(self, planned: Callable[[tuple[int, ...]], GraphPlan]) -> None:
+        pass
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
         passes = [sum(self.backlog(request.sequence) for request in requests)]
