@@ -4,7 +4,9 @@ nonsense."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -18,7 +20,7 @@ from tiny import make_tiny
 
 import engine.build
 from engine.execution.buckets import FREE_ROWS, WASTE, Bucket, batch_sizes, buckets, fitting, span_lengths
-from engine.execution.graphs import EagerGraphs, GraphPlan, Replay
+from engine.execution.graphs import CudaGraphs, EagerGraphs, GraphPlan, Replay
 from engine.execution.spans import Span, pack
 from engine.llm import LLM
 from engine.messages import StepStats
@@ -275,3 +277,55 @@ def test_over_flash_attn(
     assert texts(got) == texts(wanted)
     assert poisoned.replayed > 10
     assert len(flash.calls) > before
+
+
+def test_cuda_graphs_are_captured_as_torch_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for torch.cuda, held against its signatures: warmed up on the stream of the capture, behind what is
+    there already, and captured into the pool that all graphs share."""
+    happened: list[str] = []
+
+    class Stream:
+        def __init__(self, device: torch.device | None = None, name: str = "capture") -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            happened.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self) -> None:
+            happened.append("replay")
+
+    @contextmanager
+    def stream(current: Stream) -> Iterator[None]:
+        happened.append(f"on {current.name}:")
+        yield
+
+    @contextmanager
+    def graph(*args: object, **kwargs: object) -> Iterator[None]:
+        bound = inspect.signature(signature_of).bind(None, *args, **kwargs).arguments
+        assert isinstance(bound["cuda_graph"], Graph)
+        happened.append(f"capture on {bound['stream'].name} into {bound['pool']}, {bound['capture_error_mode']}:")
+        yield
+
+    signature_of = torch.cuda.graph.__init__
+    free = iter([100, 70, 40])
+    for name, stand_in in {
+        "graph_pool_handle": lambda: "the pool",
+        "Stream": Stream,
+        "current_stream": lambda device: Stream(name="current"),
+        "stream": stream,
+        "CUDAGraph": Graph,
+        "graph": graph,
+        "mem_get_info": lambda device: (next(free), 200),
+    }.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    backend = CudaGraphs(torch.device("cuda", 0))
+    replay = backend.capture(lambda: happened.append("pass"), (), ())
+    assert happened == [
+        *("capture waits for current", "on capture:", "pass", "pass", "current waits for capture"),
+        *("capture on capture into the pool, thread_local:", "pass"),
+    ]
+    replay()
+    assert happened[-1] == "replay"
+    assert (backend.memory(), backend.memory()) == (30, 60)

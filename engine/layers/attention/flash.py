@@ -7,7 +7,9 @@ The calls below and the rules in `why_not_flash2` and `why_not_flash4` are those
   `flash_attn_with_kvcache`) and csrc/flash_attn/flash_api.cpp (`mha_varlen_fwd`, `mha_fwd_kvcache`);
 - flash-attn-4 4.0.0b36: flash_attn/cute/interface.py (`flash_attn_varlen_func`, `_flash_attn_fwd`).
 
-Neither kernel promises that a row's bits do not depend on the rows beside it.
+Neither kernel promises that a row's bits do not depend on the rows beside it. In a captured pass `max_seqlen_q`,
+`max_seqlen_k` and what the packages derive from them or from the table's width on the host (splits, tiles) are those of
+the longest context; the lengths themselves they read on the GPU.
 """
 
 from __future__ import annotations
