@@ -10,6 +10,7 @@ import os
 import socket as sockets
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -46,6 +47,8 @@ LAST_WORDS_SECONDS = 2.0
 """So long may the main thread take to notice that the engine has failed, before its words are said for it."""
 TEARDOWN_SECONDS = 15.0
 """So long may it take to end the process once it has."""
+LATE_SECONDS = 2.0
+"""So long are processes of other hosts waited for that have not come when the engine ends at its start."""
 LINGER_MS = 500
 
 LastWords = Callable[[str], None]
@@ -243,13 +246,25 @@ class Watch:
                 if self._reason is not None:
                     self._after_the_end()
                     break
-            self._tell(End(self._reason or self._error))
+            self._tell_the_end(self._reason or self._error)
         self._context.destroy(linger=LINGER_MS)
 
     def _tell(self, message: FromLead) -> None:
         data = msgspec.msgpack.encode(message)
         for identity in self._identities:
             self._socket.send_multipart([identity, data])
+
+    def _tell_the_end(self, reason: str) -> None:
+        """Tell everyone why the engine ends; those, too, that are only on their way here from another host."""
+        self._tell(End(reason))
+        expected = self._config.tensor_parallel_size - 1 + self._config.nnodes - 1
+        deadline = time.monotonic() + LATE_SECONDS
+        while self._config.nnodes > 1 and len(self._identities) < expected and time.monotonic() < deadline:
+            if self._socket.poll(POLL_MS):
+                identity, _ = self._socket.recv_multipart()
+                if identity not in self._identities:
+                    self._identities[identity] = -1
+                    self._socket.send_multipart([identity, msgspec.msgpack.encode(End(reason))])
 
     def _hear(self, identity: bytes, message: ToLead) -> None:
         if isinstance(message, Hello):
@@ -382,7 +397,7 @@ class Watch:
 
     def _after_the_end(self) -> None:
         """Nothing is left running, and the main thread does not stay stuck."""
-        self._tell(End(self._reason or ""))
+        self._tell_the_end(self._reason or "")
         for peer in self._peers:
             if peer.process is not None and peer.process.poll() is None:
                 peer.process.kill()

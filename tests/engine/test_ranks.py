@@ -3,6 +3,7 @@ ends the engine, with the rank's name, and leaves no process behind."""
 
 from __future__ import annotations
 
+import queue
 import re
 import signal
 import subprocess
@@ -16,11 +17,15 @@ from typing import Any
 
 import psutil
 import pytest
+from msgspec.structs import replace
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineDeadError, RankError
 from engine.execution.graphs import EagerGraphs
 from engine.llm import LLM
+from engine.parallel.link import Link
+from engine.parallel.messages import Beat, Welcome
+from engine.parallel.watch import Watch
 from engine.processes import PatientClock, environment
 from engine.sampling.params import SamplingParams
 
@@ -307,3 +312,13 @@ def test_a_clock_stands_still_while_its_process_does(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(time, "monotonic", lambda: next(moments))
     clock = PatientClock(most=2.0)
     assert [clock.now() for _ in range(4)] == [0.5, 2.0, 4.0, 4.5]
+
+
+def test_a_host_that_comes_when_the_engine_has_ended_is_told_why(tmp_path: Path) -> None:
+    config = EngineConfig(tensor_parallel_size=2, nnodes=2, master_addr="127.0.0.1")
+    endpoint = f"ipc://{tmp_path}/control"
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    watch = Watch(config, endpoint, Welcome(b"", "", "", 0), lambda: None)
+    threading.Timer(0.3, lambda: Link(replace(config, node_rank=1), -1, endpoint, Beat, told.put)).start()
+    watch.close("no memory is left")
+    assert told.get(timeout=10) == "no memory is left"
