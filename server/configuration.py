@@ -103,7 +103,8 @@ def as_yaml(configuration: Configuration) -> str:
 
 def _on_one_line(value: Any) -> str:
     text = _dump(value, None)
-    return _dump(value, '"') if "\n" in text else text
+    # splitlines, since YAML breaks lines at U+0085 and U+2028, too
+    return _dump(value, '"') if len(text.splitlines()) > 1 else text
 
 
 def _dump(value: Any, style: str | None) -> str:
