@@ -280,8 +280,13 @@ def start_ranks(
             for each in comm:
                 each.abort()
 
+        def end_process(reason: str) -> None:
+            assert last_words is not None
+            shutil.rmtree(local.directory, ignore_errors=True)
+            last_words(reason)
+
         try:
-            watch = Watch(config, bind, welcome, abort, last_words)
+            watch = Watch(config, bind, welcome, abort, end_process if last_words is not None else None)
         except zmq.ZMQError as error:
             raise ConfigError(f"cannot listen on master_port {config.master_port} of {master}: {error}") from error
         for rank in ranks_of(config)[1:]:

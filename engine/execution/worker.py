@@ -98,6 +98,7 @@ def run(serve: Serve) -> int:
     def end(reason: str) -> None:
         if reason:
             logger.info("rank %d ends: %s", launch.rank, reason)
+        _remove(launch.directory)
         _exit(1 if reason else 0)
 
     link = Link(launch.config, launch.rank, launch.endpoint, lambda: state.beat(), end)

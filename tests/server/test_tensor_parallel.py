@@ -26,12 +26,17 @@ SHORT: dict[str, Any] = {"model": MODEL, "prompt": "The sea", "max_tokens": 16, 
 
 @pytest.fixture
 def divided(tiny_llama: Path, tmp_path: Path) -> Iterator[RunningServer]:
-    running = RunningServer(tmp_path / "log", "--model", str(tiny_llama), "--tensor-parallel-size", "2", *FLAGS)
+    flags = ("--model", str(tiny_llama), "--tensor-parallel-size", "2", *FLAGS)
+    sockets = tmp_path / "sockets"
+    sockets.mkdir()
+    running = RunningServer(tmp_path / "log", *flags, variables={"TMPDIR": str(sockets)})
     try:
         running.wait_for("/ready", 200)
         processes = [running.engine, worker_of(running)]
         yield running
         wait_until_gone(*processes)
+        running.stop()
+        assert not list(sockets.glob("pilotfish-*"))
     finally:
         running.stop()
 
