@@ -12,8 +12,9 @@ import torch
 
 from engine.models.features import FeatureTap
 from engine.sequence import Sequence
-from engine.speculation.controller import Choice, Controller, Step, Turn
+from engine.speculation.controller import Controller
 from engine.speculation.drafter import CostlyDrafter, Draft, Drafter, DraftRequest, FeatureReader
+from engine.speculation.turns import Choice, Step, Turn
 
 
 def feature_layers(drafters: Seq[object]) -> tuple[int, ...]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from worlds import LONGEST, Cost, Right, Simulated, World, arms, compute_bound, constant, memory_bound, small_cpu
 
-from engine.speculation.controller import Choice, Step, Turn
 from engine.speculation.drafter import Draft
 from engine.speculation.trials import FIRST_RETRY
+from engine.speculation.turns import Choice, Step, Turn
 
 WORLDS: dict[str, tuple[Cost, Right, Cost | None]] = {
     "always right": (memory_bound, constant(0.97), None),

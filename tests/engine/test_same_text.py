@@ -12,8 +12,8 @@ from tiny import make_tiny
 
 from engine.llm import LLM, Completion
 from engine.sampling.params import SamplingParams
-from engine.speculation.controller import Choice, Step
 from engine.speculation.drafter import DraftRequest, shortened
+from engine.speculation.turns import Choice, Step
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=32, ignore_eos=True)

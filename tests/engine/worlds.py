@@ -14,10 +14,11 @@ from engine.memory.block_table import BlockTable
 from engine.request import Request
 from engine.sampling.params import SamplingParams
 from engine.sequence import Sequence as Decoding
-from engine.speculation.controller import Controller, Step, Turn
+from engine.speculation.controller import Controller
 from engine.speculation.cost import RowCost
 from engine.speculation.drafter import Draft
 from engine.speculation.portfolio import CALIBRATED
+from engine.speculation.turns import Step, Turn
 
 LONGEST = 8
 LENGTHS = (1, 2, 4, 8)

@@ -1,0 +1,102 @@
+"""The recordings of `virtual_clock.py`: the real engine's answers, and what each head would have drafted for them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.llm import LLM
+from engine.sampling.params import SamplingParams
+from engine.sequence import Sequence
+from engine.speculation.drafter import NO_DRAFT, Draft, Drafter, DraftRequest
+from engine.speculation.speculator import Speculator
+from engine.weights.catalog import resolve
+from server.commands.prompts import encode, read_suites
+from server.tokenizer import load_tokenizer
+
+LONGEST = 8
+"""Tokens of a draft at most, in recordings and when they are played."""
+AT_ONCE = 8
+"""Answers that are recorded at the same time."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A question."""
+
+    prompt: tuple[int, ...]
+    answer: list[int]
+    drafts: dict[str, list[tuple[list[int], list[float]]]]
+
+
+class Listener(Speculator):
+    """Drafts nothing, and notes what each draft that costs time would propose."""
+
+    def __init__(self, drafters: list[Drafter], max_model_len: int) -> None:
+        super().__init__(drafters, LONGEST, max_model_len, None)
+        self.heard: dict[str, dict[str, dict[int, Draft]]] = {}
+        """By sequence, drafter and tokens so far."""
+
+    def draft(self, sequences: list[Sequence], other_rows: int = 0) -> dict[Sequence, Draft]:
+        for name, drafter in self._costly.items():
+            drafts = drafter.propose([DraftRequest(sequence, LONGEST) for sequence in sequences])
+            for sequence, draft in zip(sequences, drafts, strict=True):
+                self.heard.setdefault(sequence.id, {}).setdefault(name, {})[len(sequence.tokens)] = draft
+        return {}
+
+
+def record(args: argparse.Namespace) -> None:
+    """Write {"model", "max_tokens", "suites": {suite: [{"prompt", "answer", "drafts": {drafter: [[tokens,
+    confidences], ...]}}]}}; a drafter's list has an entry for each place of the answer but the first."""
+    tokenizer = load_tokenizer(resolve(args.model))
+    suites = read_suites(args.prompts, args.questions)
+    written: dict[str, Any] = {}
+    with LLM(
+        model=args.model,
+        prefix_caching=False,
+        kv_cache_memory=1 << 30,
+        max_num_seqs=AT_ONCE,
+        num_threads=args.num_threads,
+        num_draft_tokens=LONGEST,
+    ) as llm:
+        core = llm.core
+        engine = core._engine
+        drafters = [*engine.speculator._free.values(), *engine.speculator._costly.values()]
+        listener = Listener(drafters, llm.info.max_model_len)
+        core._engine = replace(engine, speculator=listener)
+        for suite, prompts in suites.items():
+            requests = llm.requests(
+                [encode(tokenizer, prompt) for prompt in prompts],
+                SamplingParams(temperature=0.0, max_tokens=args.max_tokens, seed=0),
+                speculation="auto",
+            )
+            answers: dict[str, list[int]] = {request.id: [] for request in requests}
+            with tqdm(total=len(requests), desc=suite, unit="req") as bar:
+                for delta in llm.stream(requests):
+                    answers[delta.request_id] += delta.token_ids
+                    bar.update(delta.finish_reason is not None)
+            written[suite] = [
+                {
+                    "prompt": request.prompt_ids,
+                    "answer": answers[request.id],
+                    "drafts": {
+                        name: [
+                            _written(heard.get(len(request.prompt_ids) + place, NO_DRAFT))
+                            for place in range(1, len(answers[request.id]))
+                        ]
+                        for name, heard in listener.heard.get(request.id, {}).items()
+                    },
+                }
+                for request in requests
+            ]
+            listener.heard.clear()
+    Path(args.out).write_text(json.dumps({"model": args.model, "max_tokens": args.max_tokens, "suites": written}))
+
+
+def _written(draft: Draft) -> tuple[tuple[int, ...], list[float]]:
+    return draft.tokens, [round(confidence, 4) for confidence in draft.confidences]
