@@ -317,7 +317,8 @@ async def test_a_finished_or_unstarted_generator_aborts_nothing(
 # Dying
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGHUP], ids=lambda sent: sent.name)
+# Not SIGHUP, which processes started under nohup ignore, as they are asked to.
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGUSR1], ids=lambda sent: sent.name)
 async def test_a_process_killed_in_mid_request_ends_every_request(
     engine: AsyncEngine, folders: Callable[[], list[Path]], sent: signal.Signals
 ) -> None:
