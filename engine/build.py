@@ -26,9 +26,10 @@ from engine.parallel.interface import ALONE
 from engine.parallel.layout import check_divides
 from engine.request import EngineInfo, RankMemory
 from engine.speculation.drafter import CostlyDrafter
+from engine.speculation.feature_router import FeatureRouter
 from engine.speculation.portfolio import free_drafters, load_draft, make_controller, make_drafter
 from engine.speculation.sources import check_speculation, find
-from engine.speculation.speculator import Speculator, feature_layers
+from engine.speculation.speculator import Speculator
 from engine.speculation.verify import CoupledVerifier, RejectionVerifier, Verifier
 from engine.weights import read_config
 from engine.weights.catalog import resolve
@@ -129,7 +130,7 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
     if make_graphs:
         progress("capturing graphs", 0.0)
         planned = partial(graph_plan, config, make_graphs(), max_model_len, num_blocks, for_graphs)
-        target_runner.capture("target", planned(span_lengths(config.num_draft_tokens)), feature_layers(drafters))
+        target_runner.capture("target", planned(span_lengths(config.num_draft_tokens)), FeatureRouter(drafters).layers)
         for drafter in drafters:
             if isinstance(drafter, CostlyDrafter):
                 drafter.capture(planned)

@@ -112,7 +112,7 @@ class EngineCore:
         with clock.phase("plan"):
             plan = self._scheduler.plan(drafts)
             self._note_admissions(plan)
-        tap, logits = engine.speculator.tap(), None
+        tap, logits = engine.speculator.features.tap(), None
         self._timer.begin()
         if plan.spans:
             logits = engine.runner.run([_span(planned) for planned in plan.spans], tap)
@@ -211,13 +211,13 @@ class EngineCore:
 
     def _hand_on(self, plan: StepPlan, features: torch.Tensor) -> None:
         """Give the features of the rows that stay to the drafters that read them."""
-        row = 0
+        row, kept = 0, []
         for planned in plan.spans:
             sequence = planned.sequence
             if self._sequences.get(sequence.id) is sequence:
-                kept = sequence.computed - planned.start
-                self._engine.speculator.observe_features(sequence, planned.start, features[row : row + kept])
+                kept.append((sequence, planned.start, row, row + sequence.computed - planned.start))
             row += planned.stop - planned.start
+        self._engine.speculator.features.hand_on(features, kept)
 
     def _commit_tokens(self, planned: PlannedSpan, verdict: Verdict) -> Delta:
         """Append what was drawn, up to a stop; the keys and values of rejected tokens are overwritten later."""

@@ -36,7 +36,7 @@ class Runner(Protocol):
 
 
 class ModelRunner:
-    """What `run` returns, and the features in a tap, hold until the next `run`."""
+    """What `run` returns holds until the next `run`; the features in a tap are the caller's."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class ModelRunner:
             if bucket is not None:
                 logits, *features = self._graphs.run(bucket, host, (), token_ids)
                 if tap is not None:
-                    tap.features = features[0][: host.shape.rows]
+                    tap.features = features[0][: host.shape.rows].clone()
                 return logits[: host.shape.wanted]
         batch = _with_tokens(host.to(self.device), token_ids)
         hidden = self.model.forward(batch.token_ids, batch.positions, batch.attention, self._caches, tap)

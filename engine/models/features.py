@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import torch
 
@@ -24,3 +25,23 @@ class FeatureTap:
                 if self.features is None or len(self.features) != rows:
                     self.features = hidden.new_empty(rows, len(self.layers) * size)
                 self.features[:, place * size : (place + 1) * size] = hidden
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureRows:
+    """Rows [first, stop) of a pass's `features`, (rows, size): cut out when they are read, which most never are."""
+
+    features: torch.Tensor
+    first: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.first
+
+    def behind(self, count: int) -> FeatureRows:
+        """Without the first ones."""
+        return FeatureRows(self.features, self.first + count, self.stop)
+
+    def read(self) -> torch.Tensor:
+        """(len(self), size)"""
+        return self.features[self.first : self.stop]

@@ -3,11 +3,10 @@ sequence. What was drafted but not verified counts, too, as soon as the tokens a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from engine.speculation.drafter import Draft
 
@@ -95,13 +94,15 @@ class Acceptance:
             rates = [self._current(_confidence(draft, i))[i] for i in range(len(draft.tokens))]
         return self._survival(sequence_id, draft.drafter, rates)
 
-    def at_best(self, drafter: str) -> np.ndarray:
+    def at_best(self, drafter: str) -> list[float]:
         """How often its tokens may be right behind right ones, by position, as far as trials do not speak against it:
-        two standard deviations above what is known: (longest,) float64."""
-        known = self._rates((drafter, _ANY))
-        rates = np.array(self._current((drafter, _ANY)))
-        trials = np.array(known.tried) + PRIOR_WEIGHT
-        return np.minimum(MOST, rates + 2 * np.sqrt(rates * (1 - rates) / trials))
+        two standard deviations above what is known; `longest` of them."""
+        rates = self._current((drafter, _ANY))
+        tried = self._rates((drafter, _ANY)).tried
+        return [
+            min(MOST, rate + 2 * math.sqrt(rate * (1 - rate) / (trials + PRIOR_WEIGHT)))
+            for rate, trials in zip(rates, tried, strict=True)
+        ]
 
     def observe(self, sequence_id: str, drafts: Seq[Draft], tokens: Seq[int], asked: Mapping[str, int]) -> None:
         """The tokens that came next, and drafts that were made for them, verified against or not. `asked`: by drafter,

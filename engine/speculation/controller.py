@@ -9,18 +9,16 @@ clock.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-
-import numpy as np
 
 from engine.sequence import Sequence
 from engine.speculation.acceptance import Acceptance
 from engine.speculation.cost import RowCost
 from engine.speculation.drafter import DraftRequest, shortened
-from engine.speculation.exploration import Exploration
+from engine.speculation.exploration import NEARLY, Exploration
 from engine.speculation.forecast import CAUTION, Forecast
-from engine.speculation.goodput import worth
+from engine.speculation.goodput import goodputs
 from engine.speculation.plans import GAIN, Offer, Plan, Planner
 from engine.speculation.turns import Choice, Step, Turn
 
@@ -50,18 +48,19 @@ class Controller:
         if not names:
             return {}
         if not self.target.known:
-            return {name: _requests(step, name, None, self._longest, 0.0) for name in names}
+            return {name: _requests(step, name, range(len(step.turns)), self._longest, 0.0) for name in names}
         exploration, load = self._exploration, step.decoding.bit_length()
         open_names = [name for name in names if not exploration.rests(name, load)]
         if not open_names:
             return {}
         best = self._planner.without(step)
-        empty = not best.chances.any()
+        empty = not any(best.chances)
         price = self._forecast.row_price(step, best.goodput)
         alone: dict[str, Plan | None] | None = None
-        advances: dict[str, tuple[np.ndarray, int]] = {}
+        advances: dict[str, tuple[list[int], int]] = {}
         while open_names:
-            plans = {name: self._planner.with_drafter(step, best, name, price) for name in open_names}
+            gain = NEARLY if empty and alone is None else GAIN
+            plans = {name: self._planner.with_drafter(step, best, name, price, gain) for name in open_names}
             alone = plans if alone is None and empty else alone
             name, plan = max(plans.items(), key=lambda item: item[1].goodput if item[1] else 0.0)
             if plan is None or plan.goodput < GAIN * best.goodput:
@@ -97,7 +96,7 @@ class Controller:
             return Choice({})
         picked, offers = self._planner.best_drafts(step)
         seconds = self._forecast.seconds(step, len(offers))
-        plain = float(seconds[0])
+        plain = seconds[0]
         self._token = plain / step.decoding
         taken = self._worth_verifying(step, offers, seconds, plain + spent) if offers else []
         lengths: dict[int, int] = {}
@@ -106,7 +105,7 @@ class Controller:
         chosen = {step.turns[i].sequence: shortened(picked[i], length) for i, length in lengths.items()}
         tokens = step.decoding + sum(chance for _, _, chance in taken)
         prompts = self._forecast.prompt_seconds(step, plain)
-        goodput = self._forecast.told(tokens, float(seconds[len(taken)]) + spent + prompts)
+        goodput = self._forecast.told(tokens, seconds[len(taken)] + spent + prompts)
         return Choice(chosen, goodput, self._forecast.told(step.decoding, plain + prompts))
 
     def observe_step(self, rows: int, seconds: float, context: int = 0, prompts: bool = False) -> None:
@@ -140,31 +139,31 @@ class Controller:
         self._turns.pop(sequence, None)
 
     def _worth_verifying(
-        self, step: Step, offers: list[Offer], seconds: np.ndarray, plain_seconds: float
+        self, step: Step, offers: list[Offer], seconds: list[float], plain_seconds: float
     ) -> list[Offer]:
         """Those of the offers that are taken, best first. `seconds` of the step's pass by how many are; without any the
         step takes `plain_seconds`."""
         offers.sort()
-        gained = -np.array([offer[0] for offer in offers])
-        rows = CAUTION * (seconds[1:] - seconds[0])
-        promised = worth(step.decoding, gained.cumsum()) / (plain_seconds + rows)
-        count = int(promised.argmax()) + 1
-        gain = float(promised[count - 1]) / (step.decoding / plain_seconds)
+        cautious = [plain_seconds + CAUTION * (taken - seconds[0]) for taken in seconds]
+        plain, *promised = goodputs(step.decoding, [-offer[0] for offer in offers], cautious)
+        gain = max(promised) / plain
+        count = promised.index(max(promised)) + 1
         if not self._exploration.pays(step, gain, count, plain_seconds):
             return []
         # Those who are behind count for more, but not for more than what a row brings elsewhere.
         taken = offers[:count]
         tokens = step.decoding + sum(chance for _, _, chance in taken)
-        row = CAUTION * float(seconds[count] - seconds[count - 1])
-        least = row * tokens / (plain_seconds + float(rows[count - 1]))
+        row = cautious[count] - cautious[count - 1]
+        least = row * tokens / cautious[count]
         return [offer for offer in taken if offer[2] >= least]
 
 
-def _requests(step: Step, name: str, turns: np.ndarray | None, length: int, floor: float) -> list[DraftRequest]:
-    """Of one drafter, for those of the step's turns, None: all, that may have it; noted in the turns."""
+def _requests(step: Step, name: str, turns: Iterable[int], length: int, floor: float) -> list[DraftRequest]:
+    """Of one drafter, for those of these turns that may have it; noted in the turns."""
     requests = []
-    for i, turn in enumerate(step.turns):
-        if name in turn.backlog and (turns is None or turns[i]):
+    for i in turns:
+        turn = step.turns[i]
+        if name in turn.backlog:
             turn.asked[name] = min(turn.limit, length)
             requests.append(DraftRequest(turn.sequence, turn.asked[name], floor))
     return requests

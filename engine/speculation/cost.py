@@ -29,6 +29,8 @@ LEAST_CONTEXT = 1e-6
 """Of a pass's seconds that a token of context is taken to cost at least: nothing could not be corrected."""
 OUTLIER = 3.0
 """A measurement counts for at most so many standard deviations: a machine has other things to do now and then."""
+LEAST_TABLE = 32
+"""Rows that are tabulated at least, when anything is asked."""
 KNOTS = 128
 """Rows that the curve has points for unless it is calibrated for more; beyond them it goes on as a line."""
 
@@ -50,7 +52,7 @@ class RowCost:
             0
         )  # log speed; at speed 1 the logs of a context token's seconds and of those at each point
         self._doubt = np.zeros((0, 0))  # covariance of the state
-        self._table: np.ndarray | None = None  # seconds without context of 0, 1, 2, ... rows, while the state stands
+        self._table: list[float] = []  # seconds without context of 0, 1, 2, ... rows, while the state stands
         self._token = 0.0  # seconds of a token of context, as long
         self._observed = 0
         self._last: dict[int, int] = {}  # the observation that a point last had
@@ -85,7 +87,7 @@ class RowCost:
         error = min(most, max(-most, math.log(max(seconds, 1e-9) / predicted)))
         state += reach * (error / variance)
         doubt -= np.outer(reach, reach / variance)
-        self._table = None
+        self._table = []
         self._observed += 1
         for rows in passes:
             self._last[self._nearest(rows)] = self._observed
@@ -98,8 +100,7 @@ class RowCost:
         """Seconds; 0 before anything was measured."""
         if not self._rows:
             return 0.0
-        table = self._table_to(rows)
-        return table.item(rows) + self._token * context
+        return self._table_to(rows)[rows] + self._token * context
 
     @property
     def context_token(self) -> float:
@@ -109,9 +110,11 @@ class RowCost:
         self._table_to(0)
         return self._token
 
-    def seconds(self, first: int, last: int, context: int = 0) -> np.ndarray:
-        """Seconds of `first`, first + 1, ... `last` rows: (last - first + 1,) float64."""
-        return self._table_to(last)[first : last + 1] + self._token * context
+    def seconds(self, first: int, last: int, context: int = 0) -> list[float]:
+        """Seconds of `first`, first + 1, ... `last` rows."""
+        table = self._table_to(last)
+        reading = self._token * context
+        return [seconds + reading for seconds in table[first : last + 1]]
 
     def uncertainty(self, rows: int, others: int, context: int = 0) -> float:
         """Standard deviation, relative, of how passes of `rows` and of `others` rows compare."""
@@ -133,7 +136,7 @@ class RowCost:
             at = points.index(_point(count, points))
             reach = doubt[:, at].copy()
             doubt -= np.outer(reach, reach / (reach[at] + CALIBRATION_NOISE**2))
-        self._rows, self._table = points, None
+        self._rows, self._table = points, []
         token = max(context_token, float(seconds[0]) * LEAST_CONTEXT)
         self._state = np.concatenate([[0.0, math.log(token)], np.log(shape)])
         self._doubt = np.zeros((len(self._state), len(self._state)))
@@ -164,24 +167,28 @@ class RowCost:
     def _nearest(self, rows: int) -> int:
         return bisect_left(self._rows, rows)
 
-    def _table_to(self, last: int) -> np.ndarray:
-        if self._table is None or len(self._table) <= last:
+    def _table_to(self, last: int) -> list[float]:
+        if len(self._table) <= last:
             speed = math.exp(self._state[0])
             self._token = math.exp(self._state[1]) * speed
-            self._table = self._tabulate(max(last, self._rows[-1])) * speed
+            self._table = self._tabulate(max(last, LEAST_TABLE), speed)
         return self._table
 
-    def _tabulate(self, last: int) -> np.ndarray:
-        """Seconds at speed 1 of 0, 1, ... `last` rows."""
-        points = np.array(self._rows)
+    def _tabulate(self, last: int, speed: float) -> list[float]:
+        """Seconds at this speed of 0, 1, ... `last` rows."""
+        points = self._rows
         # A class that took longer than a larger one did: more rows never take less time.
-        shape = np.minimum.accumulate(np.exp(self._state[: _FIRST - 1 : -1]))[::-1]
-        table: np.ndarray = np.interp(np.arange(last + 1), points, shape)
-        if last > points[-1]:
-            half = int(np.searchsorted(points, points[-1] / 2))
-            rise = (shape[-1] - shape[half]) / max(1, points[-1] - points[half])
-            beyond = np.arange(points[-1] + 1, last + 1)
-            table[points[-1] + 1 :] = shape[-1] + rise * (beyond - points[-1])
+        shape: list[float] = (speed * np.minimum.accumulate(np.exp(self._state[: _FIRST - 1 : -1]))[::-1]).tolist()
+        table = shape[:1] * (points[0] + 1)
+        for at in range(1, len(points)):
+            if len(table) > last:
+                return table
+            low, count = shape[at - 1], points[at] - points[at - 1]
+            step = (shape[at] - low) / count
+            table += [low + step * part for part in range(1, count + 1)]
+        half = bisect_left(points, points[-1] / 2)
+        rise = (shape[-1] - shape[half]) / max(1, points[-1] - points[half])
+        table += [shape[-1] + rise * part for part in range(1, last - points[-1] + 1)]
         return table
 
 

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from engine.execution.graphs import GraphPlan
+from engine.models.features import FeatureRows
 from engine.sequence import Sequence
 
 
@@ -84,9 +85,9 @@ class FeatureReader(Protocol):
     feature_layers: tuple[int, ...]
     """Whose inputs it reads, as `engine.models.features.FeatureTap` numbers them."""
 
-    def observe_features(self, sequence: Sequence, start: int, features: torch.Tensor) -> None:
-        """The target has computed positions [start, start + rows) of `sequence`, none of which will change: features
-        (rows, len(feature_layers) * hidden_size), only valid during the call."""
+    def observe_features(self, sequence: Sequence, start: int, features: FeatureRows) -> None:
+        """The target has computed positions [start, start + len(features)) of `sequence`, none of which will change:
+        features of len(feature_layers) * hidden_size, which may be kept and are not written to."""
         ...
 
 

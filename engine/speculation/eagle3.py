@@ -7,6 +7,7 @@ relative, so it does not matter where a sequence's rows begin.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from engine.execution.runner import HeadRunner
 from engine.execution.spans import Span
 from engine.memory.block_pool import BlockPool
 from engine.memory.block_table import BlockTable
+from engine.models.features import FeatureRows
 from engine.sampling.processors import process
 from engine.sampling.sampler import argmax, draw
 from engine.sampling.spans import LogitSpan
@@ -40,7 +42,7 @@ class _Known:
     """The position of its first row."""
     computed: int = 0
     """Its rows that are in the cache."""
-    pending: list[torch.Tensor] = field(default_factory=list)
+    pending: deque[FeatureRows] = field(default_factory=deque)
     """Features of the positions from `first + computed` on, that are not."""
     rows_pending: int = 0
 
@@ -48,6 +50,19 @@ class _Known:
     def end(self) -> int:
         """The position after the last one that features are known of."""
         return self.first + self.computed + self.rows_pending
+
+    def take(self, count: int) -> list[torch.Tensor]:
+        """The first of the pending features, whose rows will be in the cache then."""
+        self.computed += count
+        self.rows_pending -= count
+        taken: list[torch.Tensor] = []
+        while count:
+            rows = self.pending.popleft()
+            if len(rows) > count:
+                self.pending.appendleft(rows.behind(count))
+            taken.append(rows.read()[:count])
+            count -= len(taken[-1])
+        return taken
 
 
 class Eagle3Drafter:
@@ -98,8 +113,8 @@ class Eagle3Drafter:
     def capture(self, planned: Callable[[tuple[int, ...]], GraphPlan]) -> None:
         self._runner.capture(self.name, planned(self._span_lengths))
 
-    def observe_features(self, sequence: Sequence, start: int, features: torch.Tensor) -> None:
-        """The target has computed positions [start, start + rows) of `sequence` for good: features (rows, size)."""
+    def observe_features(self, sequence: Sequence, start: int, features: FeatureRows) -> None:
+        """As FeatureReader's."""
         known = self._known.get(sequence.id)
         if known is None:
             known = self._known[sequence.id] = _Known(BlockTable(self._pool), first=start)
@@ -108,15 +123,18 @@ class Eagle3Drafter:
             self._forget(known, start)
         elif end <= known.end:  # computed anew, after a preemption
             return
-        else:
-            features = features[known.end - start :]
-        # A copy, since what it is cut from is as large as the whole step.
-        known.pending.append(features.clone())
+        elif start < known.end:
+            features = features.behind(known.end - start)
+        known.pending.append(features)
         known.rows_pending += len(features)
-        if known.rows_pending > MOST_PENDING:
-            kept = torch.cat(known.pending)[-MOST_PENDING:]
+        if (excess := known.rows_pending - MOST_PENDING) > 0:
+            pending = known.pending
+            while len(pending[0]) <= excess:
+                excess -= len(pending.popleft())
+            if excess:
+                pending[0] = pending[0].behind(excess)
             self._forget(known, end - MOST_PENDING)
-            known.pending, known.rows_pending = [kept], MOST_PENDING
+            known.pending, known.rows_pending = pending, MOST_PENDING
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
         """One Draft for each of `requests`; none for a sequence whose prompt the head has not read to its end."""
@@ -129,18 +147,15 @@ class Eagle3Drafter:
             tokens = request.sequence.tokens
             if known is None or budget <= 0 or not self._reserve(known, len(tokens) - 1 - known.first + request.limit):
                 continue
-            waiting = known.pending[0] if len(known.pending) == 1 else torch.cat(known.pending)
-            count = min(len(waiting), budget)
+            count = min(known.rows_pending, budget)
             budget -= count
             position = known.first + known.computed
-            complete = count == len(waiting) and position + count == len(tokens) - 1
+            complete = count == known.rows_pending and position + count == len(tokens) - 1
             # Row t has the token at t + 1.
             spans.append(
                 Span(tokens[position + 1 : position + 1 + count], known.computed, known.blocks.blocks, int(complete))
             )
-            features.append(waiting[:count])
-            known.pending, known.rows_pending = ([waiting[count:]], len(waiting) - count) if not complete else ([], 0)
-            known.computed += count
+            features += known.take(count)
             if complete:
                 active.append(_Drafting(request, known))
         passes = [sum(len(span.token_ids) for span in spans)]
@@ -251,7 +266,7 @@ class Eagle3Drafter:
     def _forget(self, known: _Known, first: int) -> None:
         """Begin anew at position `first`."""
         known.blocks.release()
-        known.first, known.computed, known.pending, known.rows_pending = first, 0, [], 0
+        known.first, known.computed, known.pending, known.rows_pending = first, 0, deque(), 0
 
 
 @dataclass(slots=True)

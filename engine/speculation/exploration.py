@@ -7,8 +7,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
-import numpy as np
-
 from engine.speculation.acceptance import Acceptance
 from engine.speculation.cost import RowCost
 from engine.speculation.forecast import Forecast
@@ -49,7 +47,6 @@ class Exploration:
         self._resting: dict[tuple[str, int], int] = {}  # steps, by drafter and load
         self._hoping: dict[tuple[str, int], int] = {}  # the same
         self._longest = acceptance.longest
-        self._lengths = np.arange(1, self._longest + 1)
 
     def passed(self, seconds: float) -> None:
         """A step's pass took so long."""
@@ -85,45 +82,45 @@ class Exploration:
 
     def rest_unless_hopeful(self, step: Step, name: str, load: int, plans: Mapping[str, Plan | None] | None) -> None:
         """Let a drafter rest that would not be asked if there were no other drafts either: those come and go with every
-        token. `plans`: with each drafter, if there are none. That one is hopeful holds for some steps, too."""
+        token. `plans`: with those drafters, if there are none, that are nearly worth it. That one is hopeful holds for
+        some steps, too."""
         if left := self._hoping.get((name, load), 0):
             self._hoping[name, load] = left - 1
             return
         plain = self._forecast.plain_goodput(step)
-        plan = self._planner.alone(step, plain, name) if plans is None else plans[name]
+        plan = self._planner.alone(step, plain, name, NEARLY) if plans is None else plans.get(name)
         hopeful = plan is not None and plan.goodput > NEARLY * plain
         (self._hoping if hopeful else self._resting)[name, load] = REST
 
-    def advance(self, step: Step, name: str, turns: np.ndarray, length: int) -> tuple[np.ndarray, int] | None:
+    def advance(self, step: Step, name: str, turns: list[int], length: int) -> tuple[list[int], int] | None:
         """Of what is wanted of a new drafter, as much as it may cost: first those turns that it has least to read of,
         and one more at most than were seen of it, as its cost may be another than it seemed."""
         budget = self._budget(step)
-        wanted = sorted(np.flatnonzero(turns).tolist(), key=lambda i: step.turns[i].backlog[name])
+        wanted = sorted(turns, key=lambda i: step.turns[i].backlog[name])
         most, count = min(len(wanted), 1 + int(self._acceptance.trials(name))), 0
         asking_seconds = self._forecast.asking_seconds
         if asking_seconds(step, name, wanted[:1], length) > budget:
             length = min(TRIED, length)
         while count < most and asking_seconds(step, name, wanted[: count + 1], length) <= budget:
             count += 1
-        given = np.zeros_like(turns)
-        given[wanted[:count]] = True
-        return (given, length) if count else None
+        return (sorted(wanted[:count]), length) if count else None
 
-    def trial(self, step: Step, best: Plan, name: str, load: int) -> tuple[np.ndarray, int] | None:
+    def trial(self, step: Step, best: Plan, name: str, load: int) -> tuple[list[int], int] | None:
         """Turns and length of a trial of a drafter that does not pay, as far as is known, if one is due."""
         cost = self._drafting.get(name)
         if cost is None or not cost.known:
             return None
-        may = np.array([name in turn.backlog for turn in step.turns])
-        small = np.array([turn.backlog.get(name, 0) <= self._longest + 1 for turn in step.turns])
-        turns = may & small if (may & small).any() else may & (np.cumsum(may) <= 1)
+        if not self._trials.due((name, load)):
+            return None
+        may = [i for i, turn in enumerate(step.turns) if name in turn.backlog]
+        turns = [i for i in may if step.turns[i].backlog[name] <= self._longest + 1] or may[:1]
         length = min(TRIED, self._longest)
-        loss = self._forecast.asking_seconds(step, name, np.flatnonzero(turns).tolist(), length)
-        if not self._trials.ready((name, load), loss) or (self.is_new(name) and loss > self._budget(step)):
+        loss = self._forecast.asking_seconds(step, name, turns, length)
+        if not self._trials.affordable(loss) or (self.is_new(name) and loss > self._budget(step)):
             return None
         # Where the drafter may pay as far as is known, and too little is, trials go on; else they get rarer.
         likely = self._planner.would_pay(step, best, name, may, self._acceptance.at_best(name))
-        possible = likely or self._planner.would_pay(step, best, name, may, np.full(self._longest, MOST_LIKELY))
+        possible = likely or self._planner.would_pay(step, best, name, may, [MOST_LIKELY] * self._longest)
         self._trials.done((name, load), loss if possible else 0.0, rarer=not likely)
         return (turns, length) if possible else None
 
@@ -133,12 +130,14 @@ class Exploration:
         turns, length = best.asks[name]
         if length >= self._longest:
             return length
-        count, subject = int(turns.sum()), (f"{name} {length + 1}", load)
-        loss = self._drafting[name].predict(count)
-        if not self._trials.ready(subject, loss):
+        subject = (f"{name} {length + 1}", load)
+        if not self._trials.due(subject):
             return length
-        hoped = np.where(self._lengths > length, self._acceptance.at_best(name), 1.0).cumprod()
-        possible = best.chances[turns, length - 1].sum() * hoped[length] > best.goodput * loss
+        loss = self._drafting[name].predict(len(turns))
+        if not self._trials.affordable(loss):
+            return length
+        last = sum(best.chances[i][length - 1] for i in turns if len(best.chances[i]) >= length)
+        possible = last * self._acceptance.at_best(name)[length] > best.goodput * loss
         self._trials.done(subject, loss if possible else 0.0, rarer=True)
         return length + int(possible)
 
@@ -150,7 +149,7 @@ class Exploration:
             self._trials.won(subject)
             return not old or gain > 1 + SURE * self._target.uncertainty(step.rows, step.rows + count, step.context)
         loss = max(0.0, 1 - gain) * plain_seconds
-        if not self._trials.ready(subject, loss):
+        if not self._trials.due(subject) or not self._trials.affordable(loss):
             return False
         possible = gain * (1 + SURE * self._target.uncertainty(step.rows, step.rows + count, step.context)) >= GAIN
         self._trials.done(subject, loss if possible else 0.0, rarer=True)
@@ -158,7 +157,7 @@ class Exploration:
 
     def _budget(self, step: Step) -> float:
         """Seconds that new drafters may cost in this step."""
-        return self._trials.advance(float(self._forecast.seconds(step, 0)[0]))
+        return self._trials.advance(self._forecast.seconds(step, 0)[0])
 
 
 def _agreed(drafted: Seq[int], tokens: Seq[int]) -> int:

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
-import numpy as np
-
 from engine.speculation.cost import RowCost
-from engine.speculation.goodput import best_first, worth
+from engine.speculation.goodput import goodputs
 from engine.speculation.turns import Step
 
 CAUTION = 1.1
@@ -48,16 +46,16 @@ class Forecast:
         """A drafter took so long for passes of so many rows, at least one, over sequences of so many tokens."""
         self._drafting.setdefault(drafter, RowCost()).observe_passes(passes, seconds, context * len(passes))
 
-    def seconds(self, step: Step, drafted: int) -> np.ndarray:
-        """Seconds of the step with 0, 1, ... `drafted` rows of drafts: (drafted + 1,) float64.
+    def seconds(self, step: Step, drafted: int) -> list[float]:
+        """Seconds of the step with 0, 1, ... `drafted` rows of drafts.
 
         Rows of prompts, whose time has to be spent anyhow, count for what more rows cost on top of them, but not
         themselves: else a long step would make drafts look cheap that are not.
         """
-        seconds = self._target.seconds(step.rows, step.rows + drafted, step.context) + self._overhead
+        beside = self._overhead
         if step.rows > step.decoding:
-            seconds -= self._target.predict(step.rows) - self._target.predict(step.decoding)
-        return seconds
+            beside -= self._target.predict(step.rows) - self._target.predict(step.decoding)
+        return [beside + seconds for seconds in self._target.seconds(step.rows, step.rows + drafted, step.context)]
 
     def prompt_seconds(self, step: Step, plain: float) -> float:
         """Seconds of the step's prompts, which `seconds` leaves out; without drafts it says `plain`."""
@@ -85,21 +83,19 @@ class Forecast:
     def row_price(self, step: Step, goodput: float) -> float:
         """Tokens that the seconds of one more row are worth."""
         more = max(4, len(step.turns))
-        seconds = self._target.seconds(step.rows, step.rows + more, step.context)
-        return CAUTION * goodput * float(seconds[-1] - seconds[0]) / more
+        seconds = self._target.predict(step.rows + more) - self._target.predict(step.rows)
+        return CAUTION * goodput * seconds / more
 
     def plain_goodput(self, step: Step) -> float:
         """Without drafts."""
-        return step.decoding / float(self.seconds(step, 0)[0])
+        return step.decoding / self.seconds(step, 0)[0]
 
-    def goodputs(self, step: Step, chances: np.ndarray, drafting: np.ndarray) -> np.ndarray:
-        """The highest goodput of each of some plans: (plans, turns, longest) chances, (plans,) seconds; (plans,)
-        float64."""
-        tokens = worth(step.decoding, best_first(chances))
-        seconds = self.seconds(step, tokens.shape[1])
-        cautious = (seconds[0] + CAUTION * (seconds - seconds[0]))[1:]
-        goodputs: np.ndarray = (tokens / (cautious + drafting[:, None])).max(axis=1)
-        return goodputs
+    def goodput(self, step: Step, gained: list[float], drafting: float = 0.0) -> float:
+        """The highest there is with some of the drafted tokens that gain so much each, in `drafting` seconds."""
+        plain, *more = self.seconds(step, len(gained))
+        first = plain + drafting
+        seconds = [first, *(first + CAUTION * (taken - plain) for taken in more)]
+        return max(goodputs(step.decoding, sorted(gained, reverse=True), seconds))
 
     def told(self, tokens: float, seconds: float) -> float:
         """Goodput as it is told outside: the drawing of so many tokens takes time as well."""

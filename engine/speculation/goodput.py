@@ -4,37 +4,43 @@ Not quite the sum over the sequences: eight more tokens for one of sixteen lengt
 other fifteen wait. What counts is a power mean of what each sequence expects (Mo, Walrand 2000: alpha-fairness). For
 one sequence, or where all expect the same, that is the sum; else tokens deep in one's draft count for a little less
 than another's first.
+
+Lists, not arrays: a step has some dozens of numbers, and after a model's pass, which leaves nothing else in the
+processor's caches, each call of an array library takes longer than going through all of them.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 
 EVEN = 0.8
 """The mean's exponent: at 1 the sum alone counts, towards 0 the product."""
 
 
-def gains(chances: np.ndarray) -> np.ndarray:
-    """What each drafted token adds to the power of what its sequence expects, (..., longest) float64, from the chances
-    that it and those before it are right; not increasing along a draft."""
-    powers = (chances.cumsum(axis=-1) + 1.0) ** EVEN
-    gained = powers.copy()
-    gained[..., 1:] -= powers[..., :-1]
-    gained[..., 0] -= 1.0
+def gains(chances: Iterable[float]) -> list[float]:
+    """What each token of a draft adds to the power of what its sequence expects, from the chances that it and those
+    before it are right; not increasing."""
+    gained = []
+    expected = power = 1.0
+    for chance in chances:
+        expected += chance
+        before, power = power, expected**EVEN
+        gained.append(power - before)
     return gained
 
 
-def worth(decoding: int, gained: np.ndarray) -> np.ndarray:
+def worth(decoding: int, gained: float) -> float:
     """Tokens that a step of `decoding` sequences is worth in which the powers of what they expect grow by `gained`
     together: `decoding` itself where there are no drafts."""
-    tokens: np.ndarray = decoding * (1.0 + gained / decoding) ** (1 / EVEN)
-    return tokens
+    return decoding * float((1.0 + gained / decoding) ** (1 / EVEN))
 
 
-def best_first(chances: np.ndarray) -> np.ndarray:
-    """What a plan's tokens gain, all drafts of it together, if the best of them are taken first: (plans, turns,
-    longest) chances; (plans, turns * longest), the sums so far."""
-    gained = gains(chances).reshape(len(chances), -1)
-    if chances.shape[1] > 1:
-        gained = -np.sort(-gained, axis=1)
-    return gained.cumsum(axis=1)
+def goodputs(decoding: int, gained: Iterable[float], seconds: Seq[float]) -> list[float]:
+    """Worth by second of a step with 0, 1, 2, ... of the tokens that gain so much each, in this order, which then takes
+    the first, the second, ... of `seconds`: one more than there are tokens."""
+    total, found = 0.0, [decoding / seconds[0]]
+    for gain, taken in zip(gained, seconds[1:], strict=True):
+        total += gain
+        found.append(worth(decoding, total) / taken)
+    return found

@@ -5,21 +5,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-import torch
-
-from engine.models.features import FeatureTap
 from engine.sequence import Sequence
 from engine.speculation.controller import Controller
-from engine.speculation.drafter import CostlyDrafter, Draft, Drafter, DraftRequest, FeatureReader
+from engine.speculation.drafter import CostlyDrafter, Draft, Drafter, DraftRequest
+from engine.speculation.feature_router import FeatureRouter
 from engine.speculation.turns import Choice, Step, Turn
-
-
-def feature_layers(drafters: Seq[object]) -> tuple[int, ...]:
-    """The target's layers whose inputs these drafters read, one drafter's after the other's."""
-    return tuple(layer for each in drafters if isinstance(each, FeatureReader) for layer in each.feature_layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +43,8 @@ class Speculator:
     ) -> None:
         self._free = {drafter.name: drafter for drafter in drafters if drafter.free}
         self._costly = {drafter.name: drafter for drafter in drafters if isinstance(drafter, CostlyDrafter)}
-        self._readers = [drafter for drafter in drafters if isinstance(drafter, FeatureReader)]
+        self.features = FeatureRouter(drafters)
+        """What drafters read of the target."""
         self._num_draft_tokens = num_draft_tokens
         self._max_model_len = max_model_len
         self._controller = controller
@@ -84,21 +77,6 @@ class Speculator:
             choice = self._chosen(self._controller, step)
         self.drafted = Drafted(choice, self._context, other_rows > 0, self._seconds)
         return choice.drafts
-
-    def tap(self) -> FeatureTap | None:
-        """What the next pass of the target is to take of its layers, for drafters that read them."""
-        layers = feature_layers(self._readers)
-        return FeatureTap(layers) if layers else None
-
-    def observe_features(self, sequence: Sequence, start: int, features: torch.Tensor) -> None:
-        """The tap's features of rows of a sequence that stay, from position `start` on."""
-        first = 0
-        size = features.shape[1] // sum(len(reader.feature_layers) for reader in self._readers)
-        for reader in self._readers:
-            last = first + size * len(reader.feature_layers)
-            if reader.name in sequence.drafters:
-                reader.observe_features(sequence, start, features[:, first:last])
-            first = last
 
     def observe_step(self, drafted: Drafted, rows: int, seconds: dict[str, float], tokens: int) -> None:
         """The step that this was done for computed so many rows and committed so many tokens; `seconds` by its

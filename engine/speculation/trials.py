@@ -54,11 +54,15 @@ class Trials:
         """One more step without the subject."""
         self._schedules.setdefault(subject, _Schedule()).waited += 1
 
-    def ready(self, subject: Subject, loss: float) -> bool:
-        """One more step without the subject: may it be tried in this one, if that costs `loss` seconds?"""
+    def due(self, subject: Subject) -> bool:
+        """One more step without the subject: is it time to try it, if that is affordable?"""
         schedule = self._schedules.setdefault(subject, _Schedule())
         schedule.waited += 1
-        return schedule.waited >= schedule.wait and loss <= self._credit
+        return schedule.waited >= schedule.wait
+
+    def affordable(self, loss: float) -> bool:
+        """Whether something may be tried that costs so many seconds."""
+        return loss <= self._credit
 
     def done(self, subject: Subject, loss: float, rarer: bool) -> None:
         """It is tried in this step (or, at no loss, it turned out that nothing can come of it). `rarer`: it is known

@@ -27,7 +27,7 @@ from engine.memory.block_pool import BlockPool
 from engine.memory.block_table import BlockTable
 from engine.models.config import Eagle3Config, ModelConfig
 from engine.models.eagle3 import Eagle3Model, SharedWeights
-from engine.models.features import FeatureTap
+from engine.models.features import FeatureRows, FeatureTap
 from engine.models.registry import model_class
 from engine.request import Request
 from engine.sampling.params import SamplingParams
@@ -276,7 +276,7 @@ def test_a_draft_is_one_look_however_long_it_is(shapes, params, drawn, graphs, m
     for drafter in (model, eagle):
         if drafter is eagle:
             for sequence in sequences:
-                eagle.observe_features(sequence, 0, features)
+                eagle.observe_features(sequence, 0, FeatureRows(features, 0, 3))
         with torch.inference_mode(), Traffic(monkeypatch) as traffic:
             drafts = drafter.propose([DraftRequest(sequence, 5) for sequence in sequences])
         assert [len(draft.tokens) for draft in drafts] == [5, 5, 5]

@@ -2,53 +2,71 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
+import random
+from itertools import accumulate, pairwise
+
 import pytest
 
-from engine.speculation.goodput import best_first, gains, worth
+from engine.speculation.goodput import gains, goodputs, worth
 
 LONGEST = 8
 
 
-def random_chances(seed: int, turns: int) -> np.ndarray:
-    """(turns, LONGEST), as of drafts: each the product of probabilities."""
-    return np.random.default_rng(seed).uniform(0.1, 1.0, (turns, LONGEST)).cumprod(axis=1)
+def random_chances(seed: int, turns: int) -> list[list[float]]:
+    """As of drafts: each the product of probabilities."""
+    source = random.Random(seed)
+    return [
+        list(accumulate((source.uniform(0.1, 1.0) for _ in range(LONGEST)), lambda alive, each: alive * each))
+        for _ in range(turns)
+    ]
+
+
+def worths(decoding: int, chances: list[list[float]]) -> list[float]:
+    """With 1, 2, ... tokens, the best first."""
+    best = sorted((each for draft in chances for each in gains(draft)), reverse=True)
+    return [worth(decoding, total) for total in accumulate(best)]
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_of_one_sequence_the_tokens_count(seed: int) -> None:
-    chances = random_chances(seed, 1)
-    assert worth(1, best_first(chances[None])[0]) == pytest.approx(1 + chances[0].cumsum())
+    (chances,) = random_chances(seed, 1)
+    assert worths(1, [chances]) == pytest.approx([1 + total for total in accumulate(chances)])
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_where_all_expect_the_same_the_sum_counts(seed: int) -> None:
-    chances = np.repeat(random_chances(seed, 1), 6, axis=0)
-    sums = worth(6, best_first(chances[None])[0])
-    assert sums[5::6] == pytest.approx(6 * (1 + chances[0].cumsum()))
+    (chances,) = random_chances(seed, 1)
+    found = worths(6, [chances] * 6)
+    assert found[5::6] == pytest.approx([6 * (1 + total) for total in accumulate(chances)])
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_never_more_than_the_sum(seed: int) -> None:
     chances = random_chances(seed, 5)
-    whole = worth(7, best_first(chances[None])[0])
-    assert (np.diff(whole) > 0).all()
-    assert 7 < whole[-1] < 7 + chances.sum()
-    drafted = np.zeros(5 * LONGEST)
-    order = np.argsort(-gains(chances).reshape(-1))
-    for i, at in enumerate(order):
-        drafted[at] = chances.reshape(-1)[at]
-        assert whole[i] <= 7 + drafted.sum() + 1e-9
+    found = worths(7, chances)
+    assert all(one < more for one, more in pairwise([7.0, *found]))
+    tokens = [(gain, chance) for draft in chances for gain, chance in zip(gains(draft), draft, strict=True)]
+    best_first = accumulate(chance for _, chance in sorted(tokens, reverse=True))
+    assert all(one <= 7 + total + 1e-9 for one, total in zip(found, best_first, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_along_a_draft_tokens_gain_less_and_less(seed: int) -> None:
     """So the best tokens of all drafts are the beginnings of each."""
-    assert (np.diff(gains(random_chances(seed, 5)), axis=1) < 0).all()
+    for draft in random_chances(seed, 5):
+        assert all(one > next_one for one, next_one in pairwise(gains(draft)))
 
 
 def test_even_drafts_are_worth_more_than_one_long_one() -> None:
-    even, long = np.zeros((2, 4, LONGEST))
-    even[:, 0] = 0.8
-    long[0, :4] = 0.8
-    assert worth(4, gains(even).sum()) > worth(4, gains(long).sum())
+    even, long = 4 * sum(gains([0.8])), sum(gains([0.8] * 4))
+    assert worth(4, even) > worth(4, long)
+
+
+def test_goodputs_are_what_the_tokens_taken_so_far_are_worth_by_second() -> None:
+    gained = gains([0.9, 0.8, 0.5])
+    found = goodputs(2, gained, [1.0, 2.0, 3.0, 4.0])
+    expected = [2.0, worth(2, gained[0]) / 2, worth(2, gained[0] + gained[1]) / 3, worth(2, math.fsum(gained)) / 4]
+    assert found == pytest.approx(expected)
+    with pytest.raises(ValueError):
+        goodputs(2, gained, [1.0, 2.0])
