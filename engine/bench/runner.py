@@ -69,17 +69,18 @@ def warm_up(plan: Plan, llm: LLM) -> None:
 def run(plan: Plan, llm: LLM, on_end: Callable[[], object]) -> Iterator[list[Row]]:
     """The rows of all arms on one suite at one concurrency in one round, when the last of the arms has had its turn.
 
-    Another arm begins in every round. `on_end` is called after each request.
+    Another arm begins in every round. One request at a time, they take turns at each of them: a machine's speed changes
+    within a visit, and so it changes for all. `on_end` is called after each request.
     """
     for number in range(plan.rounds):
-        first = number % len(plan.arms)
-        turns = [*plan.arms[first:], *plan.arms[:first]]
         for suite, prompts in plan.suites.items():
             for load in plan.concurrency:
-                visits = {
-                    arm.name: _visit(llm, _requests(llm, arm, prompts, plan.params, load), load, on_end)
-                    for arm in turns
-                }
+                requests = {arm.name: _requests(llm, arm, prompts, plan.params, load) for arm in plan.arms}
+                visits = {arm.name: _Visit() for arm in plan.arms}
+                turns = 1 if load > 1 else len(prompts)
+                for turn in range(turns):
+                    for arm in _rotated(plan.arms, number + turn):
+                        visits[arm.name].add(_visit(llm, requests[arm.name][turn::turns], load, on_end))
                 vanilla = visits[VANILLA]
                 yield [_row(plan.model, arm.name, suite, load, number, visits[arm.name], vanilla) for arm in plan.arms]
 
@@ -109,10 +110,14 @@ class _Answer:
             self.stats = delta.stats
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Visit:
-    seconds: float
-    answers: list[_Answer]
+    seconds: float = 0.0
+    answers: list[_Answer] = field(default_factory=list)
+
+    def add(self, other: _Visit) -> None:
+        self.seconds += other.seconds
+        self.answers += other.answers
 
     @property
     def tokens_per_second(self) -> float:
@@ -121,6 +126,11 @@ class _Visit:
     @property
     def texts(self) -> list[list[int]]:
         return [answer.token_ids for answer in self.answers]
+
+
+def _rotated(arms: Sequence[Arm], first: int) -> list[Arm]:
+    first %= len(arms)
+    return [*arms[first:], *arms[:first]]
 
 
 def _requests(

@@ -145,7 +145,23 @@ def test_a_drafter_that_changes_the_text_is_found(
     assert not (tmp_path / "bench.png").exists()
 
 
-def test_arms_begin_in_turn_and_never_more_are_in_flight(make_llm: Callable[..., LLM]) -> None:
+@pytest.mark.parametrize(
+    ("load", "order"),
+    [
+        (2, ["off"] * 5 + ["ngram"] * 10 + ["off"] * 5),
+        (
+            1,
+            ["off", "ngram", "ngram", "off"] * 2
+            + ["off", "ngram"]
+            + ["ngram", "off", "off", "ngram"] * 2
+            + ["ngram", "off"],
+        ),
+    ],
+)
+def test_arms_begin_in_turn_and_never_more_are_in_flight(
+    make_llm: Callable[..., LLM], load: int, order: list[str]
+) -> None:
+    """One request at a time, they take turns at each; else at each visit."""
     asked: list[str | None] = []
     with make_llm() as llm:
         core, add = llm.core, llm.core.add
@@ -161,15 +177,15 @@ def test_arms_begin_in_turn_and_never_more_are_in_flight(make_llm: Callable[...,
         plan = Plan(
             model="tiny",
             arms=arms_of(("ngram",), llm.info),
-            suites={"one": [[5, 6, 7]] * 5},
-            concurrency=(2,),
+            suites={"one": [[5, 6, 7 + i] for i in range(5)]},
+            concurrency=(load,),
             rounds=2,
             params=SamplingParams(temperature=1.0, max_tokens=4),
         )
         ended: list[None] = []
         rows = [each for more in run(plan, llm, lambda: ended.append(None)) for each in more]
-    assert asked == ["off"] * 5 + ["ngram"] * 10 + ["off"] * 5
-    assert most == 2
+    assert asked == order
+    assert most == load
     assert len(ended) == plan.total == 20
     assert all(each.identical_text for each in rows)  # sampled, too: the seeds are the same
 
