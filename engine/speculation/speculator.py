@@ -41,6 +41,9 @@ class Speculator:
         controller: Controller | None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        for drafter in drafters:
+            if not drafter.free and not isinstance(drafter, CostlyDrafter):
+                raise TypeError(f"drafter {drafter.name!r} is not free, so it must be all that CostlyDrafter says")
         self._free = {drafter.name: drafter for drafter in drafters if drafter.free}
         self._costly = {drafter.name: drafter for drafter in drafters if isinstance(drafter, CostlyDrafter)}
         self.features = FeatureRouter(drafters)
