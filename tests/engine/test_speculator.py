@@ -23,5 +23,5 @@ class Incomplete:
 
 def test_a_drafter_that_does_not_say_what_it_costs_is_refused() -> None:
     """Else it would never be asked, without a word."""
-    with pytest.raises(TypeError, match="'half'.*CostlyDrafter"):
+    with pytest.raises(TypeError, match=r"'half'.*CostlyDrafter"):
         Speculator([Incomplete()], 8, 1024, None)
