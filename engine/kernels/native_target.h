@@ -53,18 +53,19 @@ INLINE TARGET float NAME(sum)(VEC v) {
   return s;
 }
 
-/* out[rows][PANEL] = x[rows] . panel (+ bias + residual); the panel is in[k][PANEL]. `next` is what to prefetch. */
+/* out[rows][PANEL] = x[rows] . panel (+ bias + residual); the panel is in[k][PANEL]. `next` is what to prefetch, at
+ * a pace of so many floats in a step of k. */
 #define TILE(ROWS)                                                                                                      \
   INLINE TARGET void NAME(tile##ROWS)(const float *x, int64_t in, const float *panel, const float *bias,                \
                                       const float *residual, float *out, int64_t stride, int columns,                   \
-                                      const float *next) {                                                              \
+                                      const float *next, const int pace) {                                              \
     VEC acc[ROWS][PARTS];                                                                                               \
     for (int r = 0; r < ROWS; r++)                                                                                      \
       for (int j = 0; j < PARTS; j++) acc[r][j] = (VEC){0};                                                             \
     for (int64_t k = 0; k < in; k++) {                                                                                  \
       VEC b[PARTS];                                                                                                     \
       UNROLL for (int j = 0; j < PARTS; j++) b[j] = NAME(load)(panel + PANEL * k + LANES * j);                          \
-      if (next) __builtin_prefetch(next + PANEL * k, 0, 2);                                                             \
+      if (next) __builtin_prefetch(next + pace * k, 0, 2);                                                              \
       UNROLL for (int r = 0; r < ROWS; r++) UNROLL for (int j = 0; j < PARTS; j++) acc[r][j] += x[r * in + k] * b[j];   \
     }                                                                                                                   \
     for (int r = 0; r < ROWS; r++) {                                                                                    \
@@ -98,13 +99,17 @@ TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
 
 #undef TILE
 
-#define CASE(ROWS)                                                                             \
-  case ROWS:                                                                                   \
-    NAME(tile##ROWS)(x, in, panel, bias, residual, out, stride, columns, next);                \
+#define CASE(ROWS)                                                                                \
+  case ROWS:                                                                                      \
+    if (halves)                                                                                   \
+      NAME(tile##ROWS)(x, in, panel, bias, residual, out, stride, columns, next, PANEL / 2);      \
+    else                                                                                          \
+      NAME(tile##ROWS)(x, in, panel, bias, residual, out, stride, columns, next, PANEL);          \
     break;
 
 TARGET static void NAME(tile)(int rows, const float *x, int64_t in, const float *panel, const float *bias,
-                              const float *residual, float *out, int64_t stride, int columns, const float *next) {
+                              const float *residual, float *out, int64_t stride, int columns, const float *next,
+                              int halves) {
   switch (rows) {
     CASE(1) CASE(2) CASE(3) CASE(4)
 #if MAX_TILE > 4
@@ -116,9 +121,10 @@ TARGET static void NAME(tile)(int rows, const float *x, int64_t in, const float 
   }
 }
 
-/* Panels [begin, end) of a matrix product. Rows are taken in tiles of as equal a height as can be. While the first tile of
- * a panel computes, memory is asked for what comes next: it takes more rows than two to be slower than memory. While the
- * later tiles compute, the next panel is fetched. */
+/* Panels [begin, end) of a matrix product. Rows are taken in tiles of as equal a height as can be. While they compute,
+ * memory is asked for what comes next; a single row waits for memory anyhow. With one tile that is what it reads itself,
+ * some steps later. With more it is the next panel, half of it while the first tile computes and half while the second
+ * does: were it fetched in one tile's time, that tile would wait for memory, and then memory for the others. */
 TARGET static void NAME(linear)(const void *arguments, int64_t begin, int64_t end, int thread) {
   (void)thread;
   const struct linear *a = arguments;
@@ -128,10 +134,12 @@ TARGET static void NAME(linear)(const void *arguments, int64_t begin, int64_t en
     const int64_t left = columns - p * PANEL;
     for (int64_t t = 0, row = 0; t < tiles; t++) {
       const int64_t n = a->rows / tiles + (t < a->rows % tiles);
-      const float *next = t > 0 ? panel + PANEL * in : n > 2 ? panel + PANEL * PREFETCH : 0;
+      const float *next = 0;
+      if (tiles == 1 && n > 1) next = panel + PANEL * PREFETCH;
+      if (tiles > 1 && t < 2) next = panel + PANEL * in + t * (PANEL / 2) * in;
       NAME(tile)((int)n, a->x + row * in, in, panel, a->bias ? a->bias + p * PANEL : 0,
                  a->residual ? a->residual + row * columns + p * PANEL : 0, a->out + row * columns + p * PANEL, columns,
-                 left < PANEL ? (int)left : PANEL, next);
+                 left < PANEL ? (int)left : PANEL, next, tiles > 1);
       row += n;
     }
   }
