@@ -11,7 +11,7 @@ from engine.speculation.acceptance import Acceptance
 from engine.speculation.cost import RowCost
 from engine.speculation.drafter import Draft
 from engine.speculation.forecast import CAUTION, Forecast
-from engine.speculation.goodput import EVEN, gains
+from engine.speculation.goodput import gains
 from engine.speculation.turns import Step
 
 GAIN = 1.02
@@ -99,7 +99,7 @@ class Planner:
         """By turn the draft that is worth most; and each of those drafts' tokens that is worth anything, a draft's in
         their order."""
         price = self._forecast.row_price(step, self._forecast.plain_goodput(step))
-        least = WORTHLESS * price
+        least, count = WORTHLESS * price, step.decoding
         picked: dict[int, Draft] = {}
         offers: list[Offer] = []
         for i, turn in enumerate(step.turns):
@@ -112,13 +112,8 @@ class Planner:
                 if worth > most:
                     best, most, picked[i] = chances, worth, draft
             if best is not None:
-                expected = power = 1.0
-                for chance in best:
-                    if chance < least:
-                        break
-                    expected += chance
-                    before, power = power, expected**EVEN
-                    offers.append((before - power, i, chance))
+                likely = [chance for chance in best if chance >= least]
+                offers += [(-gain, i, each) for gain, each in zip(gains(count, likely), likely, strict=True)]
         return picked, offers
 
     def floor(self, step: Step, plan: Plan) -> float:
@@ -169,7 +164,9 @@ class Planner:
                 chances[each.turn] = each.chances[:length]
             drafting = (passes[len(turns)] + token_context * len(turns)) * length
             drafting = best.drafting + CAUTION * (drafting + sum([each.reading for each in turns]))
-            promised = self._forecast.goodput(step, [each for draft in chances for each in gains(draft)], drafting)
+            promised = self._forecast.goodput(
+                step, [each for draft in chances for each in gains(step.decoding, draft)], drafting
+            )
             if found is None or promised > found.goodput:
                 found = Plan(promised, chances, drafting, {**best.asks, name: ([each.turn for each in turns], length)})
             elif (worse := worse + 1) == ENOUGH:
