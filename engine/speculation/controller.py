@@ -19,6 +19,7 @@ from engine.speculation.drafter import DraftRequest, shortened
 from engine.speculation.exploration import NEARLY, Exploration
 from engine.speculation.forecast import CAUTION, Forecast
 from engine.speculation.goodput import goodputs
+from engine.speculation.naps import Naps
 from engine.speculation.plans import GAIN, Offer, Plan, Planner
 from engine.speculation.turns import Choice, Step, Turn
 
@@ -38,9 +39,21 @@ class Controller:
         self._forecast = Forecast(self.target, self.drafting)
         self._planner = Planner(self.acceptance, self._forecast, self.drafting)
         self._exploration = Exploration(self.acceptance, self._forecast, self._planner, self.target, self.drafting)
+        self._naps = Naps()
         self._longest = longest
+        self._promised = (0, 1.0, 0.0)  # of the last step: load, multiple of plain goodput, plain seconds
         self._token = 0.0  # seconds that plain decoding would have taken for a token of the last step
         self._turns: dict[Sequence, Turn] = {}
+
+    def sleeps(self, step: Step) -> bool:
+        """Whether the step is not to be drafted for at all, since to find out what for takes more than it brings."""
+        if not step.turns or not step.decoding:
+            return False
+        new = any(turn.sequence.output_len <= 1 for turn in step.turns)
+        if not self._naps.sleeps(step.decoding.bit_length(), new):
+            return False
+        self._turns = {}
+        return True
 
     def ask(self, step: Step) -> dict[str, list[DraftRequest]]:
         """Which drafters that cost time to ask, for which sequences and lengths."""
@@ -105,8 +118,17 @@ class Controller:
         chosen = {step.turns[i].sequence: shortened(picked[i], length) for i, length in lengths.items()}
         tokens = step.decoding + sum(chance for _, _, chance in taken)
         prompts = self._forecast.prompt_seconds(step, plain)
-        goodput = self._forecast.told(tokens, seconds[len(taken)] + spent + prompts)
+        took = seconds[len(taken)] + spent
+        self._promised = (step.decoding.bit_length(), tokens / took * plain / step.decoding, plain)
+        goodput = self._forecast.told(tokens, took + prompts)
         return Choice(chosen, goodput, self._forecast.told(step.decoding, plain + prompts))
+
+    def observe_thinking(self, seconds: float) -> None:
+        """What `ask`, `choose` and the drafters that cost nothing took for the last step."""
+        load, gain, plain = self._promised
+        if plain:
+            self._naps.awake(load, gain, seconds / plain)
+            self._promised = (0, 1.0, 0.0)
 
     def observe_step(self, rows: int, seconds: float, context: int = 0, prompts: bool = False) -> None:
         """The target's pass over so many rows and tokens of context took so long. `prompts`: rows of prompts are among

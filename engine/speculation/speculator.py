@@ -101,6 +101,9 @@ class Speculator:
             self._controller.release(sequence)
 
     def _chosen(self, controller: Controller, step: Step) -> Choice:
+        if controller.sleeps(step):
+            return Choice({})
+        begun = self._clock()
         for name, drafter in self._free.items():
             self._propose(drafter, [turn for turn in step.turns if name in turn.sequence.drafters])
         for turn in step.turns:
@@ -119,7 +122,9 @@ class Speculator:
             for request, draft in zip(requests, drafts, strict=True):
                 if draft.tokens:
                     by_sequence[request.sequence].drafts.append(draft)
-        return controller.choose(step)
+        choice = controller.choose(step)
+        controller.observe_thinking(self._clock() - begun - self._seconds)
+        return choice
 
     def _first_proposals(self, turns: list[Turn]) -> dict[Sequence, Draft]:
         for turn in turns:
