@@ -19,7 +19,7 @@ from engine.speculation.drafter import DraftRequest, shortened
 from engine.speculation.exploration import NEARLY, Exploration
 from engine.speculation.forecast import CAUTION, Forecast
 from engine.speculation.goodput import goodputs
-from engine.speculation.naps import Naps
+from engine.speculation.naps import MANY, Naps
 from engine.speculation.plans import GAIN, Offer, Plan, Planner
 from engine.speculation.turns import Choice, Step, Turn
 
@@ -47,7 +47,7 @@ class Controller:
 
     def sleeps(self, step: Step) -> bool:
         """Whether the step is not to be drafted for at all, since to find out what for takes more than it brings."""
-        if not step.turns or not step.decoding:
+        if not step.turns or step.decoding < MANY:
             return False
         new = any(turn.sequence.output_len <= 1 for turn in step.turns)
         if not self._naps.sleeps(step.decoding.bit_length(), new):

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MANY = 6
+"""Sequences in a step, at least, where there are naps: for a few, drafts bring more, and it takes less to find out."""
 SHORTEST, LONGEST = 8, 64
 """Steps of a nap; each is twice as long as the one before, as long as drafting does not pay."""
 AWAKE = 4
