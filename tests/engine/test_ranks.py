@@ -239,6 +239,8 @@ def test_a_rank_ends_with_rank_0_even_if_it_is_stopped_itself(tiny_llama: Path, 
     (rank,) = psutil.Process(holder.pid).children()
     if stopped:
         rank.suspend()
+        while rank.status() != psutil.STATUS_STOPPED:  # on a busy machine that takes a moment
+            time.sleep(0.01)
     holder.kill()
     holder.wait()
     _, left = psutil.wait_procs([rank], timeout=20)
