@@ -14,10 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from functools import cache
 
 MOST_EVEN, LEAST_EVEN = 0.4, 0.8
 
 
+@cache
 def evenness(decoding: int) -> float:
     """The mean's exponent for so many sequences: at 1 the sum alone counts, towards 0 the product.
 
@@ -50,9 +52,8 @@ def worth(decoding: int, gained: float) -> float:
 def goodputs(decoding: int, gained: Iterable[float], seconds: Seq[float]) -> list[float]:
     """Worth by second of a step with 0, 1, 2, ... of the tokens that gain so much each, in this order, which then takes
     the first, the second, ... of `seconds`: one more than there are tokens."""
-    power = 1 / evenness(decoding)
     total, found = 0.0, [decoding / seconds[0]]
     for gain, taken in zip(gained, seconds[1:], strict=True):
         total += gain
-        found.append(decoding * (1.0 + total / decoding) ** power / taken)
+        found.append(worth(decoding, total) / taken)
     return found
