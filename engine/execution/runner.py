@@ -65,7 +65,6 @@ class ModelRunner:
                 return (logits,)
             return logits, tap.features.index_select(0, places)
 
-        _clear(self._caches)
         self._captured_layers = feature_layers
         self._graphs = GraphedPasses(name, function, plan, self.block_size, self.device, self.model.comm)
 
@@ -135,7 +134,6 @@ class HeadRunner:
             wanted = out.index_select(0, batch.logit_rows)
             return wanted, self.model.logits(wanted)
 
-        _clear([self._cache])
         most = max(bucket.rows for bucket in plan.buckets)
         # Zeros, not just any memory: rows of padding are computed, too.
         hidden = torch.zeros(most, self.model.config.decoder.hidden_size, dtype=self.model.dtype, device=self.device)
@@ -162,10 +160,3 @@ class HeadRunner:
 
 def _with_tokens(batch: FlatBatch, token_ids: torch.Tensor | None) -> FlatBatch:
     return batch if token_ids is None else replace(batch, token_ids=token_ids)
-
-
-def _clear(caches: Seq[LayerCache]) -> None:
-    """A captured pass pads spans, and rows of padding stand behind a sequence's own: a kernel that takes them together
-    loads values that nobody has written. They weigh nothing, but nothing times NaN would still be NaN."""
-    for cache in caches:
-        cache.values.zero_()

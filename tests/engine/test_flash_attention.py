@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from engine.errors import ConfigError
 from engine.execution.spans import Span, flatten
-from engine.layers.attention.cache import allocate_paged
 from engine.layers.attention.choose import AttentionNeeds, choose_attention, why_not
 from engine.layers.attention.flash import Flash2Attention, Flash4Attention, load_flash2, load_flash4
 from engine.layers.attention.torch import TorchAttention
@@ -169,16 +168,8 @@ def test_one_call_for_all_spans():
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_cache_that_nobody_has_written_is_zeros(monkeypatch, name):
+def test_a_cache_that_nobody_has_written_is_zeros(soiled_memory, name):
     """flash-attn 4 loads whole blocks, and what it does not look at in them weighs 0; but 0 times NaN is NaN."""
-
-    def nan(*arguments):
-        cache = allocate_paged(*arguments)
-        cache.keys.fill_(torch.nan)
-        cache.values.fill_(torch.nan)
-        return cache
-
-    monkeypatch.setattr("engine.layers.attention.flash.allocate_paged", nan)
     make, block_size = BACKENDS[name]
     assert attend(make(), block_size, spans_of(1, 5, 90)).isfinite().all()
 

@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -23,8 +22,6 @@ import engine.build
 from engine.execution.buckets import FREE_ROWS, WASTE, Bucket, batch_sizes, buckets, fitting, span_lengths
 from engine.execution.graphs import CudaGraphs, EagerGraphs, GraphPlan, Replay
 from engine.execution.spans import Span, pack
-from engine.layers.attention.interface import LayerCache
-from engine.layers.attention.native import NativeAttention
 from engine.llm import LLM
 from engine.messages import StepStats
 from engine.parallel.interface import Alone
@@ -100,20 +97,12 @@ def test_the_text_is_the_eager_one(drafter: str, make: Callable[..., LLM], draft
 
 
 @pytest.mark.parametrize("drafter", ["ngram", "draft-model", "eagle3"])
-def test_what_was_in_the_cache_s_memory_does_not_matter(
-    drafter: str, make: Callable[..., LLM], draft: Path, head: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_was_in_memory_before_does_not_matter(
+    drafter: str, make: Callable[..., LLM], draft: Path, head: Path, request: pytest.FixtureRequest
 ) -> None:
     """Rows of padding stand behind a sequence's own, where nobody has written."""
     wanted = texts(make(drafter=("ngram",)).generate(prompts(7), GREEDY, speculation="off"))
-    allocate = NativeAttention.allocate
-
-    def soiled(*arguments: Any) -> LayerCache:
-        cache = allocate(*arguments)
-        cache.keys.fill_(torch.nan)
-        cache.values.fill_(torch.nan)
-        return cache
-
-    monkeypatch.setattr(NativeAttention, "allocate", soiled)
+    request.getfixturevalue("soiled_memory")
     graphed = make(Poisoned(), drafter=portfolio(draft, head))
     assert texts(graphed.generate(prompts(7), GREEDY, speculation=drafter)) == wanted
 

@@ -6,6 +6,9 @@ lies beyond its largest number, 448, is cut off there.
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 
 from engine.layers.attention.interface import LayerCache
@@ -17,9 +20,21 @@ _LARGEST = torch.finfo(FP8).max
 def allocate_paged(
     num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> LayerCache:
-    """Keys and values, (num_blocks, block_size, kv_heads, head_dim) each, not set to anything."""
+    """Keys and values, (num_blocks, block_size, kv_heads, head_dim) each, zeros."""
     shape = (num_blocks, block_size, kv_heads, head_dim)
-    return LayerCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
+    return LayerCache(*(zeros(shape, dtype, device) for _ in range(2)))
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Because kernels load rows that nobody has written beside those that they need, flash-attn 4's whole blocks (by
+    TMA), the native ones the span's longest context: such rows weigh nothing, but nothing times NaN would still be NaN.
+
+    On the CPU it is memory that the system hands out as zeros, page by page on first use; torch.zeros touches all.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not size:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).view(dtype).view(shape)
 
 
 def write(cache: LayerCache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:

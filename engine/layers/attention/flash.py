@@ -62,7 +62,7 @@ class Flash2Attention:
         dtype: torch.dtype,
         device: torch.device,
     ) -> LayerCache:
-        return _zeros(num_blocks, block_size, kv_heads, head_dim, dtype, device)
+        return allocate_paged(num_blocks, block_size, kv_heads, head_dim, dtype, device)
 
     def attend(
         self,
@@ -133,7 +133,7 @@ class Flash4Attention:
         dtype: torch.dtype,
         device: torch.device,
     ) -> LayerCache:
-        return _zeros(num_blocks, block_size, kv_heads, head_dim, dtype, device)
+        return allocate_paged(num_blocks, block_size, kv_heads, head_dim, dtype, device)
 
     def attend(
         self,
@@ -192,14 +192,3 @@ def _load(module: str, package: str, needs: Mapping[str, tuple[str, ...]]) -> li
             raise ImportError(f"{module}.{name} has no parameter {missing[0]!r}: install a newer {package}")
         functions.append(function)
     return functions
-
-
-def _zeros(
-    num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> LayerCache:
-    """Zeros, because rows that nobody has written are read where a kernel loads whole blocks (flash-attn 4's by TMA):
-    they weigh nothing, but nothing times NaN would still be NaN."""
-    cache = allocate_paged(num_blocks, block_size, kv_heads, head_dim, dtype, device)
-    cache.keys.zero_()
-    cache.values.zero_()
-    return cache

@@ -56,7 +56,7 @@ class AttentionBackend(Protocol):
         dtype: torch.dtype,
         device: torch.device,
     ) -> LayerCache:
-        """An empty cache for one layer. On the CPU the system hands out its memory page by page, on first use.
+        """A cache for one layer, zeros at first. On the CPU the system hands out its memory page by page, on first use.
 
         `dtype` is the cache's: the model's own, or float8_e4m3fn for backends that can keep keys and values in it.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.kernels.native import AttentionArguments, NativeKernels
+from engine.layers.attention.cache import zeros
 from engine.layers.attention.interface import AttentionBatch, LayerCache
 
 
@@ -26,8 +27,8 @@ class NativeAttention:
         device: torch.device,
     ) -> LayerCache:
         # Keys lie dimension by dimension, so that a register holds several keys and no sum runs across it.
-        keys = torch.empty(num_blocks, kv_heads, head_dim, block_size, dtype=dtype, device=device)
-        values = torch.empty(num_blocks, block_size, kv_heads, head_dim, dtype=dtype, device=device)
+        keys = zeros((num_blocks, kv_heads, head_dim, block_size), dtype, device)
+        values = zeros((num_blocks, block_size, kv_heads, head_dim), dtype, device)
         return LayerCache(keys, values)
 
     def attend(
