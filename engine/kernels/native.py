@@ -19,6 +19,7 @@ from functools import cache
 import torch
 
 from engine.errors import ConfigError
+from engine.kernels.memory import Arena
 
 VECTOR = 16
 """Floats in the widest vector register: sizes of norms, gates and heads must be multiples of it."""
@@ -97,6 +98,7 @@ class NativeKernels:
                 "the native kernels were not built: install with a C compiler, or choose kernels 'torch'"
             )
         self._library = library
+        self._arena = Arena()
         self._panel = int(library.pilotfish_panel())
         best = int(library.pilotfish_level())
         if level is not None and not 0 <= level <= best:
@@ -110,14 +112,14 @@ class NativeKernels:
             return self._prepare_int8(weight, bias, scale)
         weight = _checked(weight).contiguous()
         out_features, in_features = weight.shape
-        packed = torch.empty(-(-out_features // self._panel), in_features, self._panel)
+        packed = self._arena.zeros((-(-out_features // self._panel), in_features, self._panel), torch.float32)
         self._library.pilotfish_pack(weight.data_ptr(), packed.data_ptr(), out_features, in_features)
         return NativeLinear(packed, None if bias is None else _checked(bias).contiguous(), in_features, out_features)
 
     def _prepare_int8(self, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor) -> NativeInt8Linear:
         values = weight.contiguous()
         out_features, in_features = values.shape
-        packed = torch.empty(-(-out_features // self._panel), in_features, self._panel, dtype=torch.int8)
+        packed = self._arena.zeros((-(-out_features // self._panel), in_features, self._panel), torch.int8)
         self._library.pilotfish_pack_int8(values.data_ptr(), packed.data_ptr(), out_features, in_features)
         scale = _checked(scale).flatten()
         return NativeInt8Linear(

@@ -6,11 +6,9 @@ lies beyond its largest number, 448, is cut off there.
 
 from __future__ import annotations
 
-import math
-import mmap
-
 import torch
 
+from engine.kernels import memory
 from engine.layers.attention.interface import LayerCache
 
 FP8 = torch.float8_e4m3fn
@@ -29,12 +27,11 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     """Because kernels load rows that nobody has written beside those that they need, flash-attn 4's whole blocks (by
     TMA), the native ones the span's longest context: such rows weigh nothing, but nothing times NaN would still be NaN.
 
-    On the CPU it is memory that the system hands out as zeros, page by page on first use; torch.zeros touches all.
+    On the CPU the system hands the memory out on first use.
     """
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or not size:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).view(dtype).view(shape)
+    if device.type == "cpu":
+        return memory.zeros(shape, dtype)
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def write(cache: LayerCache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
