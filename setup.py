@@ -10,7 +10,7 @@ setup(
         Extension(
             "engine.kernels._native",
             sources=["engine/kernels/native.c"],
-            depends=["engine/kernels/native_target.h", "engine/kernels/threads.h"],
+            depends=[f"engine/kernels/{name}.h" for name in ("decoder", "native_target", "threads")],
             # No -ffast-math: the kernels promise one order of operations. -Wno-psabi: vectors never cross a call.
             extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden", "-Wno-psabi", "-pthread"],
             extra_link_args=["-pthread", "-lm"],

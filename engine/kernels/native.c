@@ -231,15 +231,21 @@ EXPORT void pilotfish_rotate(int level, float *x, int64_t row_stride, const int6
   parallel_for(rows, rows * heads * dim, PICK(level, rotate), &a);
 }
 
+static void write_cache(const float *key, int64_t key_stride, const float *value, int64_t value_stride, float *keys,
+                        float *values, const int64_t *slots, int64_t rows, int64_t kv_heads, int64_t dim,
+                        int64_t block_size) {
+  const int64_t size = kv_heads * dim;
+  for (int64_t r = 0; r < rows; r++) {
+    memcpy(values + slots[r] * size, value + r * value_stride, size * sizeof(float));
+    float *to = keys + slots[r] / block_size * size * block_size + slots[r] % block_size;
+    for (int64_t k = 0; k < size; k++) to[k * block_size] = key[r * key_stride + k];
+  }
+}
+
 /* The rows' keys and values to their slots of the cache, laid out as `struct attention` says; row stride `stride`. */
 EXPORT void pilotfish_write_cache(const float *key, const float *value, int64_t stride, float *keys, float *values,
                                   const int64_t *slots, int64_t rows, int64_t kv_heads, int64_t dim, int64_t block_size) {
-  const int64_t size = kv_heads * dim;
-  for (int64_t r = 0; r < rows; r++) {
-    memcpy(values + slots[r] * size, value + r * stride, size * sizeof(float));
-    float *to = keys + slots[r] / block_size * size * block_size + slots[r] % block_size;
-    for (int64_t k = 0; k < size; k++) to[k * block_size] = key[r * stride + k];
-  }
+  write_cache(key, stride, value, stride, keys, values, slots, rows, kv_heads, dim, block_size);
 }
 
 EXPORT void pilotfish_attend(int level, const struct attention *a) {
@@ -252,6 +258,8 @@ EXPORT void pilotfish_attend(int level, const struct attention *a) {
   }
   parallel_for(tiles, work, PICK(level, attend), a);
 }
+
+#include "decoder.h"
 
 /* An importable module with nothing in it, so that Python's own machinery builds and finds the library. */
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Loaded with ctypes by engine.kernels.native.", -1, NULL};

@@ -15,6 +15,7 @@ import importlib.util
 from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -44,7 +45,9 @@ def load_library() -> ctypes.CDLL | None:
     if spec is None or spec.origin is None:
         return None
     library = ctypes.CDLL(spec.origin)
-    library.pilotfish_panel.restype = library.pilotfish_queries.restype = c_int64
+    for name in ("panel", "queries", "space"):
+        getattr(library, f"pilotfish_{name}").restype = c_int64
+    library.pilotfish_space.argtypes = (c_int64,) * 5
     signatures = {
         "pack": (c_void_p, c_void_p, c_int64, c_int64),
         "unpack_rows": (c_void_p, c_void_p, c_void_p, c_int64, c_int64),
@@ -57,6 +60,7 @@ def load_library() -> ctypes.CDLL | None:
         "rotate": (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64),
         "write_cache": (c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64),
         "attend": (c_int, POINTER(AttentionArguments)),
+        "decode": (c_int, c_void_p, c_int64, c_void_p),
     }
     for name, arguments in signatures.items():
         function = getattr(library, f"pilotfish_{name}", None)
@@ -235,6 +239,14 @@ class NativeKernels:
 
     def attend(self, arguments: AttentionArguments) -> None:
         self._library.pilotfish_attend(self.level, ctypes.byref(arguments))
+
+    def decoder_space(self, size: int, heads: int, kv_heads: int, head_dim: int, gated_size: int) -> int:
+        """Floats that `decode` needs beside the hidden states, for each row."""
+        return int(self._library.pilotfish_space(size, heads, kv_heads, head_dim, gated_size))
+
+    def decode(self, layers: Any, count: int, step: ctypes.Structure) -> None:
+        """See decoder.h; `layers` is the address of the first of `count`."""
+        self._library.pilotfish_decode(self.level, layers, count, ctypes.byref(step))
 
 
 def _checked(tensor: torch.Tensor) -> torch.Tensor:

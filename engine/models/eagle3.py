@@ -16,8 +16,10 @@ import torch
 
 from engine.kernels.interface import Kernels, PreparedLinear
 from engine.layers.attention.interface import AttentionBackend, AttentionBatch, LayerCache
+from engine.layers.decoder import LayerShape, LayerWeights, native_decoder
 from engine.models.config import Eagle3Config
 from engine.models.rope import cos_sin_table
+from engine.parallel.interface import ALONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,29 @@ class Eagle3Model:
         self.mlp_norm = tensor("layer.post_attention_layernorm.weight").float()
         self.gate_up = linear("layer.mlp.gate_proj", "layer.mlp.up_proj")
         self.down = linear("layer.mlp.down_proj")
+        layer = LayerWeights(
+            input_norm=None,
+            qkv=self.qkv,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            output=self.output,
+            attention_post_norm=None,
+            mlp_norm=self.mlp_norm,
+            gate_up=self.gate_up,
+            down=self.down,
+            mlp_post_norm=None,
+            cos_sin=self.cos_sin,
+            window=None,
+        )
+        shape = LayerShape(
+            heads=decoder.num_heads,
+            kv_heads=decoder.num_kv_heads,
+            head_dim=decoder.head_dim,
+            gate="silu",
+            attention_scale=decoder.head_dim**-0.5,
+            eps=decoder.rms_norm_eps,
+        )
+        self.at_once = native_decoder(kernels, attention, ALONE, [layer], shape)
         self.norm = tensor("norm.weight").float()
         self.embedding = linear("embed_tokens") if "embed_tokens.weight" in weights else shared.embedding
         self.head = linear("lm_head") if "lm_head.weight" in weights else shared.head
@@ -97,8 +122,14 @@ class Eagle3Model:
         eps = decoder.rms_norm_eps
         embedded = kernels.rms_norm(kernels.embed(token_ids, self.embedding), self.embedding_norm, eps)
         normed = kernels.rms_norm(hidden, self.hidden_norm, eps)
+        both = torch.cat((embedded, normed), dim=1)
+        residual = normed if self.config.norm_before_residual else hidden
+        if self.at_once is not None:
+            out = residual.clone(memory_format=torch.contiguous_format)
+            self.at_once.forward(out, positions, batch, [cache], given=both)
+            return out
         heads, kv_heads = decoder.num_heads, decoder.num_kv_heads
-        qkv = kernels.linear(torch.cat((embedded, normed), dim=1), self.qkv)
+        qkv = kernels.linear(both, self.qkv)
         qkv = qkv.view(len(hidden), heads + 2 * kv_heads, decoder.head_dim)
         query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -109,7 +140,6 @@ class Eagle3Model:
         else:
             kernels.rotate_(qkv[:, : heads + kv_heads], positions, self.cos_sin)
         attended = self.attention.attend(query, key, value, cache, batch, decoder.head_dim**-0.5, None)
-        residual = normed if self.config.norm_before_residual else hidden
         hidden = kernels.linear(attended, self.output, residual=residual)
         gate_up = kernels.linear(kernels.rms_norm(hidden, self.mlp_norm, eps), self.gate_up)
         return kernels.linear(kernels.silu_mul(gate_up), self.down, residual=hidden)

@@ -15,6 +15,7 @@ import torch
 
 from engine.kernels.interface import Kernels, PreparedLinear
 from engine.layers.attention.interface import AttentionBackend, AttentionBatch, LayerCache
+from engine.layers.decoder import LayerShape, LayerWeights, native_decoder
 from engine.models.config import ModelConfig
 from engine.models.features import FeatureTap
 from engine.models.rope import cos_sin_table
@@ -75,6 +76,7 @@ class Gemma3Model:
         kinds = {True: (config.sliding_window, nearby), False: (None, everywhere)}
         sliding = config.sliding_layers or (config.sliding_window is not None,) * config.num_layers
         self.layers = [self._layer(store, f"model.layers.{i}.", *kinds[slides]) for i, slides in enumerate(sliding)]
+        self.at_once = native_decoder(kernels, attention, comm, *self._described())
 
     def _layer(self, store: WeightStore, prefix: str, window: int | None, cos_sin: torch.Tensor) -> DecoderLayer:
         def norm(name: str) -> torch.Tensor:
@@ -95,6 +97,28 @@ class Gemma3Model:
             cos_sin=cos_sin,
         )
 
+    def _described(self) -> tuple[list[LayerWeights], LayerShape]:
+        config = self.config
+        layers = [
+            LayerWeights(
+                input_norm=layer.attention_norm,
+                qkv=layer.qkv,
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
+                output=layer.output,
+                attention_post_norm=layer.post_attention_norm,
+                mlp_norm=layer.mlp_norm,
+                gate_up=layer.gate_up,
+                down=layer.down,
+                mlp_post_norm=layer.post_mlp_norm,
+                cos_sin=layer.cos_sin,
+                window=layer.window,
+            )
+            for layer in self.layers
+        ]
+        heads, kv_heads = self.layout.num_heads, self.layout.num_kv_heads
+        return layers, LayerShape(heads, kv_heads, config.head_dim, "gelu", self.attention_scale, config.rms_norm_eps)
+
     def forward(
         self,
         token_ids: torch.Tensor,  # (rows,) int64
@@ -106,6 +130,9 @@ class Gemma3Model:
         """Hidden states after the last layer, before the final norm: (rows, hidden_size)."""
         eps, kernels, comm = self.config.rms_norm_eps, self.kernels, self.comm
         hidden = embed(kernels, comm, self.layout, token_ids, self.embedding).mul_(self.embedding_scale)
+        if self.at_once is not None:
+            self.at_once.forward(hidden, positions, batch, caches, tap)
+            return hidden
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             if tap is not None:
                 tap.take(index, hidden)

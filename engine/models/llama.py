@@ -14,6 +14,7 @@ import torch
 
 from engine.kernels.interface import Kernels, PreparedLinear
 from engine.layers.attention.interface import AttentionBackend, AttentionBatch, LayerCache
+from engine.layers.decoder import LayerShape, LayerWeights, native_decoder
 from engine.models.config import ModelConfig
 from engine.models.features import FeatureTap
 from engine.models.rope import cos_sin_table
@@ -66,6 +67,7 @@ class LlamaModel:
         self.head = self.embedding if config.tie_embeddings else store.linear("lm_head")
         self.norm = store.tensor("model.norm.weight")
         self.layers = [self._layer(store, f"model.layers.{i}.") for i in range(config.num_layers)]
+        self.at_once = native_decoder(kernels, attention, comm, *self._described())
 
     def _layer(self, store: WeightStore, prefix: str) -> DecoderLayer:
         norms = self.config.qk_norm
@@ -80,6 +82,29 @@ class LlamaModel:
             down=store.linear(prefix + "mlp.down_proj"),
         )
 
+    def _described(self) -> tuple[list[LayerWeights], LayerShape]:
+        config = self.config
+        layers = [
+            LayerWeights(
+                input_norm=layer.input_norm,
+                qkv=layer.qkv,
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
+                output=layer.output,
+                attention_post_norm=None,
+                mlp_norm=layer.post_norm,
+                gate_up=layer.gate_up,
+                down=layer.down,
+                mlp_post_norm=None,
+                cos_sin=self.cos_sin,
+                window=config.sliding_window,
+            )
+            for layer in self.layers
+        ]
+        heads, kv_heads = self.layout.num_heads, self.layout.num_kv_heads
+        scale = config.head_dim**-0.5
+        return layers, LayerShape(heads, kv_heads, config.head_dim, "silu", scale, config.rms_norm_eps)
+
     def forward(
         self,
         token_ids: torch.Tensor,  # (rows,) int64
@@ -91,6 +116,9 @@ class LlamaModel:
         """Hidden states after the last layer, before the final norm: (rows, hidden_size)."""
         eps, kernels, comm = self.config.rms_norm_eps, self.kernels, self.comm
         hidden = embed(kernels, comm, self.layout, token_ids, self.embedding)
+        if self.at_once is not None:
+            self.at_once.forward(hidden, positions, batch, caches, tap)
+            return hidden
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             if tap is not None:
                 tap.take(index, hidden)
