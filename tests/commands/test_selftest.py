@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import json
 import math
@@ -24,8 +25,10 @@ from engine.execution.graphs import EagerGraphs, _Layout
 from engine.execution.spans import HostBatch
 from engine.kernels.native import NativeKernels, load_library
 from engine.kernels.torch import TorchKernels
+from engine.layers import decoder
 from engine.layers.attention.native import NativeAttention
 from engine.layers.attention.torch import TorchAttention
+from engine.layers.decoder import NativeDecoder
 from engine.planner.devices import DEVICES
 from engine.planner.published import PUBLISHED
 from engine.sampling import processors
@@ -245,13 +248,14 @@ def test_wrong_models_are_named(what: str, run: Any, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(NativeKernels, "rms_norm", lambda self, x, weight, eps: right(self, x, weight.flip(0), eps))
         wanted = set(small.KINDS)
     elif what == "window":
-        attend = NativeAttention.attend
-        monkeypatch.setattr(NativeAttention, "attend", lambda self, *given: attend(self, *given[:6], None))
+        monkeypatch.setattr(
+            decoder, "_layer", lambda layer, real=decoder._layer: real(dataclasses.replace(layer, window=None))
+        )
         wanted = {"mistral", "gemma3"}
     else:
-        rotate = NativeKernels.rotate_
+        at_once = NativeDecoder.forward
         monkeypatch.setattr(
-            NativeKernels, "rotate_", lambda self, x, at, table: rotate(self, x, at + (at > 70).long(), table)
+            NativeDecoder, "forward", lambda self, x, at, *rest: at_once(self, x, at + (at > 70).long(), *rest)
         )
         wanted = set(small.KINDS)
     assert failed(run("logits")) == [f"small {kind} model" for kind in small.KINDS if kind in wanted]
