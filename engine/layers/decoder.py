@@ -7,7 +7,7 @@ import ctypes
 from collections.abc import Sequence as Seq
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -15,7 +15,6 @@ from engine.kernels.interface import Kernels, PreparedLinear
 from engine.kernels.native import NativeInt8Linear, NativeKernels, NativeLinear
 from engine.layers.attention.interface import AttentionBackend, AttentionBatch, LayerCache
 from engine.layers.attention.native import NativeAttention
-from engine.models.features import FeatureTap
 from engine.parallel.interface import Communicator
 
 
@@ -47,6 +46,17 @@ class LayerShape:
     eps: float
 
 
+class Tap(Protocol):
+    """Looks at hidden states on their way (`engine.models.features`)."""
+
+    @property
+    def layers(self) -> Seq[int]: ...
+
+    def take(self, layer: int, hidden: torch.Tensor) -> None:
+        """`hidden` is what enters `layer`, one of `layers`."""
+        ...
+
+
 def native_decoder(
     kernels: Kernels[Any],
     attention: AttentionBackend,
@@ -76,7 +86,7 @@ class NativeDecoder:
         positions: torch.Tensor,
         batch: AttentionBatch,
         caches: list[LayerCache],
-        tap: FeatureTap | None = None,
+        tap: Tap | None = None,
         given: torch.Tensor | None = None,
     ) -> None:
         """`hidden`, (rows, hidden_size) contiguous, becomes what leaves the last layer.
