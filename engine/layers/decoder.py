@@ -19,20 +19,20 @@ from engine.parallel.interface import Communicator
 
 
 @dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """Norms float32; None for those that the architecture has not."""
+class DecoderLayer:
+    """One layer's weights. None: norms that the architecture has not."""
 
     input_norm: torch.Tensor | None
     qkv: PreparedLinear  # query, key and value heads in this order
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     output: PreparedLinear
-    attention_post_norm: torch.Tensor | None
+    attention_post_norm: torch.Tensor | None  # of what attention adds to the hidden states
     mlp_norm: torch.Tensor
     gate_up: PreparedLinear  # gate, then up
     down: PreparedLinear
     mlp_post_norm: torch.Tensor | None
-    cos_sin: torch.Tensor
+    cos_sin: torch.Tensor  # (max_positions, head_dim) float32; shared by the layers of a kind
     window: int | None
 
 
@@ -61,7 +61,7 @@ def native_decoder(
     kernels: Kernels[Any],
     attention: AttentionBackend,
     comm: Communicator,
-    layers: Seq[LayerWeights],
+    layers: Seq[DecoderLayer],
     shape: LayerShape,
 ) -> NativeDecoder | None:
     """None where the operators are to be called one by one."""
@@ -71,7 +71,7 @@ def native_decoder(
 
 
 class NativeDecoder:
-    def __init__(self, kernels: NativeKernels, layers: Seq[LayerWeights], shape: LayerShape) -> None:
+    def __init__(self, kernels: NativeKernels, layers: Seq[DecoderLayer], shape: LayerShape) -> None:
         self._kernels = kernels
         self._weights = tuple(layers)  # what the addresses below are of
         self._shape = shape
@@ -166,7 +166,7 @@ class _Step(ctypes.Structure):
     )
 
 
-def _layer(weights: LayerWeights) -> _Layer:
+def _layer(weights: DecoderLayer) -> _Layer:
     return _Layer(
         input_norm=_address(weights.input_norm),
         mlp_norm=_address(weights.mlp_norm),

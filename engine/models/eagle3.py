@@ -16,7 +16,7 @@ import torch
 
 from engine.kernels.interface import Kernels, PreparedLinear
 from engine.layers.attention.interface import AttentionBackend, AttentionBatch, LayerCache
-from engine.layers.decoder import LayerShape, LayerWeights, native_decoder
+from engine.layers.decoder import DecoderLayer, LayerShape, native_decoder
 from engine.models.config import Eagle3Config
 from engine.models.rope import cos_sin_table
 from engine.parallel.interface import ALONE
@@ -74,7 +74,7 @@ class Eagle3Model:
         self.mlp_norm = tensor("layer.post_attention_layernorm.weight").float()
         self.gate_up = linear("layer.mlp.gate_proj", "layer.mlp.up_proj")
         self.down = linear("layer.mlp.down_proj")
-        layer = LayerWeights(
+        layer = DecoderLayer(
             input_norm=None,
             qkv=self.qkv,
             q_norm=self.q_norm,

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from engine.kernels.interface import Kernels, PreparedLinear
+from engine.kernels.interface import Kernels
 from engine.layers.attention.interface import AttentionBackend, AttentionBatch, LayerCache
-from engine.layers.decoder import LayerShape, LayerWeights, native_decoder
+from engine.layers.decoder import DecoderLayer, LayerShape, native_decoder
 from engine.models.config import ModelConfig
 from engine.models.features import FeatureTap
 from engine.models.rope import cos_sin_table
@@ -26,21 +26,14 @@ from engine.parallel.operators import embed, logits, summed_linear
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderLayer:
+class Gemma3Layer(DecoderLayer):
     """Norms are float32 and what they multiply by, 1 + weight."""
 
-    attention_norm: torch.Tensor
-    qkv: PreparedLinear  # query, key and value heads in this order
+    input_norm: torch.Tensor
     q_norm: torch.Tensor
     k_norm: torch.Tensor
-    output: PreparedLinear
-    post_attention_norm: torch.Tensor
-    mlp_norm: torch.Tensor
-    gate_up: PreparedLinear  # gate, then up
-    down: PreparedLinear
-    post_mlp_norm: torch.Tensor
-    window: int | None
-    cos_sin: torch.Tensor  # (max_positions, head_dim) float32; shared by the layers of a kind
+    attention_post_norm: torch.Tensor
+    mlp_post_norm: torch.Tensor
 
 
 class Gemma3Model:
@@ -76,48 +69,34 @@ class Gemma3Model:
         kinds = {True: (config.sliding_window, nearby), False: (None, everywhere)}
         sliding = config.sliding_layers or (config.sliding_window is not None,) * config.num_layers
         self.layers = [self._layer(store, f"model.layers.{i}.", *kinds[slides]) for i, slides in enumerate(sliding)]
-        self.at_once = native_decoder(kernels, attention, comm, *self._described())
+        shape = LayerShape(
+            heads=self.layout.num_heads,
+            kv_heads=self.layout.num_kv_heads,
+            head_dim=config.head_dim,
+            gate="gelu",
+            attention_scale=self.attention_scale,
+            eps=config.rms_norm_eps,
+        )
+        self.at_once = native_decoder(kernels, attention, comm, self.layers, shape)
 
-    def _layer(self, store: WeightStore, prefix: str, window: int | None, cos_sin: torch.Tensor) -> DecoderLayer:
+    def _layer(self, store: WeightStore, prefix: str, window: int | None, cos_sin: torch.Tensor) -> Gemma3Layer:
         def norm(name: str) -> torch.Tensor:
             return _one_plus(store.tensor(f"{prefix}{name}.weight"))
 
-        return DecoderLayer(
-            attention_norm=norm("input_layernorm"),
+        return Gemma3Layer(
+            input_norm=norm("input_layernorm"),
             qkv=store.linear(prefix + "self_attn.qkv_proj"),
             q_norm=norm("self_attn.q_norm"),
             k_norm=norm("self_attn.k_norm"),
             output=store.linear(prefix + "self_attn.o_proj"),
-            post_attention_norm=norm("post_attention_layernorm"),
+            attention_post_norm=norm("post_attention_layernorm"),
             mlp_norm=norm("pre_feedforward_layernorm"),
             gate_up=store.linear(prefix + "mlp.gate_up_proj"),
             down=store.linear(prefix + "mlp.down_proj"),
-            post_mlp_norm=norm("post_feedforward_layernorm"),
+            mlp_post_norm=norm("post_feedforward_layernorm"),
             window=window,
             cos_sin=cos_sin,
         )
-
-    def _described(self) -> tuple[list[LayerWeights], LayerShape]:
-        config = self.config
-        layers = [
-            LayerWeights(
-                input_norm=layer.attention_norm,
-                qkv=layer.qkv,
-                q_norm=layer.q_norm,
-                k_norm=layer.k_norm,
-                output=layer.output,
-                attention_post_norm=layer.post_attention_norm,
-                mlp_norm=layer.mlp_norm,
-                gate_up=layer.gate_up,
-                down=layer.down,
-                mlp_post_norm=layer.post_mlp_norm,
-                cos_sin=layer.cos_sin,
-                window=layer.window,
-            )
-            for layer in self.layers
-        ]
-        heads, kv_heads = self.layout.num_heads, self.layout.num_kv_heads
-        return layers, LayerShape(heads, kv_heads, config.head_dim, "gelu", self.attention_scale, config.rms_norm_eps)
 
     def forward(
         self,
@@ -136,18 +115,18 @@ class Gemma3Model:
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             if tap is not None:
                 tap.take(index, hidden)
-            attended = self._attend(layer, kernels.rms_norm(hidden, layer.attention_norm, eps), positions, batch, cache)
+            attended = self._attend(layer, kernels.rms_norm(hidden, layer.input_norm, eps), positions, batch, cache)
             change = summed_linear(kernels, comm, attended, layer.output)
-            hidden += kernels.rms_norm(change, layer.post_attention_norm, eps)
+            hidden += kernels.rms_norm(change, layer.attention_post_norm, eps)
             gate_up = kernels.linear(kernels.rms_norm(hidden, layer.mlp_norm, eps), layer.gate_up)
             change = summed_linear(kernels, comm, kernels.gelu_mul(gate_up), layer.down)
-            hidden += kernels.rms_norm(change, layer.post_mlp_norm, eps)
+            hidden += kernels.rms_norm(change, layer.mlp_post_norm, eps)
         if tap is not None:
             tap.take(len(self.layers), hidden)
         return hidden
 
     def _attend(
-        self, layer: DecoderLayer, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, cache: LayerCache
+        self, layer: Gemma3Layer, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, cache: LayerCache
     ) -> torch.Tensor:
         config, kernels = self.config, self.kernels
         heads, kv_heads = self.layout.num_heads, self.layout.num_kv_heads

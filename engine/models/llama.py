@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from engine.kernels.interface import Kernels, PreparedLinear
+from engine.kernels.interface import Kernels
 from engine.layers.attention.interface import AttentionBackend, AttentionBatch, LayerCache
-from engine.layers.decoder import LayerShape, LayerWeights, native_decoder
+from engine.layers.decoder import DecoderLayer, LayerShape, native_decoder
 from engine.models.config import ModelConfig
 from engine.models.features import FeatureTap
 from engine.models.rope import cos_sin_table
@@ -25,15 +25,8 @@ from engine.parallel.operators import embed, logits, summed_linear
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderLayer:
+class LlamaLayer(DecoderLayer):
     input_norm: torch.Tensor
-    qkv: PreparedLinear  # query, key and value heads in this order
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    output: PreparedLinear
-    post_norm: torch.Tensor
-    gate_up: PreparedLinear  # gate, then up
-    down: PreparedLinear
 
 
 class LlamaModel:
@@ -67,43 +60,32 @@ class LlamaModel:
         self.head = self.embedding if config.tie_embeddings else store.linear("lm_head")
         self.norm = store.tensor("model.norm.weight")
         self.layers = [self._layer(store, f"model.layers.{i}.") for i in range(config.num_layers)]
-        self.at_once = native_decoder(kernels, attention, comm, *self._described())
+        shape = LayerShape(
+            heads=self.layout.num_heads,
+            kv_heads=self.layout.num_kv_heads,
+            head_dim=config.head_dim,
+            gate="silu",
+            attention_scale=config.head_dim**-0.5,
+            eps=config.rms_norm_eps,
+        )
+        self.at_once = native_decoder(kernels, attention, comm, self.layers, shape)
 
-    def _layer(self, store: WeightStore, prefix: str) -> DecoderLayer:
+    def _layer(self, store: WeightStore, prefix: str) -> LlamaLayer:
         norms = self.config.qk_norm
-        return DecoderLayer(
+        return LlamaLayer(
             input_norm=store.tensor(prefix + "input_layernorm.weight"),
             qkv=store.linear(prefix + "self_attn.qkv_proj"),
             q_norm=store.tensor(prefix + "self_attn.q_norm.weight") if norms else None,
             k_norm=store.tensor(prefix + "self_attn.k_norm.weight") if norms else None,
             output=store.linear(prefix + "self_attn.o_proj"),
-            post_norm=store.tensor(prefix + "post_attention_layernorm.weight"),
+            attention_post_norm=None,
+            mlp_norm=store.tensor(prefix + "post_attention_layernorm.weight"),
             gate_up=store.linear(prefix + "mlp.gate_up_proj"),
             down=store.linear(prefix + "mlp.down_proj"),
+            mlp_post_norm=None,
+            cos_sin=self.cos_sin,
+            window=self.config.sliding_window,
         )
-
-    def _described(self) -> tuple[list[LayerWeights], LayerShape]:
-        config = self.config
-        layers = [
-            LayerWeights(
-                input_norm=layer.input_norm,
-                qkv=layer.qkv,
-                q_norm=layer.q_norm,
-                k_norm=layer.k_norm,
-                output=layer.output,
-                attention_post_norm=None,
-                mlp_norm=layer.post_norm,
-                gate_up=layer.gate_up,
-                down=layer.down,
-                mlp_post_norm=None,
-                cos_sin=self.cos_sin,
-                window=config.sliding_window,
-            )
-            for layer in self.layers
-        ]
-        heads, kv_heads = self.layout.num_heads, self.layout.num_kv_heads
-        scale = config.head_dim**-0.5
-        return layers, LayerShape(heads, kv_heads, config.head_dim, "silu", scale, config.rms_norm_eps)
 
     def forward(
         self,
@@ -124,14 +106,14 @@ class LlamaModel:
                 tap.take(index, hidden)
             attended = self._attend(layer, kernels.rms_norm(hidden, layer.input_norm, eps), positions, batch, cache)
             hidden = summed_linear(kernels, comm, attended, layer.output, residual=hidden)
-            gate_up = kernels.linear(kernels.rms_norm(hidden, layer.post_norm, eps), layer.gate_up)
+            gate_up = kernels.linear(kernels.rms_norm(hidden, layer.mlp_norm, eps), layer.gate_up)
             hidden = summed_linear(kernels, comm, kernels.silu_mul(gate_up), layer.down, residual=hidden)
         if tap is not None:
             tap.take(len(self.layers), hidden)
         return hidden
 
     def _attend(
-        self, layer: DecoderLayer, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, cache: LayerCache
+        self, layer: LlamaLayer, x: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, cache: LayerCache
     ) -> torch.Tensor:
         config, kernels = self.config, self.kernels
         heads, kv_heads = self.layout.num_heads, self.layout.num_kv_heads

@@ -228,7 +228,7 @@ def test_bfloat16_is_transformers_bfloat16(tiny: Tiny) -> None:
     embedded = platform.kernels.embed(torch.arange(512), model.embedding) * model.embedding_scale
     assert torch.equal(embedded, reference.model.embed_tokens(torch.arange(512)))
     for layer, theirs in zip(model.layers, reference.model.layers, strict=True):
-        assert torch.equal(layer.post_mlp_norm, 1 + theirs.post_feedforward_layernorm.weight.float())
+        assert torch.equal(layer.mlp_post_norm, 1 + theirs.post_feedforward_layernorm.weight.float())
     exact = logits_of(build_model("gemma3"), PROMPT)
     wanted = logits_of(reference, PROMPT)
     assert (found - exact).square().mean() < 1.5 * (wanted - exact).square().mean()
