@@ -85,8 +85,12 @@ RUN rm -r /opt/pilotfish/lib/python3*/site-packages/torch/include \
 FROM build AS package
 WORKDIR /source
 COPY pyproject.toml setup.py README.md LICENSE ./
+COPY pilotfish pilotfish
 COPY engine engine
 COPY server server
+COPY text text
+COPY tools tools
+COPY checkpoints checkpoints
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
     pip wheel --no-deps --wheel-dir /wheels . \

@@ -8,7 +8,7 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "engine.kernels._native",
+            "pilotfish.engine.kernels._native",
             sources=["engine/kernels/native.c"],
             depends=[f"engine/kernels/{name}.h" for name in ("decoder", "native_target", "threads")],
             # No -ffast-math: the kernels promise one order of operations. -Wno-psabi: vectors never cross a call.

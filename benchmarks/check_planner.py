@@ -21,19 +21,19 @@ from pathlib import Path
 
 from measure_device import DeviceMeter
 
-from engine.bench.arms import arms_of
-from engine.bench.rows import Row
-from engine.bench.runner import Plan, run, warm_up
-from engine.llm import LLM
-from engine.planner.devices import Device
-from engine.planner.load import Job, play
-from engine.planner.models import PlannedModel, read_shape
-from engine.planner.roofline import draft_seconds, pass_seconds, step_seconds
-from engine.sampling.params import SamplingParams
-from engine.weights.catalog import resolve
-from server.commands.flags import positives
-from server.commands.prompts import BUILT_IN, encode, read_suites
-from server.tokenizer import load_tokenizer
+from pilotfish.checkpoints.catalog import resolve
+from pilotfish.engine.llm import LLM
+from pilotfish.engine.params import SamplingParams
+from pilotfish.server.cli.command_flags import positives
+from pilotfish.server.cli.prompts import BUILT_IN, encode, read_suites
+from pilotfish.text.tokenizer import load_tokenizer
+from pilotfish.tools.bench.arms import arms_of
+from pilotfish.tools.bench.rows import Row
+from pilotfish.tools.bench.runner import Plan, run, warm_up
+from pilotfish.tools.planner.devices import Device
+from pilotfish.tools.planner.load import Job, play
+from pilotfish.tools.planner.models import PlannedModel, read_shape
+from pilotfish.tools.planner.roofline import draft_seconds, pass_seconds, step_seconds
 
 MAX_BATCH_TOKENS = 128
 DRAFT = "draft"

@@ -33,7 +33,7 @@ from typing import Any
 
 import httpx
 
-PROMPTS = Path(__file__).parents[1] / "server" / "commands" / "prompts.jsonl"
+PROMPTS = Path(__file__).parents[1] / "server" / "cli" / "prompts.jsonl"
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import msgspec
 
-from engine.planner.devices import find_device
-from engine.planner.plan import acceptance_at, predict
-from engine.planner.settings import PlanSettings
-from engine.planner.setup import PlannedDraft, Setup, make_setup
-from engine.planner.speculation import acceptance_for
-from server.commands.table import aligned
+from pilotfish.server.cli.table import aligned
+from pilotfish.tools.planner.devices import find_device
+from pilotfish.tools.planner.plan import acceptance_at, predict
+from pilotfish.tools.planner.settings import PlanSettings
+from pilotfish.tools.planner.setup import PlannedDraft, Setup, make_setup
+from pilotfish.tools.planner.speculation import acceptance_for
 
 CONTEXT = 512
 LENGTHS = (1, 2, 3, 4, 5, 6, 8)

@@ -22,13 +22,13 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from engine.bench.arms import arms_of
-from engine.bench.runner import Plan, check, run, warm_up
-from engine.llm import LLM
-from engine.sampling.params import SamplingParams
-from engine.weights import read_config
-from engine.weights.catalog import resolve
-from engine.weights.names import expected_shapes
+from pilotfish.checkpoints.catalog import resolve
+from pilotfish.engine.llm import LLM
+from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.weights import read_config
+from pilotfish.engine.weights.names import expected_shapes
+from pilotfish.tools.bench.arms import arms_of
+from pilotfish.tools.bench.runner import Plan, check, run, warm_up
 
 PROMISED = 0.97
 

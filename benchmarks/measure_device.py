@@ -25,16 +25,16 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from engine.config import EngineConfig
-from engine.execution.loader import thread_count
-from engine.kernels.native import NativeKernels
-from engine.llm import LLM
-from engine.models.config import ModelConfig, RopeConfig
-from engine.planner.devices import Device
-from engine.planner.models import PlannedModel
-from engine.planner.roofline import ROW_PASSES, kernel_count
-from engine.sampling.params import SamplingParams
-from engine.weights.names import expected_shapes
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.execution.loader import thread_count
+from pilotfish.engine.kernels.native import NativeKernels
+from pilotfish.engine.llm import LLM
+from pilotfish.engine.models.config import ModelConfig, RopeConfig
+from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.weights.names import expected_shapes
+from pilotfish.tools.planner.devices import Device
+from pilotfish.tools.planner.models import PlannedModel
+from pilotfish.tools.planner.roofline import ROW_PASSES, kernel_count
 
 INPUTS, OUTPUTS, MATRICES = 768, 2048, 64  # 6 MiB each, 384 MiB in all
 ROWS = (1, 2, 4, 6, 8, 9, 12, 16, 18, 24, 32, 36, 48, 64, 72, 96, 128)

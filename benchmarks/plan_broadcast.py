@@ -21,9 +21,9 @@ import time
 
 import zmq
 
-from engine.execution.channel import PassChannel, PassReader
-from engine.execution.spans import Span, pack
-from engine.parallel.messages import Welcome
+from pilotfish.engine.execution.batch import Span, pack
+from pilotfish.engine.ranks.channel import PassChannel, PassReader
+from pilotfish.engine.ranks.control_messages import Welcome
 
 BLOCK_SIZE = 16
 

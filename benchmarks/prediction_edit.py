@@ -14,12 +14,12 @@ import time
 
 import msgspec
 
-from engine.llm import LLM
-from engine.request import Request
-from engine.sampling.params import SamplingParams
-from engine.weights.catalog import resolve
-from server.commands.prompts import encode, read_suites
-from server.tokenizer import load_tokenizer
+from pilotfish.checkpoints.catalog import resolve
+from pilotfish.engine.llm import LLM
+from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.request import Request
+from pilotfish.server.cli.prompts import encode, read_suites
+from pilotfish.text.tokenizer import load_tokenizer
 
 
 def edited(text: str, every: int) -> str:

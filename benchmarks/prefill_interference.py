@@ -14,10 +14,10 @@ import argparse
 import random
 import time
 
-from engine.core import EngineCore
-from engine.llm import LLM
-from engine.request import Request
-from engine.sampling.params import SamplingParams
+from pilotfish.engine.core import EngineCore
+from pilotfish.engine.llm import LLM
+from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.request import Request
 
 STREAM_PROMPT = 64
 """Tokens of the prompts of those who decode."""

@@ -3,7 +3,7 @@
     python benchmarks/step_overhead.py --sequences 8 --max-tokens 128
     python benchmarks/step_overhead.py --idle-model --sequences 64
 
-Decodes the built-in prompts (server/commands/prompts.jsonl) with n-gram speculation in this process. Counted are steps
+Decodes the built-in prompts (server/cli/prompts.jsonl) with n-gram speculation in this process. Counted are steps
 in which all sequences decode and no prompt is read. "messages" is a step's Outputs to MessagePack and back: the engine
 process does the one, the server's the other. "own work" is the whole step but the model's pass, plus the messages.
 
@@ -28,29 +28,29 @@ from pathlib import Path
 import msgspec
 import torch
 
-from engine.build import Engine
-from engine.config import EngineConfig
-from engine.core import EngineCore
-from engine.execution.loader import Progress
-from engine.execution.runner import ModelRunner
-from engine.layers.attention.interface import AttentionBatch, LayerCache
-from engine.llm import LLM
-from engine.memory.block_pool import BlockPool
-from engine.messages import FromEngine, Outputs
-from engine.models.config import ModelConfig, RopeConfig
-from engine.models.features import FeatureTap
-from engine.parallel.interface import ALONE
-from engine.request import EngineInfo, Request
-from engine.sampling.params import SamplingParams
-from engine.sequence import Sequence
-from engine.speculation.controller import Controller
-from engine.speculation.drafter import Draft, Drafter, DraftRequest
-from engine.speculation.speculator import Speculator
-from engine.speculation.verify import CoupledVerifier
-from engine.weights.catalog import resolve
-from server.tokenizer import load_tokenizer
+from pilotfish.checkpoints.catalog import resolve
+from pilotfish.engine.build import Engine
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.core import EngineCore
+from pilotfish.engine.execution.loader import Progress
+from pilotfish.engine.execution.runner import ModelRunner
+from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
+from pilotfish.engine.layers.communicator import ALONE
+from pilotfish.engine.llm import LLM
+from pilotfish.engine.memory.block_pool import BlockPool
+from pilotfish.engine.models.config import ModelConfig, RopeConfig
+from pilotfish.engine.models.features import FeatureTap
+from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.process.messages import FromEngine, Outputs
+from pilotfish.engine.request import EngineInfo, Request
+from pilotfish.engine.sequence import Sequence
+from pilotfish.engine.speculation.control.controller import Controller
+from pilotfish.engine.speculation.drafters.drafter import Draft, Drafter, DraftRequest
+from pilotfish.engine.speculation.speculator import Speculator
+from pilotfish.engine.verification.coupled import CoupledVerifier
+from pilotfish.text.tokenizer import load_tokenizer
 
-PROMPTS = Path(__file__).parents[1] / "server" / "commands" / "prompts.jsonl"
+PROMPTS = Path(__file__).parents[1] / "server" / "cli" / "prompts.jsonl"
 PHASES = ("draft", "plan", "forward", "sample", "commit")
 TOKEN = 7
 """What the idle model says, always."""

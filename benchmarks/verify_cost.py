@@ -12,9 +12,9 @@ import argparse
 import statistics
 import time
 
-from engine.build import build
-from engine.config import EngineConfig
-from engine.execution.spans import Span
+from pilotfish.engine.build import build
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.execution.batch import Span
 
 
 def numbers(text: str) -> list[int]:

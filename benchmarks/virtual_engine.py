@@ -10,21 +10,21 @@ from typing import Any
 from virtual_costs import Clock, Costs
 from virtual_record import LONGEST, Recorded
 
-from engine.execution.graphs import GraphPlan
-from engine.memory.block_pool import BlockPool
-from engine.memory.block_table import BlockTable
-from engine.request import Request
-from engine.sampling.params import SamplingParams
-from engine.scheduler import Scheduler
-from engine.sequence import Sequence
-from engine.speculation.controller import Controller
-from engine.speculation.cost import RowCost
-from engine.speculation.drafter import Draft, Drafter, DraftRequest
-from engine.speculation.eagle3 import MOST_PENDING
-from engine.speculation.ngram import NgramDrafter
-from engine.speculation.portfolio import CALIBRATED
-from engine.speculation.speculator import Speculator
-from engine.speculation.suffix import SuffixDrafter
+from pilotfish.engine.execution.graphs import GraphPlan
+from pilotfish.engine.memory.block_pool import BlockPool
+from pilotfish.engine.memory.block_table import BlockTable
+from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.request import Request
+from pilotfish.engine.scheduler import Scheduler
+from pilotfish.engine.sequence import Sequence
+from pilotfish.engine.speculation.control.controller import Controller
+from pilotfish.engine.speculation.control.cost import RowCost
+from pilotfish.engine.speculation.drafters.drafter import Draft, Drafter, DraftRequest
+from pilotfish.engine.speculation.drafters.eagle3 import MOST_PENDING
+from pilotfish.engine.speculation.drafters.ngram import NgramDrafter
+from pilotfish.engine.speculation.drafters.portfolio import CALIBRATED
+from pilotfish.engine.speculation.drafters.suffix import SuffixDrafter
+from pilotfish.engine.speculation.speculator import Speculator
 
 
 class RecordedDrafter:

@@ -10,14 +10,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.llm import LLM
-from engine.sampling.params import SamplingParams
-from engine.sequence import Sequence
-from engine.speculation.drafter import NO_DRAFT, Draft, Drafter, DraftRequest
-from engine.speculation.speculator import Speculator
-from engine.weights.catalog import resolve
-from server.commands.prompts import encode, read_suites
-from server.tokenizer import load_tokenizer
+from pilotfish.checkpoints.catalog import resolve
+from pilotfish.engine.llm import LLM
+from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.sequence import Sequence
+from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, Drafter, DraftRequest
+from pilotfish.engine.speculation.speculator import Speculator
+from pilotfish.server.cli.prompts import encode, read_suites
+from pilotfish.text.tokenizer import load_tokenizer
 
 LONGEST = 8
 """Tokens of a draft at most, in recordings and when they are played."""

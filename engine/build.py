@@ -8,31 +8,31 @@ from functools import partial
 
 import msgspec
 
-from engine.config import EngineConfig, cache_share
-from engine.device import synchronize
-from engine.errors import ConfigError
-from engine.execution.buckets import span_lengths
-from engine.execution.graphs import graph_backend, graph_memory, graph_plan
-from engine.execution.group import LastWords, Ranks, start_ranks
-from engine.execution.loader import Platform, Progress, load_model
-from engine.execution.runner import ModelRunner, Runner
-from engine.layers.attention.interface import LayerCache
-from engine.memory import kv_cache
-from engine.memory.block_pool import BlockPool
-from engine.memory.free import free_memory
-from engine.models.config import ModelConfig
-from engine.models.interface import Model
-from engine.parallel.interface import ALONE
-from engine.parallel.layout import check_divides
-from engine.request import EngineInfo, RankMemory
-from engine.speculation.drafter import CostlyDrafter
-from engine.speculation.feature_router import FeatureRouter
-from engine.speculation.portfolio import free_drafters, load_draft, make_controller, make_drafter
-from engine.speculation.sources import check_speculation, find
-from engine.speculation.speculator import Speculator
-from engine.speculation.verify import CoupledVerifier, RejectionVerifier, Verifier
-from engine.weights import read_config
-from engine.weights.catalog import resolve
+from pilotfish.checkpoints.catalog import resolve
+from pilotfish.engine.config import EngineConfig, cache_share
+from pilotfish.engine.device import synchronize
+from pilotfish.engine.execution.buckets import span_lengths
+from pilotfish.engine.execution.graphs import graph_backend, graph_memory, graph_plan
+from pilotfish.engine.execution.loader import Platform, Progress, load_model
+from pilotfish.engine.execution.runner import ModelRunner, Runner
+from pilotfish.engine.layers.attention.backend import LayerCache
+from pilotfish.engine.layers.communicator import ALONE
+from pilotfish.engine.memory import kv_cache
+from pilotfish.engine.memory.block_pool import BlockPool
+from pilotfish.engine.memory.free import free_memory
+from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.models.layout import check_divides
+from pilotfish.engine.models.model import Model
+from pilotfish.engine.ranks.lead import LastWords, Ranks, start_ranks
+from pilotfish.engine.request import EngineInfo, RankMemory
+from pilotfish.engine.speculation.drafters.drafter import CostlyDrafter
+from pilotfish.engine.speculation.drafters.feature_router import FeatureRouter
+from pilotfish.engine.speculation.drafters.portfolio import free_drafters, load_draft, make_controller, make_drafter
+from pilotfish.engine.speculation.drafters.sources import check_speculation, find
+from pilotfish.engine.speculation.speculator import Speculator
+from pilotfish.engine.verification.coupled import CoupledVerifier, RejectionVerifier, Verifier
+from pilotfish.engine.weights import read_config
+from pilotfish.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Engine:
 
 def build(config: EngineConfig, progress: Progress, last_words: LastWords | None = None) -> Engine:
     """Raises ConfigError for settings that cannot work together, ModelError for a model that cannot be read, RankError
-    for a rank that fails; for `last_words` see `engine.process`."""
+    for a rank that fails; for `last_words` see `engine.process.main`."""
     if config.node_rank:
         raise ConfigError(
             f"node_rank is {config.node_rank}, but an engine runs on node 0: `pilotfish serve` holds ranks"

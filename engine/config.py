@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from engine.errors import ConfigError
-from engine.speculation import sources
+from pilotfish.engine.speculation.drafters import sources
+from pilotfish.errors import ConfigError
 
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]

@@ -13,25 +13,25 @@ from dataclasses import dataclass, field
 import msgspec
 import torch
 
-from engine.build import Engine, build
-from engine.config import EngineConfig
-from engine.device import PassTimer
-from engine.errors import ParameterError
-from engine.execution.loader import Progress
-from engine.execution.spans import Span
-from engine.memory.block_table import BlockTable
-from engine.memory.usage import MemoryMeter
-from engine.messages import StepStats
-from engine.models.features import FeatureTap
-from engine.request import Delta, EngineInfo, FinishReason, Request, RequestStats, check_request, drafters_of
-from engine.sampling.logprobs import prompt_logprobs
-from engine.sampling.params import MAX_SEED
-from engine.sampling.spans import LogitSpan
-from engine.scheduler import PlannedSpan, Scheduler, StepPlan
-from engine.sequence import Sequence
-from engine.speculation.speculator import Drafted
-from engine.speculation.tally import by_position
-from engine.speculation.verify import Verdict
+from pilotfish.engine.build import Engine, build
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.device import PassTimer
+from pilotfish.engine.execution.batch import Span
+from pilotfish.engine.execution.loader import Progress
+from pilotfish.engine.memory.block_table import BlockTable
+from pilotfish.engine.memory.usage import MemoryMeter
+from pilotfish.engine.models.features import FeatureTap
+from pilotfish.engine.params import MAX_SEED
+from pilotfish.engine.process.messages import StepStats
+from pilotfish.engine.request import Delta, EngineInfo, FinishReason, Request, RequestStats, check_request, drafters_of
+from pilotfish.engine.sampling.logit_spans import LogitSpan
+from pilotfish.engine.sampling.logprobs import prompt_logprobs
+from pilotfish.engine.scheduler import PlannedSpan, Scheduler, StepPlan
+from pilotfish.engine.sequence import Sequence
+from pilotfish.engine.speculation.speculator import Drafted
+from pilotfish.engine.speculation.tally import by_position
+from pilotfish.engine.verification.coupled import Verdict
+from pilotfish.errors import ParameterError
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """LLM: the engine in this process, for scripts, tests and benchmarks. Token ids in, token ids out.
 
-The same `EngineCore` that the server runs in a process of its own (`engine.client`), without messages or event loop.
+The same `EngineCore` that the server runs in a process of its own (`engine.process.client`), without messages or event
+loop.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Any, cast
 import msgspec
 from tqdm import tqdm
 
-from engine.config import EngineConfig
-from engine.core import EngineCore
-from engine.errors import ConfigError, EngineDeadError, ParameterError
-from engine.messages import StepStats
-from engine.request import Delta, EngineInfo, FinishReason, Request, RequestStats, TokenLogprobs, fan_out
-from engine.sampling.params import SamplingParams
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.core import EngineCore
+from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.process.messages import StepStats
+from pilotfish.engine.request import Delta, EngineInfo, FinishReason, Request, RequestStats, TokenLogprobs, fan_out
+from pilotfish.errors import ConfigError, EngineDeadError, ParameterError
 
 DEFAULT_PARAMS = SamplingParams()
 
@@ -59,7 +60,7 @@ class Completion:
 class LLM:
     """An engine that runs while `generate` or `stream` is called, one call at a time. Also a context manager.
 
-    `settings` are fields of EngineConfig, on top of `config`: `LLM(model="smollm2-135m", speculation="none")`.
+    `settings` are fields of EngineConfig, on top of `config`: `LLM("smollm2-135m", speculation="none")`.
     `on_stats` is called after each step. Raises ConfigError for settings that are unknown, of the wrong type or
     contradictory, ModelError for a model that cannot be loaded, and RankError, also from `generate` and `stream`, for a
     rank that fails.
@@ -67,15 +68,17 @@ class LLM:
 
     def __init__(
         self,
-        config: EngineConfig | None = None,
+        model: str | None = None,
         *,
+        config: EngineConfig | None = None,
         on_stats: Callable[[StepStats], None] | None = None,
         on_loading: Callable[[str, float], None] | None = None,
         **settings: object,
     ) -> None:
         known = {} if config is None else msgspec.structs.asdict(config)
+        named = {} if model is None else {"model": model}
         try:
-            self.config = msgspec.convert({**known, **settings}, EngineConfig).check()
+            self.config = msgspec.convert({**known, **named, **settings}, EngineConfig).check()
         except msgspec.ValidationError as error:
             raise ConfigError(str(error)) from None
         self._on_stats = on_stats

@@ -6,8 +6,8 @@ from typing import Literal
 
 import msgspec
 
-from engine.errors import ParameterError
-from engine.sampling.params import MAX_SEED, SamplingParams
+from pilotfish.engine.params import MAX_SEED, SamplingParams
+from pilotfish.errors import ParameterError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from engine.memory.block_table import BlockTable
-from engine.request import Request, TokenLogprobs
-from engine.sampling.params import SamplingParams
+from pilotfish.engine.memory.block_table import BlockTable
+from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.request import Request, TokenLogprobs
 
 
 @dataclass(slots=True, eq=False)

@@ -1,8 +1,4 @@
-"""Pilotfish's HTTP server: what a client sees. It knows no torch."""
+"""The HTTP server and the command line: what a client and an operator see. It knows no torch."""
 
-from importlib.metadata import PackageNotFoundError, version
-
-try:
-    VERSION = version("pilotfish")
-except PackageNotFoundError:  # run from a checkout that is not installed
-    VERSION = "0+unknown"
+if __name__ != "pilotfish.server":  # found beside the package, from the repository
+    raise ImportError("the package is called pilotfish.server, not server: import that")

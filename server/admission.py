@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from server.errors import bad_parameter, queue_full, stopping
+from pilotfish.server.errors import bad_parameter, queue_full, stopping
 
 
 class Gate:

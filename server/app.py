@@ -8,17 +8,17 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.routing import Route
 
-from engine.client import AsyncEngine
-from server import VERSION
-from server.auth import ApiKeys
-from server.config import ServerConfig
-from server.errors import install_handlers
-from server.metrics import Metrics
-from server.middleware import BodyLimit, RequestContext
-from server.routes import chat, completions, health, metrics, models, tokenization
-from server.service import Service
-from server.tokenizer import Tokenizer
-from server.tracing import Tracing
+from pilotfish import __version__
+from pilotfish.engine.process.client import AsyncEngine
+from pilotfish.server.auth import ApiKeys
+from pilotfish.server.config import ServerConfig
+from pilotfish.server.errors import install_handlers
+from pilotfish.server.metrics import Metrics
+from pilotfish.server.middleware import BodyLimit, RequestContext
+from pilotfish.server.routes import chat, completions, health, metrics, models, tokenization
+from pilotfish.server.service import Service
+from pilotfish.server.tracing import Tracing
+from pilotfish.text.tokenizer import Tokenizer
 
 
 def create_app(
@@ -43,7 +43,7 @@ def create_app(
         finally:
             await engine.stop()
 
-    app = FastAPI(title="Pilotfish", version=VERSION, lifespan=lifespan)
+    app = FastAPI(title="Pilotfish", version=__version__, lifespan=lifespan)
     app.state.service = Service(engine, tokenizer, config, stats, names)
     routers = [module.router for module in (completions, chat, models, tokenization, health, metrics)]
     for router in routers:

@@ -7,7 +7,7 @@ import hmac
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.errors import ApiError
+from pilotfish.server.errors import ApiError
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})
 """What load balancers and Prometheus ask, without a key."""

@@ -10,9 +10,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from engine.config import NotNegative, Positive
-from engine.errors import ConfigError
-from engine.logs import LogFormat, LogLevel
+from pilotfish.engine.config import NotNegative, Positive
+from pilotfish.errors import ConfigError
+from pilotfish.logs import LogFormat, LogLevel
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

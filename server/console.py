@@ -9,10 +9,10 @@ import sys
 import time
 from typing import TextIO
 
-from engine.logs import fields
-from engine.request import EngineInfo
+from pilotfish.engine.request import EngineInfo
+from pilotfish.logs import fields
 
-logger = logging.getLogger("server.console")
+logger = logging.getLogger("pilotfish.server.console")
 
 _QUIET_SECONDS = 2.0
 """Where progress cannot stay on its line, it gets a new one only so often."""

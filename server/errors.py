@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from engine.errors import EngineDeadError, EngineNotReadyError, ParameterError
+from pilotfish.errors import EngineDeadError, EngineNotReadyError, ParameterError
 
 logger = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from engine.client import AsyncEngine
-from engine.errors import EngineDeadError
-from engine.request import Delta, Request
-from server.errors import SERVER_ERROR, ApiError, cut_short
-from server.metrics import NO_DRAFTER, Metrics, Outcome
-from server.protocol.responses import Timings, Usage
-from server.text import AnswerText, Piece, TokenEntry
+from pilotfish.engine.process.client import AsyncEngine
+from pilotfish.engine.request import Delta, Request
+from pilotfish.errors import EngineDeadError
+from pilotfish.server.errors import SERVER_ERROR, ApiError, cut_short
+from pilotfish.server.metrics import NO_DRAFTER, Metrics, Outcome
+from pilotfish.server.protocol.responses import Timings, Usage
+from pilotfish.text.detokenizer import AnswerText, Piece, TokenEntry
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from server.protocol.responses import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
-from server.text import TokenEntry, Vocabulary
+from pilotfish.server.protocol.responses import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+from pilotfish.text.detokenizer import TokenEntry, Vocabulary
 
 LOWEST = -9999.0
 """What OpenAI sends for a token that cannot be: JSON has no infinity."""

@@ -24,9 +24,9 @@ from prometheus_client import (
 )
 from prometheus_client.process_collector import ProcessCollector
 
-from engine.messages import StepStats
-from engine.request import EngineInfo, RankMemory
-from server import VERSION
+from pilotfish import __version__
+from pilotfish.engine.process.messages import StepStats
+from pilotfish.engine.request import EngineInfo, RankMemory
 
 Outcome = Literal["stop", "length", "abort", "error", "refused"]
 
@@ -66,7 +66,7 @@ class Metrics:
 
     def _make_server(self, make: _Maker) -> None:
         make.info("build", "Versions of Pilotfish, Python and torch.").info(
-            {"version": VERSION, "python": platform.python_version(), "torch": version("torch")}
+            {"version": __version__, "python": platform.python_version(), "torch": version("torch")}
         )
         self._info = make.info("engine", "The model that is served and how it runs.")
         self._up = make.gauge("engine_up", "1 while the engine takes requests.")

@@ -14,10 +14,10 @@ from fastapi.exceptions import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ApiError, as_api_error
-from server.metrics import Metrics
-from server.request_log import log_request
-from server.tracing import Tracing
+from pilotfish.server.errors import ApiError, as_api_error
+from pilotfish.server.metrics import Metrics
+from pilotfish.server.request_log import log_request
+from pilotfish.server.tracing import Tracing
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 CLIENT_GONE = 499

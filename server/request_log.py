@@ -9,9 +9,9 @@ from typing import Any
 
 from starlette.types import Scope
 
-from engine.logs import fields
-from server.auth import OPEN_PATHS
-from server.generation import Answer, timings, usage
+from pilotfish.logs import fields
+from pilotfish.server.auth import OPEN_PATHS
+from pilotfish.server.generation import Answer, timings, usage
 
 logger = logging.getLogger("server.requests")
 

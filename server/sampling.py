@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from engine.errors import ParameterError
-from engine.request import EngineInfo
-from engine.sampling.params import SamplingParams
-from server.errors import bad_parameter
-from server.protocol.common import GenerationRequest
+from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.request import EngineInfo
+from pilotfish.errors import ParameterError
+from pilotfish.server.errors import bad_parameter
+from pilotfish.server.protocol.common import GenerationRequest
 
 
 def sampling_params(

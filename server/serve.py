@@ -1,4 +1,4 @@
-"""Running the server: model files, the port, the engine, uvicorn, and a graceful end. The command is `server.cli`."""
+"""Runs the server: model files, the port, the engine, uvicorn, and a graceful end. The command: `server.cli.main`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from pathlib import Path
 
 import uvicorn
 
-from engine import logs
-from engine.client import AsyncEngine
-from engine.config import EngineConfig
-from engine.errors import ConfigError, EngineDeadError
-from engine.execution.node import run_node
-from engine.logs import Logs
-from engine.speculation.sources import check_speculation, find
-from engine.weights.catalog import ModelFiles, resolve
-from server import VERSION
-from server.admission import Gate
-from server.app import create_app
-from server.config import ServerConfig
-from server.console import Console
-from server.metrics import Metrics
-from server.tokenizer import Tokenizer, load_tokenizer
-from server.tracing import Tracing, open_tracing
+from pilotfish import __version__, logs
+from pilotfish.checkpoints.catalog import ModelFiles, resolve
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.process.client import AsyncEngine
+from pilotfish.engine.ranks.node import run_node
+from pilotfish.engine.speculation.drafters.sources import check_speculation, find
+from pilotfish.errors import ConfigError, EngineDeadError
+from pilotfish.logs import Logs
+from pilotfish.server.admission import Gate
+from pilotfish.server.app import create_app
+from pilotfish.server.config import ServerConfig
+from pilotfish.server.console import Console
+from pilotfish.server.metrics import Metrics
+from pilotfish.server.tracing import Tracing, open_tracing
+from pilotfish.text.tokenizer import Tokenizer, load_tokenizer
 
 KEEP_ALIVE_SECONDS = 75
 CLOSE_SECONDS = 5
@@ -46,7 +45,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, console: Console) -
     """
     engine_config.check()
     config.check()
-    console.line(f"Pilotfish {VERSION}")
+    console.line(f"Pilotfish {__version__}")
     weights = engine_config.load_format != "dummy"
     if engine_config.node_rank:
         return _hold_ranks(engine_config, console, weights)
@@ -136,7 +135,7 @@ class _Running:
         settings = uvicorn.Config(
             app,
             log_config=None,
-            access_log=False,  # server.request_log has more to say
+            access_log=False,  # pilotfish.server.request_log has more to say
             ws="none",
             lifespan="on",
             server_header=False,

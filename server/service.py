@@ -11,19 +11,19 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from engine.client import AsyncEngine
-from engine.errors import ParameterError
-from engine.request import EngineInfo
-from server import VERSION
-from server.admission import Gate
-from server.config import ServerConfig
-from server.errors import ApiError, bad_parameter, engine_dead, loading, model_not_found, stopping
-from server.generation import Answer
-from server.metrics import Metrics
-from server.protocol.chat import Message
-from server.protocol.common import GenerationRequest
-from server.text import Vocabulary
-from server.tokenizer import Tokenizer
+from pilotfish import __version__
+from pilotfish.engine.process.client import AsyncEngine
+from pilotfish.engine.request import EngineInfo
+from pilotfish.errors import ParameterError
+from pilotfish.server.admission import Gate
+from pilotfish.server.config import ServerConfig
+from pilotfish.server.errors import ApiError, bad_parameter, engine_dead, loading, model_not_found, stopping
+from pilotfish.server.generation import Answer
+from pilotfish.server.metrics import Metrics
+from pilotfish.server.protocol.chat import Message
+from pilotfish.server.protocol.common import GenerationRequest
+from pilotfish.text.detokenizer import Vocabulary
+from pilotfish.text.tokenizer import Tokenizer
 
 LONG_TEXT = 8192
 """Characters from which a text is tokenized in a thread: 1 ms or so, which streams would feel."""
@@ -71,7 +71,7 @@ class Service:
     def fingerprint(self, info: EngineInfo) -> str:
         """OpenAI's system_fingerprint: as long as it is the same, the same seed gives the same text."""
         if not self._fingerprint:
-            parts = (VERSION, info.model, info.dtype, info.device, info.kernels, info.tensor_parallel_size)
+            parts = (__version__, info.model, info.dtype, info.device, info.kernels, info.tensor_parallel_size)
             self._fingerprint = "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
         return self._fingerprint
 

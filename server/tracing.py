@@ -1,5 +1,5 @@
-"""Whether requests are traced, and where to. The spans themselves are made in `server.spans`, which needs the extra
-pilotfish[otel]; this module does not.
+"""Whether requests are traced, and where to. The spans themselves are made in `server.trace_spans`, which needs the
+extra pilotfish[otel]; this module does not.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import Scope
 
-from engine.errors import ConfigError
+from pilotfish.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def open_tracing(endpoint: str | None) -> Tracing | None:
         return None
     url = None if endpoint is None else traces_url(endpoint)
     try:
-        from server.spans import SpanTracing
+        from pilotfish.server.trace_spans import SpanTracing
     except ImportError as error:
         message = f"OpenTelemetry is not installed ({error}): pip install 'pilotfish[otel]'"
         if endpoint is not None:

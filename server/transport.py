@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.errors import as_api_error
+from pilotfish.server.errors import as_api_error
 
 T = TypeVar("T")
 

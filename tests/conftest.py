@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from flash_attn_standin import modules
-from tiny import make_tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from engine.weights.catalog import ModelFiles, resolve
+from pilotfish.checkpoints.catalog import ModelFiles, resolve
+from tests.support.flash_attn_standin import modules
+from tests.support.tiny import make_tiny
 
 
 @pytest.fixture(scope="session")
@@ -59,13 +59,13 @@ class FlashAttn:
 @pytest.fixture
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FlashAttn]:
     """`flash_attn(capability)`: from now on this machine's CPU passes for a GPU of that compute capability, with both
-    flash-attn packages installed (tests/flash_attn_standin.py). Tensors stay on the CPU."""
+    flash-attn packages installed (tests/support/flash_attn_standin.py). Tensors stay on the CPU."""
 
     def install(capability: tuple[int, int] = (9, 0), without: tuple[str, ...] = ()) -> FlashAttn:
         calls: list[str] = []
         for name, module in modules(capability, calls).items():
             monkeypatch.setitem(sys.modules, name, None if name in without else module)
-        monkeypatch.setattr("engine.execution.loader.compute_capability", lambda device: capability)
+        monkeypatch.setattr("pilotfish.engine.execution.loader.compute_capability", lambda device: capability)
         return FlashAttn(capability, calls)
 
     return install

@@ -12,20 +12,20 @@ import msgspec
 import pytest
 from fastapi.routing import APIRoute
 
-from engine.config import EngineConfig, cache_share
-from engine.messages import StepStats
-from engine.request import EngineInfo, RankMemory
-from server import request_log, routes
-from server.cli import read_settings
-from server.config import ServerConfig
-from server.metrics import PHASES, POSITIONS, Metrics, Outcome
-from server.protocol.chat import ChatRequest
-from server.protocol.completions import CompletionRequest
-from server.protocol.responses import Timings
-from server.protocol.tokenization import DetokenizeRequest, TokenizeRequest
-from server.settings import Setting, settings_of
+from pilotfish.engine.config import EngineConfig, cache_share
+from pilotfish.engine.process.messages import StepStats
+from pilotfish.engine.request import EngineInfo, RankMemory
+from pilotfish.server import request_log, routes
+from pilotfish.server.cli.flags import Setting, settings_of
+from pilotfish.server.cli.main import read_settings
+from pilotfish.server.config import ServerConfig
+from pilotfish.server.metrics import PHASES, POSITIONS, Metrics, Outcome
+from pilotfish.server.protocol.chat import ChatRequest
+from pilotfish.server.protocol.completions import CompletionRequest
+from pilotfish.server.protocol.responses import Timings
+from pilotfish.server.protocol.tokenization import DetokenizeRequest, TokenizeRequest
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 
 
@@ -185,12 +185,14 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_are_named_exist(page: Path) -> None:
-    named = re.findall(r"`((?:engine|server|tests|benchmarks|docs|configs)/[\w./-]+)`", page.read_text())
+    named = re.findall(
+        r"`((?:engine|server|text|tools|checkpoints|tests|benchmarks|docs|configs)/[\w./-]+)`", page.read_text()
+    )
     for path in named:
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m"])  # all of them: tests/planner/test_configs.py
+@pytest.mark.parametrize("name", ["smollm2-135m"])  # all of them: tests/tools/planner/test_configs.py
 def test_configs_can_be_read(name: str) -> None:
     engine, _ = read_settings({"config": str(ROOT / "configs" / f"{name}.yaml")})
     assert engine.model == name

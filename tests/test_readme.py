@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
+
 README_URL = "http://127.0.0.1:8000"
 READY_SECONDS = 60
 EXAMPLE_SECONDS = 60
@@ -102,8 +103,8 @@ def test_same_text(url: str) -> None:
 
 
 def test_without_a_server() -> None:
-    from engine.weights.catalog import resolve
-    from server.tokenizer import load_tokenizer
+    from pilotfish.checkpoints.catalog import resolve
+    from pilotfish.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(resolve("smollm2-135m"))
     (prompt,) = re.findall(r"\[\[([\d, ]+)\]\]", LLM)

@@ -168,12 +168,12 @@ def main(root: Path, config_file: Path, pip_conf: Path, volumes: list[str]) -> N
         print(container.run("pilotfish", "--version"))
         print(f"python: {container.run('python', '--version')}, torch: "
               + container.run("python", "-c", "import torch; print(torch.__version__)"))  # fmt: skip
-        kernels = "from engine.kernels.native import load_library; print('native' if load_library() else 'torch')"
+        kernels = "from pilotfish.engine.kernels import native; print('native' if native.load_library() else 'torch')"
         kernels = container.run("python", "-c", kernels)
         print(f"kernels: {kernels}")
         assert kernels == "native"
         assert container.run("id", "-u") == config["User"].split(":")[0]
-        resolve = f"from engine.weights.catalog import resolve; print(resolve({MODEL!r}).path.name)"
+        resolve = f"from pilotfish.checkpoints.catalog import resolve; print(resolve({MODEL!r}).path.name)"
         print(f"model: downloaded into the volume, {container.run('python', '-c', resolve, network=True)}")
 
         server = Server(container, work / "server.log")

@@ -21,12 +21,12 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from engine.config import EngineConfig
-from engine.execution.buckets import GRAPH_SHARE, Bucket, batch_sizes, buckets, fitting
-from engine.execution.spans import BatchShape, FlatBatch, HostBatch, flat_batch
-from engine.execution.transfer import ALIGNMENT, copy_to
-from engine.layers.attention.interface import AttentionBackend
-from engine.parallel.interface import Communicator
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.device.transfer import ALIGNMENT, copy_to
+from pilotfish.engine.execution.batch import BatchShape, FlatBatch, HostBatch, flat_batch
+from pilotfish.engine.execution.buckets import GRAPH_SHARE, Bucket, batch_sizes, buckets, fitting
+from pilotfish.engine.layers.attention.backend import AttentionBackend
+from pilotfish.engine.layers.communicator import Communicator
 
 logger = logging.getLogger(__name__)
 

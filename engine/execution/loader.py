@@ -10,26 +10,26 @@ from typing import Any
 
 import torch
 
-from engine.config import EngineConfig
-from engine.device import compute_capability, give_back_memory
-from engine.errors import ConfigError
-from engine.kernels.fp8 import FP8_CAPABILITY
-from engine.kernels.interface import Kernels
-from engine.kernels.native import VECTOR, NativeKernels, load_library
-from engine.kernels.torch import TorchKernels
-from engine.layers.attention.choose import AttentionNeeds, choose_attention, why_not
-from engine.layers.attention.interface import AttentionBackend
-from engine.models.config import ModelConfig
-from engine.models.eagle3 import SharedWeights
-from engine.models.interface import Model
-from engine.models.registry import model_class
-from engine.parallel.interface import ALONE, Communicator
-from engine.parallel.layout import Layout, check_divides
-from engine.weights import iter_weights, read_config
-from engine.weights.catalog import ModelFiles, resolve
-from engine.weights.dummy import iter_weights as dummy_weights
-from engine.weights.names import HEAD, Part, expected_shapes, whole
-from engine.weights.quantization import SCALE, dequantized, quantized
+from pilotfish.checkpoints.catalog import ModelFiles, resolve
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.device import compute_capability, give_back_memory
+from pilotfish.engine.kernels.fp8 import FP8_CAPABILITY
+from pilotfish.engine.kernels.native import VECTOR, NativeKernels, load_library
+from pilotfish.engine.kernels.protocol import Kernels
+from pilotfish.engine.kernels.torch import TorchKernels
+from pilotfish.engine.layers.attention.backend import AttentionBackend
+from pilotfish.engine.layers.attention.choose import AttentionNeeds, choose_attention, why_not
+from pilotfish.engine.layers.communicator import ALONE, Communicator
+from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.models.eagle3 import SharedWeights
+from pilotfish.engine.models.layout import Layout, check_divides
+from pilotfish.engine.models.model import Model
+from pilotfish.engine.models.registry import model_class
+from pilotfish.engine.weights import iter_weights, read_config
+from pilotfish.engine.weights.dummy import iter_weights as dummy_weights
+from pilotfish.engine.weights.names import HEAD, Part, expected_shapes, whole
+from pilotfish.engine.weights.quantization import SCALE, dequantized, quantized
+from pilotfish.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -10,17 +10,17 @@ from typing import Protocol
 
 import torch
 
-from engine.execution.graphs import GraphedPasses, GraphPlan
-from engine.execution.spans import FlatBatch, HostBatch, Span, pack
-from engine.layers.attention.interface import LayerCache
-from engine.models.eagle3 import Eagle3Model
-from engine.models.features import FeatureTap
-from engine.models.interface import Model
-from engine.parallel.interface import ALONE
+from pilotfish.engine.execution.batch import FlatBatch, HostBatch, Span, pack
+from pilotfish.engine.execution.graphs import GraphedPasses, GraphPlan
+from pilotfish.engine.layers.attention.backend import LayerCache
+from pilotfish.engine.layers.communicator import ALONE
+from pilotfish.engine.models.eagle3 import Eagle3Model
+from pilotfish.engine.models.features import FeatureTap
+from pilotfish.engine.models.model import Model
 
 
 class Runner(Protocol):
-    """A ModelRunner, or one that has others compute with it (`engine.execution.group`)."""
+    """A ModelRunner, or one that has others compute with it (`engine.ranks.lead`)."""
 
     @property
     def model(self) -> Model: ...

@@ -262,5 +262,5 @@ EXPORT void pilotfish_attend(int level, const struct attention *a) {
 #include "decoder.h"
 
 /* An importable module with nothing in it, so that Python's own machinery builds and finds the library. */
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Loaded with ctypes by engine.kernels.native.", -1, NULL};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Loaded with ctypes by pilotfish.engine.kernels.native.", -1, NULL};
 PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }

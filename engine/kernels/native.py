@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from engine.errors import ConfigError
-from engine.kernels.memory import Arena
+from pilotfish.engine.kernels.memory import Arena
+from pilotfish.errors import ConfigError
 
 VECTOR = 16
 """Floats in the widest vector register: sizes of norms, gates and heads must be multiples of it."""
@@ -41,7 +41,7 @@ class AttentionArguments(ctypes.Structure):
 @cache
 def load_library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they were not built (no C compiler at installation)."""
-    spec = importlib.util.find_spec("engine.kernels._native")
+    spec = importlib.util.find_spec("pilotfish.engine.kernels._native")
     if spec is None or spec.origin is None:
         return None
     library = ctypes.CDLL(spec.origin)

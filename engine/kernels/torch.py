@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.kernels.fp8 import Fp8Linear, fp8_linear, prepare_fp8
+from pilotfish.engine.kernels.fp8 import Fp8Linear, fp8_linear, prepare_fp8
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from engine.kernels.interface import Kernels, PreparedLinear
-from engine.kernels.native import NativeInt8Linear, NativeKernels, NativeLinear
-from engine.layers.attention.interface import AttentionBackend, AttentionBatch, LayerCache
-from engine.layers.attention.native import NativeAttention
-from engine.parallel.interface import Communicator
+from pilotfish.engine.kernels.native import NativeInt8Linear, NativeKernels, NativeLinear
+from pilotfish.engine.kernels.protocol import Kernels, PreparedLinear
+from pilotfish.engine.layers.attention.backend import AttentionBackend, AttentionBatch, LayerCache
+from pilotfish.engine.layers.attention.native import NativeAttention
+from pilotfish.engine.layers.communicator import Communicator
 
 
 @dataclass(frozen=True, slots=True)

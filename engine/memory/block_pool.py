@@ -10,7 +10,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from engine.errors import ConfigError
+from pilotfish.errors import ConfigError
 
 DIGEST_SIZE = 16
 """Bytes of a block's digest."""

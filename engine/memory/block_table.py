@@ -12,7 +12,7 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.memory.block_pool import DIGEST_SIZE, BlockPool
+from pilotfish.engine.memory.block_pool import DIGEST_SIZE, BlockPool
 
 
 class BlockTable:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from engine.layers.attention.interface import AttentionBackend, LayerCache
-from engine.models.config import ModelConfig
-from engine.parallel.layout import num_kv_heads
+from pilotfish.engine.layers.attention.backend import AttentionBackend, LayerCache
+from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.models.layout import num_kv_heads
 
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype, ranks: int = 1) -> int:

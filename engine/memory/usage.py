@@ -8,7 +8,7 @@ from collections.abc import Callable
 import psutil
 import torch
 
-from engine.request import RankMemory
+from pilotfish.engine.request import RankMemory
 
 INTERVAL_SECONDS = 5.0
 

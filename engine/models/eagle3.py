@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from engine.kernels.interface import Kernels, PreparedLinear
-from engine.layers.attention.interface import AttentionBackend, AttentionBatch, LayerCache
-from engine.layers.decoder import DecoderLayer, LayerShape, native_decoder
-from engine.models.config import Eagle3Config
-from engine.models.rope import cos_sin_table
-from engine.parallel.interface import ALONE
+from pilotfish.engine.kernels.protocol import Kernels, PreparedLinear
+from pilotfish.engine.layers.attention.backend import AttentionBackend, AttentionBatch, LayerCache
+from pilotfish.engine.layers.communicator import ALONE
+from pilotfish.engine.layers.decoder import DecoderLayer, LayerShape, native_decoder
+from pilotfish.engine.models.config import Eagle3Config
+from pilotfish.engine.models.rope import cos_sin_table
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from engine.kernels.interface import Kernels
-from engine.layers.attention.interface import AttentionBackend, AttentionBatch, LayerCache
-from engine.layers.decoder import DecoderLayer, LayerShape, native_decoder
-from engine.models.config import ModelConfig
-from engine.models.features import FeatureTap
-from engine.models.rope import cos_sin_table
-from engine.models.weight_store import WeightStore
-from engine.parallel.interface import ALONE, Communicator
-from engine.parallel.layout import Layout
-from engine.parallel.operators import embed, logits, summed_linear
+from pilotfish.engine.kernels.protocol import Kernels
+from pilotfish.engine.layers.attention.backend import AttentionBackend, AttentionBatch, LayerCache
+from pilotfish.engine.layers.communicator import ALONE, Communicator
+from pilotfish.engine.layers.decoder import DecoderLayer, LayerShape, native_decoder
+from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.models.features import FeatureTap
+from pilotfish.engine.models.layout import Layout
+from pilotfish.engine.models.rope import cos_sin_table
+from pilotfish.engine.models.sharded import embed, logits, summed_linear
+from pilotfish.engine.models.weight_store import WeightStore
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,14 @@ from typing import Any, Protocol
 
 import torch
 
-from engine.errors import ModelError
-from engine.kernels.interface import Kernels
-from engine.layers.attention.interface import AttentionBackend
-from engine.models.config import ModelConfig
-from engine.models.gemma3 import Gemma3Model
-from engine.models.interface import Model
-from engine.models.llama import LlamaModel
-from engine.parallel.interface import ALONE, Communicator
+from pilotfish.engine.kernels.protocol import Kernels
+from pilotfish.engine.layers.attention.backend import AttentionBackend
+from pilotfish.engine.layers.communicator import ALONE, Communicator
+from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.models.gemma3 import Gemma3Model
+from pilotfish.engine.models.llama import LlamaModel
+from pilotfish.engine.models.model import Model
+from pilotfish.errors import ModelError
 
 
 class ModelClass(Protocol):

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from engine.errors import ModelError
-from engine.models.config import RopeConfig
+from pilotfish.engine.models.config import RopeConfig
+from pilotfish.errors import ModelError
 
 
 def cos_sin_table(rope: RopeConfig, head_dim: int, max_position: int) -> torch.Tensor:

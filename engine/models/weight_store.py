@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from engine.errors import ModelError
-from engine.kernels.interface import Kernels, PreparedLinear
-from engine.parallel.layout import Layout
+from pilotfish.engine.kernels.protocol import Kernels, PreparedLinear
+from pilotfish.engine.models.layout import Layout
+from pilotfish.errors import ModelError
 
 _FUSED = {
     "self_attn.q_proj": ("self_attn.qkv_proj", 0, 3),

@@ -6,8 +6,8 @@ from collections.abc import Sequence as Seq
 
 import torch
 
-from engine.device import on_device
-from engine.request import TokenLogprobs
+from pilotfish.engine.device import on_device
+from pilotfish.engine.request import TokenLogprobs
 
 
 @torch.inference_mode()

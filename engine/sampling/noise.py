@@ -1,7 +1,7 @@
 """Noise that is a function of where it is used: of a seed, a place in the sequence, a token id, and a stream.
 
 There is no generator and no state: whoever asks for the noise at a place gets the same, in any batch and at any time.
-How tokens are drawn with it is in `sampler` and `engine.speculation.verify`.
+How tokens are drawn with it is in `sampler` and `engine.verification.coupled`.
 
 Two counter-based mixes. A row's key is SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014) over seed, stream and place. The noise of its tokens is triple32, a 32-bit finalizer of
@@ -17,7 +17,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import torch
 
-from engine.device import on_device
+from pilotfish.engine.device import on_device
 
 DRAW = 0
 """Stream of the noise that draws a token from a distribution: the target's, and a drafter's own."""

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.device import on_device
-from engine.sampling.params import SamplingParams
-from engine.sampling.spans import LogitRow, LogitSpan, rows_of
+from pilotfish.engine.device import on_device
+from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.sampling.logit_spans import LogitRow, LogitSpan, rows_of
 
 _HUGE = 1e30
 _TINY = 1e-37

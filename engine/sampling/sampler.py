@@ -12,11 +12,11 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import torch
 
-from engine.device import on_device
-from engine.sampling import on_device as on_device_
-from engine.sampling.noise import DRAW, log_exponential, row_key
-from engine.sampling.processors import Support, gather_support, truncate
-from engine.sampling.spans import LogitRow, LogitSpan, rows_of
+from pilotfish.engine.device import on_device
+from pilotfish.engine.sampling import device_sampler as on_device_
+from pilotfish.engine.sampling.logit_spans import LogitRow, LogitSpan, rows_of
+from pilotfish.engine.sampling.noise import DRAW, log_exponential, row_key
+from pilotfish.engine.sampling.processors import Support, gather_support, truncate
 
 # Elements of noise made at once on the CPU: the few arrays of this size that it takes stay in a core's cache.
 _CHUNK = 1 << 17

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.sequence import Sequence
-from engine.speculation.controller import Controller
-from engine.speculation.drafter import CostlyDrafter, Draft, Drafter, DraftRequest
-from engine.speculation.feature_router import FeatureRouter
-from engine.speculation.turns import Choice, Step, Turn
+from pilotfish.engine.sequence import Sequence
+from pilotfish.engine.speculation.control.candidates import Choice, Step, Turn
+from pilotfish.engine.speculation.control.controller import Controller
+from pilotfish.engine.speculation.drafters.drafter import CostlyDrafter, Draft, Drafter, DraftRequest
+from pilotfish.engine.speculation.drafters.feature_router import FeatureRouter
 
 
 @dataclass(frozen=True, slots=True)

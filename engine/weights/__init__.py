@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from engine.models.config import ModelConfig
-from engine.weights.catalog import ModelFiles
-from engine.weights.names import Part
+from pilotfish.checkpoints.catalog import ModelFiles
+from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.weights.names import Part
 
 if TYPE_CHECKING:
     import torch
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 def read_config(files: ModelFiles) -> ModelConfig:
     """The model's shape. Raises ModelError for files that cannot be read or a model that the engine does not know."""
     if files.format == "gguf":
-        from engine.weights import gguf
+        from pilotfish.engine.weights import gguf
 
         return gguf.read_config(files.path)
-    from engine.weights import hf_config
+    from pilotfish.engine.weights import hf_config
 
     return hf_config.read_config(files.path)
 
@@ -46,9 +46,9 @@ def iter_weights(
     than `config` gives it, wanted or not.
     """
     if files.format == "gguf":
-        from engine.weights import gguf
+        from pilotfish.engine.weights import gguf
 
         return gguf.iter_weights(files.path, config, dtype, parts)
-    from engine.weights import safetensors
+    from pilotfish.engine.weights import safetensors
 
     return safetensors.iter_weights(files.path, config, dtype, parts, device)

@@ -7,8 +7,8 @@ from zlib import crc32
 
 import torch
 
-from engine.models.config import ModelConfig
-from engine.weights.names import Part, expected_shapes, whole
+from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.weights.names import Part, expected_shapes, whole
 
 
 def iter_weights(

@@ -21,10 +21,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from engine.errors import ModelError
-from engine.models.config import Eagle3Config
-from engine.weights.eagle3_config import PICKLED, SAFETENSORS, expected_shapes, plain_name, read_config
-from engine.weights.names import check_names, check_shape
+from pilotfish.engine.models.config import Eagle3Config
+from pilotfish.engine.weights.eagle3_config import PICKLED, SAFETENSORS, expected_shapes, plain_name, read_config
+from pilotfish.engine.weights.names import check_names, check_shape
+from pilotfish.errors import ModelError
 
 __all__ = ["expected_shapes", "read_config", "read_weights"]
 

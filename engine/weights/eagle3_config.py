@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ModelError
-from engine.models.config import Eagle3Config
-from engine.weights.hf_config import layer_config, read_json
+from pilotfish.engine.models.config import Eagle3Config
+from pilotfish.engine.weights.hf_config import layer_config, read_json
+from pilotfish.errors import ModelError
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 

@@ -17,10 +17,10 @@ import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 
-from engine.errors import ModelError
-from engine.models.config import ModelConfig, RopeConfig
-from engine.weights.gguf_header import Header, TensorPlace, read_header
-from engine.weights.names import Part, check_names, check_shape, expected_shapes, shape_of, whole
+from pilotfish.checkpoints.gguf_header import Header, TensorPlace, read_header
+from pilotfish.engine.models.config import ModelConfig, RopeConfig
+from pilotfish.engine.weights.names import Part, check_names, check_shape, expected_shapes, shape_of, whole
+from pilotfish.errors import ModelError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 """Mistral's models are "llama" in this format."""

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ModelError
-from engine.models.config import ModelConfig, RopeConfig
-from engine.weights.hf_quantization import read_fp8
+from pilotfish.engine.models.config import ModelConfig, RopeConfig
+from pilotfish.engine.weights.hf_quantization import read_fp8
+from pilotfish.errors import ModelError
 
 EAGLE3_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3Speculator", "Eagle3DraftModel")
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gemma3")

@@ -17,8 +17,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ModelError
-from engine.models.config import Fp8Config
+from pilotfish.engine.models.config import Fp8Config
+from pilotfish.errors import ModelError
 
 IGNORED_TENSORS = ("input_scale", "input_scale_ub", "output_scale", "k_scale", "v_scale", "q_scale")
 """Ends of names: static scales of activations and of a KV cache, which the engine does not use."""

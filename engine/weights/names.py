@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from engine.errors import ModelError
-from engine.models.config import ModelConfig
+from pilotfish.engine.models.config import ModelConfig
+from pilotfish.errors import ModelError
 
 HEAD = "lm_head.weight"
 

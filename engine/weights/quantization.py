@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from engine.kernels.fp8 import FP8, dequantize, quantize_rows
-from engine.weights.hf_quantization import is_quantizable
+from pilotfish.engine.kernels.fp8 import FP8, dequantize, quantize_rows
+from pilotfish.engine.weights.hf_quantization import is_quantizable
 
 SCALE = "_scale"
 """What the name of a weight's scales ends in after the weight's own name: (out_features, 1) float32, weight times scale

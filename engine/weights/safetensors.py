@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from engine.errors import ModelError
-from engine.models.config import ModelConfig
-from engine.weights.hf_quantization import IGNORED_TENSORS
-from engine.weights.names import HEAD, Part, check_names, check_shape, expected_shapes, shape_of, whole
-from engine.weights.quantization import FP8, SCALE
-from engine.weights.read_ahead import Job, read_ahead
+from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.weights.hf_quantization import IGNORED_TENSORS
+from pilotfish.engine.weights.names import HEAD, Part, check_names, check_shape, expected_shapes, shape_of, whole
+from pilotfish.engine.weights.quantization import FP8, SCALE
+from pilotfish.engine.weights.read_ahead import Job, read_ahead
+from pilotfish.errors import ModelError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

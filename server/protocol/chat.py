@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, field_validator
 
-from server.protocol.common import ApiModel, GenerationRequest, Unsupported, unsupported, wrong
+from pilotfish.server.protocol.common import ApiModel, GenerationRequest, Unsupported, unsupported, wrong
 
 MAX_TOP_LOGPROBS = 20
 

@@ -1,7 +1,7 @@
 """What completions and chat have in common in their requests, and the checks that pydantic's own types do not make.
 
 Types are strict: "0.7" is not a number. Fields that neither OpenAI nor Pilotfish knows are refused. Bounds of sampling
-parameters are the engine's (`engine.sampling.params`); here are those of what the engine never sees.
+parameters are the engine's (`engine.params`); here are those of what the engine never sees.
 """
 
 from __future__ import annotations

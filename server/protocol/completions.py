@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator
 
-from server.protocol.common import GenerationRequest, Prompt, Unsupported, wrong
+from pilotfish.server.protocol.common import GenerationRequest, Prompt, Unsupported, wrong
 
 MAX_LOGPROBS = 5
 """OpenAI's limit for completions; chat's is 20."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import model_validator
 
-from server.protocol.chat import Message
-from server.protocol.common import ApiModel, wrong
+from pilotfish.server.protocol.chat import Message
+from pilotfish.server.protocol.common import ApiModel, wrong
 
 
 class TokenizeRequest(ApiModel):

@@ -13,17 +13,17 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from engine.request import EngineInfo, check_request, fan_out
-from engine.request import Request as EngineRequest
-from server.errors import bad_parameter
-from server.generation import Answer, follow_all, timings, usage
-from server.logprobs import chat_logprobs
-from server.protocol.chat import ChatRequest
-from server.protocol.responses import ChatChoice, ChatCompletion
-from server.sampling import check_prediction, check_streaming, sampling_params
-from server.service import Service, ServiceDependency, check_length
-from server.text import AnswerText, Detokenizer, TokenEntry
-from server.transport import ClientGoneError, EventStream, until_disconnect
+from pilotfish.engine.request import EngineInfo, check_request, fan_out
+from pilotfish.engine.request import Request as EngineRequest
+from pilotfish.server.errors import bad_parameter
+from pilotfish.server.generation import Answer, follow_all, timings, usage
+from pilotfish.server.logprobs import chat_logprobs
+from pilotfish.server.protocol.chat import ChatRequest
+from pilotfish.server.protocol.responses import ChatChoice, ChatCompletion
+from pilotfish.server.sampling import check_prediction, check_streaming, sampling_params
+from pilotfish.server.service import Service, ServiceDependency, check_length
+from pilotfish.server.transport import ClientGoneError, EventStream, until_disconnect
+from pilotfish.text.detokenizer import AnswerText, Detokenizer, TokenEntry
 
 router = APIRouter()
 

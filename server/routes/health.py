@@ -6,9 +6,9 @@ import msgspec
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from server import VERSION
-from server.errors import ApiError
-from server.service import ServiceDependency
+from pilotfish import __version__
+from pilotfish.server.errors import ApiError
+from pilotfish.server.service import ServiceDependency
 
 router = APIRouter()
 
@@ -35,7 +35,7 @@ async def ready(service: ServiceDependency) -> Response:
 
 @router.get("/version")
 async def version() -> dict[str, str]:
-    return {"version": VERSION}
+    return {"version": __version__}
 
 
 def _status(status: int, word: str, reason: str | None = None, retry_after: int | None = None) -> Response:

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from server.service import ServiceDependency
+from pilotfish.server.service import ServiceDependency
 
 router = APIRouter()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from server.errors import model_not_found
-from server.protocol.responses import Model, ModelList
-from server.service import Service, ServiceDependency
+from pilotfish.server.errors import model_not_found
+from pilotfish.server.protocol.responses import Model, ModelList
+from pilotfish.server.service import Service, ServiceDependency
 
 router = APIRouter()
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from server.errors import bad_parameter
-from server.protocol.responses import Detokenized, Tokenized
-from server.protocol.tokenization import DetokenizeRequest, TokenizeRequest
-from server.service import ServiceDependency
+from pilotfish.server.errors import bad_parameter
+from pilotfish.server.protocol.responses import Detokenized, Tokenized
+from pilotfish.server.protocol.tokenization import DetokenizeRequest, TokenizeRequest
+from pilotfish.server.service import ServiceDependency
 
 router = APIRouter()
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from deployment import GRAFANA
+
+from tests.support.deployment import GRAFANA
 
 
 def _missing(what: str, remedy: str) -> None:

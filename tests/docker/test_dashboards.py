@@ -10,7 +10,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from deployment import DASHBOARDS, GRAFANA, PROMETHEUS, ROOT, documents, panel_queries, panels, rules
+
+from tests.support.deployment import DASHBOARDS, GRAFANA, PROMETHEUS, ROOT, documents, panel_queries, panels, rules
 
 each_dashboard = pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
 

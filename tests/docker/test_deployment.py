@@ -13,11 +13,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from deployment import DOCKER, PROMETHEUS, ROOT, documents
 
-from engine.config import EngineConfig
-from server.config import ServerConfig
-from server.settings import settings_of
+from pilotfish.engine.config import EngineConfig
+from pilotfish.server.cli.flags import settings_of
+from pilotfish.server.config import ServerConfig
+from tests.support.deployment import DOCKER, PROMETHEUS, ROOT, documents
 
 KUBERNETES = DOCKER / "kubernetes"
 SPECIAL_VARIABLES = {"PILOTFISH_API_KEY", "PILOTFISH_API_KEY_FILE", "PILOTFISH_CACHE"}

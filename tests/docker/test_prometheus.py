@@ -6,7 +6,8 @@ import subprocess
 from collections.abc import Callable
 
 import pytest
-from deployment import PROMETHEUS, RULE_FILES, documents, rules, without_comparisons
+
+from tests.support.deployment import PROMETHEUS, RULE_FILES, documents, rules, without_comparisons
 
 UNIT_TESTS = sorted((PROMETHEUS / "tests").glob("*.yml"))
 

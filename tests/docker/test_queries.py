@@ -12,9 +12,10 @@ from typing import Any
 
 import openai
 import pytest
-from deployment import PanelQuery, Rule, panel_queries, rules, without_comparisons
-from running_prometheus import RunningPrometheus
-from running_server import RunningServer
+
+from tests.support.deployment import PanelQuery, Rule, panel_queries, rules, without_comparisons
+from tests.support.running_prometheus import RunningPrometheus
+from tests.support.running_server import RunningServer
 
 pytestmark = pytest.mark.real_model
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from engine.config import EngineConfig
-from engine.errors import ConfigError, EngineDeadError, ModelError, ParameterError
-from engine.llm import LLM, Completion
-from engine.messages import StepStats
-from engine.request import Delta, Request
-from engine.sampling.params import SamplingParams
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.llm import LLM, Completion
+from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.process.messages import StepStats
+from pilotfish.engine.request import Delta, Request
+from pilotfish.errors import ConfigError, EngineDeadError, ModelError, ParameterError
 
 PROMPTS = [[5, 6, 7, 8], [9] * 40, [300, 2, 300, 4, 300]]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -23,7 +23,7 @@ SMALL = EngineConfig(kv_cache_memory=4 << 20, num_threads=1, seed=3)
 
 @pytest.fixture(scope="module")
 def llm(tiny_llama: Path) -> Iterator[LLM]:
-    with LLM(SMALL, model=str(tiny_llama)) as llm:
+    with LLM(str(tiny_llama), config=SMALL) as llm:
         yield llm
 
 
@@ -136,7 +136,7 @@ def test_a_stream_that_is_closed_early_leaves_nothing_behind(llm: LLM) -> None:
 def test_requests_without_a_seed_get_the_configurations(tiny_llama: Path) -> None:
     drawn = []
     for seed in (3, 3, 4):
-        with LLM(SMALL, model=str(tiny_llama), seed=seed) as llm:
+        with LLM(str(tiny_llama), config=SMALL, seed=seed) as llm:
             bare = [Request(id="r", prompt_ids=tuple(PROMPTS[0]), params=DRAWN)]
             tokens = [token for delta in llm.stream(bare) for token in delta.token_ids]
             drawn.append([tokens, *texts(llm.generate(PROMPTS[:1] * 2, DRAWN))])
@@ -148,7 +148,7 @@ def test_each_step_and_the_loading_are_reported(tiny_llama: Path) -> None:
     steps: list[StepStats] = []
     loading: list[tuple[str, float]] = []
     config = msgspec.structs.replace(SMALL, model=str(tiny_llama))
-    llm = LLM(config, on_stats=steps.append, on_loading=lambda *said: loading.append(said), speculation="none")
+    llm = LLM(config=config, on_stats=steps.append, on_loading=lambda *said: loading.append(said), speculation="none")
     llm.generate([PROMPTS[0]], GREEDY, use_tqdm=True)
     assert sum(step.generated_tokens for step in steps) == 12
     for what in {what for what, _ in loading}:
@@ -173,4 +173,4 @@ def test_each_step_and_the_loading_are_reported(tiny_llama: Path) -> None:
 )
 def test_settings_that_cannot_work_are_named(settings: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        LLM(SMALL, **settings)
+        LLM(config=SMALL, **settings)

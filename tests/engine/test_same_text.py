@@ -7,13 +7,13 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from heads import train_head
-from tiny import make_tiny
 
-from engine.llm import LLM, Completion
-from engine.sampling.params import SamplingParams
-from engine.speculation.drafter import DraftRequest, shortened
-from engine.speculation.turns import Choice, Step
+from pilotfish.engine.llm import LLM, Completion
+from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.speculation.control.candidates import Choice, Step
+from pilotfish.engine.speculation.drafters.drafter import DraftRequest, shortened
+from tests.support.heads import train_head
+from tests.support.tiny import make_tiny
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=32, ignore_eos=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine.llm import LLM
-from engine.messages import StepStats
-from engine.sampling.params import SamplingParams
-from engine.speculation.tally import by_position
+from pilotfish.engine.llm import LLM
+from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.process.messages import StepStats
+from pilotfish.engine.speculation.tally import by_position
 
 REPETITIVE = [5, 6, 7, 8] * 12
 

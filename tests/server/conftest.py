@@ -7,7 +7,8 @@ from pathlib import Path
 
 import openai
 import pytest
-from running_server import RunningServer
+
+from tests.support.running_server import RunningServer
 
 
 @pytest.fixture(scope="session")

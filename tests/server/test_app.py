@@ -12,15 +12,15 @@ from typing import Any
 
 import httpx
 import pytest
-from scripted_engine import INFO, Script, ScriptedEngine, say
 
-from engine.errors import EngineDeadError
-from engine.request import Delta, Request, TokenLogprobs
-from engine.weights.catalog import ModelFiles
-from server.app import create_app
-from server.config import ServerConfig
-from server.metrics import Metrics
-from server.tokenizer import Tokenizer, load_tokenizer
+from pilotfish.checkpoints.catalog import ModelFiles
+from pilotfish.engine.request import Delta, Request, TokenLogprobs
+from pilotfish.errors import EngineDeadError
+from pilotfish.server.app import create_app
+from pilotfish.server.config import ServerConfig
+from pilotfish.server.metrics import Metrics
+from pilotfish.text.tokenizer import Tokenizer, load_tokenizer
+from tests.support.scripted_engine import INFO, Script, ScriptedEngine, say
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from running_server import MODEL, RunningServer
+
+from tests.support.running_server import MODEL, RunningServer
 
 STREAMS = 16
 

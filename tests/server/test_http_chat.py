@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import openai
-from running_server import FIXED, MESSAGES, MODEL, RunningServer
+
+from tests.support.running_server import FIXED, MESSAGES, MODEL, RunningServer
 
 
 def test_a_chat_uses_the_models_template(server: RunningServer, client: openai.OpenAI) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import openai
 import pytest
-from running_server import FIXED, MODEL, PROMPT, RunningServer, tokens_of
+
+from tests.support.running_server import FIXED, MODEL, PROMPT, RunningServer, tokens_of
 
 
 def test_a_completion_has_text_usage_and_timings(server: RunningServer, client: openai.OpenAI) -> None:

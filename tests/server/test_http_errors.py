@@ -6,7 +6,8 @@ from typing import Any
 
 import openai
 import pytest
-from running_server import MESSAGES, MODEL, PROMPT, RunningServer
+
+from tests.support.running_server import MESSAGES, MODEL, PROMPT, RunningServer
 
 CHAT = {"messages": MESSAGES}
 BAD_REQUESTS: list[tuple[dict[str, Any], str, str]] = [

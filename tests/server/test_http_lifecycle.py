@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from running_server import MODEL, RunningServer
+
+from tests.support.running_server import MODEL, RunningServer
 
 
 def test_loading_then_ready_then_an_engine_killed_in_mid_request(tiny_llama: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import httpx
 import openai
 import psutil
 import pytest
-from running_server import FIXED, MODEL, PROMPT, RunningServer
+
+from tests.support.running_server import FIXED, MODEL, PROMPT, RunningServer
 
 
 async def test_64_requests_at_once_get_the_answers_they_get_alone(server: RunningServer) -> None:

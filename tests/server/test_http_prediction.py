@@ -9,7 +9,8 @@ from typing import Any
 
 import openai
 import pytest
-from running_server import MESSAGES, MODEL, PROMPT, RunningServer
+
+from tests.support.running_server import MESSAGES, MODEL, PROMPT, RunningServer
 
 JSON = {"content-type": "application/json"}
 CHAT: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_tokens": 40, "seed": 11, "temperature": 0.7}

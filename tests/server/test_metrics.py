@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.messages import StepStats
-from engine.request import EngineInfo, RankMemory
-from engine.speculation.tally import by_position
-from server.metrics import PHASES, POSITIONS, Metrics
+from pilotfish.engine.process.messages import StepStats
+from pilotfish.engine.request import EngineInfo, RankMemory
+from pilotfish.engine.speculation.tally import by_position
+from pilotfish.server.metrics import PHASES, POSITIONS, Metrics
 
 DRAFTERS = ("ngram", "suffix", "prediction", "draft")
 ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/metrics", "/ready", "other")

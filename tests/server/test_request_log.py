@@ -13,9 +13,9 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from running_server import MODEL, RunningServer
 
-from engine.logs import JsonFormatter, TextFormatter, fields
+from pilotfish.logs import JsonFormatter, TextFormatter, fields
+from tests.support.running_server import MODEL, RunningServer
 
 SECRET = "The safe opens with seven"
 
@@ -102,7 +102,7 @@ def test_every_line_is_json_and_each_request_has_one(running: RunningServer) -> 
     assert (sixth["status"], sixth["path"]) == (404, "/nowhere")
     loggers = {line["logger"] for line in lines_of(running)}
     messages = [line["message"] for line in lines_of(running)]
-    assert "server.console" in loggers
+    assert "pilotfish.server.console" in loggers
     assert any(message.startswith("loading llama: ") for message in messages)
     assert any(message.startswith("Ready in ") for message in messages)
     running.process.send_signal(signal.SIGTERM)

@@ -15,9 +15,9 @@ from typing import Any
 import openai
 import psutil
 import pytest
-from running_server import MODEL, RunningServer
 
-from engine.processes import environment
+from pilotfish.engine.process.child import environment
+from tests.support.running_server import MODEL, RunningServer
 
 FLAGS = ("--kv-cache-memory", "16MiB", "--num-threads", "1", "--drafter", "ngram", "--rank-timeout", "3")
 ENDLESS: dict[str, Any] = {"model": MODEL, "prompt": "a", "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
@@ -143,7 +143,7 @@ class Hosts:
         flags = ("--model", str(tiny_llama), *FLAGS, "--tensor-parallel-size", "2", "--nnodes", "2")
         flags += ("--master-addr", "127.0.0.1", "--master-port", str(port))
         self.log = folder / "node1"
-        command = [sys.executable, "-m", "server.cli", "serve", *flags, *other, "--node-rank", "1"]
+        command = [sys.executable, "-m", "pilotfish.server.cli.main", "serve", *flags, *other, "--node-rank", "1"]
         with self.log.open("wb") as output:
             self.second = subprocess.Popen(command, stdout=output, stderr=output, env=environment())
         self.first = RunningServer(folder / "node0", *flags)
@@ -213,7 +213,17 @@ def test_a_node_0_that_is_no_host_is_refused(tiny_llama: Path) -> None:
         "no-host.test",
     ]
     for rank in ("0", "1"):
-        command = [sys.executable, "-m", "server.cli", "serve", *flags, "--node-rank", rank, "--port", "0"]
+        command = [
+            sys.executable,
+            "-m",
+            "pilotfish.server.cli.main",
+            "serve",
+            *flags,
+            "--node-rank",
+            rank,
+            "--port",
+            "0",
+        ]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True)
         assert done.returncode == (2 if rank == "1" else 1)
         assert "master_addr is 'no-host.test', which has no address here" in done.stderr

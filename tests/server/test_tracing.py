@@ -14,10 +14,10 @@ import openai
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
-from running_server import MODEL, PROMPT, RunningServer
 
-from engine.errors import ConfigError
-from server.tracing import open_tracing, traces_url
+from pilotfish.errors import ConfigError
+from pilotfish.server.tracing import open_tracing, traces_url
+from tests.support.running_server import MODEL, PROMPT, RunningServer
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -185,7 +185,7 @@ def test_the_path_is_added_where_it_is_not_there(endpoint: str) -> None:
 WITHOUT = """
 import sys
 sys.modules["opentelemetry.sdk"] = None  # as if it were not installed
-from server.cli import main
+from pilotfish.server.cli.main import main
 sys.exit(main(["serve", "--otlp-endpoint", "http://127.0.0.1:4318", "--port", "0", "--model", "none-such"]))
 """
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.kernels import memory
-from engine.layers.attention.interface import LayerCache
+from pilotfish.engine.kernels import memory
+from pilotfish.engine.layers.attention.backend import LayerCache
 
 FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FP8).max

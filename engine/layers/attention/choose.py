@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.errors import ConfigError
-from engine.kernels.native import VECTOR, NativeKernels, load_library
-from engine.layers.attention.cache import FP8
-from engine.layers.attention.flash import load_flash2, load_flash4
-from engine.layers.attention.interface import AttentionBackend
-from engine.layers.attention.native import NativeAttention
-from engine.layers.attention.torch import TorchAttention
+from pilotfish.engine.kernels.native import VECTOR, NativeKernels, load_library
+from pilotfish.engine.layers.attention.backend import AttentionBackend
+from pilotfish.engine.layers.attention.cache import FP8
+from pilotfish.engine.layers.attention.flash import load_flash2, load_flash4
+from pilotfish.engine.layers.attention.native import NativeAttention
+from pilotfish.engine.layers.attention.torch import TorchAttention
+from pilotfish.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from engine.layers.attention.cache import allocate_paged, converted, write
-from engine.layers.attention.interface import AttentionBatch, LayerCache
+from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
+from pilotfish.engine.layers.attention.cache import allocate_paged, converted, write
 
 Function = Callable[..., Any]
 

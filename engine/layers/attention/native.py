@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from engine.kernels.native import AttentionArguments, NativeKernels
-from engine.layers.attention.cache import zeros
-from engine.layers.attention.interface import AttentionBatch, LayerCache
+from pilotfish.engine.kernels.native import AttentionArguments, NativeKernels
+from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
+from pilotfish.engine.layers.attention.cache import zeros
 
 
 class NativeAttention:

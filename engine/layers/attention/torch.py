@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from engine.layers.attention.cache import allocate_paged, as_bytes, write
-from engine.layers.attention.interface import AttentionBatch, LayerCache
+from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
+from pilotfish.engine.layers.attention.cache import allocate_paged, as_bytes, write
 
 
 class TorchAttention:

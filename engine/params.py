@@ -1,0 +1,85 @@
+"""SamplingParams: how one sequence's tokens are drawn, and when it ends. Text-level stops live in the server."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from pilotfish.errors import ParameterError
+
+MAX_LOGPROBS = 20
+MAX_SEED = 2**63 - 1
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the tokens of one sequence are drawn.
+
+    The order is the field's usual one: logit_bias, repetition penalty, presence and frequency penalties, then
+    temperature, top_k, top_p, min_p. Greedy is temperature 0.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 or -1: all tokens."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    """Presence and frequency count the answer's tokens, as OpenAI documents."""
+    repetition_penalty: float = 1.0
+    """Counts prompt and answer (CTRL, arXiv 1909.05858)."""
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None
+    """None: none; 0: of the drawn token; n: of the n likeliest too. Of the model's own distribution (before all of the
+    above), natural logarithm."""
+    prompt_logprobs: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    """The end-of-text and stop tokens are not drawn before this many."""
+    max_tokens: int = 16
+    ignore_eos: bool = False
+    seed: int | None = None
+    """None: the engine draws one when it takes the request."""
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    def check(self) -> SamplingParams:
+        """Return self, or raise ParameterError that names the first field out of bounds, and the bounds."""
+        _between("temperature", self.temperature, 0.0, 2.0)
+        _between("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _between("top_k", self.top_k, -1, math.inf)
+        _between("min_p", self.min_p, 0.0, 1.0)
+        _between("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _between("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _between("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _between("min_tokens", self.min_tokens, 0, math.inf)
+        _between("max_tokens", self.max_tokens, 1, math.inf)
+        if self.min_tokens > self.max_tokens:
+            raise ParameterError(
+                "min_tokens", f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})"
+            )
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if count is not None:
+                _between(name, count, 0, MAX_LOGPROBS)
+        if self.seed is not None:
+            _between("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
+        for token, bias in self.logit_bias.items():
+            if not -100.0 <= bias <= 100.0:
+                raise ParameterError(
+                    "logit_bias", f"logit_bias of token {token} is {bias}, but must be between -100 and 100"
+                )
+        return self
+
+
+def _between(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
+    inside = (low < value if open_low else low <= value) and value <= high  # false for nan, too
+    if inside and (math.isfinite(value) or isinstance(value, int)):
+        return
+    if high == math.inf:
+        wanted = f"finite and greater than {low}" if open_low else f"at least {low}"
+    else:
+        wanted = f"greater than {low} and at most {high}" if open_low else f"between {low} and {high}"
+    raise ParameterError(name, f"{name} is {value}, but must be {wanted}")

@@ -1,0 +1,264 @@
+"""The engine process: one EngineCore behind two sockets. What crosses them is in `engine.process.messages`; who starts
+it, and talks to it, is `engine.process.client`.
+
+`python -m pilotfish.engine.process.main` is started with a `Launch` (see `engine.process.child`), and ends with its
+parent. Signals to stop do not end it: they are the parent's to act on. Of a model that is divided over ranks this
+process is rank 0; it starts the others of its host.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from pilotfish import logs
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.process import child as processes
+from pilotfish.engine.process.messages import (
+    Abort,
+    Alive,
+    Failed,
+    FromEngine,
+    Loading,
+    Outputs,
+    Ready,
+    Shutdown,
+    StepStats,
+    Submit,
+    ToEngine,
+)
+from pilotfish.engine.request import Delta, EngineInfo, Request
+from pilotfish.errors import ParameterError, PilotfishError, RankError
+from pilotfish.logs import Logs
+
+logger = logging.getLogger(__name__)
+
+LINGER_MS = 2000
+"""How long the last messages may take to leave, when the process ends."""
+
+Progress = Callable[[str, float], None]
+LastWords = Callable[[str], None]
+"""Tell the client why the engine ends, and end the process at once: for a thread that finds the main one stuck."""
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine process is started with. `directory` is private to it and its parent, and holds their sockets.
+
+    Each side binds the socket that it reads and connects the one that it writes: a connected PUSH socket queues at
+    once, so nothing that is sent waits for the other side to be there.
+    """
+
+    config: EngineConfig
+    directory: str
+    logs: Logs = Logs()
+
+    @property
+    def to_engine(self) -> str:
+        return f"ipc://{self.directory}/engine"
+
+    @property
+    def from_engine(self) -> str:
+        return f"ipc://{self.directory}/client"
+
+
+class Core(Protocol):
+    """What this process needs of an EngineCore, without the torch that comes with importing one."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+    def add(self, request: Request) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    @property
+    def asynchronous(self) -> bool: ...
+    def has_work(self) -> bool: ...
+    def launch(self) -> None: ...
+    def finish(self) -> list[Delta]: ...
+    def settle(self) -> StepStats: ...
+
+
+CreateCore = Callable[[EngineConfig, Progress, LastWords], Core]
+
+
+def run(create_core: CreateCore) -> int:
+    """Serve until told to stop, and return the exit status: 0 after a Shutdown, 1 after a failure (sent as Failed).
+
+    `create_core` is called once, after the watch on the parent has begun: imports that take their time belong into it.
+    """
+    processes.ignore_signals()
+    launch = processes.read_launch(Launch)
+    logs.configure(launch.logs)
+    processes.end_with_parent(lambda: shutil.rmtree(launch.directory, ignore_errors=True))
+    connection = _Connection(launch)
+    threading.Thread(target=_beat, args=(launch,), name="heartbeat", daemon=True).start()
+    try:
+        try:
+            core = create_core(
+                launch.config,
+                lambda what, share: connection.send(Loading(what, share)),
+                lambda reason: _last_words(launch, reason),
+            )
+        except PilotfishError as error:  # the settings' or the files' fault: a traceback says no more
+            logger.error("the engine cannot start: %s", error)
+            connection.send(Failed(_one_line(error)))
+            return 1
+        # What is loaded stays: keep it out of every later collection, which would stall a step for long.
+        gc.collect()
+        gc.freeze()
+        connection.send(Ready(core.info))
+        _serve(core, connection)
+    except RankError as error:  # another process's fault, whose log has the traceback if there is one
+        logger.error("the engine failed: %s", error)
+        connection.send(Failed(_one_line(error)))
+        return 1
+    except Exception as error:
+        logger.exception("the engine failed")
+        connection.send(Failed(_one_line(error)))
+        return 1
+    finally:
+        connection.close()
+    return 0
+
+
+def _serve(core: Core, connection: _Connection) -> None:
+    """Step while there is work, and sleep on the socket while there is none; return after a Shutdown."""
+    requests = _Requests(core, connection)
+    unsent: list[Delta] | None = None
+    while not requests.stopping:
+        requests.take_in(wait=not core.has_work())
+        if not core.has_work():
+            continue
+        core.launch()
+        if core.asynchronous:  # while the pass runs: what the last one brought, and what has come since
+            if unsent is not None:
+                requests.send(unsent)
+                unsent = None
+            requests.take_in(wait=False)
+        deltas = core.finish()
+        if core.asynchronous and core.has_work() and not requests.stopping:
+            unsent = deltas
+        else:
+            requests.send(deltas)
+
+
+class _Requests:
+    """The requests in flight, between the core and the client."""
+
+    def __init__(self, core: Core, connection: _Connection) -> None:
+        self._core, self._connection = core, connection
+        self._live: set[str] = set()
+        self.stopping = False
+
+    def take_in(self, wait: bool) -> None:
+        """Pass on every message that has come; with `wait`, at least one."""
+        for message in self._connection.receive(wait):
+            match message:
+                case Submit(request=request):
+                    try:
+                        self._core.add(request)
+                    except ParameterError as error:
+                        refusal = Delta(request_id=request.id, finish_reason="error", error=error.message)
+                        self._connection.send(Outputs((refusal,)))
+                    else:
+                        self._live.add(request.id)
+                case Abort(request_ids=request_ids):
+                    for request_id in request_ids:
+                        self._core.abort(request_id)
+                case Shutdown():
+                    self.stopping = True
+                    for request_id in self._live:
+                        self._core.abort(request_id)
+
+    def send(self, deltas: list[Delta]) -> None:
+        """What the step that was finished last has brought, with its account."""
+        self._live.difference_update(delta.request_id for delta in deltas if delta.finish_reason is not None)
+        self._connection.send(Outputs(tuple(deltas), self._core.settle()))
+
+
+class _Connection:
+    """The engine's ends of the two sockets.
+
+    Their queues have no limit: with one, a server that is slow to read would stall the step of every request, or lose
+    text. What can pile up is bounded by what the requests in flight may still generate, a few tens of bytes per token.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(ToEngine).decode
+        self._context = zmq.Context()
+        self._reader = self._context.socket(zmq.PULL)
+        self._reader.set_hwm(0)
+        self._reader.bind(launch.to_engine)
+        self._writer = self._context.socket(zmq.PUSH)
+        self._writer.set_hwm(0)
+        self._writer.linger = LINGER_MS
+        self._writer.connect(launch.from_engine)
+
+    def send(self, message: FromEngine) -> None:
+        self._writer.send(self._encode(message))
+
+    def receive(self, wait: bool) -> list[ToEngine]:
+        """Every message that has come; with `wait`, at least one."""
+        messages: list[ToEngine] = []
+        flags = 0 if wait else zmq.NOBLOCK
+        try:
+            while True:
+                messages.append(self._decode(self._reader.recv(flags)))
+                flags = zmq.NOBLOCK
+        except zmq.Again:
+            return messages
+
+    def close(self) -> None:
+        self._reader.close(linger=0)
+        self._writer.close()
+        self._context.term()
+
+
+def _beat(launch: Launch) -> None:
+    """Tell the client that this process runs, until it ends; a thread's task. The socket is this thread's own."""
+    interval = processes.beat_seconds(launch.config.rank_timeout)
+    message = msgspec.msgpack.encode(Alive())
+    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+        socket.linger = 0
+        socket.connect(launch.from_engine)
+        while True:
+            socket.send(message)
+            time.sleep(interval)
+
+
+def _last_words(launch: Launch, reason: str) -> None:
+    """See LastWords."""
+    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+        socket.linger = LINGER_MS
+        socket.connect(launch.from_engine)
+        socket.send(msgspec.msgpack.encode(Failed(reason)))
+    os._exit(1)
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    if isinstance(error, PilotfishError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _create_core(config: EngineConfig, progress: Progress, last_words: LastWords) -> Core:
+    progress("importing torch", 0.0)
+    from pilotfish.engine.build import build
+    from pilotfish.engine.core import EngineCore
+
+    return EngineCore(config, progress, partial(build, last_words=last_words))
+
+
+if __name__ == "__main__":
+    sys.exit(run(_create_core))

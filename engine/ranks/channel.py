@@ -1,0 +1,103 @@
+"""The pass channel: what rank 0 tells all other ranks in order, orders at the start and then the batch of every pass.
+The other channel, of starting, watching and ending, is `engine.ranks.watch`'s and `link`'s.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+import zmq
+
+from pilotfish.engine.execution.batch import BatchShape, HostBatch
+from pilotfish.engine.ranks.control_messages import (
+    KEY_BYTES,
+    ORDER,
+    PASS,
+    Allocate,
+    Header,
+    Measure,
+    Meet,
+    Order,
+    Welcome,
+)
+from pilotfish.errors import RankError
+
+_OrderType = TypeVar("_OrderType", Meet, Measure, Allocate)
+
+
+class PassChannel:
+    """From rank 0 to all others, in order: orders, and batches as they are packed. What is published goes to whoever
+    has subscribed to this engine's key, so `wait_for` them first."""
+
+    def __init__(self, endpoint: str) -> None:
+        """Listens at `endpoint`, as for zmq's bind. Raises zmq.ZMQError if it cannot."""
+        self.key = os.urandom(KEY_BYTES)
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.XPUB)
+        self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)  # every subscription, not only the first to a key
+        self._socket.ipv6 = True
+        self._socket.set_hwm(0)  # nothing is dropped; what can pile up is a pass or two, for which rank 0 waits
+        self._socket.linger = 0
+        try:
+            self._socket.bind(endpoint)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+
+    @property
+    def endpoint(self) -> str:
+        return str(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))
+
+    def wait_for(self, listeners: int, check: Callable[[], None]) -> None:
+        """Wait for so many subscriptions; `check` is called meanwhile, and may raise."""
+        while listeners:
+            if self._socket.poll(200):
+                listeners -= self._socket.recv() == b"\x01" + self.key
+            check()
+
+    def order(self, order: Order) -> None:
+        self._socket.send_multipart([Header(self.key, ORDER).pack(), self._encode(order)])
+
+    def broadcast(self, model: int, number: int, host: HostBatch) -> None:
+        shape = host.shape
+        header = Header(self.key, PASS, model, number, shape.spans, shape.rows, shape.wanted, shape.max_blocks)
+        self._socket.send_multipart([header.pack(), host.buffer.data])
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+
+class PassReader:
+    """This rank's end of the pass channel."""
+
+    def __init__(self, welcome: Welcome) -> None:
+        self._decode = msgspec.msgpack.Decoder(Order).decode
+        self._socket = zmq.Context().socket(zmq.SUB)
+        self._socket.ipv6 = True
+        self._socket.set_hwm(0)
+        self._socket.connect(welcome.passes)
+        assert len(welcome.key) == KEY_BYTES
+        self._socket.subscribe(welcome.key)
+
+    def expect(self, kind: type[_OrderType]) -> _OrderType:
+        """Wait for the next message, which must be this order."""
+        _, data = self._socket.recv_multipart()
+        order = self._decode(data)
+        if not isinstance(order, kind):
+            raise RankError(f"rank 0 sent {type(order).__name__} where {kind.__name__} was due")
+        return order
+
+    def next_pass(self, block_size: int) -> tuple[Header, HostBatch]:
+        """Wait for the next message, which must be a pass."""
+        first, frame = self._socket.recv_multipart(copy=False)
+        header = Header.unpack(first.bytes)
+        if header.kind != PASS:
+            raise RankError("rank 0 sent an order where a pass was due")
+        buffer = np.frombuffer(frame.buffer, dtype=np.uint8).copy()  # a frame's memory is neither aligned nor writable
+        shape = BatchShape(header.spans, header.rows, header.wanted, header.max_blocks)
+        return header, HostBatch.unpack(shape, buffer, block_size)

@@ -1,0 +1,98 @@
+"""The part of a host other than node 0: it holds ranks, and ends with the engine. No torch, no model, no HTTP.
+
+Its ranks speak with rank 0 themselves. This process starts them, tells rank 0 how one of them ended, which rank 0
+cannot see from its own host, and hears from rank 0 when the engine ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.process.child import how_it_ended
+from pilotfish.engine.ranks.control_messages import Beat, Died, addresses_of, control_endpoint, ranks_of
+from pilotfish.engine.ranks.link import Link
+from pilotfish.engine.ranks.worker import WORKER_COMMAND, end_workers, start_worker
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.1
+REASON_SECONDS = 5.0
+"""How long rank 0 may take to say why the engine ends, once a rank of this host has ended."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """Rank 0 says that the engine ends, or is silent; `reason` is "" where the engine was stopped."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Signalled:
+    number: int
+
+
+_Events = queue.SimpleQueue[_Ended | _Signalled]
+
+
+def run_node(config: EngineConfig, command: Sequence[str] = WORKER_COMMAND) -> int:
+    """Hold this host's ranks until the engine ends; return the exit status: 0 if it was stopped, 1 if it failed, 128
+    and the signal's number if this process was told to end, which ends the engine. Raises ConfigError for a master_addr
+    that is no name or address.
+
+    The model's files must be here already: ranks would fetch them all at once.
+    """
+    addresses_of(config.master_addr or "")  # a name that has none is better found out here
+    endpoint, ranks = control_endpoint(config), ranks_of(config)
+    events: _Events = queue.SimpleQueue()
+    handlers = {number: signal.signal(number, lambda number, _: events.put(_Signalled(number))) for number in SIGNALS}
+    link = Link(config, -1, endpoint, Beat, lambda reason: events.put(_Ended(reason)))
+    workers = {rank: start_worker(config, rank, endpoint, None, command) for rank in ranks}
+    name = f"node {config.node_rank} (ranks {', '.join(map(str, ranks))})"
+    logger.info("%s: meeting node 0 at %s", name, endpoint.removeprefix("tcp://"))
+    try:
+        return _hold(name, workers, link, events)
+    finally:
+        end_workers(list(workers.values()))
+        link.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _hold(name: str, workers: dict[int, subprocess.Popen[bytes]], link: Link, events: _Events) -> int:
+    """Wait for the end, whoever brings it; returns the exit status."""
+    died: str | None = None
+    deadline = 0.0
+    while True:
+        try:
+            event = events.get(timeout=POLL_SECONDS)
+        except queue.Empty:
+            event = None
+        if isinstance(event, _Signalled):
+            logger.info("%s: told to end by %s, and the engine with it", name, signal.Signals(event.number).name)
+            link.send(Died(min(workers), -event.number))
+            return 128 + event.number
+        if isinstance(event, _Ended):
+            if event.reason:
+                logger.error("%s ends with the engine: %s", name, event.reason)
+                return 1
+            logger.info("%s: the engine was stopped, and its ranks here have ended", name)
+            return 0
+        if died is None:
+            for rank, worker in workers.items():
+                if (code := worker.poll()) is not None:
+                    died, deadline = f"rank {rank} {how_it_ended(code)}", time.monotonic() + REASON_SECONDS
+                    link.send(Died(rank, code))
+                    break
+        elif time.monotonic() > deadline:
+            logger.error("%s ends: %s", name, died)
+            return 1

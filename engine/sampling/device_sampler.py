@@ -1,0 +1,73 @@
+"""Drawing tokens without the host looking: one copy to the device, none back. For GPUs; what is drawn is what
+`sampler.choose` draws, up to rounding, and how is explained there and in `processors`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+
+from pilotfish.engine.device.transfer import arrays_to_device, ids_to_device
+from pilotfish.engine.sampling.logit_spans import LogitRow
+from pilotfish.engine.sampling.noise import gumbel_race, key_halves, row_key
+from pilotfish.engine.sampling.processors import is_restricted, kept_of_all, limits_of, scale_rows, temperatures_of
+
+
+@torch.inference_mode()
+def draw(adjusted: torch.Tensor, rows: Seq[LogitRow], chances: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token for each of `rows` of `adjusted`, (all rows, vocab) from `adjust`: (len(rows),) int64, on its device;
+    and, if `chances`, how likely each was, (len(rows),) float32 (else empty)."""
+    device, vocab = adjusted.device, adjusted.shape[1]
+    greedy = [i for i, row in enumerate(rows) if row.sequence.params.greedy]
+    free: list[int] = []
+    cut: list[int] = []
+    for i, row in enumerate(rows):
+        if not row.sequence.params.greedy:
+            (cut if is_restricted(row.sequence.params, vocab) else free).append(i)
+    at = [row.at for row in rows]
+    if not free and not cut:
+        logits = adjusted if at == list(range(len(adjusted))) else adjusted.index_select(0, ids_to_device(at, device))
+        tokens = logits.argmax(1)
+        return tokens, _chances(logits, tokens) if chances else adjusted.new_empty(0)
+    sampled = [rows[i] for i in (*free, *cut)]
+    params = [row.sequence.params for row in sampled]
+    every, greedy_at, greedy_places, at_, places, halves, temperatures, limits = arrays_to_device(
+        [
+            np.array(at, dtype=np.int64),
+            np.array([at[i] for i in greedy], dtype=np.int64),
+            np.array(greedy, dtype=np.int64),
+            np.array([row.at for row in sampled], dtype=np.int64),
+            np.array([*free, *cut], dtype=np.int64),
+            key_halves([row_key(row.sequence.seed, row.place) for row in sampled]),
+            temperatures_of(params),
+            limits_of(params[len(free) :]),
+        ],
+        device,
+    )
+    tokens = torch.empty_like(every)
+    found = torch.empty(len(rows) if chances else 0, device=device)
+    if greedy:
+        logits = adjusted.index_select(0, greedy_at)
+        own = logits.argmax(1)
+        tokens.index_copy_(0, greedy_places, own)
+        if chances:
+            found.index_copy_(0, greedy_places, _chances(logits, own))
+    scaled = scale_rows(adjusted.index_select(0, at_), temperatures)
+    if cut:
+        part = scaled[len(free) :]
+        totals = 1.0 / torch.softmax(part, 1).amax(1, keepdim=True)
+        kept = kept_of_all(part, totals, limits)
+        scaled = torch.cat((scaled[: len(free)], kept)) if free else kept
+    drawn = gumbel_race(scaled, halves)
+    tokens.index_copy_(0, places, drawn)
+    if chances:
+        found.index_copy_(0, places, _chances(scaled, drawn))
+    return tokens, found
+
+
+def _chances(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Of each row's token under softmax(logits): (rows,) float32."""
+    logits = logits.float()
+    of_tokens = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return (of_tokens - logits.logsumexp(1)).exp().clamp(0.0, 1.0)

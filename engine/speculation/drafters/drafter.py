@@ -1,0 +1,112 @@
+"""What a drafter is: something that proposes the next tokens of some sequences. One file for each beside this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from pilotfish.engine.execution.graphs import GraphPlan
+from pilotfish.engine.models.features import FeatureRows
+from pilotfish.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRequest:
+    """Ask for at most `limit` (>= 1) tokens to follow `sequence.tokens`."""
+
+    sequence: Sequence
+    limit: int
+    floor: float = 0.0
+    """A drafter that knows how confident it is may stop where the product of its tokens' confidences is below this:
+    more would not pay."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Proposed tokens; `probs` is the distribution each was drawn from, (len(tokens), vocab) float32, or None where the
+    drafter is certain (probability 1 on its token, as prompt lookup is)."""
+
+    tokens: tuple[int, ...] = ()
+    probs: torch.Tensor | None = None
+    drafter: str = ""
+    evidence: int = 0
+    """How strong the drafter's reason is, in its own classes below 1000 (the n-gram drafter's: its match's length)."""
+    confidences: tuple[float, ...] = ()
+    """The drafter's own probability of each of its tokens; empty where it has none. What they are worth is learned."""
+
+
+NO_DRAFT = Draft()
+
+
+def shortened(draft: Draft, length: int) -> Draft:
+    """The first `length` tokens of a draft."""
+    if len(draft.tokens) <= length:
+        return draft
+    if length <= 0:
+        return NO_DRAFT
+    probs = None if draft.probs is None else draft.probs[:length]
+    return Draft(draft.tokens[:length], probs, draft.drafter, draft.evidence, draft.confidences[:length])
+
+
+class Drafter(Protocol):
+    """Proposals never change the text, only its speed: a drafter may be wrong, and may propose fewer tokens or none.
+
+    A drafter reads `sequence.tokens` when asked and catches up with what was added since it last saw the sequence; it
+    is not told of acceptance. Tokens that it saw never change (a sequence only grows).
+    """
+
+    name: str
+    """What requests, metrics and timings call it; no two of an engine have the same."""
+    prior: float
+    """How often its first token is taken to be right until that was seen."""
+
+    @property
+    def free(self) -> bool:
+        """Its proposals take no time worth counting, so it is asked at every step. Else it is a CostlyDrafter."""
+        ...
+
+    def propose(self, requests: list[DraftRequest]) -> list[Draft]:
+        """One Draft for each of `requests`, in their order."""
+        ...
+
+    def release(self, sequence: Sequence) -> None:
+        """Forget a sequence that has ended (or was never seen): its memory is free afterwards."""
+        ...
+
+
+@runtime_checkable
+class FeatureReader(Protocol):
+    """A drafter that reads the target's hidden states."""
+
+    name: str
+    feature_layers: tuple[int, ...]
+    """Whose inputs it reads, as `engine.models.features.FeatureTap` numbers them."""
+
+    def observe_features(self, sequence: Sequence, start: int, features: FeatureRows) -> None:
+        """The target has computed positions [start, start + len(features)) of `sequence`, none of which will change:
+        features of len(feature_layers) * hidden_size, which may be kept and are not written to."""
+        ...
+
+
+@runtime_checkable
+class CostlyDrafter(Drafter, Protocol):
+    """One that computes: in passes over rows, the first of which also reads what is new of each sequence, and each
+    makes a token for every sequence whose draft still grows."""
+
+    passes: tuple[int, ...]
+    """Rows of each pass of the last `propose`."""
+
+    def backlog(self, sequence: Sequence) -> int:
+        """Rows of the sequence that a draft's first pass has to read: its last token at least."""
+        ...
+
+    def try_pass(self, rows: int) -> None:
+        """Compute a pass over so many rows, to measure what it takes. Only before there are sequences."""
+        ...
+
+    def capture(self, planned: Callable[[tuple[int, ...]], GraphPlan]) -> None:
+        """Capture its passes as graphs; `planned` makes a plan for spans of these lengths."""
+        ...

@@ -1,0 +1,167 @@
+"""`pilotfish bench`: arms against vanilla on any models; a table, bench.json, bench.png. See docs/benchmarking.md."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from pilotfish import __version__
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.request import EngineInfo
+from pilotfish.errors import ConfigError
+from pilotfish.server.cli.command_flags import add_common, positive, positives
+from pilotfish.server.cli.flags import load
+from pilotfish.server.cli.prompts import encode, read_suites
+from pilotfish.server.console import Console
+
+if TYPE_CHECKING:
+    from pilotfish.checkpoints.catalog import ModelFiles
+    from pilotfish.tools.bench.rows import Row
+
+MODEL = EngineConfig().model
+INFO_FIELDS = ("dtype", "device", "kernels", "drafters", "default_drafter")
+
+
+def add_parser(commands: Any) -> None:
+    """`commands`: what `add_subparsers` returned."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure drafters against plain decoding",
+        description="Measure drafters against plain decoding, in turns, on one or more models.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model",
+        dest="models",
+        action="append",
+        metavar="MODEL",
+        help=f"a target, named as for serve; repeatable (default: {MODEL})",
+    )
+    parser.add_argument("--out", default="bench", metavar="DIR", help="for bench.json and bench.png (default: bench)")
+    parser.add_argument("--no-plot", action="store_true", help="no bench.png")
+    parser.add_argument(
+        "--concurrency",
+        type=positives,
+        default=[1],
+        metavar="N,N,...",
+        help="requests in flight, one load after the other (default: 1)",
+    )
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="turns of each arm (default: 3)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="(default: 0, which is greedy)")
+    add_common(parser, questions=20, max_tokens=128)
+    parser.set_defaults(run=bench)
+
+
+def bench(options: dict[str, Any]) -> int:
+    """Run the command; returns its exit status. Raises ConfigError, ParameterError or ModelError."""
+    if not options["no_plot"] and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(
+            "bench.png needs matplotlib: install it with pip install 'pilotfish[bench]', or leave it out with --no-plot"
+        )
+    suites = read_suites(options["prompts"], options["questions"])
+    out = Path(options["out"])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out is {str(out)!r}, where no folder can be made: {error}") from error
+    config = load(EngineConfig, options, {"prefix_caching": False}).check()
+    params = SamplingParams(
+        temperature=options["temperature"],
+        max_tokens=options["max_tokens"],
+        ignore_eos=options["ignore_eos"],
+        seed=config.seed or 0,
+    ).check()
+    console = Console(sys.stderr)
+    settings = {name: options[name] for name in ("concurrency", "rounds", "questions", "max_tokens", "temperature")}
+    settings["ignore_eos"] = params.ignore_eos
+    settings |= {"seed": params.seed, "engine": _given(config)}
+    targets: dict[str, dict[str, Any]] = {}
+    rows: list[Row] = []
+    for model, files in _resolve(options["models"] or [MODEL], console).items():
+        info, more = _measure(model, files, config, params, suites, options, console)
+        rows += more
+        targets[files.name] = {name: getattr(info, name) for name in INFO_FIELDS}
+        # After each target: what is there stays there if the next one fails.
+        _write(out / "bench.json", {"version": __version__, "settings": settings, "targets": targets, "rows": rows})
+    written = [out / "bench.json"]
+    if not options["no_plot"]:
+        from pilotfish.server.cli.plot import plot
+
+        plot(rows, out / "bench.png")
+        written.append(out / "bench.png")
+    print(f"\nWritten: {', '.join(map(str, written))}")
+    return 0
+
+
+def _resolve(models: list[str], console: Console) -> dict[str, ModelFiles]:
+    """The files of all targets, before the first is measured. Raises ConfigError for two of one name."""
+    from pilotfish.checkpoints.catalog import resolve
+
+    found = {model: resolve(model, console.progress) for model in models}
+    by_name: dict[str, str] = {}
+    for model, files in found.items():
+        if files.name in by_name:
+            raise ConfigError(
+                f"model {model!r} and model {by_name[files.name]!r} are both called {files.name!r}, so their rows "
+                "could not be told apart: rename one"
+            )
+        by_name[files.name] = model
+    return found
+
+
+def _measure(
+    model: str,
+    files: ModelFiles,
+    config: EngineConfig,
+    params: SamplingParams,
+    suites: dict[str, list[str]],
+    options: dict[str, Any],
+    console: Console,
+) -> tuple[EngineInfo, list[Row]]:
+    from tqdm import tqdm
+
+    from pilotfish.engine.llm import LLM
+    from pilotfish.server.cli.table import table
+    from pilotfish.text.tokenizer import load_tokenizer
+    from pilotfish.tools.bench.arms import arms_of
+    from pilotfish.tools.bench.rows import summarize
+    from pilotfish.tools.bench.runner import Plan, check, run, warm_up
+
+    tokenizer = load_tokenizer(files)
+    prompts = {suite: [encode(tokenizer, prompt) for prompt in texts] for suite, texts in suites.items()}
+    with LLM(config=config, on_loading=console.progress, model=model) as llm:
+        plan = Plan(
+            model=files.name,
+            arms=arms_of(options["arm"], llm.info),
+            suites=prompts,
+            concurrency=options["concurrency"],
+            rounds=options["rounds"],
+            params=params,
+        )
+        check(plan, llm)
+        info = llm.info
+        head = f"{plan.model}, {info.dtype} on {info.device} ({info.kernels} kernels), {plan.rounds} rounds"
+        console.line(f"{head}: {', '.join(arm.name for arm in plan.arms)}")
+        warm_up(plan, llm)
+        rows: list[Row] = []
+        with tqdm(total=plan.total, desc=plan.model, unit="req") as bar:
+            for more in run(plan, llm, bar.update):
+                rows += more
+    print(f"\n{head}\n", *table(summarize(rows)), sep="\n", flush=True)
+    return info, rows
+
+
+def _given(config: EngineConfig) -> dict[str, Any]:
+    """The engine's settings that are not their defaults: the rest is said by the version."""
+    defaults = msgspec.structs.asdict(EngineConfig())
+    return {name: value for name, value in msgspec.structs.asdict(config).items() if value != defaults[name]}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(msgspec.to_builtins(content), indent=1) + "\n", encoding="utf-8")

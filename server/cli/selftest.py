@@ -1,0 +1,301 @@
+"""`pilotfish selftest`: whether this machine computes what it should, and how fast: what to run first on a GPU host.
+See docs/gpu.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from pilotfish import __version__
+from pilotfish.engine.config import EngineConfig
+from pilotfish.errors import ConfigError, ModelError
+from pilotfish.server.cli.command_flags import positive
+from pilotfish.server.cli.flags import add_flags, load, read_yaml
+from pilotfish.server.cli.prompts import encode, read_suites
+from pilotfish.server.cli.table import aligned
+from pilotfish.server.config import ServerConfig
+from pilotfish.server.console import Console
+
+if TYPE_CHECKING:
+    from pilotfish.tools.selftest.check import Result
+    from pilotfish.tools.selftest.environment import Environment
+    from pilotfish.tools.selftest.run import Job
+
+OMITTED = frozenset(
+    {"prefix_caching", "speculation", "adaptive_drafts", "verification", "seed"}
+    | {"nnodes", "node_rank", "master_addr", "master_port"}
+)
+"""Engine settings that the checks have their own say in, and those of several hosts, which are checked one by one."""
+PROMPTS = 8
+LIMIT = 600
+JSON_VERSION = 1
+
+
+def add_parser(commands: Any) -> None:
+    """`commands`: what `add_subparsers` returned."""
+    parser = commands.add_parser(
+        "selftest",
+        help="check that this machine computes what it should, and how fast",
+        description="Check this machine: its kernels, attention, sampling, whole models, speculation, CUDA graphs and "
+        "tensor parallelism against references, and its speed. Without --model on small models, with no download.",
+        epilog="Exit status: 0 if nothing failed, 1 if something did, 2 for settings that cannot work.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings, as for serve; flags win over it")
+    parser.add_argument("--quick", action="store_true", help="smaller samples, and no model of 8 billion parameters")
+    parser.add_argument("--json", metavar="FILE", help="write the whole result, as JSON")
+    parser.add_argument("--verbose", action="store_true", help="show every check, and why its bound is what it is")
+    parser.add_argument(
+        "--limit",
+        type=positive,
+        default=LIMIT,
+        metavar="N",
+        help=f"seconds that one check may take, loading a model included (default: {LIMIT})",
+    )
+    parser.add_argument(
+        "--isolate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run each group of checks in a process of its own, so that a crash fails one check alone (default: on)",
+    )
+    add_flags(parser, EngineConfig, "engine", OMITTED)
+    parser.set_defaults(run=selftest)
+
+
+def selftest(options: dict[str, Any]) -> int:
+    """Run the command; returns its exit status. Raises ConfigError or ModelError."""
+    target = options["json"] and _writable(options["json"])
+    content = read_yaml(options["config"], (EngineConfig, ServerConfig)) if options["config"] else {}
+    config = load(EngineConfig, content, options).check()
+    own_model = "model" in content or "model" in options
+    console = Console(sys.stderr)
+    begin = time.monotonic()
+    # Imported here: --help and mistakes need none of it.
+    from pilotfish.tools.selftest.run import Job, describe
+
+    with ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="pilotfish-selftest-"))
+        prompts = _prompts(config, console) if own_model else ()
+        job = Job(config=config, directory=directory, own_model=own_model, prompts=prompts, quick=options["quick"])
+        environment = describe(job)
+        results = []
+        for result in _results(job, console, options["limit"], options["isolate"]):
+            results.append(result)
+            if result.verdict == "failed":
+                console.error(f"  FAILED {result.group}: {result.name}: {result.detail or _figure(result)}")
+    console.line()
+    print(*report(environment, results, time.monotonic() - begin, options["verbose"]), sep="\n")
+    failed = any(result.verdict == "failed" for result in results)
+    if target:
+        whole = as_json(config, environment, results)
+        try:
+            target.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"json is {str(target)!r}, which cannot be written: {error}") from error
+    return 1 if failed else 0
+
+
+def _writable(name: str) -> Path:
+    """Before minutes are spent on what cannot be kept."""
+    path = Path(name)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError(f"json is {name!r}, which cannot be written: its folder is not there, or it is one itself")
+    return path
+
+
+def _prompts(config: EngineConfig, console: Console) -> tuple[tuple[int, ...], ...]:
+    """Token ids for the user's model; none where it has no tokenizer or no weights to make sense of text with."""
+    if config.load_format == "dummy":
+        return ()
+    from pilotfish.checkpoints.catalog import resolve
+    from pilotfish.text.tokenizer import load_tokenizer
+
+    files = resolve(config.model, console.progress)
+    try:
+        tokenizer = load_tokenizer(files)
+    except ModelError as error:
+        console.line(f"  no tokenizer, so prompts are random: {error}")
+        return ()
+    (texts,) = read_suites([], PROMPTS).values()
+    return tuple(tuple(encode(tokenizer, text)) for text in texts)
+
+
+def _results(job: Job, console: Console, limit: float, isolate: bool) -> Iterator[Result]:
+    from pilotfish.tools.selftest.run import GROUPS, run_groups
+
+    if isolate:
+        yield from run_groups(job, lambda group, name: console.progress(group, 0.0), limit)
+        return
+    from pilotfish.tools.selftest.groups import run_group
+
+    for group in GROUPS:
+        console.progress(group, 0.0)
+        yield from run_group(job, group, (), lambda name: None)
+
+
+def as_json(config: EngineConfig, environment: Environment, results: Sequence[Result]) -> dict[str, Any]:
+    """What `--json` writes; documented in docs/gpu.md. Figures that are no numbers are null."""
+    default = msgspec.to_builtins(EngineConfig())
+    given = {name: value for name, value in msgspec.to_builtins(config).items() if value != default[name]}
+    whole = {
+        "version": JSON_VERSION,
+        "pilotfish": __version__,
+        "passed": not any(result.verdict == "failed" for result in results),
+        "settings": given,
+        "environment": environment,
+        "results": list(results),
+    }
+    decoded: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(whole))  # which makes null of NaN
+    return decoded
+
+
+def report(environment: Environment, results: Sequence[Result], seconds: float, verbose: bool) -> list[str]:
+    """Lines for people: a page, unless much has failed."""
+    lines = [*_machine(environment), "", *_groups(results), "", *_figures(results), ""]
+    if verbose:
+        lines += [*_everything(results), ""]
+    for result in results:
+        if result.verdict == "failed":
+            lines += _failure(result)
+    for reason, names in _skipped(results).items():
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lines.append(f"skipped {shown}: {reason}")
+    counts = {verdict: sum(result.verdict == verdict for result in results) for verdict in VERDICTS}
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    return [*lines, "", f"{'FAILED' if counts['failed'] else 'Nothing failed'}: {told}, in {seconds:.0f} s"]
+
+
+VERDICTS = ("passed", "failed", "skipped", "measured")
+
+
+def _machine(environment: Environment) -> list[str]:
+    packages = ", ".join(f"{name} {version}" for name, version in environment.packages.items())
+    cuda = f", CUDA {environment.cuda}" if environment.cuda else ""
+    lines = [
+        f"Pilotfish {__version__} on {environment.device} in {environment.dtype}, {environment.kernels} kernels",
+        f"{environment.processor}, {environment.cores} cores, {_gib(environment.memory)}; {environment.system}",
+        f"Python {environment.python}, {packages}{cuda}"
+        + (f", driver {environment.driver}" if environment.driver else ""),
+    ]
+    for i, gpu in enumerate(environment.gpus):
+        lines.append(f"GPU {i}: {gpu.name}, {gpu.capability}, {_gib(gpu.memory)}, {_gib(gpu.free)} free")
+    apart = [
+        f"{i} and {j}"
+        for i, row in enumerate(environment.peers)
+        for j, reaches in enumerate(row)
+        if i < j and not reaches
+    ]
+    if apart:
+        lines.append(f"GPUs that cannot reach each other's memory: {', '.join(apart)}")
+    return lines
+
+
+def _groups(results: Sequence[Result]) -> list[str]:
+    head = ["group", *VERDICTS, "closest to its bound", "s"]
+    body = []
+    for group in dict.fromkeys(result.group for result in results):
+        own = [result for result in results if result.group == group]
+        counts = [str(sum(result.verdict == verdict for result in own) or "") for verdict in VERDICTS]
+        body.append([group, *counts, _closest(own), f"{sum(result.seconds for result in own):.1f}"])
+    return aligned(head, body, ("group", "closest to its bound"))
+
+
+def _closest(results: Sequence[Result]) -> str:
+    shares = {r.name: s for r in results if (s := _share(r)) is not None and r.verdict == "passed"}
+    if not shares:
+        return ""
+    name = max(shares, key=lambda each: shares[each])
+    return f"{shares[name]:.0%} of it: {name}" if shares[name] else "every one is exact"
+
+
+def _share(result: Result) -> float | None:
+    """What of its bound a figure is: 1 is the bound itself."""
+    if result.measured is None or result.bound is None:
+        return None
+    if result.at_least:
+        return result.bound / result.measured
+    return result.measured / result.bound if result.bound else 0.0
+
+
+def _figures(results: Sequence[Result]) -> list[str]:
+    """What is worth knowing by itself: the speeds."""
+    body = [
+        [result.name, _number(result.measured), result.unit, _bound(result), result.detail]
+        for result in results
+        if result.measured is not None and (result.group == "speed" or result.verdict == "measured")
+    ]
+    return (
+        aligned(("figure", "measured", "unit", "bound", "detail"), body, ("figure", "unit", "detail")) if body else []
+    )
+
+
+def _everything(results: Sequence[Result]) -> list[str]:
+    head = ("check", "verdict", "measured", "bound", "unit", "s")
+    body = [
+        [
+            f"{result.group}: {result.name}",
+            result.verdict,
+            _number(result.measured),
+            _bound(result),
+            result.unit,
+            f"{result.seconds:.2f}",
+        ]
+        for result in results
+    ]
+    why = dict.fromkeys(f"{result.group}: {result.why}" for result in results if result.why)
+    return [*aligned(head, body, ("check", "verdict", "unit")), "", *why]
+
+
+def _failure(result: Result) -> list[str]:
+    lines = [f"FAILED {result.group}: {result.name}"]
+    if result.compares:
+        lines.append(f"  compares {result.compares}")
+    if result.measured is not None:
+        lines.append(f"  measured {_figure(result)}")
+        lines.append(f"  bound: {_bound(result)}" + (f", since {result.why}" if result.why else ""))
+    if result.detail:
+        lines.append(f"  {result.detail}")
+    return lines
+
+
+def _skipped(results: Sequence[Result]) -> Mapping[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for result in results:
+        if result.verdict == "skipped":
+            reasons.setdefault(result.detail, []).append(f"{result.group}: {result.name}")
+    return reasons
+
+
+def _figure(result: Result) -> str:
+    return f"{_number(result.measured)} {result.unit}".strip()
+
+
+def _bound(result: Result) -> str:
+    if result.bound is None:
+        return ""
+    return f"{'at least' if result.at_least else 'at most'} {_number(result.bound)}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return (
+        f"{value:,.0f}"
+        if value == int(value) and abs(value) < 1e9
+        else f"{value:.3g}"
+        if abs(value) < 1000
+        else f"{value:,.0f}"
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,100 @@
+"""`pilotfish verify`: whether speculation changes the text, on the user's own model and machine. See
+docs/benchmarking.md."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.params import SamplingParams
+from pilotfish.server.cli.command_flags import OMITTED, add_common
+from pilotfish.server.cli.flags import load
+from pilotfish.server.cli.prompts import encode, read_suites
+from pilotfish.server.console import Console
+
+if TYPE_CHECKING:
+    from pilotfish.text.tokenizer import Tokenizer
+    from pilotfish.tools.bench.compare import Comparison, Difference
+
+MODEL = EngineConfig().model
+BATCHES = (1, 8)
+
+
+def add_parser(commands: Any) -> None:
+    """`commands`: what `add_subparsers` returned."""
+    parser = commands.add_parser(
+        "verify",
+        help="check that drafters do not change the text",
+        description="Check that drafters do not change the text: greedy and sampled, one request at a time and eight.",
+        epilog="Exit status: 0 if no text differs by more than the precision explains, 1 if one does.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", default=MODEL, help=f"the target, named as for serve (default: {MODEL})")
+    add_common(parser, questions=8, max_tokens=64, omit=OMITTED | {"verification"})
+    parser.set_defaults(run=verify)
+
+
+def verify(options: dict[str, Any]) -> int:
+    """Run the command; returns its exit status. Raises ConfigError, ParameterError or ModelError."""
+    suites = read_suites(options["prompts"], options["questions"])
+    config = load(EngineConfig, options, {"prefix_caching": False}).check()
+    common = {"max_tokens": options["max_tokens"], "ignore_eos": options["ignore_eos"], "seed": config.seed or 0}
+    modes = {
+        "greedy": SamplingParams(temperature=0.0, **common),
+        "sampled": SamplingParams(temperature=0.8, top_p=0.9, **common),
+    }
+    # Imported here: --help and mistakes need none of it.
+    from tqdm import tqdm
+
+    from pilotfish.checkpoints.catalog import resolve
+    from pilotfish.engine.llm import LLM
+    from pilotfish.text.tokenizer import load_tokenizer
+    from pilotfish.tools.bench.arms import arms_of
+    from pilotfish.tools.bench.compare import bound_of, compare, requests_of
+
+    console = Console(sys.stderr)
+    files = resolve(config.model, console.progress)
+    tokenizer = load_tokenizer(files)
+    prompts = [encode(tokenizer, text) for texts in suites.values() for text in texts]
+    with LLM(config=config, on_loading=console.progress) as llm:
+        info, bound = llm.info, bound_of(llm.info)
+        arms = arms_of(options["arm"], info)
+        console.line(
+            f"{files.name}, {info.dtype} on {info.device} ({info.kernels} kernels): {len(prompts)} prompts, answers of "
+            f"up to {options['max_tokens']} tokens, compared with vanilla's of one prompt at a time"
+        )
+        total = requests_of(len(prompts), len(arms), len(modes), BATCHES)
+        with tqdm(total=total, desc="verify", unit="req") as bar:
+            comparisons = list(compare(llm, prompts, arms, modes, BATCHES, bar.update))
+    return _report(comparisons, bound, f"{info.dtype}, {info.kernels} kernels", tokenizer)
+
+
+def _report(comparisons: list[Comparison], bound: float, precision: str, tokenizer: Tokenizer) -> int:
+    from pilotfish.server.cli.table import aligned
+
+    body = [
+        [each.arm, each.mode, str(each.batch), f"{each.identical}/{each.texts}", f"{each.identical / each.texts:.1%}"]
+        for each in comparisons
+    ]
+    print("", *aligned(("arm", "text", "batch", "identical", "share"), body, ("arm", "text")), "", sep="\n")
+    found = [(each, difference) for each in comparisons for difference in each.differences]
+    for each, difference in found:
+        print(f"{each.arm}, {each.mode}, batch {each.batch}: {_told(difference, tokenizer)}")
+    allowed = f"logits may differ by {bound:g} ({precision})"
+    unexplained = sum(not difference.explained for _, difference in found)
+    if unexplained:
+        print(f"{unexplained} of {len(found)} differences are larger than the precision explains: {allowed}")
+        return 1
+    print(f"{len(found)} near-ties, and nothing more: {allowed}" if found else "No text differs.")
+    return 0
+
+
+def _told(difference: Difference, tokenizer: Tokenizer) -> str:
+    def spelled(token: int | None) -> str:
+        return "the end" if token is None else f"{tokenizer.token(token)!r}"
+
+    place = f"prompt {difference.prompt} differs at token {difference.position}"
+    tokens = f"{spelled(difference.got)} where vanilla has {spelled(difference.wanted)}"
+    gap = "" if difference.gap is None else f", log-probabilities {difference.gap:+.6f} apart"
+    return f"{place}: {tokens}{gap}: {'a near-tie' if difference.explained else 'NOT EXPLAINED'}"

@@ -1,0 +1,150 @@
+"""OpenTelemetry spans of requests, sent by OTLP over HTTP. Needs the extra pilotfish[otel].
+
+A request's spans are made when it has been answered, with the times that were noted on its way: tracing costs a stream
+nothing while it runs. Names and attributes follow OpenTelemetry's semantic conventions for HTTP servers and for
+generative AI (gen_ai.*); what these do not know is called pilotfish.*.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.propagate import extract
+from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, format_trace_id, set_span_in_context
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from pilotfish import __version__
+from pilotfish.server.auth import OPEN_PATHS
+from pilotfish.server.generation import Answer
+from pilotfish.server.protocol.chat import ChatRequest
+from pilotfish.server.protocol.common import GenerationRequest
+from pilotfish.server.request_log import account
+
+FLUSH_MS = 3000
+"""How long the last spans may take to leave when the server ends."""
+
+_ACCOUNT = ("drafter", "drafted_tokens", "accepted_tokens", "cached_tokens", "queue_ms", "ttft_ms", "tokens_per_second")
+
+
+class SpanTracing:
+    """See `server.tracing.Tracing`. `url` None: where OTEL_EXPORTER_OTLP_* say; `exporter`: another way out, for tests.
+
+    Sampler, resource, batches, headers and propagators are set by OpenTelemetry's own environment variables.
+    """
+
+    def __init__(self, url: str | None = None, exporter: SpanExporter | None = None) -> None:
+        own = {SERVICE_VERSION: __version__}
+        if "OTEL_SERVICE_NAME" not in os.environ and "service.name=" not in os.environ.get(
+            "OTEL_RESOURCE_ATTRIBUTES", ""
+        ):
+            own[SERVICE_NAME] = "pilotfish"
+        self._provider = TracerProvider(resource=Resource.create(own), shutdown_on_exit=False)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter(endpoint=url)))
+        self._tracer = self._provider.get_tracer("pilotfish", __version__)
+
+    def record(self, scope: Scope, route: str, status: int, began: float, ended: float) -> str | None:
+        if scope["path"] in OPEN_PATHS:
+            return None
+        clock = _Clock()
+        state = scope["state"]
+        span = self._tracer.start_span(
+            f"{scope['method']} {route}",
+            context=extract(dict(Headers(scope=scope))),
+            kind=SpanKind.SERVER,
+            start_time=clock(began),
+            attributes=_http_attributes(scope, route, status),
+        )
+        if span.is_recording():
+            if state.get("answers"):
+                span.set_attributes(_generation_attributes(state))
+                for answer in state["answers"]:
+                    _answer_spans(self._tracer, span, answer, clock)
+            error = state.get("error") or (str(status) if status >= 500 else None)
+            if error is not None:
+                span.set_attribute("error.type", error)
+            if status >= 500 or (error is not None and status < 400):
+                span.set_status(Status(StatusCode.ERROR, error))
+        span.end(clock(ended))
+        context = span.get_span_context()
+        return format_trace_id(context.trace_id) if context.trace_flags.sampled else None
+
+    def close(self) -> None:
+        self._provider.force_flush(FLUSH_MS)
+        self._provider.shutdown()
+
+
+class _Clock:
+    """From time.monotonic() seconds to nanoseconds since 1970."""
+
+    def __init__(self) -> None:
+        self._offset = time.time_ns() - time.monotonic_ns()
+
+    def __call__(self, seconds: float) -> int:
+        return int(seconds * 1e9) + self._offset
+
+
+def _answer_spans(tracer: Tracer, parent: Span, answer: Answer, clock: _Clock) -> None:
+    """queue, prefill and decode: as many of them as there were."""
+    arrival, last = answer.request.arrival, answer.last_token
+    stages: list[tuple[str, float, float, dict[str, int]]] = []
+    if answer.scheduled is not None:
+        stages.append(("queue", arrival, answer.scheduled, {}))
+        if answer.first_token is not None:
+            read = len(answer.request.prompt_ids) - answer.cached_tokens
+            stages.append(("prefill", answer.scheduled, answer.first_token, {"pilotfish.prompt_tokens": read}))
+            stages.append(("decode", answer.first_token, last, {"pilotfish.tokens": answer.tokens}))
+    for name, start, end, attributes in stages:
+        span = tracer.start_span(
+            name,
+            context=set_span_in_context(parent),
+            start_time=clock(start),
+            attributes={"pilotfish.answer": answer.index, **attributes},
+        )
+        span.end(clock(max(start, end)))
+
+
+def _http_attributes(scope: Scope, route: str, status: int) -> dict[str, Any]:
+    attributes: dict[str, Any] = {
+        "http.request.method": scope["method"],
+        "http.route": route,
+        "url.path": scope["path"],
+        "url.scheme": scope.get("scheme", "http"),
+        "http.response.status_code": status,
+        "pilotfish.request_id": scope["state"]["request_id"],
+    }
+    if scope.get("client"):
+        attributes["client.address"] = scope["client"][0]
+    return attributes
+
+
+def _generation_attributes(state: dict[str, Any]) -> dict[str, Any]:
+    body: GenerationRequest = state["body"]
+    answers: list[Answer] = state["answers"]
+    told = account(state)
+    params = answers[0].request.params
+    attributes: dict[str, Any] = {
+        "gen_ai.operation.name": "chat" if isinstance(body, ChatRequest) else "text_completion",
+        "gen_ai.provider.name": "pilotfish",
+        "gen_ai.request.model": body.model,
+        "gen_ai.response.model": body.model,
+        "gen_ai.response.id": state["id"],
+        "gen_ai.request.choice.count": len(answers),
+        "gen_ai.request.max_tokens": params.max_tokens,
+        "gen_ai.request.temperature": params.temperature,
+        "gen_ai.request.top_p": params.top_p,
+        "gen_ai.request.seed": body.seed,
+        "gen_ai.request.frequency_penalty": body.frequency_penalty,
+        "gen_ai.request.presence_penalty": body.presence_penalty,
+        "gen_ai.usage.input_tokens": told["prompt_tokens"],
+        "gen_ai.usage.output_tokens": told["tokens"],
+        "gen_ai.response.finish_reasons": [answer.finish_reason or answer.outcome or "abort" for answer in answers],
+    }
+    attributes |= {f"pilotfish.{name}": told[name] for name in _ACCOUNT}
+    return {name: value for name, value in attributes.items() if value is not None}

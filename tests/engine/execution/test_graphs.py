@@ -1,0 +1,341 @@
+"""Captured passes by their twin on the CPU: the same functions on the same static buffers, only that nothing is
+captured. And by a twin that leaves nothing where it was: whoever reads an input or a result of an earlier pass gets
+nonsense."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pilotfish.engine.execution.batch import Span, pack
+from pilotfish.engine.execution.buckets import FREE_ROWS, WASTE, Bucket, batch_sizes, buckets, fitting, span_lengths
+from pilotfish.engine.execution.graphs import CudaGraphs, EagerGraphs, GraphPlan, Replay
+from pilotfish.engine.layers.communicator import Alone
+from pilotfish.engine.llm import LLM
+from pilotfish.engine.process.messages import StepStats
+from pilotfish.engine.speculation.drafters.drafter import DraftRequest
+from tests.engine.test_same_text import GREEDY, PARAMS, SAMPLED, portfolio, prompts, texts
+from tests.support.heads import train_head
+from tests.support.tiny import make_tiny
+
+
+class Poisoned(EagerGraphs):
+    """After a replay the inputs are lost, and before one the outputs: token ids that no vocabulary has, blocks that no
+    cache has, NaN. Counts replays."""
+
+    name = "poisoned"
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def capture(
+        self, function: Callable[[], None], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+    ) -> Replay:
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            for output in outputs:
+                output.fill_(torch.nan)
+            function()
+            inputs[0].fill_(0x7F)
+            for hidden in inputs[1:]:
+                hidden.fill_(1e3)
+
+        return replay
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("llama", tmp_path_factory.mktemp("draft") / "draft", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def head(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_head(tiny("llama"), tmp_path_factory.mktemp("head") / "head")
+
+
+@pytest.fixture
+def make(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., LLM]:
+    """An LLM on a graph backend; None: eager. On the native kernels, whose rows are bit-equal in every company."""
+
+    def build(backend: EagerGraphs | None = None, **given: object) -> LLM:
+        monkeypatch.setattr("pilotfish.engine.build.graph_backend", lambda *_: backend and (lambda: backend))
+        defaults = {
+            "model": str(tiny("llama")),
+            "kernels": "native",
+            "kv_cache_memory": 4 << 20,
+            "num_threads": 1,
+            "adaptive_drafts": False,
+            "max_num_seqs": 8,
+        }
+        return LLM(**{**defaults, **given})
+
+    return build
+
+
+@pytest.mark.parametrize("drafter", ["off", "ngram", "draft-model", "eagle3"])
+def test_the_text_is_the_eager_one(drafter: str, make: Callable[..., LLM], draft: Path, head: Path) -> None:
+    drafters, backend = portfolio(draft, head), Poisoned()
+    eager, graphed = make(drafter=drafters), make(backend, drafter=drafters)
+    for name in ("greedy", "sampled", "penalties", "bias"):
+        wanted = texts(eager.generate(prompts(7), PARAMS[name], speculation=drafter))
+        before = backend.replayed
+        assert texts(graphed.generate(prompts(7), PARAMS[name], speculation=drafter)) == wanted
+        assert backend.replayed > before
+    alone = [graphed.generate([prompt], GREEDY, speculation=drafter)[0] for prompt in prompts(7)]
+    assert texts(alone) == texts(eager.generate(prompts(7), GREEDY, speculation="off"))
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "draft-model", "eagle3"])
+def test_what_was_in_memory_before_does_not_matter(
+    drafter: str, make: Callable[..., LLM], draft: Path, head: Path, request: pytest.FixtureRequest
+) -> None:
+    """Rows of padding stand behind a sequence's own, where nobody has written."""
+    wanted = texts(make(drafter=("ngram",)).generate(prompts(7), GREEDY, speculation="off"))
+    request.getfixturevalue("soiled_memory")
+    graphed = make(Poisoned(), drafter=portfolio(draft, head))
+    assert texts(graphed.generate(prompts(7), GREEDY, speculation=drafter)) == wanted
+
+
+def test_decoding_and_verification_are_replayed_and_nothing_else_is(make: Callable[..., LLM], draft: Path) -> None:
+    steps: list[StepStats] = []
+    backend = Poisoned()
+    llm = make(backend, drafter=("ngram",), num_draft_tokens=4, on_stats=steps.append, max_batch_tokens=64)
+    llm.generate(prompts(8), SAMPLED)
+    of_prompts = sum(step.prompt_tokens > 0 and step.rows > 40 for step in steps)
+    assert len(steps) - of_prompts >= backend.replayed >= sum(not step.prompt_tokens for step in steps) > 20
+    ragged = [step for step in steps if step.drafted and len({*step.step_tokens.get("none", ())}) and step.rows % 5]
+    assert ragged
+
+
+def test_the_numbers_are_the_eager_ones(make: Callable[..., LLM]) -> None:
+    """Log-probabilities to the last bit."""
+    params = msgspec.structs.replace(SAMPLED, logprobs=3)
+    eager = make(drafter=("ngram",)).generate(prompts(6), params)
+    graphed = make(Poisoned(), drafter=("ngram",)).generate(prompts(6), params)
+    assert [completion.logprobs for completion in graphed] == [completion.logprobs for completion in eager]
+
+
+def test_preemption_and_chunks(make: Callable[..., LLM], draft: Path) -> None:
+    eager = make(drafter=portfolio(draft))
+    per_block = 2 * 3 * 16 * 2 * 16 * 4
+    small = make(
+        Poisoned(), drafter=portfolio(draft), kv_cache_memory=13 * per_block, prefix_caching=False, max_batch_tokens=16
+    )
+    wanted = texts(eager.generate(prompts(8), SAMPLED, speculation="off"))
+    for drafter in ("ngram", "draft-model"):
+        got = small.generate(prompts(8), SAMPLED, speculation=drafter)
+        assert texts(got) == wanted
+        assert sum(completion.stats.preemptions for completion in got) > 0
+    assert small.core._engine.pool.available == small.info.num_blocks
+
+
+def test_the_padding_block_is_no_sequences(make: Callable[..., LLM]) -> None:
+    llm = make(Poisoned(), drafter=("ngram",))
+    caches = llm.core._engine.runner._caches
+    assert all(len(cache.values) == llm.info.num_blocks + 1 for cache in caches)
+    llm.generate(prompts(3), GREEDY)
+    assert all(cache.values[llm.info.num_blocks].isfinite().all() for cache in caches)
+    block = 2 * 2 * 16 * 2 * 16 * 4
+    assert make(Poisoned(), kv_cache_memory=20 * block).info.num_blocks == 19
+    assert make(kv_cache_memory=20 * block).info.num_blocks == 20
+
+
+def test_capture_stops_at_the_memory_limit(make: Callable[..., LLM], caplog: pytest.LogCaptureFixture) -> None:
+    class Hungry(Poisoned):
+        def memory(self) -> int:
+            return self.captured * (10 << 20)
+
+    caplog.set_level("INFO")
+    backend = Hungry()
+    llm = make(backend, drafter=("ngram",), cuda_graph_memory=65 << 20)
+    assert backend.captured == 7
+    graphs = llm.core._engine.runner._graphs
+    assert graphs.captured == buckets(batch_sizes(8), span_lengths(8), 128)[:7]
+    assert any("7 passes captured" in message and "exceed cuda_graph_memory" in message for message in caplog.messages)
+    wanted = texts(make(drafter=("ngram",)).generate(prompts(8), GREEDY))
+    assert texts(llm.generate(prompts(8), GREEDY)) == wanted  # what was not captured is computed eagerly
+
+
+def test_all_ranks_stop_where_one_has_no_memory_left(make: Callable[..., LLM]) -> None:
+    class Other(Alone):
+        """The second of two ranks has memory for three."""
+
+        size, votes = 2, 0
+
+        def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+            if x.shape != (1, 1):  # the model's own
+                return x
+            self.votes += 1
+            return x + float(self.votes <= 3)
+
+    runner = make(drafter=("ngram",)).core._engine.runner
+    runner.model.comm = Other()
+    backend = Poisoned()
+    plan = GraphPlan(
+        backend=backend,
+        buckets=buckets(batch_sizes(8), span_lengths(8), 128),
+        max_len=100,
+        padding_block=0,
+        memory=1,
+    )
+    runner.capture("target", plan)
+    assert backend.captured == 3
+
+
+@pytest.mark.parametrize("drafter", ["draft-model", "eagle3"])
+@pytest.mark.parametrize("name", ["greedy", "sampled", "bias", "penalties"])
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_drafts_that_grow_on_the_device_are_the_same(
+    drafter: str, name: str, graphs: bool, make: Callable[..., LLM], draft: Path, head: Path
+) -> None:
+    wanted = make(drafter=portfolio(draft, head)).generate(prompts(7), PARAMS[name], speculation=drafter)
+    llm = make(Poisoned() if graphs else None, drafter=portfolio(draft, head))
+    asked = llm.core._engine.speculator._costly[drafter]
+    asked._on_device = True
+    got = llm.generate(prompts(7), PARAMS[name], speculation=drafter)
+    assert texts(got) == texts(wanted)
+    for one, other in zip(got, wanted, strict=True):
+        assert one.stats.drafted_tokens == other.stats.drafted_tokens
+        assert one.stats.accepted_tokens == other.stats.accepted_tokens
+        assert one.stats.drafted_tokens > 0
+
+
+def test_a_draft_on_the_device_ends_where_its_confidence_does(
+    make: Callable[..., LLM], draft: Path, head: Path
+) -> None:
+    drafts = {}
+    for on_device in (False, True):
+        llm = make(drafter=portfolio(draft, head))
+        core = llm.core
+        for request in llm.requests(prompts(5), SAMPLED, speculation="eagle3"):
+            core.add(request)
+        for _ in range(3):
+            core.step()
+        for drafter in core._engine.speculator._costly.values():
+            drafter._on_device = on_device
+            floors = zip(core._scheduler.decoding(), (0.5, 0.1, 1e-2, 1e-3, 0.0), strict=True)
+            requests = [DraftRequest(sequence, 8, floor) for sequence, floor in floors]
+            with torch.inference_mode():
+                drafts[drafter.name, on_device] = drafter.propose(requests)
+    for name in ("draft-model", "eagle3"):
+        for one, other in zip(drafts[name, True], drafts[name, False], strict=True):
+            assert one.tokens == other.tokens
+            assert one.confidences == pytest.approx(other.confidences, rel=1e-4)
+        assert len({len(draft.tokens) for draft in drafts[name, True]}) > 1
+
+
+@given(st.integers(1, 300), st.integers(0, 20), st.integers(1, 4096))
+@settings(max_examples=60)
+def test_buckets(max_num_seqs: int, drafted: int, rows: int) -> None:
+    batches, lengths = batch_sizes(max_num_seqs), span_lengths(drafted)
+    assert list(batches) == sorted(set(batches))
+    assert list(lengths) == sorted(set(lengths))
+    assert (batches[0], batches[-1], lengths[0], lengths[-1]) == (1, max_num_seqs, 1, drafted + 1)
+    every = buckets(batches, lengths, rows)
+    assert [bucket.rows for bucket in every] == sorted(bucket.rows for bucket in every)
+    assert Bucket(1, 1) in every
+    for spans in range(1, max_num_seqs + 1, 7):
+        for longest in range(1, drafted + 2):
+            found = fitting(every, spans, longest, spans * longest)
+            if found is None:
+                assert spans * longest > rows or spans > FREE_ROWS // 8 or longest > 1
+                continue
+            assert found.spans >= spans
+            assert found.length >= longest
+            assert found.rows <= max(FREE_ROWS, WASTE * spans * longest)
+            assert (longest > 1) or found.length == 1  # tokens from the device fit in
+
+
+def test_a_token_from_the_device_needs_its_own_row(make: Callable[..., LLM]) -> None:
+    runner = make(Poisoned(), drafter=("ngram",)).core._engine.runner
+    host = pack([Span([1, 2], 0, [0], 2)], 16)
+    with pytest.raises(ValueError, match="one row a span"):
+        runner.run_batch(host, None, torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize(("backend", "gpu"), [("flash2", (8, 0)), ("flash4", (9, 0)), ("flash4", (10, 0))])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_over_flash_attn(
+    kind: str, backend: str, gpu: tuple[int, int], make: Callable[..., LLM], tiny: Callable[[str], Path], flash_attn
+) -> None:
+    """Its stand-ins, which check every bound and load whole pages where the real kernels do."""
+    flash = flash_attn(gpu)
+    common = {
+        "model": str(tiny(kind)),
+        "kernels": "auto",
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "attention_backend": backend,
+        "kv_cache_memory": 1 << 24,
+        "drafter": ("ngram",),
+    }
+    wanted = make(**common).generate(prompts(6), SAMPLED, speculation="ngram")
+    poisoned = Poisoned()
+    llm = make(poisoned, **common)
+    before = len(flash.calls)
+    got = llm.generate(prompts(6), SAMPLED, speculation="ngram")
+    assert texts(got) == texts(wanted)
+    assert poisoned.replayed > 10
+    assert len(flash.calls) > before
+
+
+def test_cuda_graphs_are_captured_as_torch_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for torch.cuda, held against its signatures: warmed up on the stream of the capture, behind what is
+    there already, and captured into the pool that all graphs share."""
+    happened: list[str] = []
+
+    class Stream:
+        def __init__(self, device: torch.device | None = None, name: str = "capture") -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            happened.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self) -> None:
+            happened.append("replay")
+
+    @contextmanager
+    def stream(current: Stream) -> Iterator[None]:
+        happened.append(f"on {current.name}:")
+        yield
+
+    @contextmanager
+    def graph(*args: object, **kwargs: object) -> Iterator[None]:
+        bound = inspect.signature(signature_of).bind(None, *args, **kwargs).arguments
+        assert isinstance(bound["cuda_graph"], Graph)
+        happened.append(f"capture on {bound['stream'].name} into {bound['pool']}, {bound['capture_error_mode']}:")
+        yield
+
+    signature_of = torch.cuda.graph.__init__
+    free = iter([100, 70, 40])
+    for name, stand_in in {
+        "graph_pool_handle": lambda: "the pool",
+        "Stream": Stream,
+        "current_stream": lambda device: Stream(name="current"),
+        "stream": stream,
+        "CUDAGraph": Graph,
+        "graph": graph,
+        "mem_get_info": lambda device: (next(free), 200),
+    }.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    backend = CudaGraphs(torch.device("cuda", 0))
+    replay = backend.capture(lambda: happened.append("pass"), (), ())
+    assert happened == [
+        *("capture waits for current", "on capture:", "pass", "pass", "current waits for capture"),
+        *("capture on capture into the pool, thread_local:", "pass"),
+    ]
+    replay()
+    assert happened[-1] == "replay"
+    assert (backend.memory(), backend.memory()) == (30, 60)

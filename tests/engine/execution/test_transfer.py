@@ -1,0 +1,60 @@
+"""A pass's arrays in one buffer come out as they went in, here and in another process."""
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pilotfish.engine.execution.batch import HostBatch, Span, flatten, pack
+
+SIZE = 4
+
+
+@st.composite
+def spans(draw):
+    start, length = draw(st.integers(0, 20)), draw(st.integers(1, 9))
+    blocks = draw(st.lists(st.integers(0, 99), min_size=8, max_size=8))
+    tokens = draw(st.lists(st.integers(0, 1 << 20), min_size=length, max_size=length))
+    return Span(tokens, start, blocks, draw(st.integers(0, length)))
+
+
+@given(st.lists(spans(), min_size=1, max_size=6))
+def test_a_buffer_is_all_that_another_process_needs(several):
+    packed = pack(several, SIZE)
+    there = HostBatch.unpack(packed.shape, np.frombuffer(packed.buffer.tobytes(), dtype=np.uint8), SIZE)
+    assert (there.query_lens, there.contexts) == (packed.query_lens, packed.contexts)
+    assert there.contexts == [span.stop for span in several]
+    for one, other in zip(packed.arrays(), there.arrays(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    tokens, positions, wanted, slots, *_, tables = packed.arrays()
+    rows = [(span, place) for span in several for place in range(span.start, span.stop)]
+    assert tokens.tolist() == [token for span in several for token in span.token_ids]
+    assert positions.tolist() == [place for _, place in rows]
+    assert slots.tolist() == [span.blocks[place // SIZE] * SIZE + place % SIZE for span, place in rows]
+    ends = np.cumsum([len(span.token_ids) for span in several])
+    expected = [row for end, span in zip(ends, several, strict=True) for row in range(end - span.logit_rows, end)]
+    assert wanted.tolist() == expected
+    for table, span in zip(tables, several, strict=True):
+        used = -(-span.stop // SIZE)
+        assert table.tolist() == [*span.blocks[:used], *[0] * (len(table) - used)]
+
+
+def test_a_steps_tensors():
+    spans = [Span([5, 6, 7], 14, [3, 1], 2), Span([8], 0, [2])]
+    batch = flatten(spans, 16, torch.device("cpu"))
+    assert batch.token_ids.tolist() == [5, 6, 7, 8]
+    assert batch.positions.tolist() == [14, 15, 16, 0]
+    assert batch.logit_rows.tolist() == [1, 2]
+    attention = batch.attention
+    assert attention.slots.tolist() == [3 * 16 + 14, 3 * 16 + 15, 16, 32]
+    assert attention.cu_query_lens.tolist() == [0, 3, 4]
+    assert attention.context_lens.tolist() == [17, 1]
+    assert attention.cu_context_lens.tolist() == [0, 17, 18]
+    assert attention.block_tables.tolist() == [[3, 1], [2, 0]]
+    int32 = (attention.cu_query_lens, attention.context_lens, attention.cu_context_lens, attention.block_tables)
+    assert {tensor.dtype for tensor in int32} == {torch.int32}
+    wide = (batch.token_ids, batch.positions, batch.logit_rows, attention.slots)
+    assert {tensor.dtype for tensor in wide} == {torch.int64}
+    every = (*int32, *wide)
+    assert all(tensor.is_contiguous() and tensor.data_ptr() % 8 == 0 for tensor in every)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in every}) == 1

@@ -1,0 +1,48 @@
+"""A rank's process that fails as it is told, for test_ranks.py: `python fake_worker.py BEHAVIOUR`.
+
+cannot load: reports an error while it loads. exit: vanishes with exit code 7. hang: rank 2 never enters a collective.
+capture: does nothing wrong, but captures passes on the CPU, as its rank 0 must, too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from pilotfish.engine.execution.batch import HostBatch
+from pilotfish.engine.ranks import worker
+from pilotfish.engine.ranks.control_messages import Welcome
+from pilotfish.engine.ranks.link import Link
+from pilotfish.engine.ranks.worker import State, WorkerLaunch
+from pilotfish.errors import ModelError
+
+
+def serve(launch: WorkerLaunch, welcome: Welcome, link: Link, state: State) -> None:
+    from pilotfish.engine.execution.graphs import EagerGraphs
+    from pilotfish.engine.ranks import follower
+
+    class Part(follower.DividedModels):
+        def __init__(self, *arguments: object) -> None:
+            if sys.argv[1] == "cannot load":
+                raise ModelError("no memory is left for its part")
+            super().__init__(*arguments)  # type: ignore[arg-type]
+
+        def allocate(self, num_blocks: int, max_model_len: int) -> list[follower.Runner]:
+            runners = super().allocate(num_blocks, max_model_len)
+            return [Stuck()] if sys.argv[1] == "hang" and launch.rank == 2 else runners
+
+    if sys.argv[1] == "capture":
+        follower.graph_backend = lambda *_: EagerGraphs  # type: ignore[assignment]
+    if sys.argv[1] == "exit":
+        os._exit(7)
+    follower.serve(launch, welcome, link, state, Part)
+
+
+class Stuck:
+    def run_batch(self, host: HostBatch) -> None:
+        time.sleep(600)
+
+
+if __name__ == "__main__":
+    worker._exit(worker.run(serve))

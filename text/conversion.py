@@ -1,0 +1,104 @@
+"""Building a tokenizer.json out of a GGUF file's vocabulary, or out of a slow tokenizer's files; kept in the cache.
+
+transformers knows how, but imports torch for it and takes seconds, so it happens once, in a child process
+(`python -m pilotfish.text.conversion SOURCE FOLDER`); the API process stays without torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pilotfish.checkpoints.catalog import ModelFiles, cache_folder
+from pilotfish.errors import ModelError
+
+REVISION = 1
+"""Raised when the conversion below changes, so that what an older one left in the cache is not used."""
+
+SOURCES = ("tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def converted_folder(files: ModelFiles) -> Path:
+    """A folder with a tokenizer.json for `files`, converted now if it is not in the cache. Raises ModelError."""
+    target = cache_folder() / "tokenizers" / f"{files.path.stem}-{_fingerprint(files)}"
+    if (target / "tokenizer.json").is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as temporary:
+        folder = Path(temporary) / "tokenizer"
+        command = [sys.executable, "-m", "pilotfish.text.conversion", str(files.path), str(folder)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
+        if result.returncode != 0:
+            lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+            raise ModelError(f"cannot convert the tokenizer of {files.path}: {lines[-1]}")
+        # Another process may have been faster: its folder is as good as this one.
+        with contextlib.suppress(OSError):
+            os.rename(folder, target)
+    return target
+
+
+def _environment() -> dict[str, str]:
+    """The child finds the same packages as this process does, whatever the working directory is."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "HF_HUB_OFFLINE": "1"}
+
+
+def _fingerprint(files: ModelFiles) -> str:
+    """Changes with the files that a tokenizer is built from, and with what builds it."""
+    sources = [files.path] if files.format == "gguf" else [files.path / name for name in SOURCES]
+    digest = hashlib.sha256(f"{REVISION} {version('transformers')}".encode())
+    for path in sources:
+        if path.is_file():
+            status = path.stat()
+            digest.update(f" {path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def convert(source: Path, folder: Path) -> None:
+    """Write tokenizer.json, its configuration and chat template, and generation_config.json into `folder`."""
+    from transformers import AutoTokenizer
+
+    if source.is_dir():
+        AutoTokenizer.from_pretrained(str(source), local_files_only=True).save_pretrained(str(folder))
+        for name in ("config.json", "generation_config.json"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        return
+    from pilotfish.checkpoints.gguf_header import read_header
+    from pilotfish.engine.weights.gguf import eos_token_ids
+
+    tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name, local_files_only=True)
+    metadata = read_header(source).metadata
+    _add_special_tokens(tokenizer, metadata)
+    tokenizer.save_pretrained(str(folder))
+    ending = {"eos_token_id": list(eos_token_ids(metadata))}
+    (folder / "generation_config.json").write_text(json.dumps(ending))
+
+
+def _add_special_tokens(tokenizer: Any, metadata: dict[str, Any]) -> None:
+    """Put begin- and end-of-text tokens around a text where the GGUF file asks for it, which transformers leaves out.
+
+    Where the file does not say, llama.cpp's defaults hold: a begin-of-text token for SentencePiece and Llama 3.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in ("llama3", "llama-v3", "llama-bpe"))
+    eos = metadata.get("tokenizer.ggml.add_eos_token", False)
+    before = [(tokenizer.bos_token, tokenizer.bos_token_id)] if bos and tokenizer.bos_token_id is not None else []
+    after = [(tokenizer.eos_token, tokenizer.eos_token_id)] if eos and tokenizer.eos_token_id is not None else []
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*(token for token, _ in before), "$A", *(token for token, _ in after)], special_tokens=[*before, *after]
+    )
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,156 @@
+"""The model's tokenizer and chat template, for the API process: text to ids, ids to text, messages to a prompt.
+
+No torch is imported here. transformers' own fast tokenizer class does the work, as it needs no torch for a folder with
+a tokenizer.json and loads in about a second, import included (`tokenizers` and jinja2 alone: 0.2 s, but then special
+tokens and the template's surroundings would be ours to keep in step). Building a tokenizer out of a GGUF file, or out
+of a folder with only a slow tokenizer's files, does need torch and seconds: `text.conversion` does that
+once, in a child process, and what it saves in the cache folder is loaded from then on.
+
+Incremental detokenization and stop strings are in `text.detokenizer`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from pilotfish.checkpoints.catalog import ModelFiles
+from pilotfish.engine.weights.hf_config import eos_token_ids
+from pilotfish.errors import ModelError, ParameterError
+from pilotfish.text.conversion import converted_folder
+
+
+class Tokenizer:
+    """A fast tokenizer with its chat template. Safe to use from several threads at once."""
+
+    chat_template: str | None
+    """The jinja2 template of a conversation (the default one if the model has several); None: not a chat model."""
+    special_ids: frozenset[int]
+    """Tokens that `decode` leaves out: those that the tokenizer marks as special."""
+    eos_token_ids: frozenset[int]
+    """Tokens that end an answer: those of generation_config.json or config.json, and the tokenizer's own eos_token."""
+    bos_token_id: int | None
+    vocab_size: int
+    """One more than the highest token id. The model's own vocabulary may be padded to more."""
+
+    def __init__(self, inner: PreTrainedTokenizerFast, eos_ids: Sequence[int] = ()) -> None:
+        self._inner = inner
+        self._backend: Backend = inner.backend_tokenizer
+        self._backend.no_truncation()  # tokenizer.json may hold what training has left there
+        self._backend.no_padding()
+        added = self._backend.get_added_tokens_decoder()
+        self._added = {id_: token.content for id_, token in added.items()}
+        self._byte_level, self._byte_fallback = _kinds_of_decoder(self._backend)
+        template = inner.chat_template
+        self.chat_template = template.get("default") if isinstance(template, dict) else template
+        self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
+        own = () if inner.eos_token_id is None else (inner.eos_token_id,)
+        self.eos_token_ids = frozenset((*eos_ids, *own))
+        self.bos_token_id = inner.bos_token_id
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`. With `add_special_tokens` the model's begin-of-text token is put before it, if it wants
+        one; pass False for what `apply_chat_template` returned, which has it already.
+
+        Special tokens that are spelled out in the text become those tokens. Raises ParameterError("prompt") for text
+        that is not valid Unicode.
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (UnicodeEncodeError, TypeError):  # a lone surrogate, which JSON can spell
+            raise ParameterError("prompt", "the prompt is not valid Unicode text (it has a lone surrogate)") from None
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; bytes that are not (yet) valid UTF-8 become U+FFFD, ids without a token nothing."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token(self, id: int) -> str:
+        """The text of one token as it stands inside a text (a leading space is kept, a special token is spelled out);
+        U+FFFD stands for bytes that are only part of a character: see `token_bytes`."""
+        return self.token_bytes(id).decode("utf-8", errors="replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        """The exact UTF-8 bytes that a token adds to a text, which may be part of a character; b"" for an id that is
+        only padding of the model's vocabulary."""
+        if id in self._added:
+            return self._added[id].encode()
+        token = self._backend.id_to_token(id)
+        if token is None:
+            return b""
+        if self._byte_level:
+            return b"".join(_BYTE_OF.get(char, char.encode()) for char in token)
+        if self._byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(match[1], 16)])
+        return token.replace("▁", " ").encode()
+
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        """The prompt of a conversation: messages as OpenAI writes them, content as text. To be encoded with
+        add_special_tokens=False. `kwargs` are the template's own (tools, enable_thinking, ...).
+
+        Raises ParameterError("messages") if the model has no chat template or its template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise ParameterError(
+                "messages", "this model has no chat template, so it cannot take messages: use /v1/completions"
+            )
+        try:
+            text = self._inner.apply_chat_template(
+                messages,
+                chat_template=self.chat_template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **kwargs,
+            )
+        except Exception as error:  # the template is the model's, its data the client's: anything can come out of it
+            raise ParameterError("messages", f"the model's chat template refuses these messages: {error}") from error
+        return str(text)
+
+
+def load_tokenizer(files: ModelFiles) -> Tokenizer:
+    """The tokenizer of a model's files. The first time for a GGUF file takes some seconds (see above), later under one.
+
+    Raises ModelError if there is none or it cannot be read.
+    """
+    folder = files.path
+    if files.format == "gguf" or not (folder / "tokenizer.json").is_file():
+        folder = converted_folder(files)
+    verbosity = transformers_logging.get_verbosity()
+    # It warns of every tokenizer_class but its own, though tokenizer.json says all there is to know.
+    transformers_logging.set_verbosity_error()
+    try:
+        inner = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever the files hold comes out as any kind of exception, the Rust side's included
+        raise ModelError(f"cannot read the tokenizer of {files.name!r} in {folder}: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    return Tokenizer(inner, eos_token_ids(folder))
+
+
+def _kinds_of_decoder(backend: Backend) -> tuple[bool, bool]:
+    """Whether tokens are spelled in GPT-2's byte alphabet, and whether "<0xAB>" is a byte."""
+    if backend.decoder is None:
+        return False, False
+    state = json.loads(backend.decoder.__getstate__())
+    parts = {part["type"] for part in state.get("decoders", [state])}
+    return "ByteLevel" in parts, "ByteFallback" in parts
+
+
+def _byte_alphabet() -> dict[str, bytes]:
+    """GPT-2's spelling of bytes: printable characters of Latin-1 stand for themselves, the others for U+0100 and on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelled = {chr(byte): bytes([byte]) for byte in printable}
+    return spelled | {chr(0x100 + i): bytes([byte]) for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")

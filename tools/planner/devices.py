@@ -1,0 +1,229 @@
+"""Device: what one GPU, or a machine's CPU, can do per second and hold; and those that are known by name.
+
+Published peaks come from the makers' data sheets, and nothing reaches them: `bandwidth_share` and `flops_share` say how
+much of them the planner counts with. A measured device (benchmarks/measure_device.py writes one) has shares of 1 and a
+rate for each number of rows instead. A JSON file with these fields is a device, too.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+
+import msgspec
+
+from pilotfish.errors import ConfigError
+
+GIGA, TERA, MIB = 1e9, 1e12, 2**20
+
+
+class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: str
+    source: str
+    """Where the figures come from."""
+    memory: int
+    """Bytes, as the driver reports them."""
+    bandwidth: float
+    """Of that memory, bytes per second, for reading."""
+    flops: dict[str, float]
+    """Per second, dense, by the dtype of the operands; one that is missing is computed in 16 bits or refused."""
+    link_bandwidth: float = 0.0
+    """To the other GPUs, bytes per second in one direction; 0: there are none."""
+    link_latency: float = 0.0
+    """Of a message over that link, seconds."""
+    bandwidth_share: float = 1.0
+    """What a kernel reaches of `bandwidth` when it streams weights."""
+    flops_share: float = 1.0
+    """What it reaches of `flops` on large matrices."""
+    link_share: float = 1.0
+    """What a large all-reduce reaches of `link_bandwidth`."""
+    flops_by_rows: dict[int, float] = {}
+    """Measured matrix rate at so many rows, weights streamed from memory; empty: `flops` at any number."""
+    attention_flops: float = 0.0
+    """Measured rate of attention over cached keys; 0: as matrices."""
+    kernel_seconds: float = 0.0
+    """What a kernel costs besides its arithmetic, one after the other: launch or replay, and its first bytes."""
+    row_bandwidth: float = 0.0
+    """Bytes per second of the row-by-row operators (norms, rotations, activations); 0: `bandwidth`."""
+    step_seconds: float = 0.0
+    """The engine's own work in a step: plan, tensors in, tokens out, commit."""
+    sequence_seconds: float = 0.0
+    """The same for each sequence of the step, on top."""
+    logit_seconds: float = 0.0
+    """Drawing a token from a row of logits, for each entry of the vocabulary."""
+    draft_seconds: float = 0.0
+    """The engine's own work in a pass of a draft model."""
+    reserved: int = 0
+    """Bytes of the device that models cannot have: context, libraries' workspaces, communication buffers."""
+    graphs: bool = True
+    """Passes run as CUDA graphs, which take memory."""
+    threads: int = 0
+    """Of a CPU: how many it was measured with; 0 for a GPU."""
+
+    def check(self) -> Device:
+        """Return self, or raise ConfigError for figures that cannot be."""
+        for name in ("memory", "bandwidth"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"device {self.name!r}: {name} is {getattr(self, name)}, but must be above 0")
+        for name in ("bandwidth_share", "flops_share", "link_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"device {self.name!r}: {name} is {getattr(self, name)}, but must be in (0, 1]")
+        if not self.flops or min([*self.flops.values(), *self.flops_by_rows.values()]) <= 0:
+            raise ConfigError(f"device {self.name!r}: flops must have a rate above 0 for at least one dtype")
+        return self
+
+    def rate(self, dtype: str, rows: int) -> float:
+        """FLOP per second of a matrix product of so many rows whose operands are of `dtype`.
+
+        Raises ConfigError for a dtype that the device does not compute in.
+        """
+        if self.flops_by_rows:
+            return _between(self.flops_by_rows, rows)
+        if dtype not in self.flops:
+            raise ConfigError(f"{self.name} does not compute in {dtype}: it has {', '.join(self.flops)}")
+        return self.flops[dtype] * self.flops_share
+
+
+def _between(measured: dict[int, float], rows: int) -> float:
+    """The rate at `rows`: seconds lie on lines between those measured, and beyond the last the rate stays its."""
+    counts = sorted(measured)
+    if rows <= counts[0]:
+        return measured[counts[0]] * rows / counts[0]  # a pass takes as long as that of the fewest rows
+    for low, high in pairwise(counts):
+        if rows <= high:
+            seconds = [low / measured[low], high / measured[high]]
+            share = (rows - low) / (high - low)
+            return rows / (seconds[0] + share * (seconds[1] - seconds[0]))
+    return measured[counts[-1]]
+
+
+def _gpu(
+    name: str,
+    source: str,
+    mib: int,
+    terabytes: float,
+    teraflops: dict[str, float],
+    link_gigabytes: float,
+    link_latency: float,
+) -> Device:
+    """A GPU by its data sheet. The shares and overheads are the planner's assumptions, alike for all."""
+    return Device(
+        name=name,
+        source=source,
+        memory=mib * MIB,
+        bandwidth=terabytes * TERA,
+        flops={dtype: rate * TERA for dtype, rate in teraflops.items()},
+        link_bandwidth=link_gigabytes * GIGA,
+        link_latency=link_latency,
+        bandwidth_share=0.8,
+        flops_share=0.7,
+        link_share=0.8,
+        kernel_seconds=1.5e-6,
+        step_seconds=0.5e-3,
+        sequence_seconds=10e-6,
+        draft_seconds=0.05e-3,
+        reserved=1536 * MIB,
+    )
+
+
+NVLINK, PCIE = 2e-6, 5e-6
+
+DEVICES = {
+    device.name: device
+    for device in (
+        _gpu(
+            "b200",
+            "NVIDIA HGX B200 data sheet",
+            183359,
+            8.0,
+            {"fp8": 4500, "bfloat16": 2250, "float16": 2250, "float32": 75},
+            900,
+            NVLINK,
+        ),
+        _gpu(
+            "h200",
+            "NVIDIA H200 SXM data sheet",
+            143771,
+            4.8,
+            {"fp8": 1979, "bfloat16": 989, "float16": 989, "float32": 67},
+            450,
+            NVLINK,
+        ),
+        _gpu(
+            "h100",
+            "NVIDIA H100 SXM5 80 GB data sheet",
+            81559,
+            3.35,
+            {"fp8": 1979, "bfloat16": 989, "float16": 989, "float32": 67},
+            450,
+            NVLINK,
+        ),
+        _gpu(
+            "a100",
+            "NVIDIA A100 SXM4 80 GB data sheet",
+            81920,
+            2.039,
+            {"bfloat16": 312, "float16": 312, "float32": 19.5},
+            300,
+            NVLINK,
+        ),
+        _gpu(
+            "l40s",
+            "NVIDIA L40S data sheet; PCIe 4.0 x16",
+            46068,
+            0.864,
+            {"fp8": 733, "bfloat16": 362, "float16": 362, "float32": 91.6},
+            32,
+            PCIE,
+        ),
+        _gpu(
+            "l4",
+            "NVIDIA L4 data sheet; PCIe 4.0 x16",
+            23034,
+            0.3,
+            {"fp8": 242, "bfloat16": 121, "float16": 121, "float32": 30.3},
+            32,
+            PCIE,
+        ),
+        _gpu(
+            "rtx4090",
+            "NVIDIA Ada GPU architecture paper; PCIe 4.0 x16",
+            24564,
+            1.008,
+            {"fp8": 330.3, "bfloat16": 165.2, "float16": 165.2, "float32": 82.6},
+            32,
+            PCIE,
+        ),
+    )
+}
+CPU = "cpu"
+
+
+def find_device(name: str) -> Device:
+    """A device by name ("h100", "cpu") or from a JSON file. Raises ConfigError for one that is not known."""
+    if name.lower() in DEVICES:
+        return DEVICES[name.lower()]
+    if name.lower() == CPU:
+        return _read(resources.files("pilotfish.tools.planner").joinpath("cpu.json").read_bytes(), "cpu.json")
+    path = Path(name)
+    if path.suffix == ".json":
+        try:
+            return _read(path.read_bytes(), name)
+        except OSError as error:
+            raise ConfigError(f"cannot read the device in {name}: {error.strerror}") from error
+    known = [*DEVICES, CPU]
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(
+        f"gpu is {name!r}: {hint}known are {', '.join(known)}, and a .json file such as "
+        "benchmarks/measure_device.py writes"
+    )
+
+
+def _read(content: bytes, where: str) -> Device:
+    try:
+        return msgspec.json.decode(content, type=Device).check()
+    except msgspec.DecodeError as error:  # ValidationError is one
+        raise ConfigError(f"{where} does not describe a device: {error}") from error

@@ -1,0 +1,181 @@
+"""Bytes on each GPU: weights, activations, CUDA graphs, KV cache; what fits, and if not, what would."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from pilotfish.engine.config import cache_share
+from pilotfish.engine.execution.buckets import DRAFT_LENGTHS, GRAPH_SHARE, batch_sizes, buckets, span_lengths
+from pilotfish.tools.planner.devices import DEVICES, Device
+from pilotfish.tools.planner.heads import PlannedHead
+from pilotfish.tools.planner.models import BYTES, PlannedModel
+from pilotfish.tools.planner.roofline import kernel_count
+from pilotfish.tools.planner.setup import Setup, ranks_that_divide
+
+LOGIT_COPIES = 3
+"""A row of logits is drawn from in float32: processed, its noise, their sum."""
+GRAPH_KERNEL_BYTES = 8 * 2**10
+"""Assumed memory of a kernel in a captured graph; not measured."""
+MIN_CONTEXT = 2048
+"""A plan whose cache holds less than a request of this length (or the model's limit) does not count as fitting."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Of one GPU, in bytes. The parts add up to `total`."""
+
+    total: int
+    reserved: int
+    weights: int
+    draft_weights: dict[str, int]
+    """By the draft's name."""
+    activations: int
+    graphs: int
+    kv_cache: int
+    """What the settings give it, or what there is."""
+    unused: int
+    """Negative: so much too little."""
+    kv_bytes_per_token: int
+    """Of the target and all drafts: their caches hold the same number of tokens."""
+
+    @property
+    def cached_tokens(self) -> int:
+        return max(0, self.kv_cache) // self.kv_bytes_per_token
+
+    @property
+    def fixed(self) -> int:
+        """All but the cache."""
+        return self.reserved + self.weights + sum(self.draft_weights.values()) + self.activations + self.graphs
+
+
+def plan_memory(setup: Setup) -> MemoryPlan:
+    """What lies on each of the setup's GPUs."""
+    device, settings, ranks = setup.device, setup.settings, setup.ranks
+    weights = setup.target.weight_bytes(ranks)
+    drafts = {d.name: _draft_bytes(d.model, setup) for d in setup.drafts if d.model is not None}
+    working = max(
+        activation_bytes(model, setup, part)
+        for model, part in [(setup.target, ranks), *((model, setup.ranks_of(model)) for model in setup.draft_models)]
+    )
+    captured = device.graphs and not settings.enforce_eager
+    graphs = graph_bytes(setup) if captured else 0
+    per_token = setup.target.kv_bytes_per_token(ranks)
+    per_token += sum(model.kv_bytes_per_token(setup.ranks_of(model)) for model in setup.draft_models)
+    # As the engine does: a share of what is free once the weights are there, and what graphs may take is set aside.
+    free = device.memory - device.reserved - weights - sum(drafts.values())
+    aside = (settings.cuda_graph_memory or int(GRAPH_SHARE * max(0, free))) if captured else 0
+    share = cache_share(settings.kv_cache_share, on_gpu=not device.threads)
+    cache = settings.kv_cache_memory or max(0, int(share * (free - aside)))
+    return MemoryPlan(
+        total=device.memory,
+        reserved=device.reserved,
+        weights=weights,
+        draft_weights=drafts,
+        activations=working,
+        graphs=graphs,
+        kv_cache=cache,
+        unused=free - working - graphs - cache,
+        kv_bytes_per_token=per_token,
+    )
+
+
+def _draft_bytes(draft: PlannedModel | PlannedHead, setup: Setup) -> int:
+    if isinstance(draft, PlannedHead):
+        return draft.weight_bytes(setup.target, setup.ranks)
+    return draft.weight_bytes(setup.draft_ranks)
+
+
+def activation_bytes(model: PlannedModel | PlannedHead, setup: Setup, ranks: int) -> int:
+    """Peak of a pass: the widest moment of a layer at `max_batch_tokens` rows, or the logits, which come after it."""
+    shape, width = model.shape, BYTES[model.dtype]
+    rows = setup.settings.max_batch_tokens
+    heads = (shape.num_heads + 2 * max(1, shape.num_kv_heads // ranks) * ranks) * shape.head_dim
+    layer = rows * width * (3 * shape.hidden_size + max(3 * shape.intermediate_size, 2 * heads) // ranks)
+    logits = drawn_rows(setup) * model.logit_size * (width + LOGIT_COPIES * 4)
+    features = rows * 3 * model.config.target_hidden_size * width if isinstance(model, PlannedHead) else 0
+    return features + max(layer, logits + rows * shape.hidden_size * width)
+
+
+def drawn_rows(setup: Setup) -> int:
+    """Most rows of a step that a token is drawn from: as many as are decoded and verified."""
+    longest = setup.settings.num_draft_tokens if setup.drafts else 0
+    return min(setup.settings.max_batch_tokens, setup.settings.max_num_seqs * (1 + longest))
+
+
+def graph_bytes(setup: Setup) -> int:
+    """Of the captured passes, which are the engine's own: see `engine.execution.buckets`."""
+    settings = setup.settings
+    batches = batch_sizes(settings.max_num_seqs)
+
+    def passes(lengths: tuple[int, ...]) -> int:
+        return len(buckets(batches, lengths, settings.max_batch_tokens))
+
+    target = passes(span_lengths(settings.num_draft_tokens)) * kernel_count(setup.target)
+    drafts = passes(DRAFT_LENGTHS) * sum(kernel_count(model) for model in setup.draft_models)
+    return (target + drafts) * GRAPH_KERNEL_BYTES
+
+
+def fits(memory: MemoryPlan, setup: Setup) -> bool:
+    """Nothing is over, and the cache holds a request worth the name."""
+    return memory.unused >= 0 and memory.cached_tokens >= min(MIN_CONTEXT, setup.max_model_len)
+
+
+def largest_context(memory: MemoryPlan, setup: Setup) -> int:
+    """Tokens of the longest request that fits, alone."""
+    return min(setup.max_model_len, memory.cached_tokens)
+
+
+def largest_batch(memory: MemoryPlan, context: int) -> int:
+    """Requests of `context` tokens that fit at once."""
+    return memory.cached_tokens // context
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """A change with which it fits."""
+
+    what: str
+    ranks: int
+    cached_tokens: int
+
+
+def remedies(setup: Setup) -> list[Remedy]:
+    """What would fit: more GPUs, fp8 weights, a smaller or larger share for the cache, without the drafts, larger GPUs.
+    The first of each kind."""
+    found = []
+    kinds: list[tuple[str, Setup]] = [("as configured", setup)]
+    if "fp8" in setup.device.flops and setup.with_fp8() != setup:
+        kinds.append(("fp8 weights", setup.with_fp8()))
+    if setup.draft_models:
+        kept = tuple(draft for draft in setup.drafts if draft.model is None)
+        kinds.append(("without draft models", replace(setup, drafts=kept)))
+    for device in _larger(setup.device):
+        if setup.target.dtype in device.flops:
+            kinds.append((f"on {device.name}", replace(setup, device=device)))
+    for what, changed in kinds:
+        for ranks in ranks_that_divide(changed):
+            trial = _with_room(changed.with_ranks(ranks))
+            memory = plan_memory(trial)
+            if fits(memory, trial):
+                found.append(Remedy(what, ranks, memory.cached_tokens))
+                break
+    return found
+
+
+def _with_room(setup: Setup) -> Setup:
+    """The same with as much cache as there is room for, if the settings ask for more."""
+    memory = plan_memory(setup)
+    if memory.unused >= 0:
+        return setup
+    room = memory.kv_cache + memory.unused
+    if room <= 0:
+        return setup
+    return replace(setup, settings=msgspec.structs.replace(setup.settings, kv_cache_memory=room))
+
+
+def _larger(device: Device) -> list[Device]:
+    if device.threads:
+        return []
+    return sorted((d for d in DEVICES.values() if d.memory > device.memory), key=lambda d: d.memory)

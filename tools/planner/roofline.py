@@ -1,0 +1,166 @@
+"""Seconds of a step, by a roofline: each matrix takes as long as reading it or as multiplying with it, whichever is
+longer (Williams, Waterman and Patterson, 2009); attention likewise over its keys and values; all-reduces, and what
+kernels and the engine cost besides, come on top."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from math import log2
+
+from pilotfish.tools.planner.devices import Device
+from pilotfish.tools.planner.heads import PlannedHead
+from pilotfish.tools.planner.models import BYTES, Matrix, PlannedModel
+
+KERNELS_PER_LAYER = 10
+"""Norm, qkv, rotation, cache write, attention, output, norm, gate and up, activation, down: what `engine.models.llama`
+calls, one by one."""
+SANDWICH_KERNELS = 7
+"""More of them in Gemma's layers: norms of queries and keys, norms after, sums."""
+HEAD_KERNELS = 2
+"""More of them in an EAGLE-3 head's: its second norm, and putting the two halves of its input together."""
+ROW_PASSES = 12
+"""Times that a row's hidden state, as wide as `hidden_size`, is read or written by a layer's operators that go row by
+row; its wider intermediate state counts separately."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepSeconds:
+    """Where the time of one step goes, on one rank."""
+
+    weights: float
+    """Reading the matrices or multiplying with them, whichever is longer, matrix by matrix."""
+    attention: float
+    all_reduce: float
+    rows: float
+    """Operators that go row by row."""
+    kernels: float
+    """What starting a kernel costs, over all of them."""
+    engine: float
+    """Plan, copies, sampling, commit."""
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def step_seconds(
+    model: PlannedModel,
+    device: Device,
+    ranks: int,
+    rows: int,
+    sequences: int,
+    context: int,
+    logit_rows: int | None = None,
+) -> StepSeconds:
+    """Of a step that computes `rows` tokens of `sequences` sequences, each with `context` tokens by then.
+
+    `logit_rows`: rows that a token is drawn from; None: all. Raises ConfigError for a dtype that the device does not
+    compute in, ValueError if the model does not divide by `ranks`.
+    """
+    drawn = rows if logit_rows is None else logit_rows
+    pass_ = pass_seconds(model, device, ranks, rows, sequences, context, drawn)
+    engine = device.step_seconds + device.sequence_seconds * sequences
+    engine += device.logit_seconds * drawn * model.shape.vocab_size
+    return StepSeconds(
+        **{field.name: getattr(pass_, field.name) for field in fields(pass_) if field.name != "engine"}, engine=engine
+    )
+
+
+def draft_seconds(
+    model: PlannedModel | PlannedHead,
+    device: Device,
+    ranks: int,
+    length: int,
+    sequences: int,
+    context: int,
+    new_rows: float = 2.0,
+) -> float:
+    """Of a draft of `length` tokens for each sequence: as many passes of a row each, the first of which also reads the
+    tokens that have come since the last draft, `new_rows` for each sequence in all. An EAGLE-3 head fuses the target's
+    features of those first."""
+    total = 0.0
+    if isinstance(model, PlannedHead) and length:
+        fusion: Matrix = model.fusion
+        rows = max(sequences, round(new_rows * sequences))
+        total += _product(device, _rate_dtype(model, fusion.dtype), fusion.params, fusion.bytes, rows)
+        total += device.kernel_seconds
+    for place in range(length):
+        rows = round(new_rows * sequences) if place == 0 else sequences
+        step = pass_seconds(model, device, ranks, max(rows, sequences), sequences, context, sequences)
+        total += step.total + device.draft_seconds + device.logit_seconds * sequences * model.logit_size
+    return total
+
+
+def pass_seconds(
+    model: PlannedModel | PlannedHead,
+    device: Device,
+    ranks: int,
+    rows: int,
+    sequences: int,
+    context: int,
+    logit_rows: int,
+) -> StepSeconds:
+    """Of a model's pass alone, without the engine's own work."""
+    shape, width = model.shape, BYTES[model.dtype]
+    weights = sum(
+        count * _product(device, dtype, params, size, logit_rows if head else rows)
+        for (head, dtype, params, size), count in _matrices(model, ranks)
+    )
+    heads = shape.num_heads / ranks
+    flops = 4 * shape.num_layers * rows * heads * shape.head_dim * model.seen(context)
+    keys = sequences * model.seen(context) * model.kv_bytes_per_token(ranks)
+    # Scores are computed in the activations' dtype: an fp8 cache is widened on the way.
+    rate = device.attention_flops or device.rate(model.dtype, rows)
+    attention = max(keys / (device.bandwidth * device.bandwidth_share), flops / rate)
+    wide = (3 * shape.intermediate_size + (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * 2) / ranks
+    passed = shape.num_layers * rows * (ROW_PASSES * shape.hidden_size + wide) * width
+    return StepSeconds(
+        weights=weights,
+        attention=attention,
+        all_reduce=(2 * shape.num_layers + 1) * all_reduce_seconds(device, ranks, rows * shape.hidden_size * width)
+        + all_reduce_seconds(device, ranks, logit_rows * shape.vocab_size * width),
+        rows=passed / (device.row_bandwidth or device.bandwidth * device.bandwidth_share),
+        kernels=kernel_count(model) * device.kernel_seconds,
+        engine=0.0,
+    )
+
+
+def kernel_count(model: PlannedModel | PlannedHead) -> int:
+    """Of a pass, one after the other."""
+    if isinstance(model, PlannedHead):
+        return KERNELS_PER_LAYER + HEAD_KERNELS + 3
+    per_layer = KERNELS_PER_LAYER + (SANDWICH_KERNELS if model.shape.sandwich_norms else 0)
+    return model.shape.num_layers * per_layer + 3
+
+
+def all_reduce_seconds(device: Device, ranks: int, size: float) -> float:
+    """Of `size` bytes over `ranks` GPUs: 2 log2(n) messages' latency, and 2 (n - 1) / n of the bytes over the link
+    (Thakur, Rabenseifner and Gropp, 2005: what no algorithm of its kind can do better)."""
+    if ranks == 1:
+        return 0.0
+    latency = 2 * log2(ranks) * device.link_latency
+    return latency + 2 * (ranks - 1) / ranks * size / (device.link_bandwidth * device.link_share)
+
+
+def _product(device: Device, dtype: str, params: int, size: int, rows: int) -> float:
+    if rows == 0:
+        return 0.0
+    reading = size / (device.bandwidth * device.bandwidth_share)
+    return max(reading, 2.0 * rows * params / device.rate(dtype, rows))
+
+
+def _rate_dtype(model: PlannedModel | PlannedHead, dtype: str) -> str:
+    """What a matrix is multiplied in: int8 is widened on the way."""
+    return model.dtype if dtype == "int8" else dtype
+
+
+@lru_cache(maxsize=256)
+def _matrices(model: PlannedModel | PlannedHead, ranks: int) -> tuple[tuple[tuple[bool, str, int, int], int], ...]:
+    """The matrices of a pass, alike ones together: ((is it the head, dtype, params, bytes), how many)."""
+    found = Counter(
+        (each.name == "lm_head.weight", _rate_dtype(model, each.dtype), each.params, each.bytes)
+        for each in model.matrices(ranks)
+    )
+    return tuple(found.items())

@@ -1,0 +1,211 @@
+"""Attention over the paged cache, each backend that computes here, against the definition; and what it writes there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from pilotfish.engine.execution.batch import Span, flatten
+from pilotfish.engine.kernels.native import NativeKernels
+from pilotfish.engine.layers.attention.backend import AttentionBackend, LayerCache
+from pilotfish.engine.layers.attention.cache import FP8, as_bytes, converted
+from pilotfish.engine.layers.attention.choose import HALF, AttentionNeeds, choose_attention, why_not
+from pilotfish.errors import ConfigError
+from pilotfish.tools.selftest.check import Check, Finding, Skip
+from pilotfish.tools.selftest.precision import Worst
+from pilotfish.tools.selftest.reference import ReferenceAttention
+from pilotfish.tools.selftest.subject import Subject
+
+GROUP = "attention"
+BACKENDS = ("flash4", "flash2", "native", "torch")
+BOUNDS = {torch.float32: 64.0, torch.float16: 6.0, torch.bfloat16: 6.0}
+WHY = (
+    "an answer is a mean of values of about 1, whose weights a kernel rounds to the model's dtype: 6 steps of that "
+    "dtype next to 1; of float32, in which sums are rounded, too, 64"
+)
+FP8_BOUND, FP8_WHY = 40.0, "queries and weights are rounded to fp8 as well, in steps of 1/8 to 1/16: 0.3 in all"
+
+Sequences = Sequence[tuple[int, int]]
+"""(tokens in the cache, tokens of the span) of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Some batches of one kind."""
+
+    batches: Sequence[Sequences]
+    ratios: Sequence[int] = (2,)
+    """Query heads for each key-value head."""
+    kv_heads: int = 2
+    windows: Sequence[int | None] = (None,)
+    softcap: float | None = None
+
+
+MIXED: Sequences = ((0, 40), (129, 1), (77, 5), (300, 1), (16, 70), (511, 9))
+
+
+def cases(block: int, ratio: int) -> dict[str, Case]:
+    """`block`: tokens in one; `ratio`: the model's own."""
+    edges = [block - 1, block, block + 1, 2 * block - 1, 2 * block, 2 * block + 1]
+    return {
+        "prefill": Case([[(0, 1), (0, 33), (0, 150)], [(100, 64), (37, 29)]]),
+        "decode": Case([[(0, 1), (7, 1), (300, 1), (1900, 1)], [(64, 1)] * 8]),
+        "verify spans": Case([[(50, 2), (61, 3), (200, 5), (515, 9)], [(n, 5) for n in (3, 150, 261)]]),
+        "mixed spans": Case([MIXED]),
+        "block boundaries": Case([[(n, 1) for n in edges], [(n - 3, 5) for n in edges], [(0, n) for n in edges[:3]]]),
+        "sliding window": Case([MIXED, [(n, 1) for n in edges]], windows=(1, 24, block, 4096)),
+        "grouped heads": Case([MIXED], ratios=sorted({1, 3, 4, 8, ratio}), kv_heads=1),
+        "soft-capping": Case([MIXED], softcap=5.0),
+    }
+
+
+def checks(subject: Subject) -> Iterator[Check]:
+    dtypes = [subject.platform.dtype]
+    if subject.device.type == "cuda" and not subject.quick:
+        dtypes += [dtype for dtype in HALF if dtype not in dtypes]
+    for name in BACKENDS:
+        for dtype in dtypes:
+            yield from _Backend(subject, name, dtype).checks()
+
+
+class _Backend:
+    def __init__(self, subject: Subject, name: str, dtype: torch.dtype) -> None:
+        self.subject, self.name, self.dtype = subject, name, dtype
+        needs = replace(subject.platform.needs, dtype=dtype, cache_dtype=dtype, block_size=subject.config.block_size)
+        found = _load(name, needs, subject)
+        self.backend = found if not isinstance(found, str) else None
+        self.reason = found if isinstance(found, str) else ""
+        if self.backend is not None:
+            self.needs = replace(needs, block_size=needs.block_size or self.backend.block_size)
+
+    def checks(self) -> Iterator[Check]:
+        short = str(self.dtype).removeprefix("torch.")
+        if self.backend is None:
+            yield self._check(f"{self.name}, {short}", "", self._missing)
+            return
+        chosen = self.backend.name == self.subject.platform.attention.name
+        prefix = f"{self.name}{' (in use)' if chosen else ''}, {short}"
+        shape = self.subject.shape
+        for what, case in cases(self.needs.block_size, shape.num_heads // shape.num_kv_heads).items():
+            yield self._check(f"{what}, {prefix}", WHY, self._runner(case, self.dtype))
+        everything = Case([MIXED])
+        yield self._check(
+            f"fp8 cache, {prefix}", FP8_WHY if self.name == "flash4" else WHY, self._runner(everything, FP8)
+        )
+        yield Check(
+            group=GROUP,
+            name=f"cache write, {prefix}",
+            compares="what lies in the cache after a step with what was written, and the rest with what was there",
+            unit="wrong rows",
+            why="keys and values are copied: nothing is rounded",
+            run=self._written,
+        )
+
+    def _check(self, name: str, why: str, run: Callable[[], Finding]) -> Check:
+        compares = f"attention by {self.name} on {self.subject.device} with its definition in float64"
+        unit = "units of the dtype next to 1"
+        return Check(group=GROUP, name=name, compares=compares, unit=unit, why=why, run=run)
+
+    def _missing(self) -> Finding:
+        raise Skip(self.reason)
+
+    def _runner(self, case: Case, cache_dtype: torch.dtype) -> Callable[[], Finding]:
+        @torch.inference_mode()
+        def run() -> Finding:
+            assert self.backend is not None
+            if case.softcap and self.name == "native":
+                raise Skip("the native kernels know no soft-capping, and no model that they compute needs it")
+            if reason := why_not(self.name, replace(self.needs, cache_dtype=cache_dtype)):
+                raise Skip(reason)
+            worst = Worst()
+            for sequences in case.batches[:1] if self.subject.quick else case.batches:
+                for ratio in case.ratios:
+                    for window in case.windows:
+                        where = f"{list(sequences)}, {ratio} heads for each of keys, window {window}"
+                        worst.add(self._error(sequences, case, ratio, window, cache_dtype), where)
+            rounded = cache_dtype == FP8 and self.name == "flash4"
+            return worst.finding(FP8_BOUND if rounded else BOUNDS[self.dtype])
+
+        return run
+
+    def _error(
+        self, sequences: Sequences, case: Case, ratio: int, window: int | None, cache_dtype: torch.dtype
+    ) -> float:
+        assert self.backend is not None
+        kv_heads, dim, size = case.kv_heads, self.needs.head_dim, self.needs.block_size
+        heads = kv_heads * ratio
+        blocks, steps = _laid_out(sequences, size)
+        cache = self.backend.allocate(blocks, size, kv_heads, dim, cache_dtype, self.subject.device)
+        reference = ReferenceAttention()
+        exact = reference.allocate(blocks, size, kv_heads, dim, torch.float64, torch.device("cpu"))
+        found = wanted = torch.empty(0)
+        for number, spans in enumerate(steps):
+            if not spans:
+                continue
+            here = flatten(spans, size, self.subject.device).attention
+            there = flatten(spans, size, torch.device("cpu")).attention
+            qkv = self.subject.random(len(there.slots), heads + 2 * kv_heads, dim, seed=number, dtype=self.dtype)
+            query, key, value = qkv.to(self.subject.device).split(
+                (heads, kv_heads, kv_heads), dim=1
+            )  # views, as models
+            found = self.backend.attend(query, key, value, cache, here, dim**-0.5, window, case.softcap)
+            query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
+            key, value = (converted(part, cache_dtype).double() for part in (key, value))
+            if spans is steps[0]:  # that nobody looks at
+                reference.write(key, value, exact, there)
+            else:
+                wanted = reference.attend(query.double(), key, value, exact, there, dim**-0.5, window, case.softcap)
+        if found.dtype != self.dtype or found.shape != wanted.shape:
+            raise ValueError(f"attention returned {found.dtype} {tuple(found.shape)}, not {self.dtype} {wanted.shape}")
+        return float((found.cpu().double() - wanted).abs().max()) / torch.finfo(self.dtype).eps
+
+    @torch.inference_mode()
+    def _written(self) -> Finding:
+        assert self.backend is not None
+        size, dim, kv_heads = self.needs.block_size, self.needs.head_dim, 2
+        blocks, (_, spans) = _laid_out(MIXED, size)
+        cache = self.backend.allocate(blocks, size, kv_heads, dim, self.dtype, self.subject.device)
+        before = [self.subject.random(*part.shape, seed=9, dtype=self.dtype) for part in (cache.keys, cache.values)]
+        cache.keys.copy_(before[0])
+        cache.values.copy_(before[1])
+        batch = flatten(spans, size, self.subject.device).attention
+        qkv = self.subject.random(len(batch.slots), 4 + 2 * kv_heads, dim, seed=1, dtype=self.dtype)
+        query, key, value = qkv.to(self.subject.device).split((4, kv_heads, kv_heads), dim=1)
+        self.backend.attend(query, key, value, cache, batch, dim**-0.5)
+        wrong = 0
+        for stored, was, rows in zip(
+            _rows(cache), _rows(LayerCache(*before)), qkv.split((4, 2, 2), dim=1)[1:], strict=True
+        ):
+            wanted = was.clone()
+            wanted[batch.slots.cpu()] = rows
+            wrong += int((as_bytes(stored.cpu()) != as_bytes(wanted)).flatten(1).any(1).sum())
+        return Finding(measured=wrong, bound=0, detail=f"of {2 * blocks * size}")
+
+
+def _load(name: str, needs: AttentionNeeds, subject: Subject) -> AttentionBackend | str:
+    """The backend, or why it cannot be had here."""
+    kernels = subject.platform.kernels
+    try:
+        return choose_attention(name, needs, kernels if isinstance(kernels, NativeKernels) else None)
+    except ConfigError as error:
+        return str(error).partition(", but ")[2] or str(error)
+
+
+def _rows(cache: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values slot by slot, (slots, kv_heads, head_dim). The native cache has keys dimension by dimension."""
+    keys = cache.keys if cache.keys.shape == cache.values.shape else cache.keys.permute(0, 3, 1, 2)
+    return keys.flatten(0, 1), cache.values.flatten(0, 1)
+
+
+def _laid_out(sequences: Sequences, block_size: int) -> tuple[int, tuple[list[Span], list[Span]]]:
+    """How many blocks, in no order, and the spans of two steps: one that fills the cache, and the one that is looked
+    at."""
+    needed = [-(-(start + length) // block_size) for start, length in sequences]
+    free = torch.randperm(sum(needed) + 2, generator=torch.Generator().manual_seed(7)).tolist()
+    total = len(free)
+    tables = [[free.pop() for _ in range(count)] for count in needed]
+    filled = [Span([0] * start, 0, table) for (start, _), table in zip(sequences, tables, strict=True) if start]
+    asked = [Span([0] * length, start, table) for (start, length), table in zip(sequences, tables, strict=True)]
+    return total, (filled, asked)

@@ -1,0 +1,167 @@
+"""Whole models on this device, through the paged cache in prefill chunks, verify spans and decode rows, against one
+pass of the reference arithmetic over the same tokens and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import sqrt
+from typing import Any
+
+import torch
+
+from pilotfish.checkpoints.catalog import ModelFiles
+from pilotfish.engine.device import synchronize
+from pilotfish.engine.execution.batch import Span
+from pilotfish.engine.execution.loader import Platform, computes_in_fp8, load_model
+from pilotfish.engine.execution.runner import ModelRunner
+from pilotfish.engine.kernels.protocol import Kernels
+from pilotfish.engine.layers.attention.backend import AttentionBackend
+from pilotfish.engine.memory import kv_cache
+from pilotfish.engine.memory.free import free_memory
+from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.models.registry import model_class
+from pilotfish.engine.weights import iter_weights
+from pilotfish.engine.weights.names import expected_shapes
+from pilotfish.engine.weights.quantization import dequantized, quantized
+from pilotfish.tools.selftest import small
+from pilotfish.tools.selftest.check import Check, Finding, Skip
+from pilotfish.tools.selftest.reference import ReferenceAttention, ReferenceKernels
+from pilotfish.tools.selftest.subject import Subject, ignore, release
+
+GROUP = "logits"
+UNIT = "of the logits' deviation"
+CHUNKS = ((0, 37), (37, 64), (64, 69), (69, 70), (70, 79), (79, 80))
+"""Positions of the spans that a prompt is computed in: prefill, verification, decoding."""
+TOKENS = CHUNKS[-1][1]
+
+BOUNDS = {torch.float32: 1e-4, torch.float16: 0.015, torch.bfloat16: 0.12}
+"""For two layers."""
+MOST, FP8_BOUND = 0.4, 0.5
+WHY = (
+    "the same weights, so what differs is the rounding of what passes through the layers: about 15 steps of the dtype "
+    "for two layers, more with the root of their number, but no more than 0.4; a wrong kernel, mask or position is off "
+    "by about 1"
+)
+FP8_WHY = (
+    "both round activations to fp8, in steps of 1/16 to 1/8, but what is near the edge of a step on one side may fall "
+    "to the other; a wrong kernel, mask or scale is off by about 1"
+)
+
+
+def checks(subject: Subject) -> Iterator[Check]:
+    for kind in small.KINDS:
+        yield _check(
+            f"small {kind} model",
+            subject,
+            FP8_WHY if subject.config.quantization == "fp8" else WHY,
+            lambda kind=kind: _small(subject, kind),  # type: ignore[misc]
+        )
+    if subject.job.own_model:
+        why = FP8_WHY if _in_fp8(subject) else WHY
+        yield _check(subject.config.model, subject, why, lambda: _own(subject))
+
+
+def _check(name: str, subject: Subject, why: str, run: Callable[[], Finding]) -> Check:
+    return Check(
+        group=GROUP,
+        name=name,
+        compares=f"logits of {TOKENS} tokens on {subject.device} in {subject.dtype_name}, in chunks, with the CPU's",
+        unit=UNIT,
+        why=why,
+        run=torch.inference_mode()(run),
+    )
+
+
+def _small(subject: Subject, kind: str) -> Finding:
+    folder = subject.small(kind)
+    platform = subject.platform
+    if platform.needs.head_dim != 64:  # the user's model's: the small ones have 64, and may compute elsewhere
+        platform = None  # type: ignore[assignment]
+    config = subject.small_config(folder)
+    model, platform, files = load_model(str(folder), platform, config, TOKENS, ignore)
+    found = chunked(model, model.config, platform)
+    fp8 = config.quantization == "fp8"
+    wanted = reference(files, model.config, platform.dtype, torch.float64, tokens(model.config), fp8)
+    return _gap(found, wanted, _bound(model.config, platform, fp8))
+
+
+def _own(subject: Subject) -> Finding:
+    shape, config = subject.shape, subject.config
+    if config.load_format == "dummy":
+        raise Skip("load_format is 'dummy', whose weights are other ones on each device")
+    if config.tensor_parallel_size > 1:
+        raise Skip("the model is divided: see the group 'parallel'")
+    parameters = sum(torch.Size(size).numel() for size in expected_shapes(shape).values())
+    wanted_memory = 4 * parameters + (4 << 30)
+    if (free := free_memory(torch.device("cpu"))) < wanted_memory:
+        raise Skip(
+            f"the reference takes {wanted_memory / 2**30:.0f} GiB of host memory, and {free / 2**30:.0f} are free"
+        )
+    model, platform, files = load_model(config.model, subject.platform, config, TOKENS, ignore)
+    found = chunked(model, shape, platform).cpu()
+    del model
+    release()
+    fp8 = _in_fp8(subject)
+    wanted = reference(files, shape, platform.dtype, torch.float32, tokens(shape), fp8)
+    return _gap(found, wanted, _bound(shape, platform, fp8))
+
+
+def _in_fp8(subject: Subject) -> bool:
+    return computes_in_fp8(subject.config, subject.shape, subject.platform.needs.capability)
+
+
+def tokens(shape: ModelConfig) -> list[int]:
+    generator = torch.Generator().manual_seed(11)
+    ids: list[int] = torch.randint(shape.vocab_size, (TOKENS,), generator=generator).tolist()
+    return ids
+
+
+def chunked(model: Any, shape: ModelConfig, platform: Platform) -> torch.Tensor:
+    """Logits of all tokens, (TOKENS, vocab_size), chunk by chunk, blocks in no order."""
+    size = platform.block_size
+    count = -(-TOKENS // size)
+    caches = kv_cache.allocate(shape, platform.attention, count + 2, size, platform.cache_dtype, platform.device)
+    runner = ModelRunner(model, caches, size, platform.device)
+    blocks = torch.randperm(count + 2, generator=torch.Generator().manual_seed(3)).tolist()[:count]
+    ids = tokens(shape)
+    parts = [runner.run([Span(ids[a:b], a, blocks, logit_rows=b - a)]).clone() for a, b in CHUNKS]
+    synchronize(platform.device)
+    return torch.cat(parts)
+
+
+def reference(
+    files: ModelFiles, shape: ModelConfig, rounded: torch.dtype, dtype: torch.dtype, ids: list[int], fp8: bool
+) -> torch.Tensor:
+    """Logits, (tokens, vocab_size) in `dtype` on the CPU, of the model with its weights rounded to `rounded`.
+
+    fp8: the layers' matrices, and what they are multiplied by, are rounded to fp8.
+    """
+    cpu, count = torch.device("cpu"), len(ids)
+    kernels: Kernels[Any] = ReferenceKernels(dtype)
+    attention: AttentionBackend = ReferenceAttention()
+    weights = iter_weights(files, shape, rounded)
+    if fp8:
+        weights = quantized(weights, shape.fp8.unquantized if shape.fp8 else (), cpu)
+    elif shape.fp8 is not None:
+        weights = dequantized(weights, rounded)
+    model = model_class(shape.architecture)(shape, kernels, attention, weights, count, cpu)
+    size = -(-count // 16) * 16
+    runner = ModelRunner(model, kv_cache.allocate(shape, attention, 1, size, dtype, cpu), size, cpu)
+    return runner.run([Span(ids, 0, [0], logit_rows=count)])
+
+
+def _bound(shape: ModelConfig, platform: Platform, fp8: bool) -> float:
+    return FP8_BOUND if fp8 else min(MOST, BOUNDS[platform.dtype] * sqrt(max(2, shape.num_layers) / 2))
+
+
+def gaps(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Of each row, (rows,) float64: the root mean square of the logits' differences, in standard deviations of all."""
+    wanted = wanted.cpu().double()
+    return (found.cpu().double() - wanted).square().mean(1).sqrt() / wanted.std()
+
+
+def _gap(found: torch.Tensor, wanted: torch.Tensor, bound: float) -> Finding:
+    errors = gaps(found, wanted)
+    same = float((found.cpu().argmax(1) == wanted.argmax(1)).double().mean())
+    detail = f"largest at token {int(errors.argmax())}; the likeliest token is the same for {same:.0%}"
+    return Finding(measured=float(errors.max()), bound=bound, detail=detail)

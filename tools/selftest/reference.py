@@ -1,0 +1,177 @@
+"""The arithmetic that everything else is held against: plain formulas in float64 (or float32) on the CPU, of the
+kernels, the attention, the noise and the truncation. Slow, and by nobody's library but for sums and exponentials."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pilotfish.engine.kernels.fp8 import FP8, LARGEST
+from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceLinear:
+    weight: torch.Tensor  # (out_features, in_features)
+    bias: torch.Tensor | None
+    fp8: bool = False
+    """Its inputs are rounded to fp8, row by row."""
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+
+class ReferenceKernels:
+    """See `engine.kernels.protocol`; everything is computed in `dtype`. Weights in fp8 or int8 are what they stand
+    for; what is multiplied by the former is rounded to fp8, as `engine.kernels.fp8` defines it."""
+
+    name = "reference"
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        self.dtype = dtype
+
+    def prepare_linear(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
+    ) -> ReferenceLinear:
+        wide = weight.to(self.dtype)
+        if scale is not None:
+            wide = wide * scale.to(self.dtype)
+        return ReferenceLinear(wide, None if bias is None else bias.to(self.dtype), weight.dtype == FP8)
+
+    def linear(self, x: torch.Tensor, weight: ReferenceLinear, residual: torch.Tensor | None = None) -> torch.Tensor:
+        x = x.to(self.dtype)
+        if weight.fp8:
+            # In float32, as it is defined: a number at the edge of a step must fall to the same side.
+            scale = x.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
+            x = (x.float() / scale).clamp(-LARGEST, LARGEST).to(FP8).to(self.dtype) * scale.to(self.dtype)
+        y = x @ weight.weight.T
+        if weight.bias is not None:
+            y = y + weight.bias
+        return y if residual is None else y + residual.to(self.dtype)
+
+    def embed(self, ids: torch.Tensor, weight: ReferenceLinear) -> torch.Tensor:
+        return weight.weight[ids]
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.to(self.dtype)
+        return wide / torch.sqrt((wide * wide).mean(-1, keepdim=True) + eps) * weight.to(self.dtype)
+
+    def rotate_(self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> None:
+        half = x.shape[-1] // 2
+        angles = cos_sin[positions].to(self.dtype)
+        cosine, sine = angles[:, None, :half], angles[:, None, half:]
+        first, second = x[..., :half].clone(), x[..., half:].clone()
+        x[..., :half] = first * cosine - second * sine
+        x[..., half:] = second * cosine + first * sine
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.to(self.dtype).chunk(2, dim=-1)
+        return gate / (1 + torch.exp(-gate)) * up
+
+    def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.to(self.dtype).chunk(2, dim=-1)
+        inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+        return 0.5 * gate * (1 + torch.tanh(inner)) * up
+
+
+class ReferenceAttention:
+    """See `engine.layers.attention.backend`; query by query, as the definition says."""
+
+    name = "reference"
+    block_size = 16
+    capturable = False
+
+    def allocate(
+        self,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> LayerCache:
+        shape = (num_blocks, block_size, kv_heads, head_dim)
+        return LayerCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, batch: AttentionBatch) -> None:
+        """Keys and values alone."""
+        keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
+        keys[batch.slots], values[batch.slots] = key.to(keys.dtype), value.to(values.dtype)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: LayerCache,
+        batch: AttentionBatch,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        self.write(key, value, cache, batch)
+        keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
+        rows, heads, head_dim = query.shape
+        group = heads // cache.keys.shape[2]
+        out = torch.empty(rows, heads, head_dim, dtype=query.dtype)
+        row = 0
+        for table, length, context in zip(batch.block_tables, batch.query_lens, batch.contexts, strict=True):
+            for position in range(context - length, context):
+                first = 0 if window is None else max(0, position + 1 - window)
+                place = torch.arange(first, position + 1)
+                slots = table[place // batch.block_size].long() * batch.block_size + place % batch.block_size
+                seen = keys[slots].repeat_interleave(group, dim=1)  # (keys, heads, head_dim)
+                scores = torch.einsum("hd,khd->hk", query[row], seen.to(query.dtype)) * scale
+                if softcap:
+                    scores = softcap * torch.tanh(scores / softcap)
+                weights = torch.exp(scores - scores.amax(1, keepdim=True))
+                weights = weights / weights.sum(1, keepdim=True)
+                out[row] = torch.einsum(
+                    "hk,khd->hd", weights, values[slots].repeat_interleave(group, dim=1).to(query.dtype)
+                )
+                row += 1
+        return out.flatten(1)
+
+
+def bits31(keys: Seq[int], tokens: np.ndarray) -> np.ndarray:
+    """The noise's 31 random bits for each (key, token), as `engine.sampling.noise` documents them: triple32 in unsigned
+    words, the row's low half mixed in before the first multiplication and the high half before the second.
+
+    tokens: (count,) ids -> (keys, count) uint32.
+    """
+    low = np.array([key & 0xFFFFFFFF for key in keys], dtype=np.uint32)[:, None]
+    high = np.array([key >> 32 for key in keys], dtype=np.uint32)[:, None]
+    z = tokens.astype(np.uint32)[None, :] ^ low
+    z = z * np.uint32(0xED5AD4BB)
+    z ^= z >> np.uint32(11)
+    z = (z + high) * np.uint32(0xAC4C1B51)
+    z ^= z >> np.uint32(15)
+    z *= np.uint32(0x31848BAB)
+    # The last step is an arithmetic shift: a set sign bit fills the upper 14 bits and clears itself.
+    signed = z.view(np.int32)
+    return (signed ^ (signed >> np.int32(14))).view(np.uint32)
+
+
+def log_exponential(bits: np.ndarray) -> np.ndarray:
+    """log E of 31 random bits: the uniform number rounded to float32 as the noise has it, whose last bits decide what E
+    is where it is large; logarithms in float64."""
+    factor = np.float32((2.0**-31) * (1 - 2.0**-24))
+    uniform = bits.astype(np.float32) * factor + np.float32(2.0**-32)
+    return np.log(-np.log1p(-uniform.astype(np.float64)))
+
+
+def cumulative(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of a row of logits, (vocab,): token ids from the likeliest, lower ids first among equals; and the share of the
+    probability that the tokens before each of them have."""
+    order = np.argsort(-scaled, kind="stable")
+    mass = np.exp(scaled[order].astype(np.float64))
+    return order, (np.cumsum(mass) - mass) / mass.sum()

@@ -1,0 +1,277 @@
+"""How fast this machine is where it matters: its memory, passes of one row and of five, the way to the device and
+back."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+import torch
+
+from pilotfish.checkpoints.catalog import resolve
+from pilotfish.engine.build import Engine, build
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.device import on_device
+from pilotfish.engine.execution.batch import Span
+from pilotfish.engine.llm import LLM
+from pilotfish.engine.memory.free import free_memory
+from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.weights import read_config
+from pilotfish.tools.planner.devices import DEVICES, Device
+from pilotfish.tools.planner.models import PlannedModel
+from pilotfish.tools.selftest import small
+from pilotfish.tools.selftest.check import Check, Finding, Skip
+from pilotfish.tools.selftest.subject import Subject, ignore, release
+
+GROUP = "speed"
+COPY_SHARE = 0.75
+"""Of the data sheet's bandwidth, that a large copy must reach."""
+PASS_SHARE = 0.8
+"""Of the same, that a pass of one row must."""
+VERIFIED, VERIFY_COST = 5, 1.1
+CONTEXT = 512
+EIGHT_B_MEMORY = 20 << 30
+"""Bytes that must be free for Llama-3.1-8B in 16 bits and a little cache."""
+
+_NAMES = {
+    r"B200\b": "b200",
+    r"\bH200\b": "h200",
+    r"\bH100 80GB HBM3\b": "h100",
+    r"\bA100-SXM4-80GB\b": "a100",
+    r"\bL40S\b": "l40s",
+    r"\bL4\b": "l4",
+    r"\bRTX 4090$": "rtx4090",
+}
+"""Names as the driver gives them. Cards of like names and other memory (H100 PCIe, A100 40GB) are not among them."""
+
+
+COPY_WHY = "a large copy should come near the data sheet: below 75 % of it a card is throttled, shared, or another one"
+PASS_WHY = (
+    "what a decoding step waits for is its weights: 80 % of the data sheet's bandwidth is what the project asks for"
+)
+VERIFY_WHY = (
+    "the weights are read once, for five rows as for one; the rest of a pass grows a little: 1.1 is what the project "
+    "asks for"
+)
+
+
+def checks(subject: Subject) -> Iterator[Check]:
+    machine = _Machine(subject)
+    yield _check(
+        "memory, copy",
+        "bytes read and written by a large copy, with the card's data sheet",
+        "GB/s",
+        COPY_WHY,
+        machine.copy,
+    )
+    yield _check("host to device", "a small copy to the device, until it is there", "us", "", machine.to_device)
+    yield _check("device to host", "a number of the device, until the host has it", "us", "", machine.to_host)
+    for name, model in _models(subject):
+        what = f"bytes of weights and cache that a pass over one row at {CONTEXT} tokens reads, with the data sheet"
+        yield _check(f"decode pass, {name}", what, "GB/s", PASS_WHY, _bandwidth(model))
+        what = f"a pass over {VERIFIED} rows of a sequence, in passes over one"
+        yield _check(f"verify {VERIFIED} tokens, {name}", what, "times", VERIFY_WHY, _verify(model))
+        what = "a step with one sequence: plan, pass, sampling, commit"
+        yield _check(f"step, {name}", what, "ms", "", _step(model))
+
+
+def peaks(name: str) -> Device | None:
+    """The data sheet of the card of that name, if it is one that the planner knows."""
+    return next((DEVICES[known] for pattern, known in _NAMES.items() if re.search(pattern, name)), None)
+
+
+def _check(name: str, compares: str, unit: str, why: str, run: Callable[[], Finding]) -> Check:
+    return Check(group=GROUP, name=name, compares=compares, unit=unit, why=why, run=torch.inference_mode()(run))
+
+
+class _Machine:
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.device = subject, subject.device
+
+    def copy(self) -> Finding:
+        size = min(1 << 30 if self.device.type == "cuda" else 256 << 20, free_memory(self.device) // 4)
+        source = torch.ones(size // 4, device=self.device)
+        target = torch.empty_like(source)
+        seconds = _median(self.subject, lambda: target.copy_(source), 5 if self.subject.quick else 20)
+        return _reached(self.subject, 2 * source.nbytes / seconds, COPY_SHARE)
+
+    def to_device(self) -> Finding:
+        self._only_on_gpus()
+        values = torch.arange(64)
+        seconds = _median(self.subject, lambda: on_device(values, self.device), 100)
+        large = torch.ones(16 << 20).pin_memory()
+        rate = large.nbytes / _median(self.subject, lambda: large.to(self.device, non_blocking=True), 5)
+        return Finding(measured=1e6 * seconds, detail=f"large copies out of pinned memory: {rate / 1e9:.1f} GB/s")
+
+    def to_host(self) -> Finding:
+        self._only_on_gpus()
+        number = torch.ones(1, device=self.device)
+        return Finding(measured=1e6 * _median(self.subject, number.item, 100))
+
+    def _only_on_gpus(self) -> None:
+        if self.device.type == "cpu":
+            raise Skip("the CPU is the host")
+
+
+@dataclass
+class _Model:
+    """A model to be timed, loaded when the first asks for it."""
+
+    subject: Subject
+    config: EngineConfig
+    judged: bool
+    """Its figures have bounds."""
+
+    @cached_property
+    def shape(self) -> ModelConfig:
+        return read_config(resolve(self.config.model, weights=False))
+
+    @cached_property
+    def engine(self) -> Engine:
+        return build(self.config, ignore)
+
+    @cached_property
+    def blocks(self) -> list[int]:
+        count = -(-(CONTEXT + VERIFIED) // self.engine.info.block_size)
+        found = self.engine.pool.allocate(count)
+        if found is None:
+            raise Skip(f"the KV cache has no room for {CONTEXT} tokens: raise kv_cache_memory")
+        return found
+
+    def close(self) -> None:
+        for name in ("engine", "blocks"):
+            self.__dict__.pop(name, None)
+        release()
+
+    @property
+    def planned(self) -> PlannedModel:
+        info, fp8 = self.engine.info, self.subject.platform.cache_dtype == torch.float8_e4m3fn
+        unquantized = (
+            (self.shape.fp8.unquantized if self.shape.fp8 else ()) if self.config.quantization == "fp8" else None
+        )
+        return PlannedModel(
+            name=info.model,
+            shape=self.shape,
+            dtype=info.dtype,
+            kv_dtype="fp8" if fp8 else info.dtype,
+            fp8_except=unquantized,
+        )
+
+    def pass_over(self, rows: int) -> Callable[[], object]:
+        span = Span([1] * rows, CONTEXT, self.blocks, logit_rows=rows)
+        return lambda: self.engine.runner.run([span])
+
+    def fill(self) -> None:
+        self.engine.runner.run([Span([1] * CONTEXT, 0, self.blocks)])
+
+
+def _models(subject: Subject) -> Iterator[tuple[str, _Model]]:
+    cuda = subject.device.type == "cuda"
+    if not cuda:
+        config = subject.small_config(subject.small("llama"), drafter=(), speculation="none")
+        yield "small model", _Model(subject, config, judged=False)
+    elif not subject.quick:
+        folder = small.write_llama_8b(Path(subject.job.directory))
+        config = subject.small_config(
+            folder, load_format="dummy", drafter=(), speculation="none", kv_cache_memory=1 << 30, dtype="bfloat16"
+        )
+        yield "Llama-3.1-8B shape", _Model(subject, config, judged=True)
+    if subject.job.own_model:
+        config = msgspec.structs.replace(subject.config, adaptive_drafts=False, speculation="none", drafter=("ngram",))
+        yield subject.config.model, _Model(subject, config, judged=False)
+
+
+def _check_room(model: _Model) -> None:
+    if model.judged and "engine" not in model.__dict__:
+        free = free_memory(model.subject.device)
+        if free < EIGHT_B_MEMORY:
+            raise Skip(f"it takes {EIGHT_B_MEMORY >> 30} GiB of the GPU's memory, and {free / 2**30:.1f} are free")
+    if model.config.tensor_parallel_size > 1:
+        raise Skip("the model is divided: its ranks' passes are not timed by themselves")
+
+
+def _bandwidth(model: _Model) -> Callable[[], Finding]:
+    def run() -> Finding:
+        _check_room(model)
+        model.fill()
+        seconds = _median(model.subject, model.pass_over(1), 10 if model.subject.quick else 30)
+        read = sum(matrix.bytes for matrix in model.planned.matrices())
+        read += round(model.planned.seen(CONTEXT)) * model.planned.kv_bytes_per_token()
+        found = _reached(model.subject, read / seconds, PASS_SHARE if model.judged else None)
+        return _with_detail(found, f"{1e3 * seconds:.2f} ms for {read / 1e9:.2f} GB")
+
+    return run
+
+
+def _verify(model: _Model) -> Callable[[], Finding]:
+    def run() -> Finding:
+        _check_room(model)
+        model.fill()
+        one, five = model.pass_over(1), model.pass_over(VERIFIED)
+        seconds = [(_seconds(model.subject, one), _seconds(model.subject, five)) for _ in range(33)][3:]
+        ratio = statistics.median(more / less for less, more in seconds)
+        slow, fast = (1e3 * statistics.median(column) for column in reversed(list(zip(*seconds, strict=True))))
+        bound = VERIFY_COST if model.judged else None
+        return Finding(measured=ratio, bound=bound, detail=f"{slow:.2f} ms against {fast:.2f}")
+
+    return run
+
+
+def _step(model: _Model) -> Callable[[], Finding]:
+    def run() -> Finding:
+        _check_room(model)
+        model.close()  # its memory is wanted
+        tokens = 24 if model.subject.quick else 64
+        times: list[float] = []
+        with LLM(model.config) as llm:
+            params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+            for request in llm.requests([[1] * 64], params):
+                llm.core.add(request)
+            while llm.core.has_work():
+                begin = time.perf_counter()
+                stats = llm.core.step().stats
+                if not stats.prompt_tokens:
+                    times.append(time.perf_counter() - begin)
+        release()
+        return Finding(measured=1e3 * statistics.median(times), detail=f"{1 / statistics.median(times):.1f} tokens/s")
+
+    return run
+
+
+def _reached(subject: Subject, rate: float, share: float | None) -> Finding:
+    """A rate of bytes per second, beside what the card's data sheet says."""
+    card = _card(subject)
+    if card is None:
+        return Finding(measured=rate / 1e9)
+    detail = f"{rate / card.bandwidth:.0%} of {card.bandwidth / 1e9:.0f} ({card.source})"
+    bound = None if share is None else share * card.bandwidth / 1e9
+    return Finding(measured=rate / 1e9, bound=bound, at_least=True, detail=detail)
+
+
+def _card(subject: Subject) -> Device | None:
+    return peaks(torch.cuda.get_device_name(subject.device)) if subject.device.type == "cuda" else None
+
+
+def _with_detail(found: Finding, more: str) -> Finding:
+    detail = f"{more}; {found.detail}" if found.detail else more
+    return Finding(measured=found.measured, bound=found.bound, at_least=found.at_least, detail=detail)
+
+
+def _median(subject: Subject, action: Callable[[], object], times: int) -> float:
+    """Seconds of an action until the device is done with it; the first three do not count."""
+    return statistics.median([_seconds(subject, action) for _ in range(times + 3)][3:])
+
+
+def _seconds(subject: Subject, action: Callable[[], object]) -> float:
+    subject.wait()
+    begin = time.perf_counter()
+    action()
+    subject.wait()
+    return time.perf_counter() - begin

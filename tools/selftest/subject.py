@@ -1,0 +1,130 @@
+"""Subject: what is tested, on which machine, by which settings; what the checks of all groups share."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+import torch
+
+from pilotfish.checkpoints.catalog import resolve
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.device import synchronize
+from pilotfish.engine.execution.loader import Platform, choose_platform, computes_in_fp8
+from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.models.layout import check_divides
+from pilotfish.engine.weights import read_config
+from pilotfish.errors import ConfigError
+from pilotfish.tools.selftest import small
+from pilotfish.tools.selftest.run import Job
+
+
+@dataclass(frozen=True)
+class Subject:
+    job: Job
+
+    @property
+    def config(self) -> EngineConfig:
+        return self.job.config
+
+    @property
+    def quick(self) -> bool:
+        return self.job.quick
+
+    @cached_property
+    def shape(self) -> ModelConfig:
+        """Of the user's model, or of the small one that stands in for it."""
+        name = self.config.model if self.job.own_model else str(self.small("llama", dtype="float32"))
+        return read_config(resolve(name, weights=False))
+
+    @cached_property
+    def platform(self) -> Platform:
+        """Where and how the model will compute. Raises ConfigError where the settings do not go with the machine."""
+        return choose_platform(self._config_of_platform, self.shape)
+
+    @property
+    def _config_of_platform(self) -> EngineConfig:
+        if self.job.own_model or self.config.dtype != "auto" or not torch.cuda.is_available():
+            return self.config
+        return msgspec.structs.replace(self.config, dtype="bfloat16") if self.config.device != "cpu" else self.config
+
+    def check(self) -> None:
+        """Raise ConfigError where these settings cannot work on this machine, before anything is checked."""
+        config, platform = self.config, self.platform
+        ranks, nodes = config.tensor_parallel_size, config.nnodes
+        if nodes > 1:
+            raise ConfigError(f"nnodes is {nodes}, but the self-test checks one host at a time: run it on each")
+        if self.job.own_model:
+            fp8 = computes_in_fp8(config, self.shape, platform.needs.capability)
+            check_divides(self.shape, ranks, fp8, model=config.model)
+        if platform.device.type == "cuda" and ranks > (there := torch.cuda.device_count()):
+            raise ConfigError(f"tensor_parallel_size is {ranks}, but torch sees {there} GPUs here")
+
+    @property
+    def device(self) -> torch.device:
+        return self.platform.device
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.platform.dtype).removeprefix("torch.")
+
+    def small(self, kind: str, seed: int = 0, ranks: int = 1, dtype: str = "") -> Path:
+        """The folder of a small model, in the platform's dtype unless another is named."""
+        return small.write(Path(self.job.directory), kind, dtype=dtype or self.dtype_name, ranks=ranks, seed=seed)
+
+    def small_config(self, model: Path, **settings: object) -> EngineConfig:
+        """The user's settings for a small model: device, dtype, kernels, attention and what else is not its size."""
+        config = msgspec.structs.replace(
+            self.config,
+            model=str(model),
+            dtype=self.dtype_name,
+            load_format="auto",
+            drafter=("ngram",),
+            speculation="auto",
+            adaptive_drafts=False,
+            prefix_caching=False,
+            verification="coupled",
+            max_model_len=0,
+            max_num_seqs=8,
+            max_batch_tokens=128,
+            kv_cache_memory=64 << 20,
+            tensor_parallel_size=1,
+            draft_tensor_parallel_size=1,
+            seed=0,
+        )
+        return msgspec.structs.replace(config, **settings)
+
+    def random(self, *shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Normal numbers, rounded to `dtype`, on the CPU: the same on every machine."""
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+    def tokens(self, count: int, vocab_size: int, seed: int) -> list[int]:
+        """Random token ids in which parts repeat, so that lookups have something to find."""
+        generator = torch.Generator().manual_seed(seed)
+        part = torch.randint(1, vocab_size, (max(1, count // 3),), generator=generator).tolist()
+        return (part * 4)[:count]
+
+    def wait(self) -> None:
+        synchronize(self.device)
+
+
+def release() -> None:
+    """Give back the GPU memory of models that nobody has any more: what torch keeps does not count as free."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def ignore(what: str, share: float) -> None:
+    """A progress that nobody watches."""
+
+
+def prompts_of(subject: Subject, count: int, vocab_size: int, own: bool) -> list[Sequence[int]]:
+    """Prompts for texts: the user's model's own, where there are any; else random ones."""
+    if own and subject.job.prompts:
+        return list(subject.job.prompts[:count])
+    return [subject.tokens(24 + 7 * i, vocab_size, seed=100 + i) for i in range(count)]

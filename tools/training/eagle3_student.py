@@ -1,0 +1,138 @@
+"""An EAGLE-3 draft that learns from a target: where it starts, what it loses, how it is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pilotfish.engine.models.config import Eagle3Config, ModelConfig
+from pilotfish.tools.training.batches import Batch
+from pilotfish.tools.training.eagle3 import Eagle3Draft
+from pilotfish.tools.training.losses import Objective, draft_loss
+from pilotfish.tools.training.quantize import quantize_rows
+from pilotfish.tools.training.student import Tally, Teacher
+
+STEP_WEIGHT = 0.8
+"""A drafted token's loss weighs so much less than that of the one before it, as it is reached less often (EAGLE-3)."""
+
+
+class Eagle3Student(nn.Module):
+    def __init__(self, config: Eagle3Config, teacher: Teacher, max_position: int, steps: int) -> None:
+        super().__init__()
+        self.config, self.teacher, self.steps = config, teacher, steps
+        self.draft = Eagle3Draft(config, teacher.embedding, max_position)
+
+    @torch.no_grad()
+    def start_from(self, target: Mapping[str, torch.Tensor], target_config: ModelConfig) -> None:
+        """Begin as the target's last layer, which reads the last of the fused features and no token: from there the
+        draft has only to learn what one token more changes. `target`: its tensors, under Hugging Face's names."""
+        draft, decoder = self.draft, self.config.decoder
+        hidden, layers = decoder.hidden_size, len(self.config.feature_layers)
+        draft.fc.mul_(0.1)
+        draft.fc[:, (layers - 1) * hidden :] += torch.eye(hidden)
+        prefix = f"model.layers.{target_config.num_layers - 1}."
+        if (decoder.num_heads, decoder.head_dim) == (target_config.num_heads, target_config.head_dim):
+            group = decoder.num_kv_heads // target_config.num_kv_heads
+            for name in ("q_proj", "k_proj", "v_proj"):
+                weight = target[f"{prefix}self_attn.{name}.weight"]
+                if name != "q_proj" and group > 1:  # as many heads as the draft has, each its group's
+                    heads = weight.view(target_config.num_kv_heads, decoder.head_dim, hidden)
+                    weight = heads.repeat_interleave(group, dim=0).flatten(0, 1)
+                own: torch.Tensor = getattr(draft, name)
+                own[:, :hidden] *= 0.3
+                own[:, hidden:] = weight
+            draft.o_proj.copy_(target[f"{prefix}self_attn.o_proj.weight"])
+        gate, up, down = (target[f"{prefix}mlp.{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj"))
+        if decoder.intermediate_size <= len(gate):  # the units that can say the most, if not all
+            kept = (up.norm(dim=1) * down.norm(dim=0)).topk(decoder.intermediate_size).indices.sort().values
+            draft.gate_proj.copy_(gate[kept])
+            draft.up_proj.copy_(up[kept])
+            draft.down_proj.copy_(down[:, kept])
+        if not target_config.sandwich_norms:
+            draft.hidden_norm.copy_(target[f"{prefix}input_layernorm.weight"])
+            draft.post_attention_layernorm.copy_(target[f"{prefix}post_attention_layernorm.weight"])
+        draft.norm.copy_(self.teacher.norm)
+        draft.lm_head.copy_(self.teacher.head)
+
+    def loss(self, batch: Batch, objective: Objective) -> torch.Tensor:
+        rows = _anchors(batch, self.steps)
+        total = batch.features.new_zeros(())
+        weights = 0.0
+        for step, hidden in enumerate(self.draft.unroll(batch.features, batch.tokens, self.steps)):
+            places = rows + step + 1
+            target = self.teacher.distribution(batch.final.flatten(0, 1)[places], batch.normalizer.flatten()[places])
+            logits = self.draft.logits(hidden.flatten(0, 1)[rows]).float()
+            weight = STEP_WEIGHT**step
+            total = total + weight * draft_loss(logits, target, objective)[0]
+            weights += weight
+        return total / weights
+
+    @torch.no_grad()
+    def tally(self, batch: Batch, tally: Tally) -> None:
+        rows = _anchors(batch, self.steps)
+        correct = []
+        for step, hidden in enumerate(self.draft.unroll(batch.features, batch.tokens, self.steps)):
+            drafted = self.teacher.target_ids[self.draft.logits(hidden.flatten(0, 1)[rows]).argmax(1)]
+            # Reads the text's own tokens, which a chain that is still alive has drafted, where the text is greedy.
+            correct.append(drafted == batch.likeliest.flatten()[rows + step + 1])
+        tally.add(torch.stack(correct))
+
+    def export(self, folder: Path, trained: dict[str, Any]) -> None:
+        """The public SafeAILab layout, matrices as int8 with a scale a row (see `engine.weights.eagle3`)."""
+        decoder, draft = self.config.decoder, self.draft
+        folder.mkdir(parents=True, exist_ok=True)
+        layer = "midlayer."
+        matrices = {
+            "fc": draft.fc,
+            **{f"{layer}self_attn.{name}": getattr(draft, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+            **{f"{layer}mlp.{name}": getattr(draft, name) for name in ("gate_proj", "up_proj", "down_proj")},
+            "lm_head": draft.lm_head,
+        }
+        norms = {
+            f"{layer}{name}": getattr(draft, name)
+            for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+        } | {"norm": draft.norm}
+        tensors = {f"{name}.weight": weight.detach().half() for name, weight in norms.items()}
+        for name, weight in matrices.items():
+            tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = quantize_rows(weight.detach())
+        ids = self.teacher.target_ids
+        tensors["d2t"] = (ids - torch.arange(len(ids))).int()
+        save_file(tensors, str(folder / "model.safetensors"))
+        config = {
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "model_type": "llama",
+            "vocab_size": decoder.vocab_size,
+            "draft_vocab_size": self.config.draft_vocab_size,
+            "hidden_size": decoder.hidden_size,
+            "target_hidden_size": self.config.target_hidden_size,
+            "intermediate_size": decoder.intermediate_size,
+            "num_hidden_layers": 1,
+            "num_attention_heads": decoder.num_heads,
+            "num_key_value_heads": decoder.num_kv_heads,
+            "head_dim": decoder.head_dim,
+            "max_position_embeddings": decoder.max_position,
+            "rms_norm_eps": decoder.rms_norm_eps,
+            "rope_theta": decoder.rope.theta,
+            "tie_word_embeddings": False,
+            "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(self.config.feature_layers)},
+            "trained": trained,
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _anchors(batch: Batch, steps: int) -> torch.Tensor:
+    """Rows, of the flattened batch, whose whole chain predicts tokens of the answer: (anchors,) int64."""
+    # Anchor a's step j predicts what follows place a + j + 1.
+    length = batch.tokens.shape[1]
+    good = torch.ones_like(batch.answers)
+    for step in range(1, steps + 1):
+        shifted = torch.zeros_like(good)
+        shifted[:, : max(0, length - step)] = batch.answers[:, step:]
+        good &= shifted
+    return good.flatten().nonzero().squeeze(1)

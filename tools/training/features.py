@@ -1,0 +1,149 @@
+"""What a draft learns from: the target's hidden states of its training text, and how sure it was of each next token.
+
+One pass of the target over the text, by the engine's own runner, so that a draft is trained on the very numbers that it
+will be given. Kept on disk beside the text, shard by shard, since training goes over them several times.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pilotfish.engine.build import Engine
+from pilotfish.engine.execution.batch import Span
+from pilotfish.engine.models.features import FeatureTap
+from pilotfish.tools.training.text import Conversation, TextStore
+
+PASS_ROWS = 256
+"""Token rows of a pass of the target."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A conversation with what the target made of it."""
+
+    tokens: torch.Tensor  # (length,) int64
+    prompt_len: int
+    features: torch.Tensor  # (length, layers * hidden_size) bfloat16: FeatureTap's, of the draft's layers
+    final: torch.Tensor  # (length, hidden_size) bfloat16: after the last layer, before the final norm
+    normalizer: torch.Tensor  # (length,) float32: log of the sum of exp(logits), over the whole vocabulary
+    likeliest: torch.Tensor  # (length,) int64: the token that the target finds likeliest to follow
+
+
+class FeatureStore:
+    """A folder of shards, numbered as the text's."""
+
+    def __init__(self, folder: Path, layers: tuple[int, ...]) -> None:
+        self.folder = folder / "-".join(map(str, layers))
+        self.layers = layers
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def shards(self) -> int:
+        count = 0
+        while self._path(count).is_file():
+            count += 1
+        return count
+
+    def write(self, shard: int, lessons: list[Lesson]) -> None:
+        tensors = {
+            "lengths": torch.tensor([len(each.tokens) for each in lessons], dtype=torch.int32),
+            "prompt_lens": torch.tensor([each.prompt_len for each in lessons], dtype=torch.int32),
+            "tokens": torch.cat([each.tokens for each in lessons]).int(),
+            "features": torch.cat([each.features for each in lessons]),
+            "final": torch.cat([each.final for each in lessons]),
+            "normalizer": torch.cat([each.normalizer for each in lessons]),
+            "likeliest": torch.cat([each.likeliest for each in lessons]).int(),
+        }
+        partial = self._path(shard).with_suffix(".partial")
+        save_file(tensors, str(partial))
+        os.replace(partial, self._path(shard))
+
+    def read(self, shard: int) -> list[Lesson]:
+        tensors = load_file(str(self._path(shard)))
+        lengths = tensors["lengths"].tolist()
+        parts = {
+            name: tensors[name].split(lengths) for name in ("tokens", "features", "final", "normalizer", "likeliest")
+        }
+        return [
+            Lesson(
+                tokens=parts["tokens"][i].long(),
+                prompt_len=prompt_len,
+                features=parts["features"][i],
+                final=parts["final"][i],
+                normalizer=parts["normalizer"][i],
+                likeliest=parts["likeliest"][i].long(),
+            )
+            for i, prompt_len in enumerate(tensors["prompt_lens"].tolist())
+        ]
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"{shard:05}.safetensors"
+
+
+def write_features(
+    engine: Engine, text: TextStore, store: FeatureStore, progress: Callable[[int, int], object]
+) -> None:
+    """Add the shards that the text has and the features lack. `progress` is told how many of how many are there."""
+    for shard in range(store.shards, text.shards):
+        lessons = [lesson for batch in _batches(text.read(shard)) for lesson in _run(engine, batch, store.layers)]
+        store.write(shard, lessons)
+        progress(shard + 1, text.shards)
+
+
+def _batches(conversations: list[Conversation]) -> Iterator[list[Conversation]]:
+    """Conversations of at most PASS_ROWS tokens together; a longer one is cut."""
+    batch: list[Conversation] = []
+    rows = 0
+    for conversation in conversations:
+        tokens = conversation.tokens[:PASS_ROWS]
+        if len(tokens) <= conversation.prompt_len:
+            continue  # nothing is left of the answer
+        if rows + len(tokens) > PASS_ROWS:
+            yield batch
+            batch, rows = [], 0
+        batch.append(Conversation(tokens, conversation.prompt_len))
+        rows += len(tokens)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def _run(engine: Engine, batch: list[Conversation], layers: tuple[int, ...]) -> list[Lesson]:
+    last = engine.runner.model.config.num_layers
+    tap = FeatureTap(layers if last in layers else (*layers, last))
+    tables = [engine.pool.allocate(-(-len(each.tokens) // engine.info.block_size)) or [] for each in batch]
+    lengths = [len(each.tokens) for each in batch]
+    try:
+        logits = engine.runner.run(
+            [
+                Span(each.tokens, 0, table, logit_rows=len(each.tokens))
+                for each, table in zip(batch, tables, strict=True)
+            ],
+            tap,
+        )
+    finally:
+        for table in tables:
+            engine.pool.release(table)
+    assert tap.features is not None
+    hidden = tap.features.shape[1] // len(tap.layers)
+    normalizers = torch.cat([torch.logsumexp(part.float(), dim=1) for part in logits.split(64)]).split(lengths)
+    likeliest = logits.argmax(1).split(lengths)
+    taken = tap.features.to(torch.bfloat16).split(lengths)
+    place = tap.layers.index(last)
+    return [
+        Lesson(
+            tokens=torch.tensor(each.tokens),
+            prompt_len=each.prompt_len,
+            features=taken[i][:, : len(layers) * hidden].contiguous(),
+            final=taken[i][:, place * hidden : (place + 1) * hidden].contiguous(),
+            normalizer=normalizers[i].clone(),
+            likeliest=likeliest[i].clone(),
+        )
+        for i, each in enumerate(batch)
+    ]

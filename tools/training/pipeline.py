@@ -1,0 +1,256 @@
+"""From a target's name to a trained draft: write text, take features, train, export. Each goes on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pilotfish.checkpoints.catalog import ModelFiles
+from pilotfish.engine.build import build
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.execution.loader import thread_count
+from pilotfish.engine.llm import LLM
+from pilotfish.engine.models.config import Eagle3Config, ModelConfig, RopeConfig
+from pilotfish.engine.weights import iter_weights, read_config
+from pilotfish.errors import ConfigError
+from pilotfish.tools.training.eagle3_student import Eagle3Student
+from pilotfish.tools.training.features import PASS_ROWS, FeatureStore, write_features
+from pilotfish.tools.training.llama_student import LlamaStudent
+from pilotfish.tools.training.loop import LoopSettings, Progress, train
+from pilotfish.tools.training.losses import Objective
+from pilotfish.tools.training.student import Teacher
+from pilotfish.tools.training.text import TextStore
+from pilotfish.tools.training.vocabulary import frequent_tokens
+from pilotfish.tools.training.write import Frame, WriteSettings, answer_prompts, write_text
+
+Kind = Literal["eagle3", "draft-model"]
+_OF_THE_TEXT = ("target", "tokens", "turn_tokens", "answer_tokens", "seed")
+_OF_THE_LENGTH = ("steps", "epochs")
+"""What may be raised after a run: it goes on from its end then, at the learning rate of the longer run."""
+TextProgress = Callable[[int], object]
+FeatureProgress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    kind: Kind = "eagle3"
+    tokens: int = 1_000_000
+    """Of training text."""
+    turn_tokens: int = 64
+    answer_tokens: int = 192
+    steps: int = 0
+    """Optimizer steps; 0: as many as go over the text `epochs` times."""
+    epochs: float = 3.0
+    batch_tokens: int = 2048
+    learning_rate: float = 1e-3
+    objective: Objective = "lk"
+    unroll: int = 3
+    """Drafted tokens that training looks ahead."""
+    draft_vocab_size: int = 8192
+    """eagle3: the target's most frequent tokens that the draft can say."""
+    feature_layers: tuple[int, ...] = ()
+    """eagle3: the target's layers whose inputs it reads; empty: a third, two thirds, and all of the way through."""
+    hidden_size: int = 0
+    """draft-model: 0 is the target's."""
+    num_layers: int = 2
+    """draft-model."""
+    intermediate_size: int = 0
+    """0: the target's, or in proportion to hidden_size."""
+    seed: int = 0
+    bfloat16: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Callbacks:
+    text: TextProgress
+    features: FeatureProgress
+    loop: Callable[[Progress], None]
+
+
+def write_stage(
+    config: EngineConfig,
+    frame: Frame,
+    prompts: Sequence[tuple[int, ...]],
+    work: Path,
+    settings: TrainSettings,
+    on_text: TextProgress,
+) -> TextStore:
+    """The training text: answers to `prompts`, the user's own, then conversations that the target makes up."""
+    store = TextStore(work / "text")
+    if store.token_count() >= settings.tokens:
+        on_text(store.token_count())
+        return store
+    writing = WriteSettings(
+        tokens=settings.tokens,
+        turn_tokens=settings.turn_tokens,
+        answer_tokens=settings.answer_tokens,
+        seed=settings.seed,
+    )
+    with LLM(config=config, speculation="none") as llm:
+        answer_prompts(llm, prompts, store, writing, on_text)
+        write_text(llm, frame, store, writing, on_text)
+    return store
+
+
+def train_draft(
+    files: ModelFiles,
+    config: EngineConfig,
+    frame: Frame,
+    prompts: Sequence[tuple[int, ...]],
+    out: Path,
+    work: Path,
+    settings: TrainSettings,
+    callbacks: Callbacks,
+) -> list[dict[str, Any]]:
+    """Train a draft for `config.model` and write it to `out`. Returns the learning curve.
+
+    `work` keeps what the stages make: the text and the target's features, for other drafts of the same target, too, and
+    the run's checkpoint. Raises ConfigError for settings that do not go with the target, or with what is in `work`
+    already.
+    """
+    shape = read_config(files)
+    _check(settings, shape)
+    run = work / out.resolve().name
+    everything = {"target": files.name} | dataclasses.asdict(settings)
+    _pin(work / "text", {name: everything[name] for name in _OF_THE_TEXT} | {"prompts": len(prompts)})
+    _pin(run, {name: value for name, value in everything.items() if name not in _OF_THE_LENGTH})
+    text = write_stage(config, frame, prompts, work, settings, callbacks.text)
+    layers = _feature_layers(settings, shape)
+    store = FeatureStore(work / "features", layers)
+    if store.shards < text.shards:
+        engine = build(
+            EngineConfig(
+                model=config.model, num_threads=config.num_threads, max_batch_tokens=PASS_ROWS, drafter=("ngram",)
+            ),
+            lambda what, share: None,
+        )
+        write_features(engine, text, store, callbacks.features)
+        del engine
+    torch.set_num_threads(thread_count(config))
+    student, share = _student(files, shape, text, layers, settings)
+    seen = sum(len(each.tokens) for each in text)
+    steps = settings.steps or max(1, round(seen * settings.epochs / settings.batch_tokens))
+    loop = LoopSettings(
+        steps=steps,
+        batch_tokens=settings.batch_tokens,
+        learning_rate=settings.learning_rate,
+        objective=settings.objective,
+        evaluate_every=max(10, min(200, steps // 10)),
+        seed=settings.seed,
+        bfloat16=settings.bfloat16,
+    )
+    curve = train(student, store, loop, settings.unroll, run, callbacks.loop)
+    trained = {
+        "target": files.name,
+        "text": "written by the target itself" + (f", and {len(prompts)} prompts of the user's" if prompts else ""),
+        "tokens": seen,
+        "draft_vocabulary_covers": round(share, 4),
+        "settings": dataclasses.asdict(settings) | {"steps": steps},
+        "held_out": curve,
+    }
+    student.export(out, trained)
+    return curve
+
+
+def _check(settings: TrainSettings, shape: ModelConfig) -> None:
+    if settings.unroll < 1:
+        raise ConfigError(f"unroll is {settings.unroll}, but must be at least 1")
+    if settings.draft_vocab_size < 1:
+        raise ConfigError(f"draft_vocab_size is {settings.draft_vocab_size}, but must be at least 1")
+    layers = settings.feature_layers
+    if layers and (len(layers) != 3 or not all(0 <= layer <= shape.num_layers for layer in layers)):
+        raise ConfigError(
+            f"feature_layers is {', '.join(map(str, layers))}, but must be three numbers from 0 to {shape.num_layers}"
+        )
+    if settings.hidden_size % shape.head_dim:
+        raise ConfigError(
+            f"hidden_size is {settings.hidden_size}, but must be a multiple of the target's head_dim, {shape.head_dim}"
+        )
+
+
+def _pin(folder: Path, settings: dict[str, Any]) -> None:
+    """Settings that change what is in a folder may not change while it is added to. Raises ConfigError."""
+    path = folder / "settings.json"
+    wanted = json.loads(json.dumps(settings))
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name, value in wanted.items() if known.get(name) != value]
+        if changed:
+            name = changed[0]
+            raise ConfigError(
+                f"{folder} holds a run with {name} {known.get(name)!r}, not {wanted[name]!r}: "
+                "go on with the same settings, or name another folder"
+            )
+    else:
+        path.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+
+
+def _feature_layers(settings: TrainSettings, shape: ModelConfig) -> tuple[int, ...]:
+    if settings.kind != "eagle3":
+        return ()
+    return settings.feature_layers or (shape.num_layers // 3, 2 * shape.num_layers // 3, shape.num_layers)
+
+
+def _student(
+    files: ModelFiles, shape: ModelConfig, text: TextStore, layers: tuple[int, ...], settings: TrainSettings
+) -> tuple[Eagle3Student | LlamaStudent, float]:
+    """The draft at its start, and the share of the text that it has words for."""
+    count = settings.draft_vocab_size if settings.kind == "eagle3" else shape.vocab_size
+    ids, share = frequent_tokens(text, shape.vocab_size, count, shape.eos_token_ids)
+    weights = dict(iter_weights(files, shape, torch.float32))
+    embedding = weights["model.embed_tokens.weight"]
+    norm = weights["model.norm.weight"]
+    teacher = Teacher(
+        embedding=embedding,
+        head=weights.get("lm_head.weight", embedding)[ids].clone(),
+        norm=1.0 + norm if shape.sandwich_norms else norm,
+        eps=shape.rms_norm_eps,
+        target_ids=ids,
+    )
+    torch.manual_seed(settings.seed)
+    longest = settings.turn_tokens + settings.answer_tokens + PASS_ROWS
+    student: Eagle3Student | LlamaStudent
+    if settings.kind == "eagle3":
+        decoder = _decoder(shape, shape.hidden_size, 1, settings.intermediate_size, shape.num_heads)
+        draft = Eagle3Config(
+            decoder=decoder,
+            draft_vocab_size=len(ids),
+            target_hidden_size=shape.hidden_size,
+            feature_layers=layers,
+        )
+        student = Eagle3Student(draft, teacher, longest, settings.unroll)
+    else:
+        hidden = settings.hidden_size or shape.hidden_size
+        decoder = _decoder(shape, hidden, settings.num_layers, settings.intermediate_size, None)
+        student = LlamaStudent(decoder, teacher, longest, settings.unroll)
+    student.start_from(weights, shape)
+    return student, share
+
+
+def _decoder(shape: ModelConfig, hidden: int, layers: int, inner: int, kv_heads: int | None) -> ModelConfig:
+    """A plain Llama in the target's measure: `kv_heads` None is the target's, or as many as there are heads."""
+    heads = shape.num_heads if hidden == shape.hidden_size else max(1, hidden // shape.head_dim)
+    if kv_heads is None:
+        kv_heads = shape.num_kv_heads if heads % shape.num_kv_heads == 0 else heads
+    return ModelConfig(
+        architecture="llama",
+        vocab_size=shape.vocab_size,
+        hidden_size=hidden,
+        intermediate_size=inner or shape.intermediate_size * hidden // shape.hidden_size // 16 * 16,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=shape.head_dim,
+        max_position=shape.max_position,
+        rms_norm_eps=shape.rms_norm_eps,
+        rope=RopeConfig(theta=shape.rope.theta),
+        tie_embeddings=True,
+        eos_token_ids=shape.eos_token_ids,
+    )

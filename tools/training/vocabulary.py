@@ -1,0 +1,24 @@
+"""The draft's vocabulary: the tokens that the target writes most often. The head over all of them costs most of a
+draft's time where the vocabulary is large and the draft is small (EAGLE-3 and FR-Spec, arXiv 2502.14856, cut it so)."""
+
+from __future__ import annotations
+
+import torch
+
+from pilotfish.tools.training.text import TextStore
+
+
+def frequent_tokens(
+    text: TextStore, vocab_size: int, count: int, always: tuple[int, ...]
+) -> tuple[torch.Tensor, float]:
+    """The `count` tokens that answers have most often, `always` among them: ids, ascending, (count,) int64; and the
+    share of the answers' tokens that they are."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for conversation in text:
+        answer = torch.tensor(conversation.tokens[conversation.prompt_len :], dtype=torch.int64)
+        counts += torch.bincount(answer, minlength=vocab_size)
+    ranked = counts.clone()
+    ranked[list(always)] = torch.iinfo(torch.int64).max
+    # Of tokens that are equally rare, the lower ids: tokenizers number their most frequent merges first.
+    order = torch.argsort(ranked, descending=True, stable=True)[: min(count, vocab_size)]
+    return order.sort().values, float(counts[order].sum() / max(1, int(counts.sum())))
