@@ -230,7 +230,7 @@ def _step(model: _Model) -> Callable[[], Finding]:
         model.close()  # its memory is wanted
         tokens = 24 if model.subject.quick else 64
         times: list[float] = []
-        with LLM(model.config) as llm:
+        with LLM(config=model.config) as llm:
             params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
             for request in llm.requests([[1] * 64], params):
                 llm.core.add(request)
