@@ -48,6 +48,12 @@ def read_header(path: Path) -> Header:
         raise ModelError(f"cannot read {path} as a GGUF file: {error}") from error
 
 
+def eos_token_ids(metadata: dict[str, Any]) -> tuple[int, ...]:
+    """Returns the ids of the tokens that end a text, a turn or a message (Llama 3 has all three)."""
+    ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return tuple(dict.fromkeys(id_ for id_ in ids if id_ is not None))
+
+
 _FORMATS = {
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",

@@ -72,8 +72,7 @@ def convert(source: Path, folder: Path) -> None:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
         return
-    from pilotfish.checkpoints.gguf_header import read_header
-    from pilotfish.engine.weights.gguf import eos_token_ids
+    from pilotfish.checkpoints.gguf_header import eos_token_ids, read_header
 
     tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name, local_files_only=True)
     metadata = read_header(source).metadata

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from pilotfish.checkpoints.catalog import ModelFiles
-from pilotfish.engine.weights.hf_config import eos_token_ids
+from pilotfish.checkpoints.huggingface import eos_token_ids
 from pilotfish.errors import ModelError, ParameterError
 from pilotfish.text.conversion import converted_folder
 

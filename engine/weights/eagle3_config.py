@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pilotfish.checkpoints.huggingface import read_json
 from pilotfish.engine.models.config import Eagle3Config
-from pilotfish.engine.weights.hf_config import layer_config, read_json
+from pilotfish.engine.weights.hf_config import layer_config
 from pilotfish.errors import ModelError
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"

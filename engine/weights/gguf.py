@@ -17,7 +17,7 @@ import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 
-from pilotfish.checkpoints.gguf_header import Header, TensorPlace, read_header
+from pilotfish.checkpoints.gguf_header import Header, TensorPlace, eos_token_ids, read_header
 from pilotfish.engine.models.config import ModelConfig, RopeConfig
 from pilotfish.engine.weights.names import Part, check_names, check_shape, expected_shapes, shape_of, whole
 from pilotfish.errors import ModelError
@@ -97,12 +97,6 @@ def read_config(path: Path) -> ModelConfig:
         dtype=_dtype(header),
         **gemma3,
     )
-
-
-def eos_token_ids(metadata: dict[str, Any]) -> tuple[int, ...]:
-    """Ids of the tokens that end a text, a turn or a message (Llama 3 has all three)."""
-    ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    return tuple(dict.fromkeys(id_ for id_ in ids if id_ is not None))
 
 
 def iter_weights(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pilotfish.checkpoints.huggingface import eos_token_ids, read_json
 from pilotfish.engine.models.config import ModelConfig, RopeConfig
 from pilotfish.engine.weights.hf_quantization import read_fp8
 from pilotfish.errors import ModelError
@@ -75,16 +75,6 @@ def layer_config(folder: Path, path: Path, raw: dict[str, Any]) -> ModelConfig:
         bos_token_id=raw.get("bos_token_id"),
         dtype=_dtype(raw),
     )
-
-
-def eos_token_ids(folder: Path) -> tuple[int, ...]:
-    """Ids of the tokens that end a text: generation_config.json's if it has any, else config.json's, else none."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            ids = read_json(folder / name).get("eos_token_id")
-            if ids is not None:
-                return tuple(ids) if isinstance(ids, list) else (ids,)
-    return ()
 
 
 _DEFAULT_KV_HEADS: dict[str, int | None] = {"llama": None, "mistral": 8, "qwen2": 32, "qwen3": 32}
@@ -164,18 +154,6 @@ _GEMMA3_FIXED: dict[str, Any] = {
     "final_logit_softcapping": None,
     "use_bidirectional_attention": False,
 }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} has {type(value).__name__} at its top, but must have an object")
-    return value
 
 
 def _size(path: Path, raw: dict[str, Any], name: str) -> int:
