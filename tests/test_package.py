@@ -36,7 +36,8 @@ def test_from_the_repositorys_root_nothing_has_a_second_name(room: str) -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_elsewhere_the_rooms_names_are_free(room: str, tmp_path: Path) -> None:
-    assert "ModuleNotFoundError" in python(f"import {room}", tmp_path).stderr
+    program = f"import sys; sys.path = [path for path in sys.path if path != {str(ROOT)!r}]; import {room}"
+    assert "ModuleNotFoundError" in python(program, tmp_path).stderr  # also where PYTHONPATH names the repository
 
 
 def test_what_a_library_user_needs_is_there_and_costs_nothing_until_then(tmp_path: Path) -> None:
