@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pilotfish.checkpoints.catalog import ModelFiles, resolve
 from tests.support.flash_attn_standin import modules
 from tests.support.tiny import make_tiny
+
+# How long an example takes says something about the machine and its other work, not about the code.
+settings.register_profile("pilotfish", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("pilotfish")
 
 
 @pytest.fixture(scope="session")

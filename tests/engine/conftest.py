@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.support.heads import train_head
+from tests.support.native import BOTH
+from tests.support.parity import KernelsName
+from tests.support.tiny import make_tiny
+
+
+@pytest.fixture(scope="module", params=BOTH)
+def kernels(request: pytest.FixtureRequest) -> KernelsName:
+    """The name of a set of kernels: tests run on each that is there."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A draft model for the tiny llama: not that model, and not unlike it: one of its two layers."""
+    return make_tiny("llama", tmp_path_factory.mktemp("draft") / "draft", num_hidden_layers=1)
+
+
+@pytest.fixture(scope="session")
+def head(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An EAGLE-3 head for the tiny llama, trained for a moment: now and then it is right."""
+    return train_head(tiny("llama"), tmp_path_factory.mktemp("head") / "head")
 
 
 @pytest.fixture

@@ -6,63 +6,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import torch
 
-from pilotfish.engine.llm import LLM, Completion
-from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.llm import LLM
 from pilotfish.engine.speculation.control.candidates import Choice, Step
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest, shortened
-from tests.support.heads import train_head
-from tests.support.tiny import make_tiny
-
-GREEDY = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
-SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=32, ignore_eos=True)
-PARAMS = {
-    "greedy": GREEDY,
-    "sampled": SAMPLED,
-    "hot": SamplingParams(temperature=1.0, seed=3, max_tokens=32, ignore_eos=True),
-    "penalties": msgspec.structs.replace(
-        SAMPLED, presence_penalty=0.5, frequency_penalty=0.4, repetition_penalty=1.2, min_tokens=20, ignore_eos=False
-    ),
-    "greedy penalties": msgspec.structs.replace(GREEDY, frequency_penalty=0.7, repetition_penalty=1.1),
-    "bias": msgspec.structs.replace(SAMPLED, logit_bias={5: 4.0, 9: -100.0, 17: 2.5}, top_k=40, min_p=0.01),
-    "stops": msgspec.structs.replace(SAMPLED, stop_token_ids=tuple(range(200, 240)), min_tokens=5, ignore_eos=False),
-}
-
-
-def prompts(count: int) -> list[list[int]]:
-    """Prompts that repeat themselves, so that lookup finds something; of different lengths."""
-    generator = torch.Generator().manual_seed(1)
-    made = []
-    for i in range(count):
-        words = torch.randint(3, 512, (5 + 3 * i,), generator=generator).tolist()
-        made.append((words * 4)[: 12 + 9 * i])
-    return made
-
-
-def portfolio(draft: Path, head: Path | None = None) -> tuple[str, ...]:
-    models = (f"draft-model={draft}",) if head is None else (f"draft-model={draft}", f"eagle3={head}")
-    return ("ngram", "suffix", *models)
-
-
-def texts(completions: list[Completion]) -> list[tuple[list[int], str | None]]:
-    return [(completion.token_ids, completion.finish_reason) for completion in completions]
-
-
-@pytest.fixture(scope="module", params=["native", "torch"])
-def kernels(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not the target, and not unlike it: one layer of its two."""
-    return make_tiny("llama", tmp_path_factory.mktemp("draft") / "draft", num_hidden_layers=1)
-
-
-@pytest.fixture(scope="module")
-def head(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_head(tiny("llama"), tmp_path_factory.mktemp("head") / "head")
+from tests.support.texts import GREEDY, PARAMS, SAMPLED, portfolio, prompts, texts
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(EVENTS, st.integers(2, 30), st.integers(1, 6), st.integers(0, 20), st.booleans())
 def test_everything_ends_once_and_nothing_leaks(events, num_blocks, max_num_seqs, extra, prefix_caching) -> None:
     world = World(num_blocks, max_num_seqs, max_num_seqs + extra, prefix_caching)

@@ -92,7 +92,7 @@ def test_steps_that_cannot_be_compared_do_not_count(metrics: Metrics, changed: d
         assert Read(metrics)(f"decode_{name}_total") == 0
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(drafts=st.lists(st.tuples(st.sampled_from(DRAFTERS), st.integers(0, 24), st.integers(0, 24)), max_size=12))
 def test_positions_add_up_to_what_was_drafted_and_accepted(drafts: list[tuple[str, int, int]]) -> None:
     metrics = Metrics()

@@ -11,18 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.kernels.fp8 import fp8_linear, prepare_fp8, quantize_rows
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers.attention.backend import AttentionBackend
-from pilotfish.engine.layers.attention.flash import Flash2Attention, Flash4Attention
 from pilotfish.engine.layers.attention.torch import TorchAttention
 from pilotfish.engine.layers.communicator import ALONE, Communicator
 from pilotfish.engine.memory import kv_cache
@@ -32,58 +30,10 @@ from pilotfish.engine.models.registry import model_class
 from pilotfish.engine.weights.hf_config import read_config
 from pilotfish.engine.weights.names import shape_of
 from pilotfish.engine.weights.quantization import quantized
+from tests.support.fake_cuda import BACKENDS, CUDA
 from tests.support.tiny import KINDS
 
-CUDA = torch.device("cuda", 0)
-
-
-def getitem(tensor: torch.Tensor, index: Any) -> torch.Tensor:
-    """tensor[index]. torch's own asks for CUDA's device guard first, which a build without CUDA has not; so do some
-    other methods."""
-    dim = 0
-    for part in index if isinstance(index, tuple) else (index,):
-        match part:
-            case slice(start=start, stop=stop, step=None):
-                tensor = torch.ops.aten.slice.Tensor(tensor, dim, start, stop)
-            case int():
-                tensor, dim = torch.ops.aten.select.int(tensor, dim, part), dim - 1
-            case None:
-                tensor = tensor.unsqueeze(dim)
-            case torch.Tensor():
-                assert part.dtype == torch.int64, "a boolean mask waits for the device, another dtype is copied first"
-                tensor = torch.ops.aten.index.Tensor(tensor, [None] * dim + [part])
-            case _:
-                raise NotImplementedError(part)
-        dim += 1
-    return tensor
-
-
-@pytest.fixture(autouse=True)
-def _fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    methods = {
-        "__getitem__": getitem,
-        "__setitem__": lambda tensor, index, value: getitem(tensor, index).copy_(value),
-        "copy_": lambda tensor, source: torch.ops.aten.copy_.default(tensor, source),
-        "contiguous": lambda tensor: (
-            tensor if tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
-        ),
-        "pin_memory": lambda tensor: tensor,
-    }
-    for name, method in methods.items():
-        monkeypatch.setattr(FakeTensor, name, method, raising=False)
-    with FakeTensorMode():
-        yield
-
-
-def on_cuda(query, *_, **__):
-    return query.new_empty(query.shape)
-
-
-BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
-    "torch": TorchAttention,
-    "flash2": lambda: Flash2Attention(on_cuda, on_cuda),
-    "flash4": lambda: Flash4Attention(lambda *args, **kwargs: (on_cuda(*args), None), split=True),
-}
+pytestmark = pytest.mark.usefixtures("fake_cuda")
 
 
 class Others:

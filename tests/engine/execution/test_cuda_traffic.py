@@ -36,8 +36,10 @@ from pilotfish.engine.speculation.drafters.drafter import Draft, DraftRequest
 from pilotfish.engine.speculation.drafters.eagle3 import Eagle3Drafter
 from pilotfish.engine.verification.coupled import CoupledVerifier, RejectionVerifier
 from pilotfish.engine.weights.hf_config import read_config
-from tests.engine.execution.test_cuda_by_fake_tensors import BACKENDS, CUDA, _fake  # noqa: F401
+from tests.support.fake_cuda import BACKENDS, CUDA, on_cuda
 from tests.support.tiny import KINDS
+
+pytestmark = pytest.mark.usefixtures("fake_cuda")
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=100)
 MIXED = (
@@ -112,14 +114,6 @@ class Recording(EagerGraphs):
             self.replayed += 1
 
         return replay
-
-
-@pytest.fixture(autouse=True)
-def _copies(_fake, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    def copy(tensor, source, non_blocking=False):
-        return torch.ops.aten.copy_.default(tensor, source, non_blocking)
-
-    monkeypatch.setattr(FakeTensor, "copy_", copy, raising=False)
 
 
 @pytest.fixture(scope="session")
@@ -197,7 +191,6 @@ def test_what_cannot_be_captured_is_noticed(shapes):
             torch.empty(3).to(CUDA)
             return super().attend(query, key, value, cache, batch, *rest)
 
-    on_cuda = lambda query, *_, **__: query.new_empty(query.shape)  # noqa: E731
     with pytest.raises(AssertionError, match="captured pass"):
         make_runner(shapes["llama"], Looks(on_cuda, on_cuda)).capture("target", plan(Recording(), (1,)))
 

@@ -22,9 +22,7 @@ from pilotfish.engine.layers.communicator import Alone
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.process.messages import StepStats
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest
-from tests.engine.test_same_text import GREEDY, PARAMS, SAMPLED, portfolio, prompts, texts
-from tests.support.heads import train_head
-from tests.support.tiny import make_tiny
+from tests.support.texts import GREEDY, PARAMS, SAMPLED, portfolio, prompts, texts
 
 
 class Poisoned(EagerGraphs):
@@ -51,16 +49,6 @@ class Poisoned(EagerGraphs):
                 hidden.fill_(1e3)
 
         return replay
-
-
-@pytest.fixture(scope="module")
-def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny("llama", tmp_path_factory.mktemp("draft") / "draft", num_hidden_layers=1)
-
-
-@pytest.fixture(scope="module")
-def head(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_head(tiny("llama"), tmp_path_factory.mktemp("head") / "head")
 
 
 @pytest.fixture

@@ -285,7 +285,7 @@ def test_a_file_that_becomes_shorter_is_named(tmp_path: Path, monkeypatch: pytes
 # Reading ahead
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     sizes=st.lists(st.integers(0, 10), max_size=20),
     limit=st.integers(0, 25),

@@ -21,8 +21,7 @@ from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.process import main as process
 from pilotfish.engine.process.messages import Abort, FromEngine, Outputs, Shutdown, StepStats, Submit, ToEngine
 from pilotfish.engine.request import Delta, EngineInfo, Request
-from tests.engine.test_same_text import GREEDY, PARAMS, portfolio, prompts, texts
-from tests.support.heads import train_head
+from tests.support.texts import GREEDY, PARAMS, portfolio, prompts, texts
 
 
 class Device:
@@ -59,11 +58,6 @@ class Waits:
         if name in ("verify", "seconds"):
             self._device.arrive()
         return getattr(self._subject, name)
-
-
-@pytest.fixture(scope="module")
-def head(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_head(tiny("llama"), tmp_path_factory.mktemp("head") / "head")
 
 
 @pytest.fixture(scope="module")

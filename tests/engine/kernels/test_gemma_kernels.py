@@ -4,22 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pilotfish.engine.kernels.native import NativeKernels, load_library
 from pilotfish.engine.kernels.torch import TorchKernels
-
-if load_library() is None:
-    pytest.skip("the native kernels were not built here", allow_module_level=True)
 
 SIZES = (640, 2048)
 """Gemma 3 270m's."""
-
-
-@pytest.fixture(params=range(NativeKernels().level + 1), ids=lambda level: ("default", "avx2", "avx512")[level])
-def kernels(request):
-    kernels = NativeKernels(request.param)
-    assert kernels.set_threads(3) == 3
-    yield kernels
-    kernels.set_threads(1)
 
 
 def random(*shape, seed=0):

@@ -6,25 +6,12 @@ import pytest
 import torch
 
 from pilotfish.engine.execution.batch import Span, flatten
-from pilotfish.engine.kernels.native import NativeKernels, load_library
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers.attention.native import NativeAttention
 from pilotfish.engine.layers.attention.torch import TorchAttention
 from pilotfish.tools.training.quantize import quantize_rows
 
-if load_library() is None:
-    pytest.skip("the native kernels were not built here", allow_module_level=True)
-
-LEVELS = range(NativeKernels().level + 1)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(params=LEVELS, ids=lambda level: ("default", "avx2", "avx512")[level])
-def kernels(request):
-    kernels = NativeKernels(request.param)
-    assert kernels.set_threads(3) == 3  # more than there are cores here: chunks are done out of order
-    yield kernels
-    kernels.set_threads(1)
 
 
 def random(*shape, seed=0):

@@ -99,7 +99,7 @@ def attend(backend, block_size, batch, cache_dtype=None):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(batch=batches())
 def test_equals_torchs_attention(name, batch):
     make, block_size = BACKENDS[name]
@@ -111,7 +111,7 @@ def test_equals_torchs_attention(name, batch):
     torch.testing.assert_close(found.float(), wanted.float(), rtol=0, atol=tolerance)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(batch=batches())
 def test_an_fp8_cache_is_read_as_torch_reads_it(batch):
     found = attend(flash4(B200), 128, batch | {"dtype": torch.bfloat16}, torch.float8_e4m3fn)

@@ -233,7 +233,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 PoolMachine.TestCase.settings = settings(
-    max_examples=400, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=400, stateful_step_count=40, suppress_health_check=list(HealthCheck)
 )
 TestPoolAgainstModel = PoolMachine.TestCase
 

@@ -30,7 +30,6 @@ from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.loader import load_model
 from pilotfish.engine.execution.runner import ModelRunner
-from pilotfish.engine.kernels.native import load_library
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.memory import kv_cache
 from pilotfish.engine.models.config import ModelConfig, RopeConfig
@@ -52,13 +51,6 @@ PUBLISHED: dict[str, Any] = {
     "query_pre_attn_scalar": 32,
     "rope_parameters": None,
 }
-
-
-@pytest.fixture(params=["native", "torch"])
-def kernels(request: pytest.FixtureRequest) -> KernelsName:
-    if request.param == "native" and load_library() is None:
-        pytest.skip("the native kernels were not built here (no C compiler)")
-    return request.param
 
 
 def config_of(path: Path) -> ModelConfig:

@@ -16,20 +16,12 @@ from transformers import PreTrainedModel
 
 from pilotfish.checkpoints.catalog import ModelFiles
 from pilotfish.engine.execution.batch import Span
-from pilotfish.engine.kernels.native import load_library
 from tests.support.parity import BLOCKS, OTHERS, KernelsName, in_pieces, logits_of, runner_of
 from tests.support.tiny import KINDS, build_model
 
 Tiny = Callable[[str], Path]
 
 PROMPT = [1, 300, 12, 77, 450, 3, 200, 201, 202, 12, 77, 9, 501, 88, 411, 5, 17, 230, 64, 333] * 2  # 40 tokens
-
-
-@pytest.fixture(params=["native", "torch"])
-def kernels(request: pytest.FixtureRequest) -> KernelsName:
-    if request.param == "native" and load_library() is None:
-        pytest.skip("the native kernels were not built here (no C compiler)")
-    return request.param
 
 
 WHOLE, CHUNKED, DECODED = (40,), (7, 8, 24, 25, 40), tuple(range(30, 41))

@@ -116,7 +116,7 @@ def test_the_race_is_won_as_often_as_the_weights_say() -> None:
 
 
 @given(st.lists(st.integers(-MAX_SEED - 1, MAX_SEED), min_size=1, max_size=9), st.integers(0, 10**6), st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_noise_depends_on_seed_place_and_token_alone(seeds: list[int], place: int, data: st.DataObject) -> None:
     vocab = data.draw(st.sampled_from([3, 257, 5000]))
     keys = [row_key(seed, place) for seed in seeds]
@@ -232,7 +232,7 @@ def span_of(case: dict[str, Any]) -> LogitSpan:
 
 
 @given(CASES, st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_process_does_what_the_reference_does_at_every_drafted_row(case: dict[str, Any], data: st.DataObject) -> None:
     span = span_of(case)
     raw = data.draw(st.lists(LOGITS, min_size=span.rows, max_size=span.rows))
@@ -253,7 +253,7 @@ def test_process_does_what_the_reference_does_at_every_drafted_row(case: dict[st
 
 
 @given(CASES, st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_rows_of_a_drafted_span_equal_those_of_one_token_at_a_time(case: dict[str, Any], data: st.DataObject) -> None:
     span = span_of(case)
     logits = torch.randn(span.rows, VOCAB, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))) * 3
@@ -270,7 +270,7 @@ def test_rows_of_a_drafted_span_equal_those_of_one_token_at_a_time(case: dict[st
 
 
 @given(st.lists(CASES, min_size=2, max_size=5), st.sampled_from([VOCAB, 64, 1001, 5000]), st.integers(0, 999))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_row_is_the_same_alone_and_in_a_batch(cases: list[dict[str, Any]], vocab: int, seed: int) -> None:
     spans = [span_of(case) for case in cases]
     rows = sum(span.rows for span in spans)
@@ -298,7 +298,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(cases: list[dict[str, Any]], voc
     st.sampled_from([0.0, 0.001, 0.2]),
     st.booleans(),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_truncation_without_sorting_all_keeps_what_sorting_all_keeps(
     scale: float, seed: int, top_p: float, top_k: int, min_p: float, equals: bool
 ) -> None:

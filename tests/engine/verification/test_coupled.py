@@ -117,7 +117,7 @@ def any_draft(data: st.DataObject, text: list[int], done: int) -> Draft:
 
 
 @given(st.lists(SEQUENCES, min_size=1, max_size=3), st.booleans(), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_coupled_text_is_the_same_with_any_draft_and_batch(
     cases: list[dict[str, Any]], lazy: bool, data: st.DataObject
 ) -> None:
@@ -132,7 +132,7 @@ def test_coupled_text_is_the_same_with_any_draft_and_batch(
 
 
 @given(st.lists(SEQUENCES, min_size=1, max_size=3), st.booleans(), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rejection_is_greedy_exact_and_reproducible(
     cases: list[dict[str, Any]], lazy: bool, data: st.DataObject
 ) -> None:
@@ -152,7 +152,7 @@ def test_rejection_is_greedy_exact_and_reproducible(
 
 
 @given(st.lists(SEQUENCES, min_size=1, max_size=3), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_rejection_without_a_look_judges_as_with_one(cases: list[dict[str, Any]], data: st.DataObject) -> None:
     """What a GPU does, here on the CPU."""
     looking, blind = RejectionVerifier(EOS), RejectionVerifier(EOS, on_device=True)

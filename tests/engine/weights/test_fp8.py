@@ -32,7 +32,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 5), size=st.sampled_from([1, 16, 48]), seed=st.integers(0, 99), exponent=st.floats(-30.0, 30.0)
 )

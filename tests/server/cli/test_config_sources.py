@@ -186,7 +186,7 @@ def values(draw: st.DrawFn) -> dict[str, Any]:
     return drawn
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(given_values=values())
 @example(given_values={"model": "\x85"})  # what YAML, but few others, takes for the end of a line
 @example(given_values={"model": "a\u2028b\nc"})

@@ -22,7 +22,7 @@ import torch
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.execution.batch import HostBatch
 from pilotfish.engine.execution.graphs import EagerGraphs, _Layout
-from pilotfish.engine.kernels.native import NativeKernels, load_library
+from pilotfish.engine.kernels.native import NativeKernels
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers import decoder
 from pilotfish.engine.layers.attention.native import NativeAttention
@@ -43,10 +43,10 @@ from pilotfish.tools.selftest.groups import run_group
 from pilotfish.tools.selftest.precision import Worst, units
 from pilotfish.tools.selftest.run import GROUPS, Job, run_groups
 from tests.support.broken_verifier import GullibleVerifier
+from tests.support.native import needs_native
 from tests.support.paths import ROOT
 
-if load_library() is None:
-    pytest.skip("the native kernels were not built here", allow_module_level=True)
+pytestmark = needs_native
 
 QUICK = ["selftest", "--quick", "--num-threads", "1"]
 

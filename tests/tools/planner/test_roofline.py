@@ -21,7 +21,7 @@ from pilotfish.tools.planner.setup import Setup
 from pilotfish.tools.planner.speculation import acceptance_for, expected_tokens
 
 SetupOf = Callable[..., Setup]
-FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60)
 IMPROVED = ("bandwidth", "link_bandwidth", "bandwidth_share", "flops_share", "link_share")
 WORSENED = ("link_latency", "kernel_seconds", "step_seconds", "sequence_seconds")
 
