@@ -72,16 +72,8 @@ def load_library() -> ctypes.CDLL | None:
 
 @dataclass(frozen=True, slots=True)
 class NativeLinear:
-    packed: torch.Tensor  # (panels, in_features, panel) float32, see pilotfish_pack
-    bias: torch.Tensor | None
-    in_features: int
-    out_features: int
-
-
-@dataclass(frozen=True, slots=True)
-class NativeInt8Linear:
-    packed: torch.Tensor  # (panels, in_features, panel) int8, as NativeLinear's
-    scale: torch.Tensor  # (out_features,) float32
+    packed: torch.Tensor  # (panels, in_features, panel), see pilotfish_pack: float32, or int8 where there is a scale
+    scale: torch.Tensor | None  # (out_features,) float32
     bias: torch.Tensor | None
     in_features: int
     out_features: int
@@ -111,60 +103,41 @@ class NativeKernels:
 
     def prepare_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
-    ) -> NativeLinear | NativeInt8Linear:
+    ) -> NativeLinear:
+        library = self._library
         if weight.dtype == torch.int8 and scale is not None:
-            return self._prepare_int8(weight, bias, scale)
-        weight = _checked(weight).contiguous()
+            pack, scale = library.pilotfish_pack_int8, _checked(scale).flatten()
+        else:
+            weight, pack, scale = _checked(weight), library.pilotfish_pack, None
+        weight = weight.contiguous()
         out_features, in_features = weight.shape
-        packed = self._arena.zeros((-(-out_features // self._panel), in_features, self._panel), torch.float32)
-        self._library.pilotfish_pack(weight.data_ptr(), packed.data_ptr(), out_features, in_features)
-        return NativeLinear(packed, None if bias is None else _checked(bias).contiguous(), in_features, out_features)
+        packed = self._arena.zeros((-(-out_features // self._panel), in_features, self._panel), weight.dtype)
+        pack(weight.data_ptr(), packed.data_ptr(), out_features, in_features)
+        bias = None if bias is None else _checked(bias).contiguous()
+        return NativeLinear(packed, scale, bias, in_features, out_features)
 
-    def _prepare_int8(self, weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor) -> NativeInt8Linear:
-        values = weight.contiguous()
-        out_features, in_features = values.shape
-        packed = self._arena.zeros((-(-out_features // self._panel), in_features, self._panel), torch.int8)
-        self._library.pilotfish_pack_int8(values.data_ptr(), packed.data_ptr(), out_features, in_features)
-        scale = _checked(scale).flatten()
-        return NativeInt8Linear(
-            packed, scale, None if bias is None else _checked(bias).contiguous(), in_features, out_features
-        )
-
-    def linear(
-        self, x: torch.Tensor, weight: NativeLinear | NativeInt8Linear, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, weight: NativeLinear, residual: torch.Tensor | None = None) -> torch.Tensor:
         x = x.contiguous()
-        rows = x.shape[0]
-        out = torch.empty(rows, weight.out_features)
-        if isinstance(weight, NativeInt8Linear):
-            self._library.pilotfish_linear_int8(
-                self.level,
-                x.data_ptr(),
-                weight.packed.data_ptr(),
-                weight.scale.data_ptr(),
-                None if weight.bias is None else weight.bias.data_ptr(),
-                None if residual is None else residual.contiguous().data_ptr(),
-                out.data_ptr(),
-                rows,
-                weight.out_features,
-                weight.in_features,
-            )
-            return out
-        self._library.pilotfish_linear(
+        residual = None if residual is None else residual.contiguous()
+        out = torch.empty(len(x), weight.out_features)
+        scale = () if weight.scale is None else (address(weight.scale),)
+        function = self._library.pilotfish_linear_int8 if scale else self._library.pilotfish_linear
+        function(
             self.level,
             x.data_ptr(),
             weight.packed.data_ptr(),
-            None if weight.bias is None else weight.bias.data_ptr(),
-            None if residual is None else residual.contiguous().data_ptr(),
+            *scale,
+            address(weight.bias),
+            address(residual),
             out.data_ptr(),
-            rows,
+            len(x),
             weight.out_features,
             weight.in_features,
         )
         return out
 
-    def embed(self, ids: torch.Tensor, weight: NativeLinear | NativeInt8Linear) -> torch.Tensor:
-        if isinstance(weight, NativeInt8Linear):
+    def embed(self, ids: torch.Tensor, weight: NativeLinear) -> torch.Tensor:
+        if weight.scale is not None:
             raise ValueError("an int8 matrix cannot be embedded from")
         out = torch.empty(len(ids), weight.in_features)
         self._library.pilotfish_unpack_rows(
@@ -196,15 +169,15 @@ class NativeKernels:
         )
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        rows, double = gate_up.shape
-        out = torch.empty(rows, double // 2)
-        self._library.pilotfish_silu_mul(self.level, gate_up.data_ptr(), out.data_ptr(), rows, double // 2)
-        return out
+        return self._gated(self._library.pilotfish_silu_mul, gate_up)
 
     def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._gated(self._library.pilotfish_gelu_mul, gate_up)
+
+    def _gated(self, function: Any, gate_up: torch.Tensor) -> torch.Tensor:
         rows, double = gate_up.shape
         out = torch.empty(rows, double // 2)
-        self._library.pilotfish_gelu_mul(self.level, gate_up.data_ptr(), out.data_ptr(), rows, double // 2)
+        function(self.level, gate_up.data_ptr(), out.data_ptr(), rows, double // 2)
         return out
 
     def write_cache(
@@ -232,10 +205,12 @@ class NativeKernels:
         """Compute with `count` threads from now on, in this process; returns how many the system has given."""
         return int(self._library.pilotfish_set_threads(count))
 
-    def attention_scratch(self, context: int) -> torch.Tensor:
-        """Space for the scores of a tile of queries over `context` keys, for each thread that a call may use."""
+    def attention_scratch(self, context: int, block_size: int) -> tuple[torch.Tensor, int]:
+        """Space for the scores of a tile of queries over `context` keys, in whole blocks, for each thread that a call
+        may use; and how many keys that is."""
+        keys = -(-context // block_size) * block_size
         threads, queries = self._library.pilotfish_threads(), self._library.pilotfish_queries()
-        return torch.empty(threads, queries, context)
+        return torch.empty(threads, queries, keys), keys
 
     def attend(self, arguments: AttentionArguments) -> None:
         self._library.pilotfish_attend(self.level, ctypes.byref(arguments))
@@ -247,6 +222,15 @@ class NativeKernels:
     def decode(self, layers: Any, count: int, step: ctypes.Structure) -> None:
         """See decoder.h; `layers` is the address of the first of `count`."""
         self._library.pilotfish_decode(self.level, layers, count, ctypes.byref(step))
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """What C reads as a pointer to float32 numbers in order; None as a null pointer."""
+    if tensor is None:
+        return None
+    assert tensor.dtype == torch.float32
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
 
 
 def _checked(tensor: torch.Tensor) -> torch.Tensor:

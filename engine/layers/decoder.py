@@ -1,203 +1,169 @@
-"""A decoder's layers in one call into the native kernels (decoder.h), where nothing but them is needed: the CPU in
-float32, a model that is not divided. To the same bits as the operators one by one, which the models spell out."""
+"""What a decoder is: a stack of layers between the token embedding and the final norm, and what each layer is made of.
+
+Two implementations give the same bits: `operator_decoder` computes any layer with `Kernels`, operator by operator;
+`fused_decoder` computes the layers that it knows in one native call. `choose` picks one when a model is loaded.
+"""
 
 from __future__ import annotations
 
-import ctypes
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 
-from pilotfish.engine.kernels.native import NativeInt8Linear, NativeKernels, NativeLinear
 from pilotfish.engine.kernels.protocol import Kernels, PreparedLinear
-from pilotfish.engine.layers.attention.backend import AttentionBackend, AttentionBatch, LayerCache
-from pilotfish.engine.layers.attention.native import NativeAttention
+from pilotfish.engine.layers.attention.backend import AttentionBatch, AttentionParams, LayerCache
 from pilotfish.engine.layers.communicator import Communicator
+
+Gate = Literal["silu", "gelu"]
+"""The activation of a gated MLP: SiLU, or GELU by its tanh approximation."""
+
+
+class Adapter(Protocol):
+    """Changes the results of one layer's linears, as low-rank adapters (LoRA, arXiv 2106.09685) do."""
+
+    def add_(self, name: str, x: torch.Tensor, y: torch.Tensor, batch: AttentionBatch) -> None:
+        """Add to y (rows, out_features), which the linear `name` gave for x (rows, in_features), what the adapter
+        changes. `name` is "qkv", "output", "gate_up" or "down", or what another MLP than `DenseMlp` calls its own.
+
+        Rows without an adapter must keep their bits. Of a linear that is sharded by columns, x is this rank's part and
+        y its summand.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderLayer:
-    """One layer's weights. None: norms that the architecture has not."""
+class Linears:
+    """Applies a layer's linears: kernels, the sum over tensor-parallel ranks, and the layer's adapter if it has one."""
 
-    input_norm: torch.Tensor | None
-    qkv: PreparedLinear  # query, key and value heads in this order
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    output: PreparedLinear
-    attention_post_norm: torch.Tensor | None  # of what attention adds to the hidden states
-    mlp_norm: torch.Tensor
+    kernels: Kernels[Any]
+    comm: Communicator
+    adapter: Adapter | None = None
+    batch: AttentionBatch | None = None  # set where there is an adapter
+
+    def apply(self, name: str, x: torch.Tensor, weight: PreparedLinear) -> torch.Tensor:
+        """(rows, in_features) -> (rows, out_features); on each rank its part of them."""
+        y = self.kernels.linear(x, weight)
+        self._adapt(name, x, y)
+        return y
+
+    def summed(self, name: str, x: torch.Tensor, weight: PreparedLinear, residual: torch.Tensor | None) -> torch.Tensor:
+        """A linear that is sharded by columns, on this rank's part of x: (rows, part of in_features) ->
+        (rows, out_features), a new tensor with the same bits on every rank.
+
+        The residual is added to the sum: in 16 bits a summand as large as it would cost the others their digits.
+        """
+        if self.comm.size == 1 and self.adapter is None:
+            return self.kernels.linear(x, weight, residual=residual)
+        y = self.kernels.linear(x, weight)
+        self._adapt(name, x, y)
+        y = self.comm.all_reduce(y)
+        return y if residual is None else y.add_(residual)
+
+    def _adapt(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        if self.adapter is not None:
+            assert self.batch is not None
+            self.adapter.add_(name, x, y, self.batch)
+
+
+class Mlp(Protocol):
+    """The second half of a layer, between its norm and its residual connection."""
+
+    def forward(self, linears: Linears, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """x (rows, hidden_size), normed, -> (rows, hidden_size), summed over the ranks, plus `residual` if given."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DenseMlp:
+    """A gated MLP (arXiv 2002.05202): down(activation(gate(x)) * up(x))."""
+
     gate_up: PreparedLinear  # gate, then up
     down: PreparedLinear
-    mlp_post_norm: torch.Tensor | None
+    gate: Gate
+
+    def forward(self, linears: Linears, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        gate_up = linears.apply("gate_up", x, self.gate_up)
+        kernels = linears.kernels
+        gated = kernels.silu_mul(gate_up) if self.gate == "silu" else kernels.gelu_mul(gate_up)
+        return linears.summed("down", gated, self.down, residual)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderLayer:
+    """One layer's weights. A norm that the architecture does not have is None."""
+
+    input_norm: torch.Tensor | None  # None: attention reads the `given` of `Decoder.forward`
+    qkv: PreparedLinear  # query, key and value heads in this order
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+    output: PreparedLinear
+    attention_post_norm: torch.Tensor | None = None  # of what attention adds to the hidden states
+    mlp_norm: torch.Tensor
+    mlp: Mlp
+    mlp_post_norm: torch.Tensor | None = None
     cos_sin: torch.Tensor  # (max_positions, head_dim) float32; shared by the layers of a kind
-    window: int | None
+    attention: AttentionParams
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
+    """What all layers of a decoder have in common; heads are those of this rank."""
+
     heads: int
     kv_heads: int
     head_dim: int
-    gate: Literal["silu", "gelu"]
-    attention_scale: float
     eps: float
 
 
 class Tap(Protocol):
-    """Looks at hidden states on their way (`engine.models.features`)."""
+    """Reads hidden states on their way through the layers (`engine.models.features`)."""
 
     @property
     def layers(self) -> Seq[int]: ...
 
     def take(self, layer: int, hidden: torch.Tensor) -> None:
-        """`hidden` is what enters `layer`, one of `layers`."""
+        """`hidden` is what enters `layer`, one of `layers`, and holds until the next layer runs."""
         ...
 
 
-def native_decoder(
-    kernels: Kernels[Any],
-    attention: AttentionBackend,
-    comm: Communicator,
-    layers: Seq[DecoderLayer],
-    shape: LayerShape,
-) -> NativeDecoder | None:
-    """None where the operators are to be called one by one."""
-    if not isinstance(kernels, NativeKernels) or not isinstance(attention, NativeAttention) or comm.size > 1:
-        return None
-    return NativeDecoder(kernels, layers, shape)
+class Decoder(Protocol):
+    @property
+    def layers(self) -> Seq[DecoderLayer]: ...
 
-
-class NativeDecoder:
-    def __init__(self, kernels: NativeKernels, layers: Seq[DecoderLayer], shape: LayerShape) -> None:
-        self._kernels = kernels
-        self._weights = tuple(layers)  # what the addresses below are of
-        self._shape = shape
-        self._layers = (_Layer * len(layers))(*(_layer(weights) for weights in layers))
-        self._caches: list[LayerCache] | None = None
-        size, gated = layers[0].output.out_features, max(weights.down.in_features for weights in layers)
-        self._space = kernels.decoder_space(size, shape.heads, shape.kv_heads, shape.head_dim, gated)
+    @property
+    def shape(self) -> LayerShape: ...
 
     def forward(
         self,
-        hidden: torch.Tensor,
-        positions: torch.Tensor,
+        hidden: torch.Tensor,  # (rows, hidden_size); left as it is
+        positions: torch.Tensor,  # (rows,) int64
         batch: AttentionBatch,
-        caches: list[LayerCache],
+        caches: list[LayerCache],  # one for each layer
         tap: Tap | None = None,
         given: torch.Tensor | None = None,
-    ) -> None:
-        """`hidden`, (rows, hidden_size) contiguous, becomes what leaves the last layer.
+    ) -> torch.Tensor:
+        """Hidden states after the last layer, (rows, hidden_size). The rows' keys and values are in the caches
+        afterwards.
 
-        given: (rows, in_features of qkv) contiguous, what attention reads in the place of the hidden states' norm, for
-        one layer that has no such norm.
+        given: (rows, in_features of qkv) contiguous, what attention reads in layers that have no `input_norm`.
         """
-        self._read(caches)
-        rows, size = hidden.shape
-        shape = self._shape
-        longest = -(-max(batch.contexts) // batch.block_size) * batch.block_size
-        space, scratch = torch.empty(rows, self._space), self._kernels.attention_scratch(longest)
-        step = _Step(
-            hidden=hidden.data_ptr(),
-            input=None if given is None else given.data_ptr(),
-            space=space.data_ptr(),
-            scratch=scratch.data_ptr(),
-            cu_query_lens=batch.cu_query_lens.data_ptr(),
-            context_lens=batch.context_lens.data_ptr(),
-            block_tables=batch.block_tables.data_ptr(),
-            positions=positions.data_ptr(),
-            slots=batch.slots.data_ptr(),
-            rows=rows,
-            size=size,
-            heads=shape.heads,
-            kv_heads=shape.kv_heads,
-            dim=shape.head_dim,
-            spans=len(batch.query_lens),
-            max_blocks=batch.block_tables.shape[1],
-            block_size=batch.block_size,
-            scratch_size=longest,
-            gelu=shape.gate == "gelu",
-            scale=shape.attention_scale,
-            eps=shape.eps,
-        )
-        first, count = 0, len(self._layers)
-        for stop in sorted({count, *(tap.layers if tap else ())}):
-            self._kernels.decode(ctypes.byref(self._layers, first * ctypes.sizeof(_Layer)), stop - first, step)
-            if tap is not None:
-                tap.take(stop, hidden)
-            first = stop
-
-    def _read(self, caches: list[LayerCache]) -> None:
-        """A runner gives the same list at every pass."""
-        if self._caches is caches:
-            return
-        for layer, cache in zip(self._layers, caches, strict=True):
-            layer.keys, layer.values = cache.keys.data_ptr(), cache.values.data_ptr()
-        self._caches = caches
+        ...
 
 
-class _Weight(ctypes.Structure):
-    """`struct weight` of decoder.h; the other structures' names are theirs, too."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("packed", "scale", "bias")),
-        *((name, c_int64) for name in ("columns", "in_features")),
-    )
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("input_norm", "mlp_norm", "q_norm", "k_norm")),
-        *((name, c_void_p) for name in ("attention_post_norm", "mlp_post_norm", "cos_sin", "keys", "values")),
-        *((name, _Weight) for name in ("qkv", "output", "gate_up", "down")),
-        ("window", c_int64),
-    )
-
-
-class _Step(ctypes.Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("hidden", "input", "space", "scratch", "cu_query_lens")),
-        *((name, c_void_p) for name in ("context_lens", "block_tables", "positions", "slots")),
-        *((name, c_int64) for name in ("rows", "size", "heads", "kv_heads", "dim", "spans", "max_blocks")),
-        *((name, c_int64) for name in ("block_size", "scratch_size", "gelu")),
-        *((name, c_float) for name in ("scale", "eps")),
-    )
-
-
-def _layer(weights: DecoderLayer) -> _Layer:
-    return _Layer(
-        input_norm=_address(weights.input_norm),
-        mlp_norm=_address(weights.mlp_norm),
-        q_norm=_address(weights.q_norm),
-        k_norm=_address(weights.k_norm),
-        attention_post_norm=_address(weights.attention_post_norm),
-        mlp_post_norm=_address(weights.mlp_post_norm),
-        cos_sin=_address(weights.cos_sin),
-        qkv=_weight(weights.qkv),
-        output=_weight(weights.output),
-        gate_up=_weight(weights.gate_up),
-        down=_weight(weights.down),
-        window=weights.window or 0,
-    )
-
-
-def _weight(prepared: PreparedLinear) -> _Weight:
-    assert isinstance(prepared, NativeLinear | NativeInt8Linear)
-    scale = prepared.scale if isinstance(prepared, NativeInt8Linear) else None
-    return _Weight(
-        packed=prepared.packed.data_ptr(),
-        scale=_address(scale),
-        bias=_address(prepared.bias),
-        columns=prepared.out_features,
-        in_features=prepared.in_features,
-    )
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    if tensor is None:
-        return None
-    assert tensor.dtype == torch.float32
-    assert tensor.is_contiguous()
-    return tensor.data_ptr()
+def run_sections(
+    run: Callable[[int, int, torch.Tensor], torch.Tensor], count: int, hidden: torch.Tensor, tap: Tap | None
+) -> torch.Tensor:
+    """Run `count` layers by `run(first, stop, hidden)`, in as few sections as the tap allows; returns what leaves the
+    last layer."""
+    if tap is None:
+        return run(0, count, hidden)
+    first = 0
+    for stop in sorted(set(tap.layers)):
+        hidden = run(first, stop, hidden)
+        tap.take(stop, hidden)
+        first = stop
+    return run(first, count, hidden)

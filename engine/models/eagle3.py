@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from pilotfish.engine.kernels.protocol import Kernels, PreparedLinear
-from pilotfish.engine.layers.attention.backend import AttentionBackend, AttentionBatch, LayerCache
+from pilotfish.engine.layers.attention.backend import AttentionBackend, AttentionBatch, AttentionParams, LayerCache
+from pilotfish.engine.layers.choose import choose_decoder
 from pilotfish.engine.layers.communicator import ALONE
-from pilotfish.engine.layers.decoder import DecoderLayer, LayerShape, native_decoder
+from pilotfish.engine.layers.decoder import DecoderLayer, DenseMlp, LayerShape
 from pilotfish.engine.models.config import Eagle3Config
 from pilotfish.engine.models.rope import cos_sin_table
 
@@ -47,10 +48,8 @@ class Eagle3Model:
     ) -> None:
         self.config = config
         self.kernels = kernels
-        self.attention = attention
         decoder = config.decoder
         self.dtype = dtype
-        self.cos_sin = cos_sin_table(decoder.rope, decoder.head_dim, max_positions).to(device)
 
         def tensor(name: str) -> torch.Tensor:
             return weights[name].to(device)
@@ -66,37 +65,24 @@ class Eagle3Model:
         self.fusion = linear("fc")
         self.embedding_norm = tensor("layer.input_layernorm.weight").float()
         self.hidden_norm = tensor("layer.hidden_norm.weight").float()
-        self.qkv = linear("layer.self_attn.q_proj", "layer.self_attn.k_proj", "layer.self_attn.v_proj")
-        self.q_norm = self.k_norm = None
-        if decoder.qk_norm:
-            self.q_norm, self.k_norm = (tensor(f"layer.self_attn.{name}_norm.weight").float() for name in "qk")
-        self.output = linear("layer.self_attn.o_proj")
-        self.mlp_norm = tensor("layer.post_attention_layernorm.weight").float()
-        self.gate_up = linear("layer.mlp.gate_proj", "layer.mlp.up_proj")
-        self.down = linear("layer.mlp.down_proj")
+        q_norm, k_norm = (
+            tensor(f"layer.self_attn.{name}_norm.weight").float() if decoder.qk_norm else None for name in "qk"
+        )
         layer = DecoderLayer(
             input_norm=None,
-            qkv=self.qkv,
-            q_norm=self.q_norm,
-            k_norm=self.k_norm,
-            output=self.output,
-            attention_post_norm=None,
-            mlp_norm=self.mlp_norm,
-            gate_up=self.gate_up,
-            down=self.down,
-            mlp_post_norm=None,
-            cos_sin=self.cos_sin,
-            window=None,
+            qkv=linear("layer.self_attn.q_proj", "layer.self_attn.k_proj", "layer.self_attn.v_proj"),
+            q_norm=q_norm,
+            k_norm=k_norm,
+            output=linear("layer.self_attn.o_proj"),
+            mlp_norm=tensor("layer.post_attention_layernorm.weight").float(),
+            mlp=DenseMlp(
+                linear("layer.mlp.gate_proj", "layer.mlp.up_proj"), linear("layer.mlp.down_proj"), gate="silu"
+            ),
+            cos_sin=cos_sin_table(decoder.rope, decoder.head_dim, max_positions).to(device),
+            attention=AttentionParams(decoder.head_dim**-0.5),
         )
-        shape = LayerShape(
-            heads=decoder.num_heads,
-            kv_heads=decoder.num_kv_heads,
-            head_dim=decoder.head_dim,
-            gate="silu",
-            attention_scale=decoder.head_dim**-0.5,
-            eps=decoder.rms_norm_eps,
-        )
-        self.at_once = native_decoder(kernels, attention, ALONE, [layer], shape)
+        shape = LayerShape(decoder.num_heads, decoder.num_kv_heads, decoder.head_dim, decoder.rms_norm_eps)
+        self.decoder = choose_decoder(kernels, attention, ALONE, [layer], shape)
         self.norm = tensor("norm.weight").float()
         self.embedding = linear("embed_tokens") if "embed_tokens.weight" in weights else shared.embedding
         self.head = linear("lm_head") if "lm_head.weight" in weights else shared.head
@@ -118,31 +104,12 @@ class Eagle3Model:
         cache: LayerCache,
     ) -> torch.Tensor:
         """The layer's output, before the norm: (rows, hidden_size)."""
-        decoder, kernels = self.config.decoder, self.kernels
-        eps = decoder.rms_norm_eps
+        kernels, eps = self.kernels, self.config.decoder.rms_norm_eps
         embedded = kernels.rms_norm(kernels.embed(token_ids, self.embedding), self.embedding_norm, eps)
         normed = kernels.rms_norm(hidden, self.hidden_norm, eps)
-        both = torch.cat((embedded, normed), dim=1)
         residual = normed if self.config.norm_before_residual else hidden
-        if self.at_once is not None:
-            out = residual.clone(memory_format=torch.contiguous_format)
-            self.at_once.forward(out, positions, batch, [cache], given=both)
-            return out
-        heads, kv_heads = decoder.num_heads, decoder.num_kv_heads
-        qkv = kernels.linear(both, self.qkv)
-        qkv = qkv.view(len(hidden), heads + 2 * kv_heads, decoder.head_dim)
-        query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = kernels.rms_norm(query, self.q_norm, eps), kernels.rms_norm(key, self.k_norm, eps)
-            kernels.rotate_(query, positions, self.cos_sin)
-            kernels.rotate_(key, positions, self.cos_sin)
-            value = value.contiguous()
-        else:
-            kernels.rotate_(qkv[:, : heads + kv_heads], positions, self.cos_sin)
-        attended = self.attention.attend(query, key, value, cache, batch, decoder.head_dim**-0.5, None)
-        hidden = kernels.linear(attended, self.output, residual=residual)
-        gate_up = kernels.linear(kernels.rms_norm(hidden, self.mlp_norm, eps), self.gate_up)
-        return kernels.linear(kernels.silu_mul(gate_up), self.down, residual=hidden)
+        both = torch.cat((embedded, normed), dim=1)
+        return self.decoder.forward(residual, positions, batch, [cache], given=both)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(rows, hidden_size) as `forward` returns them -> (rows, draft_vocab_size)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,8 +12,9 @@ from pilotfish.engine.kernels.protocol import Kernels
 from pilotfish.engine.layers.attention.backend import AttentionBackend
 from pilotfish.engine.layers.communicator import ALONE, Communicator
 from pilotfish.engine.models.config import ModelConfig
-from pilotfish.engine.models.gemma3 import Gemma3Model
-from pilotfish.engine.models.llama import LlamaModel
+from pilotfish.engine.models.decoder_model import DecoderFamily, DecoderModel
+from pilotfish.engine.models.gemma3 import GEMMA3
+from pilotfish.engine.models.llama import LLAMA
 from pilotfish.engine.models.model import Model
 from pilotfish.errors import ModelError
 
@@ -36,12 +38,12 @@ class ModelClass(Protocol):
     ) -> Model: ...
 
 
-MODELS: Mapping[str, ModelClass] = {
-    "llama": LlamaModel,
-    "mistral": LlamaModel,
-    "qwen2": LlamaModel,
-    "qwen3": LlamaModel,
-    "gemma3": Gemma3Model,
+MODELS: Mapping[str, DecoderFamily] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma3": GEMMA3,
 }
 
 
@@ -49,4 +51,4 @@ def model_class(architecture: str) -> ModelClass:
     """The class for a ModelConfig's `architecture`. Raises ModelError for one that is not known."""
     if architecture not in MODELS:
         raise ModelError(f"the architecture is {architecture!r}, but the engine has {', '.join(MODELS)}")
-    return MODELS[architecture]
+    return partial(DecoderModel, MODELS[architecture])

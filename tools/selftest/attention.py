@@ -9,7 +9,7 @@ import torch
 
 from pilotfish.engine.execution.batch import Span, flatten
 from pilotfish.engine.kernels.native import NativeKernels
-from pilotfish.engine.layers.attention.backend import AttentionBackend, LayerCache
+from pilotfish.engine.layers.attention.backend import AttentionBackend, AttentionParams, LayerCache
 from pilotfish.engine.layers.attention.cache import FP8, as_bytes, converted
 from pilotfish.engine.layers.attention.choose import HALF, AttentionNeeds, choose_attention, why_not
 from pilotfish.errors import ConfigError
@@ -140,6 +140,7 @@ class _Backend:
         cache = self.backend.allocate(blocks, size, kv_heads, dim, cache_dtype, self.subject.device)
         reference = ReferenceAttention()
         exact = reference.allocate(blocks, size, kv_heads, dim, torch.float64, torch.device("cpu"))
+        params = AttentionParams(dim**-0.5, window, case.softcap)
         found = wanted = torch.empty(0)
         for number, spans in enumerate(steps):
             if not spans:
@@ -150,13 +151,13 @@ class _Backend:
             query, key, value = qkv.to(self.subject.device).split(
                 (heads, kv_heads, kv_heads), dim=1
             )  # views, as models
-            found = self.backend.attend(query, key, value, cache, here, dim**-0.5, window, case.softcap)
+            found = self.backend.attend(query, key, value, cache, here, params)
             query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
             key, value = (converted(part, cache_dtype).double() for part in (key, value))
             if spans is steps[0]:  # that nobody looks at
                 reference.write(key, value, exact, there)
             else:
-                wanted = reference.attend(query.double(), key, value, exact, there, dim**-0.5, window, case.softcap)
+                wanted = reference.attend(query.double(), key, value, exact, there, params)
         if found.dtype != self.dtype or found.shape != wanted.shape:
             raise ValueError(f"attention returned {found.dtype} {tuple(found.shape)}, not {self.dtype} {wanted.shape}")
         return float((found.cpu().double() - wanted).abs().max()) / torch.finfo(self.dtype).eps
@@ -173,7 +174,7 @@ class _Backend:
         batch = flatten(spans, size, self.subject.device).attention
         qkv = self.subject.random(len(batch.slots), 4 + 2 * kv_heads, dim, seed=1, dtype=self.dtype)
         query, key, value = qkv.to(self.subject.device).split((4, kv_heads, kv_heads), dim=1)
-        self.backend.attend(query, key, value, cache, batch, dim**-0.5)
+        self.backend.attend(query, key, value, cache, batch, AttentionParams(dim**-0.5))
         wrong = 0
         for stored, was, rows in zip(
             _rows(cache), _rows(LayerCache(*before)), qkv.split((4, 2, 2), dim=1)[1:], strict=True

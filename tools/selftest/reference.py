@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pilotfish.engine.kernels.fp8 import FP8, LARGEST
-from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
+from pilotfish.engine.layers.attention.backend import AttentionBatch, AttentionParams, LayerCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +114,7 @@ class ReferenceAttention:
         value: torch.Tensor,
         cache: LayerCache,
         batch: AttentionBatch,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        params: AttentionParams,
     ) -> torch.Tensor:
         self.write(key, value, cache, batch)
         keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
@@ -126,13 +124,13 @@ class ReferenceAttention:
         row = 0
         for table, length, context in zip(batch.block_tables, batch.query_lens, batch.contexts, strict=True):
             for position in range(context - length, context):
-                first = 0 if window is None else max(0, position + 1 - window)
+                first = 0 if params.window is None else max(0, position + 1 - params.window)
                 place = torch.arange(first, position + 1)
                 slots = table[place // batch.block_size].long() * batch.block_size + place % batch.block_size
                 seen = keys[slots].repeat_interleave(group, dim=1)  # (keys, heads, head_dim)
-                scores = torch.einsum("hd,khd->hk", query[row], seen.to(query.dtype)) * scale
-                if softcap:
-                    scores = softcap * torch.tanh(scores / softcap)
+                scores = torch.einsum("hd,khd->hk", query[row], seen.to(query.dtype)) * params.scale
+                if params.softcap:
+                    scores = params.softcap * torch.tanh(scores / params.softcap)
                 weights = torch.exp(scores - scores.amax(1, keepdim=True))
                 weights = weights / weights.sum(1, keepdim=True)
                 out[row] = torch.einsum(

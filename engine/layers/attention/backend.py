@@ -39,6 +39,15 @@ class LayerCache:
     values: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionParams:
+    """How a layer's attention turns scores into weights; the same at every pass."""
+
+    scale: float  # of the scores, before the softmax
+    window: int | None = None  # each query sees this many keys, itself included; None: all
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap), as in Gemma 2; None: as they are
+
+
 class AttentionBackend(Protocol):
     name: str
     block_size: int
@@ -69,9 +78,7 @@ class AttentionBackend(Protocol):
         value: torch.Tensor,  # (rows, kv_heads, head_dim)
         cache: LayerCache,
         batch: AttentionBatch,
-        scale: float,
-        window: int | None = None,  # each query sees this many keys, itself included; None: all
-        softcap: float | None = None,  # scores become softcap * tanh(score / softcap), as in Gemma 2; None: as they are
+        params: AttentionParams,
     ) -> torch.Tensor:
         """Write the rows' keys and values to their slots, then attend: (rows, heads * head_dim).
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
+from pilotfish.engine.layers.attention.backend import AttentionBatch, AttentionParams, LayerCache
 from pilotfish.engine.layers.attention.cache import allocate_paged, converted, write
 
 Function = Callable[..., Any]
@@ -53,16 +53,7 @@ class Flash2Attention:
     def __init__(self, varlen: Function, with_kvcache: Function) -> None:
         self._varlen, self._with_kvcache = varlen, with_kvcache
 
-    def allocate(
-        self,
-        num_blocks: int,
-        block_size: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> LayerCache:
-        return allocate_paged(num_blocks, block_size, kv_heads, head_dim, dtype, device)
+    allocate = staticmethod(allocate_paged)
 
     def attend(
         self,
@@ -71,17 +62,16 @@ class Flash2Attention:
         value: torch.Tensor,
         cache: LayerCache,
         batch: AttentionBatch,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        params: AttentionParams,
     ) -> torch.Tensor:
         write(cache, key, value, batch.slots)
         rows, heads, head_dim = query.shape
         common: dict[str, Any] = {
-            "softmax_scale": scale,
+            "softmax_scale": params.scale,
             "causal": True,
-            "window_size": (-1, -1) if window is None else (window - 1, 0),  # keys before and after a query's own place
-            "softcap": softcap or 0.0,
+            # Keys before and after a query's own position.
+            "window_size": (-1, -1) if params.window is None else (params.window - 1, 0),
+            "softcap": params.softcap or 0.0,
             "block_table": batch.block_tables,
         }
         spans, longest = len(batch.query_lens), max(batch.query_lens)
@@ -124,16 +114,7 @@ class Flash4Attention:
         self._varlen = varlen
         self._num_splits = 0 if split else 1  # 0: as many as its heuristic finds best
 
-    def allocate(
-        self,
-        num_blocks: int,
-        block_size: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> LayerCache:
-        return allocate_paged(num_blocks, block_size, kv_heads, head_dim, dtype, device)
+    allocate = staticmethod(allocate_paged)
 
     def attend(
         self,
@@ -142,9 +123,7 @@ class Flash4Attention:
         value: torch.Tensor,
         cache: LayerCache,
         batch: AttentionBatch,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        params: AttentionParams,
     ) -> torch.Tensor:
         write(cache, key, value, batch.slots)
         attended, _ = self._varlen(  # the log-sum-exp of each row comes with it, or None
@@ -156,10 +135,10 @@ class Flash4Attention:
             max_seqlen_q=max(batch.query_lens),
             max_seqlen_k=max(batch.contexts),
             page_table=batch.block_tables,
-            softmax_scale=scale,
+            softmax_scale=params.scale,
             causal=True,
-            window_size=(None, None) if window is None else (window - 1, 0),
-            softcap=softcap or 0.0,
+            window_size=(None, None) if params.window is None else (params.window - 1, 0),
+            softcap=params.softcap or 0.0,
             num_splits=self._num_splits,
         )
         return attended.reshape(len(query), -1).to(query.dtype)

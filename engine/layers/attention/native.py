@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pilotfish.engine.kernels.native import AttentionArguments, NativeKernels
-from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
+from pilotfish.engine.layers.attention.backend import AttentionBatch, AttentionParams, LayerCache
 from pilotfish.engine.layers.attention.cache import zeros
 
 
@@ -38,17 +38,16 @@ class NativeAttention:
         value: torch.Tensor,
         cache: LayerCache,
         batch: AttentionBatch,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        params: AttentionParams,
     ) -> torch.Tensor:
-        if softcap:
-            raise ValueError(f"softcap is {softcap}, but the native kernels know no soft-capping: choose 'torch'")
+        if params.softcap:
+            raise ValueError(
+                f"softcap is {params.softcap}, but the native kernels know no soft-capping: choose 'torch'"
+            )
         self._kernels.write_cache(key, value, cache.keys, cache.values, batch.slots)
         rows, heads, head_dim = query.shape
         out = torch.empty(rows, heads * head_dim)
-        scratch_size = -(-max(batch.contexts) // batch.block_size) * batch.block_size
-        scratch = self._kernels.attention_scratch(scratch_size)
+        scratch, scratch_size = self._kernels.attention_scratch(max(batch.contexts), batch.block_size)
         self._kernels.attend(
             AttentionArguments(
                 query=query.data_ptr(),
@@ -66,9 +65,9 @@ class NativeAttention:
                 kv_heads=cache.keys.shape[1],
                 dim=head_dim,
                 block_size=batch.block_size,
-                window=window or 0,
+                window=params.window or 0,
                 scratch_size=scratch_size,
-                scale=scale,
+                scale=params.scale,
             )
         )
         return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
+from pilotfish.engine.layers.attention.backend import AttentionBatch, AttentionParams, LayerCache
 from pilotfish.engine.layers.attention.cache import allocate_paged, as_bytes, write
 
 
@@ -14,16 +14,7 @@ class TorchAttention:
     block_size = 16
     capturable = False
 
-    def allocate(
-        self,
-        num_blocks: int,
-        block_size: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> LayerCache:
-        return allocate_paged(num_blocks, block_size, kv_heads, head_dim, dtype, device)
+    allocate = staticmethod(allocate_paged)
 
     def attend(
         self,
@@ -32,14 +23,12 @@ class TorchAttention:
         value: torch.Tensor,
         cache: LayerCache,
         batch: AttentionBatch,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
+        params: AttentionParams,
     ) -> torch.Tensor:
         write(cache, key, value, batch.slots)
         rows, heads, head_dim = query.shape
         out = query.new_empty(rows, heads * head_dim)
-        start = 0
+        start, window = 0, params.window
         for i, (length, context) in enumerate(zip(batch.query_lens, batch.contexts, strict=True)):
             stop = start + length
             first = 0 if window is None else max(0, context - length - window + 1) // batch.block_size
@@ -50,8 +39,8 @@ class TorchAttention:
                 _gather(cache.keys, blocks, seen, query.dtype),
                 _gather(cache.values, blocks, seen, query.dtype),
                 _mask(length, seen, window, query.device),
-                scale,
-                softcap,
+                params.scale,
+                params.softcap,
             )
             out[start:stop] = attended.transpose(0, 1).reshape(length, -1)
             start = stop

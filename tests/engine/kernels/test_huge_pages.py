@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotfish.engine.kernels import memory
@@ -18,6 +18,7 @@ from pilotfish.engine.kernels.native import NativeKernels
 SIZES = st.lists(st.integers(0, 3000) | st.integers(0, 300_000), max_size=30)
 
 
+@settings(deadline=None)
 @given(SIZES)
 def test_pieces_are_zeros_of_their_own(sizes: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:

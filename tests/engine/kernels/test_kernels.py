@@ -7,6 +7,7 @@ import torch
 
 from pilotfish.engine.execution.batch import Span, flatten
 from pilotfish.engine.kernels.torch import TorchKernels
+from pilotfish.engine.layers.attention.backend import AttentionParams
 from pilotfish.engine.layers.attention.native import NativeAttention
 from pilotfish.engine.layers.attention.torch import TorchAttention
 from pilotfish.tools.training.quantize import quantize_rows
@@ -100,7 +101,7 @@ def attend(backend, cache, spans, window=None, seed=0):
     rows = [(span.blocks[0], position) for span in spans for position in range(span.start, span.stop)]
     qkv = torch.stack([random(HEADS + 2 * KV_HEADS, DIM, seed=seed + 1000 * b + p) for b, p in rows])
     query, key, value = qkv.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
-    return backend.attend(query, key, value, cache, batch.attention, DIM**-0.5, window)
+    return backend.attend(query, key, value, cache, batch.attention, AttentionParams(DIM**-0.5, window))
 
 
 def empty_cache(backend):

@@ -18,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pilotfish.engine.layers.attention.flash import load_flash4
-from pilotfish.engine.layers.attention.backend import AttentionBatch
+from pilotfish.engine.layers.attention.backend import AttentionBatch, AttentionParams
 
 CUDA = torch.device("cuda", 0)
 backend = load_flash4((9, 0))
@@ -38,7 +38,7 @@ def attend(head_dim, heads, kv_heads, lengths, window=None, softcap=None, block_
             query_lens=lengths, contexts=contexts, block_size=block_size,
         )
         parts = qkv.split((heads, kv_heads, kv_heads), dim=1)
-        out = backend.attend(*parts, cache, batch, head_dim**-0.5, window, softcap)
+        out = backend.attend(*parts, cache, batch, AttentionParams(head_dim**-0.5, window, softcap))
         assert out.shape == (sum(lengths), heads * head_dim), out.shape
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pilotfish.engine.execution.batch import Span, flatten
+from pilotfish.engine.layers.attention.backend import AttentionParams
 from pilotfish.engine.layers.attention.choose import AttentionNeeds, choose_attention, why_not
 from pilotfish.engine.layers.attention.flash import Flash2Attention, Flash4Attention, load_flash2, load_flash4
 from pilotfish.engine.layers.attention.torch import TorchAttention
@@ -94,7 +95,8 @@ def attend(backend, block_size, batch, cache_dtype=None):
         flat = flatten(spans, block_size, CPU).attention
         qkv = torch.randn(int(flat.cu_query_lens[-1]), heads + 2 * kv_heads, dim).to(dtype)
         query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)  # views with a stride, as the models have
-        out = backend.attend(query, key, value, cache, flat, dim**-0.5, batch["window"], batch["softcap"])
+        params = AttentionParams(dim**-0.5, batch["window"], batch["softcap"])
+        out = backend.attend(query, key, value, cache, flat, params)
     return out
 
 
@@ -127,7 +129,7 @@ def test_an_fp8_cache_cuts_off_what_it_cannot_hold():
     cache = backend.allocate(1, 16, 1, 16, torch.float8_e4m3fn, CPU)
     batch = flatten([Span([0], 0, [0])], 16, CPU).attention
     value = torch.tensor([1e4, -1e4, 448.0, 0.5] * 4).view(1, 1, 16)
-    out = backend.attend(torch.ones(1, 1, 16), value, value, cache, batch, 1.0)
+    out = backend.attend(torch.ones(1, 1, 16), value, value, cache, batch, AttentionParams(1.0))
     assert out[0, :4].tolist() == [448.0, -448.0, 448.0, 0.5]
 
 

@@ -228,18 +228,18 @@ def test_what_drafts_is_what_was_trained(kv_heads: int) -> None:
         parts[f"layer.self_attn.{name}"] = getattr(trained, name)
     for name in ("gate_proj", "up_proj", "down_proj"):
         parts[f"layer.mlp.{name}"] = getattr(trained, name)
-    kernels = TorchKernels()
+    kernels, attention = TorchKernels(), TorchAttention()
     embedding = kernels.prepare_linear(trained.embedding)
     weights = {f"{name}.weight": weight.detach() for name, weight in parts.items()}
     model = Eagle3Model(
-        config, kernels, TorchAttention(), weights, 128, CPU, torch.float32, SharedWeights(embedding, embedding)
+        config, kernels, attention, weights, 128, CPU, torch.float32, SharedWeights(embedding, embedding)
     )
     steps, length, block_size = 4, 24, 16
     tokens = torch.randint(VOCAB, (1, length))
     features = torch.randn(1, length, 3 * TARGET_HIDDEN)
     with torch.no_grad():
         unrolled = list(trained.unroll(features, tokens, steps))
-        cache = model.attention.allocate(4, block_size, kv_heads, 16, torch.float32, CPU)
+        cache = attention.allocate(4, block_size, kv_heads, 16, torch.float32, CPU)
         for anchor in (0, 5, 17):
             rows = anchor + 1
             span = Span(tokens[0, 1 : rows + 1].tolist(), 0, [2, 1, 3])

@@ -219,7 +219,7 @@ def test_bfloat16_is_transformers_bfloat16(tiny: Tiny) -> None:
     reference = build_model("gemma3").bfloat16()
     embedded = platform.kernels.embed(torch.arange(512), model.embedding) * model.embedding_scale
     assert torch.equal(embedded, reference.model.embed_tokens(torch.arange(512)))
-    for layer, theirs in zip(model.layers, reference.model.layers, strict=True):
+    for layer, theirs in zip(model.decoder.layers, reference.model.layers, strict=True):
         assert torch.equal(layer.mlp_post_norm, 1 + theirs.post_feedforward_layernorm.weight.float())
     exact = logits_of(build_model("gemma3"), PROMPT)
     wanted = logits_of(reference, PROMPT)

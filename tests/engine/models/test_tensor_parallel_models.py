@@ -228,11 +228,11 @@ def test_fp8_weights_are_slices_of_the_whole_ones(divisible, tmp_path: Path, siz
     scales of its slices."""
     folder = divisible("llama", size)
     published, _ = publish(folder, tmp_path, "fbgemm_fp8")
-    whole = runner_of(str(published), "torch", quantization="fp8").model.layers[1]
+    whole = runner_of(str(published), "torch", quantization="fp8").model.decoder.layers[1].mlp
     for source in (published, folder):
-        layers = [each.model.layers[1] for each in ranked(source, size, "torch", quantization="fp8").runners]
+        mlps = [each.model.decoder.layers[1].mlp for each in ranked(source, size, "torch", quantization="fp8").runners]
         for name in ("gate_up", "down"):
-            mine, its = [getattr(layer, name) for layer in layers], getattr(whole, name)
+            mine, its = [getattr(mlp, name) for mlp in mlps], getattr(whole, name)
             rows = name == "gate_up"
             values = [linear.weight.float() for linear in mine]
             halves = [torch.cat([value.chunk(2)[half] for value in values]) for half in (0, 1)]

@@ -98,9 +98,9 @@ def test_published_layouts_are_read(tiny: Tiny, tmp_path: Path, layout: str) -> 
     assert not torch.allclose(found, wanted, atol=1e-3)
     assert torch.nn.functional.cosine_similarity(found, wanted).min() > 0.97
     runner = runner_of(str(fp8), "torch", quantization="fp8")
-    kinds = [type(layer.gate_up) is Fp8Linear for layer in runner.model.layers]
+    kinds = [type(layer.mlp.gate_up) is Fp8Linear for layer in runner.model.decoder.layers]
     assert kinds == ([True, True] if layout == "auto-fp8" else [False, True])
-    assert all(type(layer.qkv) is Fp8Linear for layer in runner.model.layers)
+    assert all(type(layer.qkv) is Fp8Linear for layer in runner.model.decoder.layers)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,10 +113,10 @@ def test_quantization_at_loading(tiny: Tiny, kind: str) -> None:
 def test_quantization_at_loading_is_the_checkpoints(tiny: Tiny, tmp_path: Path) -> None:
     """Scales for each output channel, found here or by who made the checkpoint: the same numbers."""
     fp8, _ = publish(tiny("llama"), tmp_path, "fbgemm_fp8")
-    again = runner_of(str(tiny("llama")), "torch", quantization="fp8").model.layers
-    for mine, theirs in zip(again, runner_of(str(fp8), "torch", quantization="fp8").model.layers, strict=True):
+    again = runner_of(str(tiny("llama")), "torch", quantization="fp8").model.decoder.layers
+    for mine, theirs in zip(again, runner_of(str(fp8), "torch", quantization="fp8").model.decoder.layers, strict=True):
         assert torch.equal(mine.qkv.weight.view(torch.uint8), theirs.qkv.weight.view(torch.uint8))
-        assert torch.equal(mine.down.scale, theirs.down.scale)
+        assert torch.equal(mine.mlp.down.scale, theirs.mlp.down.scale)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_auto_is_fp8_where_the_gpu_can(tiny: Tiny, tmp_path: Path, flash_attn, s
     flash_attn(capability)
     folder, _ = publish(tiny("llama"), tmp_path, "fbgemm_fp8")
     model = runner_of(str(folder), "torch", quantization=setting).model
-    assert (type(model.layers[1].down) is Fp8Linear) == fp8
+    assert (type(model.decoder.layers[1].mlp.down) is Fp8Linear) == fp8
 
 
 def test_old_gpus_and_the_native_kernels_are_refused(tiny: Tiny, flash_attn) -> None:

@@ -24,10 +24,11 @@ from pilotfish.engine.execution.batch import HostBatch
 from pilotfish.engine.execution.graphs import EagerGraphs, _Layout
 from pilotfish.engine.kernels.native import NativeKernels
 from pilotfish.engine.kernels.torch import TorchKernels
-from pilotfish.engine.layers import decoder
+from pilotfish.engine.layers import fused_decoder
 from pilotfish.engine.layers.attention.native import NativeAttention
 from pilotfish.engine.layers.attention.torch import TorchAttention
-from pilotfish.engine.layers.decoder import NativeDecoder
+from pilotfish.engine.layers.decoder import DecoderLayer
+from pilotfish.engine.layers.fused_decoder import FusedDecoder
 from pilotfish.engine.sampling import processors
 from pilotfish.engine.weights.hf_config import read_config
 from pilotfish.server.cli import main as cli
@@ -156,22 +157,22 @@ def test_half_precision_passes(dtype: str, run: Any) -> None:
 def test_wrong_attention_is_named(backend: type, kind: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = backend.attend
 
-    def wrong(self, query, key, value, cache, batch, scale, window=None, softcap=None):
+    def wrong(self, query, key, value, cache, batch, params):
         match kind:
             case "window":
-                window = None
+                params = dataclasses.replace(params, window=None)
             case "scale":
-                scale = 0.9 * scale
+                params = dataclasses.replace(params, scale=0.9 * params.scale)
             case "causal":  # each query sees a key less, but for the first
                 keys = value.clone()
                 keys[1:] = value[:-1]
                 value = keys
             case "cache":
-                out = right(self, query, key, value, cache, batch, scale, window, softcap)
+                out = right(self, query, key, value, cache, batch, params)
                 others = set(range(len(cache.values))).difference(batch.block_tables.flatten().tolist())
                 cache.values[min(others), 0] = 1.0  # in a block that none of these sequences has
                 return out
-        return right(self, query, key, value, cache, batch, scale, window, softcap)
+        return right(self, query, key, value, cache, batch, params)
 
     monkeypatch.setattr(backend, "attend", wrong)
     names = {name.partition(", ")[0] for name in failed(run("attention", quick=False)) if backend.name in name}
@@ -241,6 +242,10 @@ def test_wrong_truncation_is_named(field: str, run: Any, monkeypatch: pytest.Mon
     assert [name for name in found if "truncation" in name][: len(wanted)] == [f"truncation, {name}" for name in wanted]
 
 
+def without_window(layer: DecoderLayer) -> DecoderLayer:
+    return dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, window=None))
+
+
 @pytest.mark.parametrize("what", ["rms_norm", "window", "rope"])
 def test_wrong_models_are_named(what: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What only shows in a whole model, too: a window that a layer should have, positions that are off by one."""
@@ -250,13 +255,13 @@ def test_wrong_models_are_named(what: str, run: Any, monkeypatch: pytest.MonkeyP
         wanted = set(small.KINDS)
     elif what == "window":
         monkeypatch.setattr(
-            decoder, "_layer", lambda layer, real=decoder._layer: real(dataclasses.replace(layer, window=None))
+            fused_decoder, "_layer", lambda layer, real=fused_decoder._layer: real(without_window(layer))
         )
         wanted = {"mistral", "gemma3"}
     else:
-        at_once = NativeDecoder.forward
+        forward = FusedDecoder.forward
         monkeypatch.setattr(
-            NativeDecoder, "forward", lambda self, x, at, *rest: at_once(self, x, at + (at > 70).long(), *rest)
+            FusedDecoder, "forward", lambda self, x, at, *rest: forward(self, x, at + (at > 70).long(), *rest)
         )
         wanted = set(small.KINDS)
     assert failed(run("logits")) == [f"small {kind} model" for kind in small.KINDS if kind in wanted]

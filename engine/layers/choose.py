@@ -1,0 +1,65 @@
+"""Which decoder computes: the fused one if it knows the layers and what they are computed with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from pilotfish.engine.kernels.native import NativeKernels, NativeLinear
+from pilotfish.engine.kernels.protocol import Kernels
+from pilotfish.engine.layers.attention.backend import AttentionBackend
+from pilotfish.engine.layers.attention.native import NativeAttention
+from pilotfish.engine.layers.communicator import Communicator
+from pilotfish.engine.layers.decoder import Decoder, DecoderLayer, DenseMlp, LayerShape
+from pilotfish.engine.layers.fused_decoder import FusedDecoder
+from pilotfish.engine.layers.operator_decoder import OperatorDecoder
+
+logger = logging.getLogger(__name__)
+
+
+def choose_decoder(
+    kernels: Kernels[Any],
+    attention: AttentionBackend,
+    comm: Communicator,
+    layers: Seq[DecoderLayer],
+    shape: LayerShape,
+) -> Decoder:
+    reason = why_not_fused(kernels, attention, comm, layers)
+    if reason is not None:
+        logger.debug("decoder: operator by operator, since %s", reason)
+        return OperatorDecoder(kernels, attention, comm, layers, shape)
+    assert isinstance(kernels, NativeKernels)
+    return FusedDecoder(kernels, layers, shape)
+
+
+def why_not_fused(
+    kernels: Kernels[Any], attention: AttentionBackend, comm: Communicator, layers: Seq[DecoderLayer]
+) -> str | None:
+    """The rule of `FusedDecoder` that this decoder would break, or None."""
+    if not isinstance(kernels, NativeKernels):
+        return f"the kernels are {kernels.name!r}, not 'native'"
+    if not isinstance(attention, NativeAttention):
+        return f"the attention backend is {attention.name!r}, not 'native'"
+    if comm.size > 1:
+        return f"the model is sharded over {comm.size} ranks"
+    reasons = (_why_not(layer, layers[0]) for layer in layers)
+    return next((f"layer {i} {reason}" for i, reason in enumerate(reasons) if reason), None)
+
+
+def _why_not(layer: DecoderLayer, first: DecoderLayer) -> str | None:
+    if layer.adapter is not None:
+        return "has an adapter"
+    if not isinstance(layer.mlp, DenseMlp):
+        return f"has an MLP that is not dense ({type(layer.mlp).__name__})"
+    for weight in (layer.qkv, layer.output, layer.mlp.gate_up, layer.mlp.down):
+        if not isinstance(weight, NativeLinear):
+            return f"has a linear of another kind ({type(weight).__name__})"
+    if (layer.q_norm is None) != (layer.k_norm is None):
+        return "has a norm of query or key alone"
+    if layer.attention.softcap:
+        return "caps attention scores"
+    assert isinstance(first.mlp, DenseMlp)
+    if (layer.mlp.gate, layer.attention.scale) != (first.mlp.gate, first.attention.scale):
+        return "has another gate or attention scale than layer 0"
+    return None

@@ -1,0 +1,147 @@
+"""The fused decoder: all layers in one call into the native kernels (decoder.h), on the CPU in float32.
+
+It gives the bits of `OperatorDecoder` without the time that Python takes between two kernels. `choose` says which
+layers it knows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence as Seq
+from ctypes import c_float, c_int64, c_void_p
+
+import torch
+
+from pilotfish.engine.kernels.native import NativeKernels, NativeLinear, address
+from pilotfish.engine.kernels.protocol import PreparedLinear
+from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
+from pilotfish.engine.layers.decoder import DecoderLayer, DenseMlp, LayerShape, Mlp, Tap, run_sections
+
+
+class FusedDecoder:
+    def __init__(self, kernels: NativeKernels, layers: Seq[DecoderLayer], shape: LayerShape) -> None:
+        self.layers, self.shape = layers, shape
+        self._kernels = kernels
+        self._structs = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
+        self._caches: list[LayerCache] | None = None  # those whose addresses are in the structs
+        mlps = [_dense(layer.mlp) for layer in layers]
+        self._gelu, self._scale = mlps[0].gate == "gelu", layers[0].attention.scale
+        size, gated = layers[0].output.out_features, max(mlp.down.in_features for mlp in mlps)
+        self._space = kernels.decoder_space(size, shape.heads, shape.kv_heads, shape.head_dim, gated)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        batch: AttentionBatch,
+        caches: list[LayerCache],
+        tap: Tap | None = None,
+        given: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Decoder.forward`."""
+        self._bind(caches)
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+        rows, size = hidden.shape
+        shape = self.shape
+        scratch, scratch_size = self._kernels.attention_scratch(max(batch.contexts), batch.block_size)
+        space = torch.empty(rows, self._space)
+        step = _Step(
+            hidden=hidden.data_ptr(),
+            input=address(given),
+            space=space.data_ptr(),
+            scratch=scratch.data_ptr(),
+            cu_query_lens=batch.cu_query_lens.data_ptr(),
+            context_lens=batch.context_lens.data_ptr(),
+            block_tables=batch.block_tables.data_ptr(),
+            positions=positions.data_ptr(),
+            slots=batch.slots.data_ptr(),
+            rows=rows,
+            size=size,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            dim=shape.head_dim,
+            spans=len(batch.query_lens),
+            max_blocks=batch.block_tables.shape[1],
+            block_size=batch.block_size,
+            scratch_size=scratch_size,
+            gelu=self._gelu,
+            scale=self._scale,
+            eps=shape.eps,
+        )
+
+        def run(first: int, stop: int, hidden: torch.Tensor) -> torch.Tensor:
+            """In place: `step` has the address of the hidden states."""
+            self._kernels.decode(ctypes.byref(self._structs, first * ctypes.sizeof(_Layer)), stop - first, step)
+            return hidden
+
+        return run_sections(run, len(self.layers), hidden, tap)
+
+    def _bind(self, caches: list[LayerCache]) -> None:
+        """Note where the caches lie; a runner gives the same list at every pass."""
+        if self._caches is caches:
+            return
+        for struct, cache in zip(self._structs, caches, strict=True):
+            struct.keys, struct.values = cache.keys.data_ptr(), cache.values.data_ptr()
+        self._caches = caches
+
+
+class _Weight(ctypes.Structure):
+    """`struct weight` of decoder.h; the other structures' names are theirs, too."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("packed", "scale", "bias")),
+        *((name, c_int64) for name in ("columns", "in_features")),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("input_norm", "mlp_norm", "q_norm", "k_norm")),
+        *((name, c_void_p) for name in ("attention_post_norm", "mlp_post_norm", "cos_sin", "keys", "values")),
+        *((name, _Weight) for name in ("qkv", "output", "gate_up", "down")),
+        ("window", c_int64),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("hidden", "input", "space", "scratch", "cu_query_lens")),
+        *((name, c_void_p) for name in ("context_lens", "block_tables", "positions", "slots")),
+        *((name, c_int64) for name in ("rows", "size", "heads", "kv_heads", "dim", "spans", "max_blocks")),
+        *((name, c_int64) for name in ("block_size", "scratch_size", "gelu")),
+        *((name, c_float) for name in ("scale", "eps")),
+    )
+
+
+def _layer(layer: DecoderLayer) -> _Layer:
+    mlp = _dense(layer.mlp)
+    return _Layer(
+        input_norm=address(layer.input_norm),
+        mlp_norm=address(layer.mlp_norm),
+        q_norm=address(layer.q_norm),
+        k_norm=address(layer.k_norm),
+        attention_post_norm=address(layer.attention_post_norm),
+        mlp_post_norm=address(layer.mlp_post_norm),
+        cos_sin=address(layer.cos_sin),
+        qkv=_weight(layer.qkv),
+        output=_weight(layer.output),
+        gate_up=_weight(mlp.gate_up),
+        down=_weight(mlp.down),
+        window=layer.attention.window or 0,
+    )
+
+
+def _dense(mlp: Mlp) -> DenseMlp:
+    assert isinstance(mlp, DenseMlp)
+    return mlp
+
+
+def _weight(prepared: PreparedLinear) -> _Weight:
+    assert isinstance(prepared, NativeLinear)
+    return _Weight(
+        packed=prepared.packed.data_ptr(),
+        scale=address(prepared.scale),
+        bias=address(prepared.bias),
+        columns=prepared.out_features,
+        in_features=prepared.in_features,
+    )

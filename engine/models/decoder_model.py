@@ -1,0 +1,144 @@
+"""DecoderModel: the one model class of all decoder-only families: token embedding, decoder layers, final norm, head.
+
+It is written once against `Kernels`, `AttentionBackend` and `Decoder`, and knows no sequences, only rows and their
+batch. What the numbers of a `ModelConfig` do not say of a family is in its `DecoderFamily`, one file per family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pilotfish.engine.kernels.protocol import Kernels, PreparedLinear
+from pilotfish.engine.layers.attention.backend import AttentionBackend, AttentionBatch, AttentionParams, LayerCache
+from pilotfish.engine.layers.choose import choose_decoder
+from pilotfish.engine.layers.communicator import ALONE, Communicator
+from pilotfish.engine.layers.decoder import DecoderLayer, LayerShape
+from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.models.features import FeatureTap
+from pilotfish.engine.models.layout import Layout
+from pilotfish.engine.models.rope import cos_sin_table
+from pilotfish.engine.models.weight_store import WeightStore
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """The weights of one layer in a WeightStore, by their names within the layer."""
+
+    store: WeightStore
+    prefix: str
+    norm_offset: float
+
+    def linear(self, name: str) -> PreparedLinear:
+        return self.store.linear(self.prefix + name)
+
+    def norm(self, name: str) -> torch.Tensor:
+        return norm_weight(self.store.tensor(f"{self.prefix}{name}.weight"), self.norm_offset)
+
+
+def norm_weight(stored: torch.Tensor, offset: float) -> torch.Tensor:
+    """What a norm multiplies by. A sum is float32, since it would lose most of a bfloat16 weight's digits."""
+    return offset + stored.float() if offset else stored
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderFamily:
+    layer: Callable[[LayerWeights, ModelConfig, AttentionParams, torch.Tensor], DecoderLayer]
+    """Makes a layer of its weights, the model's config, the layer's attention and its table of `cos_sin_table`."""
+    norm_offset: float = 0.0
+    """Norms multiply by this plus their stored weight."""
+    scaled_embedding: bool = False
+    """Token embeddings are multiplied by sqrt(hidden_size)."""
+
+
+class DecoderModel:
+    """Rows in, hidden states out; `logits` of those rows that are asked for. See `engine.models.model.Model`.
+
+    `weights` has the parts of rank `comm.rank` (see `Layout`). They are consumed one by one: a fused matrix is laid out
+    as soon as its parts are there, so that the peak is the model and a few tensors. Raises ModelError if a tensor is
+    missing.
+    """
+
+    def __init__(
+        self,
+        family: DecoderFamily,
+        config: ModelConfig,
+        kernels: Kernels[Any],
+        attention: AttentionBackend,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        max_positions: int,
+        device: torch.device,
+        comm: Communicator = ALONE,
+    ) -> None:
+        self.config = config
+        self.comm = comm
+        self.layout = Layout(config, comm.rank, comm.size)
+        self._kernels = kernels
+        store = WeightStore(self.layout, kernels, device)
+        for name, tensor in weights:
+            store.add(name, tensor)
+        self.embedding = store.linear("model.embed_tokens")
+        self.head = self.embedding if config.tie_embeddings else store.linear("lm_head")
+        norm = store.tensor("model.norm.weight")
+        self._norm = norm_weight(norm, family.norm_offset)
+        self.embedding_scale: torch.Tensor | None = None
+        if family.scaled_embedding:
+            # A tensor, since models are trained with the root rounded to their dtype (25.25, not 25.298, in bfloat16).
+            self.embedding_scale = torch.full((), config.hidden_size**0.5, dtype=norm.dtype, device=device)
+
+        scale = config.attention_scale or config.head_dim**-0.5
+        tables = {
+            rope: cos_sin_table(rope, config.head_dim, max_positions).to(device)
+            for rope in (config.rope, config.local_rope or config.rope)
+        }
+        everywhere = AttentionParams(scale), tables[config.rope]
+        nearby = AttentionParams(scale, config.sliding_window), tables[config.local_rope or config.rope]
+        sliding = config.sliding_layers or (config.sliding_window is not None,) * config.num_layers
+        layers = [
+            family.layer(
+                LayerWeights(store, f"model.layers.{i}.", family.norm_offset),
+                config,
+                *(nearby if slides else everywhere),
+            )
+            for i, slides in enumerate(sliding)
+        ]
+        shape = LayerShape(self.layout.num_heads, self.layout.num_kv_heads, config.head_dim, config.rms_norm_eps)
+        self.decoder = choose_decoder(kernels, attention, comm, layers, shape)
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,  # (rows,) int64
+        positions: torch.Tensor,  # (rows,) int64
+        batch: AttentionBatch,
+        caches: list[LayerCache],
+        tap: FeatureTap | None = None,
+    ) -> torch.Tensor:
+        """Hidden states after the last layer, before the final norm: (rows, hidden_size)."""
+        hidden = self._embed(token_ids)
+        if self.embedding_scale is not None:
+            hidden.mul_(self.embedding_scale)
+        return self.decoder.forward(hidden, positions, batch, caches, tap)
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding, which is sharded by rows: (rows,) int64 -> (rows, hidden_size), a new tensor with the
+        same bits on every rank."""
+        if self.comm.size == 1:
+            return self._kernels.embed(ids, self.embedding)
+        here = self.layout.vocabulary
+        local = ids - here.start
+        elsewhere = (local < 0) | (local >= here.stop - here.start)
+        embedded = self._kernels.embed(local.masked_fill_(elsewhere, 0), self.embedding)
+        return self.comm.all_reduce(embedded.masked_fill_(elsewhere.unsqueeze(1), 0.0))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(rows, hidden_size) as `forward` returns them -> (rows, vocab_size), on rank 0; what it returns elsewhere is
+        not to be read."""
+        normed = self._kernels.rms_norm(hidden, self._norm, self.config.rms_norm_eps)
+        logits = self._kernels.linear(normed, self.head)
+        if self.comm.size == 1:
+            return logits
+        # The head is sharded by rows; the last parts are padded.
+        return self.comm.gather(logits)[:, : self.config.vocab_size]
