@@ -16,6 +16,19 @@ from pilotfish.engine.device import on_device
 ALIGNMENT = 16
 """Bytes: an array begins at a multiple of it, more than any kernel asks of ids and lengths."""
 
+TORCH_DTYPES = {
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.float64): torch.float64,
+    np.dtype(np.float32): torch.float32,
+}
+"""The dtypes of arrays that go to a device."""
+
+
+def aligned(size: int) -> int:
+    """The next multiple of ALIGNMENT."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
 
 def to_device(buffer: np.ndarray, device: torch.device) -> torch.Tensor:
     """The buffer, (bytes,) uint8, on `device`; on the CPU it is the same memory."""
@@ -30,25 +43,17 @@ def copy_to(buffer: np.ndarray, out: torch.Tensor) -> None:
     out.copy_(source, non_blocking=True)
 
 
-_TORCH = {
-    np.dtype(np.int64): torch.int64,
-    np.dtype(np.int32): torch.int32,
-    np.dtype(np.float64): torch.float64,
-    np.dtype(np.float32): torch.float32,
-}
-
-
 def arrays_to_device(arrays: Seq[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """Tensors of the arrays' shapes and dtypes (64 or 32 bits wide) on `device`, by a single copy."""
     starts = [0]
     for array in arrays:
-        starts.append(-(-(starts[-1] + array.nbytes) // ALIGNMENT) * ALIGNMENT)
+        starts.append(aligned(starts[-1] + array.nbytes))
     buffer = np.zeros(max(starts[-1], ALIGNMENT), dtype=np.uint8)
     for array, start in zip(arrays, starts, strict=False):
         buffer[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     there = to_device(buffer, device)
     return [
-        there[start : start + array.nbytes].view(_TORCH[array.dtype]).view(array.shape)
+        there[start : start + array.nbytes].view(TORCH_DTYPES[array.dtype]).view(array.shape)
         for array, start in zip(arrays, starts, strict=False)
     ]
 

@@ -1,17 +1,17 @@
-"""Span: the positions of one sequence that a step computes; HostBatch: all spans of a pass in one packed buffer, made
-on the host once; FlatBatch: the same as tensors on a device."""
+"""Batches of spans. A span is the positions of one sequence that a step computes; HostBatch packs all spans of a pass
+into one buffer on the host, once; FlatBatch is the same as tensors on a device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import chain
-from math import prod
 
 import numpy as np
 import torch
 
-from pilotfish.engine.device.transfer import ALIGNMENT, to_device
+from pilotfish.engine.device.transfer import to_device
+from pilotfish.engine.execution.batch_layout import BatchArrays, BatchLayout, BatchShape
 from pilotfish.engine.layers.attention.backend import AttentionBatch
 
 
@@ -31,47 +31,14 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchShape:
-    """Sizes from which the layout of a packed batch follows."""
-
-    spans: int
-    rows: int
-    wanted: int
-    """Rows whose logits are wanted."""
-    max_blocks: int
-    """Width of the block tables."""
-
-    def fields(self) -> tuple[tuple[type[np.generic], tuple[int, ...]], ...]:
-        """dtype and shape of each array, in the order of `HostBatch.arrays`."""
-        spans, rows = self.spans, self.rows
-        wide, narrow = np.int64, np.int32
-        return (
-            (wide, (rows,)),  # token_ids
-            (wide, (rows,)),  # positions
-            (wide, (self.wanted,)),  # logit_rows
-            (wide, (rows,)),  # slots
-            (narrow, (spans + 1,)),  # cu_query_lens
-            (narrow, (spans,)),  # context_lens
-            (narrow, (spans + 1,)),  # cu_context_lens
-            (narrow, (spans, self.max_blocks)),  # block_tables
-        )
-
-    def offsets(self) -> tuple[int, ...]:
-        """Where each array begins in the buffer, in bytes; and its whole size."""
-        starts = [0]
-        for dtype, shape in self.fields():
-            size = prod(shape) * np.dtype(dtype).itemsize
-            starts.append(-(-(starts[-1] + size) // ALIGNMENT) * ALIGNMENT)
-        return tuple(starts)
-
-
-@dataclass(frozen=True, slots=True)
 class HostBatch:
     """What a pass over some spans needs, in host memory: one buffer, which can go to a device or to another process as
-    it is."""
+    it is, and its arrays by name."""
 
-    shape: BatchShape
-    buffer: np.ndarray  # (bytes,) uint8
+    layout: BatchLayout
+    buffer: np.ndarray  # (layout.size,) uint8
+    arrays: BatchArrays[np.ndarray]
+    """Views of the buffer."""
     query_lens: list[int]
     contexts: list[int]
     block_size: int
@@ -79,103 +46,76 @@ class HostBatch:
     @staticmethod
     def unpack(shape: BatchShape, buffer: np.ndarray, block_size: int) -> HostBatch:
         """The batch that another process has packed, on its buffer, which is not copied."""
-        starts = shape.offsets()
-        ends = _array(buffer, starts[4], np.int32, (shape.spans + 1,))
-        contexts = _array(buffer, starts[5], np.int32, (shape.spans,))
-        return HostBatch(shape, buffer, np.diff(ends).tolist(), contexts.tolist(), block_size)
+        layout = BatchLayout(shape)
+        arrays = layout.on_host(buffer)
+        query_lens = np.diff(arrays.cu_query_lens).tolist()
+        return HostBatch(layout, buffer, arrays, query_lens, arrays.context_lens.tolist(), block_size)
 
-    def arrays(self) -> list[np.ndarray]:
-        """Views of the buffer, as `BatchShape.fields` lists them."""
-        return _views(self.shape, self.buffer)
+    @property
+    def shape(self) -> BatchShape:
+        return self.layout.shape
 
     def to(self, device: torch.device) -> FlatBatch:
         """The same on `device`, by a single copy."""
-        return flat_batch(self, to_device(self.buffer, device))
+        arrays = self.layout.on_device(to_device(self.buffer, device))
+        return FlatBatch.of(arrays, self.query_lens, self.contexts, self.block_size)
 
 
 @dataclass(frozen=True, slots=True)
 class FlatBatch:
-    """The rows of all spans, one after the other."""
+    """A batch's tensors on a device, by name, and those among them that attention reads."""
 
-    token_ids: torch.Tensor  # (rows,) int64
-    positions: torch.Tensor  # (rows,) int64
-    logit_rows: torch.Tensor  # (wanted,) int64: which rows' logits are wanted
+    arrays: BatchArrays[torch.Tensor]
     attention: AttentionBatch
+
+    @staticmethod
+    def of(arrays: BatchArrays[torch.Tensor], query_lens: list[int], contexts: list[int], block_size: int) -> FlatBatch:
+        """The batch of these tensors; the lists are the spans' lengths on the host (see AttentionBatch)."""
+        attention = AttentionBatch(
+            slots=arrays.slots,
+            cu_query_lens=arrays.cu_query_lens,
+            context_lens=arrays.context_lens,
+            cu_context_lens=arrays.cu_context_lens,
+            block_tables=arrays.block_tables,
+            query_lens=query_lens,
+            contexts=contexts,
+            block_size=block_size,
+        )
+        return FlatBatch(arrays, attention)
 
 
 def pack(spans: Seq[Span], block_size: int) -> HostBatch:
-    """The spans' rows, one after the other."""
+    """Pack the spans' rows, one after the other."""
     lengths = [len(span.token_ids) for span in spans]
     contexts = [span.start + length for span, length in zip(spans, lengths, strict=True)]
     wanted = [span.logit_rows for span in spans]
     shape = BatchShape(
         spans=len(spans), rows=sum(lengths), wanted=sum(wanted), max_blocks=-(-max(contexts) // block_size)
     )
-    buffer = np.zeros(max(shape.offsets()[-1], ALIGNMENT), dtype=np.uint8)
-    token_ids, positions, logit_rows, slots, ends, context_lens, cu_context_lens, tables = _views(shape, buffer)
-    token_ids[:] = np.fromiter(chain.from_iterable([span.token_ids for span in spans]), np.int64, shape.rows)
-    np.cumsum(lengths, out=ends[1:])
-    context_lens[:] = contexts
-    np.cumsum(context_lens, out=cu_context_lens[1:])
-    for table, span, context in zip(tables, spans, contexts, strict=True):
+    layout = BatchLayout(shape)
+    buffer = np.zeros(layout.size, dtype=np.uint8)
+    arrays = layout.on_host(buffer)
+    ends = arrays.cu_query_lens[1:]
+    arrays.token_ids[:] = np.fromiter(chain.from_iterable([span.token_ids for span in spans]), np.int64, shape.rows)
+    np.cumsum(lengths, out=ends)
+    arrays.context_lens[:] = contexts
+    np.cumsum(arrays.context_lens, out=arrays.cu_context_lens[1:])
+    for table, span, context in zip(arrays.block_tables, spans, contexts, strict=True):
         used = -(-context // block_size)
         table[:used] = span.blocks[:used]
     # Row r of all is position r - end + context of its span.
     rows = np.arange(shape.rows)
-    positions[:] = rows + np.repeat(context_lens - ends[1:], lengths)
-    blocks, places = np.divmod(positions, block_size)
-    slots[:] = tables[np.repeat(np.arange(shape.spans), lengths), blocks] * np.int64(block_size) + places
+    arrays.positions[:] = rows + np.repeat(arrays.context_lens - ends, lengths)
+    blocks, offsets = np.divmod(arrays.positions, block_size)
+    span_of_row = np.repeat(np.arange(shape.spans), lengths)
+    arrays.slots[:] = arrays.block_tables[span_of_row, blocks] * np.int64(block_size) + offsets
     if shape.wanted == shape.rows:
-        logit_rows[:] = rows
+        arrays.logit_rows[:] = rows
     else:
-        logit_rows[:] = np.arange(shape.wanted) + np.repeat(ends[1:] - np.cumsum(wanted), wanted)
-    return HostBatch(shape, buffer, lengths, contexts, block_size)
-
-
-def flat_batch(batch: HostBatch, buffer: torch.Tensor) -> FlatBatch:
-    """The tensors of `batch` on `buffer`, (bytes,) uint8: its own buffer on some device."""
-    starts = batch.shape.offsets()
-    token_ids, positions, logit_rows, slots, ends, context_lens, cu_context_lens, tables = (
-        _tensor(buffer, start, dtype, shape)
-        for start, (dtype, shape) in zip(starts, batch.shape.fields(), strict=False)
-    )
-    return FlatBatch(
-        token_ids=token_ids,
-        positions=positions,
-        logit_rows=logit_rows,
-        attention=AttentionBatch(
-            slots=slots,
-            cu_query_lens=ends,
-            context_lens=context_lens,
-            cu_context_lens=cu_context_lens,
-            block_tables=tables,
-            query_lens=batch.query_lens,
-            contexts=batch.contexts,
-            block_size=batch.block_size,
-        ),
-    )
+        arrays.logit_rows[:] = np.arange(shape.wanted) + np.repeat(ends - np.cumsum(wanted), wanted)
+    return HostBatch(layout, buffer, arrays, lengths, contexts, block_size)
 
 
 def flatten(spans: Seq[Span], block_size: int, device: torch.device) -> FlatBatch:
     """The spans' tensors, on `device` by a single copy."""
     return pack(spans, block_size).to(device)
-
-
-_TORCH = {np.int64: torch.int64, np.int32: torch.int32}
-
-
-def _views(shape: BatchShape, buffer: np.ndarray) -> list[np.ndarray]:
-    return [
-        _array(buffer, start, dtype, size)
-        for start, (dtype, size) in zip(shape.offsets(), shape.fields(), strict=False)
-    ]
-
-
-def _array(buffer: np.ndarray, start: int, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
-    size = prod(shape) * np.dtype(dtype).itemsize
-    return buffer[start : start + size].view(dtype).reshape(shape)
-
-
-def _tensor(buffer: torch.Tensor, start: int, dtype: type[np.generic], shape: tuple[int, ...]) -> torch.Tensor:
-    size = prod(shape) * np.dtype(dtype).itemsize
-    return buffer[start : start + size].view(_TORCH[dtype]).view(shape)

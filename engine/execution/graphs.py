@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.device.transfer import ALIGNMENT, copy_to
-from pilotfish.engine.execution.batch import BatchShape, FlatBatch, HostBatch, flat_batch
+from pilotfish.engine.device.transfer import aligned, copy_to
+from pilotfish.engine.execution.batch import FlatBatch, HostBatch
+from pilotfish.engine.execution.batch_layout import PER_ROW, BatchLayout, BatchShape
 from pilotfish.engine.execution.buckets import GRAPH_SHARE, Bucket, batch_sizes, buckets, fitting
 from pilotfish.engine.layers.attention.backend import AttentionBackend
 from pilotfish.engine.layers.communicator import Communicator
@@ -144,8 +145,8 @@ def graph_plan(
 
 
 Pass = Callable[[FlatBatch, torch.Tensor, Seq[torch.Tensor]], Seq[torch.Tensor]]
-"""Of a padded batch, the places of its real rows, (rows,) int64, and other inputs, (rows, ...) each: outputs, (rows,
-...) each. All are on the device."""
+"""Computes outputs, (rows, ...) each, from a padded batch, its `real_rows` (see `_PaddedLayout`) and other inputs,
+(rows, ...) each. All are on the device."""
 
 
 class GraphedPasses:
@@ -165,11 +166,12 @@ class GraphedPasses:
         comm: Communicator,
         inputs: Seq[torch.Tensor] = (),
     ) -> None:
-        self._layouts = {bucket: _Layout.of(bucket, plan, block_size) for bucket in plan.buckets}
+        self._layouts = {bucket: _PaddedLayout.of(bucket, plan, block_size) for bucket in plan.buckets}
         self._inputs = tuple(inputs)
         self._outputs: tuple[torch.Tensor, ...] | None = None
         self._buffer = torch.zeros(max(layout.size for layout in self._layouts.values()), dtype=torch.uint8)
         self._buffer = self._buffer.to(device)
+        self._tensors = {bucket: layout.tensors(self._buffer) for bucket, layout in self._layouts.items()}
         self._replays: dict[Bucket, Replay] = {}
         for bucket in plan.buckets:
             if not _all_agree(plan.backend.memory() < plan.memory, comm, device):
@@ -196,7 +198,7 @@ class GraphedPasses:
         """Which captured pass computes this batch, if one does. The batch alone decides, so all ranks agree."""
         shape = host.shape
         bucket = fitting(self._captured, shape.spans, max(host.query_lens), shape.rows)
-        return bucket if bucket and shape.max_blocks <= self._layouts[bucket].shape.max_blocks else None
+        return bucket if bucket and shape.max_blocks <= self._layouts[bucket].batch.shape.max_blocks else None
 
     def run(
         self,
@@ -212,101 +214,100 @@ class GraphedPasses:
         """
         assert self._outputs is not None
         layout = self._layouts[bucket]
-        copy_to(layout.padded(host), self._buffer[: layout.size])
-        batch, places = layout.tensors(self._buffer)
+        copy_to(layout.fill(host), self._buffer[: layout.size])
+        batch, real_rows = self._tensors[bucket]
         rows = host.shape.rows
         for static, given in zip(self._inputs, inputs, strict=True):
             if layout.dense(host):
                 static[:rows].copy_(given)
             else:
-                static.index_copy_(0, places[:rows], given)
+                static.index_copy_(0, real_rows[:rows], given)
         if token_ids is not None:
             if bucket.length != 1:
                 raise ValueError("tokens on the device can be given to passes of one row a span only")
-            batch.token_ids[:rows].copy_(token_ids)
+            batch.arrays.token_ids[:rows].copy_(token_ids)
         self._replays[bucket]()
         return tuple(output[: bucket.rows] for output in self._outputs)
 
     def _capture(self, bucket: Bucket, function: Pass, plan: GraphPlan) -> Replay:
         layout, rows = self._layouts[bucket], bucket.rows
-        copy_to(layout.padded(None), self._buffer[: layout.size])
-        batch, places = layout.tensors(self._buffer)
+        copy_to(layout.fill(None), self._buffer[: layout.size])
+        batch, real_rows = self._tensors[bucket]
         inputs = tuple(static[:rows] for static in self._inputs)
         if self._outputs is None:
             most = max(each.rows for each in plan.buckets)
-            made = function(batch, places, inputs)
+            made = function(batch, real_rows, inputs)
             self._outputs = tuple(each.new_empty(most, *each.shape[1:]) for each in made)
         outputs = tuple(output[:rows] for output in self._outputs)
 
         def step() -> None:
-            for output, made in zip(outputs, function(batch, places, inputs), strict=True):
+            for output, made in zip(outputs, function(batch, real_rows, inputs), strict=True):
                 output.copy_(made)
 
         return plan.backend.capture(step, (self._buffer[: layout.size], *inputs), outputs)
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
-    """Where the arrays of a bucket's batch lie in the static buffer."""
+class _PaddedLayout:
+    """A bucket's batch in the static buffer: its arrays, and behind them `real_rows`, (rows,) int64, which tells the
+    bucket's row of each row of the batch."""
 
     bucket: Bucket
-    shape: BatchShape
+    batch: BatchLayout
     block_size: int
     padding_block: int
-    size: int
-    """Bytes: the batch as `HostBatch` has it, and behind it the places of its rows, (rows,) int64."""
 
     @staticmethod
-    def of(bucket: Bucket, plan: GraphPlan, block_size: int) -> _Layout:
-        rows = bucket.rows
+    def of(bucket: Bucket, plan: GraphPlan, block_size: int) -> _PaddedLayout:
         # The longest sequence's last span may be padded.
         width = -(-(plan.max_len + bucket.length - 1) // block_size)
-        shape = BatchShape(spans=bucket.spans, rows=rows, wanted=rows, max_blocks=width)
-        size = -(-(shape.offsets()[-1] + 8 * rows) // ALIGNMENT) * ALIGNMENT
-        return _Layout(bucket, shape, block_size, plan.padding_block, size)
+        shape = BatchShape(spans=bucket.spans, rows=bucket.rows, wanted=bucket.rows, max_blocks=width)
+        return _PaddedLayout(bucket, BatchLayout(shape), block_size, plan.padding_block)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the batch's arrays, and behind them of `real_rows`."""
+        return self.batch.size + aligned(8 * self.bucket.rows)
 
     def dense(self, host: HostBatch) -> bool:
-        """Its rows lie in the bucket as they lie in the batch."""
+        """Whether the rows lie in the bucket as they lie in the batch."""
         return host.shape.rows == host.shape.spans * self.bucket.length
 
-    def padded(self, host: HostBatch | None) -> np.ndarray:
-        """The buffer of the batch, (size,) uint8; None: of padding alone."""
-        spans, length, size = self.bucket.spans, self.bucket.length, self.block_size
+    def fill(self, host: HostBatch | None) -> np.ndarray:
+        """The buffer of the batch, (size,) uint8, padded to the bucket; None: all of it is padding."""
+        length, size = self.bucket.length, self.block_size
         every = np.arange(self.bucket.rows)
         buffer = np.zeros(self.size, dtype=np.uint8)
-        token_ids, positions, logit_rows, slots, ends, context_lens, cu_context_lens, tables = HostBatch(
-            self.shape, buffer, [], [], size
-        ).arrays()
-        places = buffer[self.size - 8 * len(every) :].view(np.int64)
-        slots[:] = self.padding_block * size + every % length % size
-        ends[:] = np.arange(spans + 1) * length
-        context_lens[:] = length
-        tables[:] = self.padding_block
+        arrays = self.batch.on_host(buffer)
+        arrays.slots[:] = self.padding_block * size + every % length % size
+        arrays.cu_query_lens[:] = np.arange(self.bucket.spans + 1) * length
+        arrays.context_lens[:] = length
+        arrays.block_tables[:] = self.padding_block
         if host is not None:
-            count, rows = host.shape.spans, host.shape.rows
-            tokens_, positions_, logit_rows_, slots_, ends_, context_lens_, _, tables_ = host.arrays()
-            lengths = np.diff(ends_)
-            real = every[:rows]
+            count, given = host.shape.spans, host.arrays
+            lengths = np.diff(given.cu_query_lens)
+            real = every[: host.shape.rows]
             if not self.dense(host):
-                real = real + np.repeat(ends[:count] - ends_[:-1], lengths)
-            places[:rows] = real
-            token_ids[real], positions[real], slots[real] = tokens_, positions_, slots_
-            logit_rows[: len(logit_rows_)] = real[logit_rows_]
-            context_lens[:count] = context_lens_ + (length - lengths)
-            used = -(-context_lens_ // size)
-            own = tables[:count, : tables_.shape[1]]
-            np.copyto(own, tables_, where=np.arange(tables_.shape[1]) < used[:, None])
-        np.cumsum(context_lens, out=cu_context_lens[1:])
+                real = real + np.repeat(arrays.cu_query_lens[:count] - given.cu_query_lens[:-1], lengths)
+            buffer[self.batch.size :].view(np.int64)[: len(real)] = real
+            for name in PER_ROW:
+                getattr(arrays, name)[..., real] = getattr(given, name)
+            arrays.logit_rows[: host.shape.wanted] = real[given.logit_rows]
+            arrays.context_lens[:count] = given.context_lens + (length - lengths)
+            used = -(-given.context_lens // size)
+            width = host.shape.max_blocks
+            own = arrays.block_tables[:count, :width]
+            np.copyto(own, given.block_tables, where=np.arange(width) < used[:, None])
+        np.cumsum(arrays.context_lens, out=arrays.cu_context_lens[1:])
         return buffer
 
     def tensors(self, buffer: torch.Tensor) -> tuple[FlatBatch, torch.Tensor]:
-        """Views of the static buffer. What attention reads of the host are bounds that hold for every batch."""
-        spans, longest = self.bucket.spans, self.shape.max_blocks * self.block_size
-        host = HostBatch(
-            self.shape, np.empty(0, dtype=np.uint8), [self.bucket.length] * spans, [longest] * spans, self.block_size
-        )
-        places = buffer[self.size - 8 * self.bucket.rows : self.size].view(torch.int64)
-        return flat_batch(host, buffer), places
+        """Views of the static buffer: the batch, and `real_rows`. What attention reads of the host are bounds that hold
+        for every batch."""
+        spans, longest = self.bucket.spans, self.batch.shape.max_blocks * self.block_size
+        arrays = self.batch.on_device(buffer)
+        real_rows = buffer[self.batch.size :].view(torch.int64)[: self.bucket.rows]
+        return FlatBatch.of(arrays, [self.bucket.length] * spans, [longest] * spans, self.block_size), real_rows
 
 
 def _all_agree(willing: bool, comm: Communicator, device: torch.device) -> bool:

@@ -5,7 +5,6 @@ for the batch (`graphs`), and compute it eagerly where there is none."""
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -57,13 +56,14 @@ class ModelRunner:
         """Capture the plan's passes; `feature_layers`: those of the taps that `run` will be given. Of a divided model
         all ranks capture, at the same time; only the first one has taps."""
 
-        def function(batch: FlatBatch, places: torch.Tensor, inputs: Seq[torch.Tensor]) -> Seq[torch.Tensor]:
+        def function(batch: FlatBatch, real_rows: torch.Tensor, inputs: Seq[torch.Tensor]) -> Seq[torch.Tensor]:
+            arrays = batch.arrays
             tap = FeatureTap(feature_layers) if feature_layers else None
-            hidden = self.model.forward(batch.token_ids, batch.positions, batch.attention, self._caches, tap)
-            logits = self.model.logits(hidden.index_select(0, batch.logit_rows))
+            hidden = self.model.forward(arrays.token_ids, arrays.positions, batch.attention, self._caches, tap)
+            logits = self.model.logits(hidden.index_select(0, arrays.logit_rows))
             if tap is None or tap.features is None:
                 return (logits,)
-            return logits, tap.features.index_select(0, places)
+            return logits, tap.features.index_select(0, real_rows)
 
         self._captured_layers = feature_layers
         self._graphs = GraphedPasses(name, function, plan, self.block_size, self.device, self.model.comm)
@@ -95,10 +95,11 @@ class ModelRunner:
                 if tap is not None:
                     tap.features = features[0][: host.shape.rows].clone()
                 return logits[: host.shape.wanted]
-        batch = _with_tokens(host.to(self.device), token_ids)
-        hidden = self.model.forward(batch.token_ids, batch.positions, batch.attention, self._caches, tap)
-        if len(batch.logit_rows) != len(hidden):
-            hidden = hidden[batch.logit_rows]
+        batch = host.to(self.device)
+        tokens = batch.arrays.token_ids if token_ids is None else token_ids
+        hidden = self.model.forward(tokens, batch.arrays.positions, batch.attention, self._caches, tap)
+        if host.shape.wanted != host.shape.rows:
+            hidden = hidden[batch.arrays.logit_rows]
         if not len(hidden):
             return hidden.new_empty(0, self.model.config.vocab_size)
         return self.model.logits(hidden)
@@ -129,9 +130,10 @@ class HeadRunner:
     def capture(self, name: str, plan: GraphPlan) -> None:
         """Capture the plan's passes."""
 
-        def function(batch: FlatBatch, places: torch.Tensor, inputs: Seq[torch.Tensor]) -> Seq[torch.Tensor]:
-            out = self.model.forward(inputs[0], batch.token_ids, batch.positions, batch.attention, self._cache)
-            wanted = out.index_select(0, batch.logit_rows)
+        def function(batch: FlatBatch, real_rows: torch.Tensor, inputs: Seq[torch.Tensor]) -> Seq[torch.Tensor]:
+            arrays = batch.arrays
+            out = self.model.forward(inputs[0], arrays.token_ids, arrays.positions, batch.attention, self._cache)
+            wanted = out.index_select(0, arrays.logit_rows)
             return wanted, self.model.logits(wanted)
 
         most = max(bucket.rows for bucket in plan.buckets)
@@ -149,14 +151,11 @@ class HeadRunner:
         if self._graphs is not None and (bucket := self._graphs.find(host)) is not None:
             out, logits = self._graphs.run(bucket, host, (hidden,), token_ids)
             return out[: host.shape.wanted], logits[: host.shape.wanted]
-        batch = _with_tokens(host.to(self.device), token_ids)
-        out = self.model.forward(hidden, batch.token_ids, batch.positions, batch.attention, self._cache)
-        if len(batch.logit_rows) != len(out):
-            out = out[batch.logit_rows]
+        batch = host.to(self.device)
+        tokens = batch.arrays.token_ids if token_ids is None else token_ids
+        out = self.model.forward(hidden, tokens, batch.arrays.positions, batch.attention, self._cache)
+        if host.shape.wanted != host.shape.rows:
+            out = out[batch.arrays.logit_rows]
         if not len(out):
             return out, out.new_empty(0, self.model.config.draft_vocab_size)
         return out, self.model.logits(out)
-
-
-def _with_tokens(batch: FlatBatch, token_ids: torch.Tensor | None) -> FlatBatch:
-    return batch if token_ids is None else replace(batch, token_ids=token_ids)

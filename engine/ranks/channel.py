@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import zmq
 
-from pilotfish.engine.execution.batch import BatchShape, HostBatch
+from pilotfish.engine.execution.batch import HostBatch
 from pilotfish.engine.ranks.control_messages import (
     KEY_BYTES,
     ORDER,
@@ -64,8 +64,7 @@ class PassChannel:
         self._socket.send_multipart([Header(self.key, ORDER).pack(), self._encode(order)])
 
     def broadcast(self, model: int, number: int, host: HostBatch) -> None:
-        shape = host.shape
-        header = Header(self.key, PASS, model, number, shape.spans, shape.rows, shape.wanted, shape.max_blocks)
+        header = Header(self.key, PASS, model, number, host.shape)
         self._socket.send_multipart([header.pack(), host.buffer.data])
 
     def close(self) -> None:
@@ -99,5 +98,4 @@ class PassReader:
         if header.kind != PASS:
             raise RankError("rank 0 sent an order where a pass was due")
         buffer = np.frombuffer(frame.buffer, dtype=np.uint8).copy()  # a frame's memory is neither aligned nor writable
-        shape = BatchShape(header.spans, header.rows, header.wanted, header.max_blocks)
-        return header, HostBatch.unpack(shape, buffer, block_size)
+        return header, HostBatch.unpack(header.shape, buffer, block_size)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import msgspec
 
 from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.execution.batch_layout import BatchShape
 from pilotfish.engine.request import RankMemory
 from pilotfish.errors import ConfigError
 
@@ -175,7 +176,8 @@ Order = Meet | Measure | Allocate
 
 KEY_BYTES = 8
 ORDER, PASS = 0, 1
-_HEADER = struct.Struct(f"<{KEY_BYTES}sBBHIIIII")
+_NO_BATCH = BatchShape(0, 0, 0, 0)
+_HEADER = struct.Struct(f"<{KEY_BYTES}sBBHI{len(BatchShape._fields)}I")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,18 +190,12 @@ class Header:
     """Whose pass it is: 0 for the target, then the divided drafts."""
     number: int = 0
     """Of the pass, counted from 1: a gap is a lost message."""
-    spans: int = 0
-    """These four: see `BatchShape`."""
-    rows: int = 0
-    wanted: int = 0
-    max_blocks: int = 0
+    shape: BatchShape = _NO_BATCH
 
     def pack(self) -> bytes:
-        return _HEADER.pack(
-            self.key, self.kind, self.model, 0, self.number, self.spans, self.rows, self.wanted, self.max_blocks
-        )
+        return _HEADER.pack(self.key, self.kind, self.model, 0, self.number, *self.shape)
 
     @staticmethod
     def unpack(data: bytes) -> Header:
-        key, kind, model, _, number, spans, rows, wanted, max_blocks = _HEADER.unpack(data)
-        return Header(key, kind, model, number, spans, rows, wanted, max_blocks)
+        key, kind, model, _, number, *shape = _HEADER.unpack(data)
+        return Header(key, kind, model, number, BatchShape(*shape))

@@ -183,7 +183,7 @@ class LeadRunner:
     def run_on_device(self, spans: Sequence[Span], token_ids: torch.Tensor) -> torch.Tensor:
         """See ModelRunner.run_on_device. The other ranks need the tokens, too, so the host waits for them."""
         host = pack(spans, self._runner.block_size)
-        host.arrays()[0][:] = token_ids.cpu().numpy()
+        host.arrays.token_ids[:] = token_ids.cpu().numpy()
         return self.run_batch(host)
 
     def run_batch(self, host: HostBatch, tap: FeatureTap | None = None) -> torch.Tensor:

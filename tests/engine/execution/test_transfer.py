@@ -1,11 +1,16 @@
 """A pass's arrays in one buffer come out as they went in, here and in another process."""
 
+from dataclasses import fields
+
 import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pilotfish.engine.execution.batch import HostBatch, Span, flatten, pack
+from pilotfish.engine.execution.batch_layout import PER_ROW, BatchArrays
+from pilotfish.engine.execution.buckets import Bucket
+from pilotfish.engine.execution.graphs import EagerGraphs, GraphPlan, _PaddedLayout
 
 SIZE = 4
 
@@ -24,17 +29,17 @@ def test_a_buffer_is_all_that_another_process_needs(several):
     there = HostBatch.unpack(packed.shape, np.frombuffer(packed.buffer.tobytes(), dtype=np.uint8), SIZE)
     assert (there.query_lens, there.contexts) == (packed.query_lens, packed.contexts)
     assert there.contexts == [span.stop for span in several]
-    for one, other in zip(packed.arrays(), there.arrays(), strict=True):
-        np.testing.assert_array_equal(one, other)
-    tokens, positions, wanted, slots, *_, tables = packed.arrays()
-    rows = [(span, place) for span in several for place in range(span.start, span.stop)]
-    assert tokens.tolist() == [token for span in several for token in span.token_ids]
-    assert positions.tolist() == [place for _, place in rows]
-    assert slots.tolist() == [span.blocks[place // SIZE] * SIZE + place % SIZE for span, place in rows]
+    for field in fields(BatchArrays):
+        np.testing.assert_array_equal(getattr(packed.arrays, field.name), getattr(there.arrays, field.name))
+    arrays = packed.arrays
+    rows = [(span, position) for span in several for position in range(span.start, span.stop)]
+    assert arrays.token_ids.tolist() == [token for span in several for token in span.token_ids]
+    assert arrays.positions.tolist() == [position for _, position in rows]
+    assert arrays.slots.tolist() == [span.blocks[position // SIZE] * SIZE + position % SIZE for span, position in rows]
     ends = np.cumsum([len(span.token_ids) for span in several])
     expected = [row for end, span in zip(ends, several, strict=True) for row in range(end - span.logit_rows, end)]
-    assert wanted.tolist() == expected
-    for table, span in zip(tables, several, strict=True):
+    assert arrays.logit_rows.tolist() == expected
+    for table, span in zip(arrays.block_tables, several, strict=True):
         used = -(-span.stop // SIZE)
         assert table.tolist() == [*span.blocks[:used], *[0] * (len(table) - used)]
 
@@ -42,9 +47,10 @@ def test_a_buffer_is_all_that_another_process_needs(several):
 def test_a_steps_tensors():
     spans = [Span([5, 6, 7], 14, [3, 1], 2), Span([8], 0, [2])]
     batch = flatten(spans, 16, torch.device("cpu"))
-    assert batch.token_ids.tolist() == [5, 6, 7, 8]
-    assert batch.positions.tolist() == [14, 15, 16, 0]
-    assert batch.logit_rows.tolist() == [1, 2]
+    arrays = batch.arrays
+    assert arrays.token_ids.tolist() == [5, 6, 7, 8]
+    assert arrays.positions.tolist() == [14, 15, 16, 0]
+    assert arrays.logit_rows.tolist() == [1, 2]
     attention = batch.attention
     assert attention.slots.tolist() == [3 * 16 + 14, 3 * 16 + 15, 16, 32]
     assert attention.cu_query_lens.tolist() == [0, 3, 4]
@@ -53,8 +59,25 @@ def test_a_steps_tensors():
     assert attention.block_tables.tolist() == [[3, 1], [2, 0]]
     int32 = (attention.cu_query_lens, attention.context_lens, attention.cu_context_lens, attention.block_tables)
     assert {tensor.dtype for tensor in int32} == {torch.int32}
-    wide = (batch.token_ids, batch.positions, batch.logit_rows, attention.slots)
+    wide = (arrays.token_ids, arrays.positions, arrays.logit_rows, attention.slots)
     assert {tensor.dtype for tensor in wide} == {torch.int64}
     every = (*int32, *wide)
     assert all(tensor.is_contiguous() and tensor.data_ptr() % 8 == 0 for tensor in every)
     assert len({tensor.untyped_storage().data_ptr() for tensor in every}) == 1
+
+
+@given(st.lists(spans(), min_size=1, max_size=6))
+def test_a_padded_batch_has_every_row_of_the_batch(several):
+    """By name, whatever arrays there are; the bucket is longer and wider than the batch."""
+    packed = pack(several, SIZE)
+    plan = GraphPlan(backend=EagerGraphs(), buckets=(), max_len=60, padding_block=100, memory=0)
+    padded = _PaddedLayout.of(Bucket(len(several) + 1, 10), plan, SIZE)
+    batch, real_rows = padded.tensors(torch.from_numpy(padded.fill(packed)))
+    real = real_rows[: packed.shape.rows].numpy()
+    assert (np.diff(real) > 0).all()
+    for name in PER_ROW:
+        np.testing.assert_array_equal(getattr(batch.arrays, name).numpy()[..., real], getattr(packed.arrays, name))
+    others = np.delete(batch.arrays.slots.numpy(), real)
+    assert set(others // SIZE) == {100}
+    wanted = batch.arrays.logit_rows.numpy()[: packed.shape.wanted]
+    np.testing.assert_array_equal(wanted, real[packed.arrays.logit_rows])

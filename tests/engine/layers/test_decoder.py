@@ -110,7 +110,7 @@ def test_a_heads_layer(int8: bool, qk_norm: bool, norm_before_residual: bool) ->
         for length in (21, 1, 5):
             batch = flatten([Span([start + i for i in range(length)], start, BLOCKS)], 16, CPU)
             rows = hidden[start : start + length]
-            out.append(model.forward(rows, batch.token_ids, batch.positions, batch.attention, cache))
+            out.append(model.forward(rows, batch.arrays.token_ids, batch.arrays.positions, batch.attention, cache))
             start += length
         assert torch.equal(hidden, before)
         return out, cache

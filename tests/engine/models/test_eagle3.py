@@ -245,13 +245,13 @@ def test_what_drafts_is_what_was_trained(kv_heads: int) -> None:
             span = Span(tokens[0, 1 : rows + 1].tolist(), 0, [2, 1, 3])
             batch = flatten([span], block_size, CPU)
             fused = model.fuse(features[0, :rows])
-            out = model.forward(fused, batch.token_ids, batch.positions, batch.attention, cache)
+            out = model.forward(fused, batch.arrays.token_ids, batch.arrays.positions, batch.attention, cache)
             torch.testing.assert_close(out, unrolled[0][0, :rows], rtol=1e-4, atol=1e-4)
             hidden = out[-1:]
             for step in range(1, steps):
                 span = Span([int(tokens[0, anchor + 1 + step])], anchor + step, [2, 1, 3])
                 batch = flatten([span], block_size, CPU)
-                hidden = model.forward(hidden, batch.token_ids, batch.positions, batch.attention, cache)
+                hidden = model.forward(hidden, batch.arrays.token_ids, batch.arrays.positions, batch.attention, cache)
                 torch.testing.assert_close(hidden, unrolled[step][0, anchor : anchor + 1], rtol=1e-4, atol=1e-4)
                 wanted = trained.logits(unrolled[step][0, anchor : anchor + 1])
                 torch.testing.assert_close(model.logits(hidden), wanted, rtol=1e-4, atol=1e-4)

@@ -20,8 +20,7 @@ import pytest
 import torch
 
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.execution.batch import HostBatch
-from pilotfish.engine.execution.graphs import EagerGraphs, _Layout
+from pilotfish.engine.execution.graphs import EagerGraphs, _PaddedLayout
 from pilotfish.engine.kernels.native import NativeKernels
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers import fused_decoder
@@ -296,16 +295,16 @@ def test_stale_and_disturbed_passes_are_found(run: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(graphs, "EagerGraphs", Stale)
     assert failed(run("graphs")) == ["padded passes"]
     monkeypatch.undo()
-    right = _Layout.padded
+    right = _PaddedLayout.fill
 
     def disturbed(self: Any, host: Any) -> Any:
         """Rows of padding overwrite what the first row has written."""
         buffer = right(self, host)
-        slots = HostBatch(self.shape, buffer, [], [], self.block_size).arrays()[3]
+        slots = self.batch.on_host(buffer).slots
         slots[slots // self.block_size == self.padding_block] = slots[0]
         return buffer
 
-    monkeypatch.setattr(_Layout, "padded", disturbed)
+    monkeypatch.setattr(_PaddedLayout, "fill", disturbed)
     assert failed(run("graphs")) == ["padded passes"]
 
 

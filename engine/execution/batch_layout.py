@@ -1,0 +1,90 @@
+"""The layout of a pass's batch: its arrays by name, with dtype and shape, and where each of them lies in one buffer.
+
+Another array of a pass, such as the adapter of each row, is a line in `BatchArrays` and its filling in `batch.pack`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_type_hints
+
+import numpy as np
+import torch
+
+from pilotfish.engine.device.transfer import ALIGNMENT, TORCH_DTYPES, aligned
+
+A = TypeVar("A", np.ndarray, torch.Tensor)
+
+
+class BatchShape(NamedTuple):
+    """The sizes from which the layout of a batch follows."""
+
+    spans: int
+    rows: int
+    """Tokens of all spans."""
+    wanted: int
+    """Rows whose logits are wanted."""
+    max_blocks: int
+    """Width of the block tables."""
+
+    @property
+    def bounds(self) -> int:
+        """Entries of an array of running sums over the spans, which begins with 0."""
+        return self.spans + 1
+
+
+@dataclass(frozen=True, slots=True)
+class BatchArrays(Generic[A]):
+    """The arrays of a batch, in the order in which they lie in its buffer. The rows of all spans stand one after the
+    other.
+
+    An annotation holds an array's dtype and its shape, as names of sizes in BatchShape.
+    """
+
+    token_ids: Annotated[A, np.int64, "rows"]
+    positions: Annotated[A, np.int64, "rows"]
+    logit_rows: Annotated[A, np.int64, "wanted"]
+    """Which rows' logits are wanted."""
+    slots: Annotated[A, np.int64, "rows"]
+    """block * block_size + offset: where each row's key and value go."""
+    cu_query_lens: Annotated[A, np.int32, "bounds"]
+    """Rows cu_query_lens[i] to cu_query_lens[i + 1] are those of span i."""
+    context_lens: Annotated[A, np.int32, "spans"]
+    """Keys that a span's last row sees, the span's own included."""
+    cu_context_lens: Annotated[A, np.int32, "bounds"]
+    block_tables: Annotated[A, np.int32, "spans", "max_blocks"]
+    """Entries past a span's context are 0 and never read."""
+
+
+_DECLARED = {name: hint.__metadata__ for name, hint in get_type_hints(BatchArrays, include_extras=True).items()}
+_FIELDS = [(np.dtype(dtype), TORCH_DTYPES[np.dtype(dtype)], sizes) for dtype, *sizes in _DECLARED.values()]
+PER_ROW = tuple(name for name, (_, *sizes) in _DECLARED.items() if sizes[-1] == "rows")
+"""The arrays that have an entry for each row, in their last dimension."""
+
+
+class BatchLayout:
+    """Where the arrays of a batch of this shape lie in a buffer of `size` bytes."""
+
+    __slots__ = ("_arrays", "shape", "size")
+
+    def __init__(self, shape: BatchShape) -> None:
+        self.shape = shape
+        self._arrays: list[tuple[int, int, np.dtype[Any], torch.dtype, tuple[int, ...]]] = []
+        start = 0
+        for dtype, torch_dtype, sizes in _FIELDS:
+            extent = tuple([getattr(shape, name) for name in sizes])
+            stop = start + prod(extent) * dtype.itemsize
+            self._arrays.append((start, stop, dtype, torch_dtype, extent))
+            start = aligned(stop)
+        self.size = max(start, ALIGNMENT)
+
+    def on_host(self, buffer: np.ndarray) -> BatchArrays[np.ndarray]:
+        """Views of a buffer, (at least `size`,) uint8, in host memory."""
+        return BatchArrays(*[np.ndarray(extent, dtype, buffer, start) for start, _, dtype, _, extent in self._arrays])
+
+    def on_device(self, buffer: torch.Tensor) -> BatchArrays[torch.Tensor]:
+        """Views of a buffer, (at least `size`,) uint8, on any device."""
+        return BatchArrays(
+            *[buffer[start:stop].view(dtype).view(extent) for start, stop, _, dtype, extent in self._arrays]
+        )
