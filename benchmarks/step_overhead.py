@@ -45,7 +45,7 @@ from pilotfish.engine.process.messages import FromEngine, Outputs
 from pilotfish.engine.request import EngineInfo, Request
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.control.controller import Controller
-from pilotfish.engine.speculation.drafters.drafter import Draft, Drafter, DraftRequest
+from pilotfish.engine.speculation.drafters.drafter import Draft, DraftRequest
 from pilotfish.engine.speculation.speculator import Speculator
 from pilotfish.engine.verification.coupled import CoupledVerifier
 from pilotfish.text.tokenizer import load_tokenizer
@@ -133,8 +133,6 @@ class IdleDrafter:
     """Drafts what the idle model will say."""
 
     name = "idle"
-    prior = 0.9
-    free = True
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
         return [Draft((TOKEN,) * request.limit, None, self.name) for request in requests]
@@ -163,7 +161,6 @@ def idle_core(sequences: int, draft_tokens: int, controlled: bool) -> EngineCore
 
     def build(config: EngineConfig, progress: Progress) -> Engine:
         device, size, blocks = torch.device("cpu"), 16, sequences * 512
-        drafters: list[Drafter] = [IdleDrafter()]
         controller = Controller(max(1, draft_tokens), {"idle": 0.9}) if controlled else None
         if controller is not None:
             controller.target.calibrate({1: 20e-3, 64: 21e-3, 512: 30e-3})  # a GPU's
@@ -187,7 +184,7 @@ def idle_core(sequences: int, draft_tokens: int, controlled: bool) -> EngineCore
             info=info,
             runner=ModelRunner(model, [], size, device),  # type: ignore[arg-type]
             pool=BlockPool(blocks, size),
-            speculator=Speculator(drafters, max(1, draft_tokens), shape.max_position, controller),
+            speculator=Speculator([IdleDrafter()], [], max(1, draft_tokens), shape.max_position, controller),
             verifier=CoupledVerifier((0,), lazy=False),  # as on a GPU
         )
 

@@ -17,12 +17,13 @@ from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import Request
 from pilotfish.engine.scheduler import Scheduler
 from pilotfish.engine.sequence import Sequence
+from pilotfish.engine.speculation.control.calibration import CALIBRATED
 from pilotfish.engine.speculation.control.controller import Controller
 from pilotfish.engine.speculation.control.cost import RowCost
 from pilotfish.engine.speculation.drafters.drafter import Draft, Drafter, DraftRequest
 from pilotfish.engine.speculation.drafters.eagle3 import MOST_PENDING
 from pilotfish.engine.speculation.drafters.ngram import NgramDrafter
-from pilotfish.engine.speculation.drafters.portfolio import CALIBRATED
+from pilotfish.engine.speculation.drafters.registry import REGISTRY
 from pilotfish.engine.speculation.drafters.suffix import SuffixDrafter
 from pilotfish.engine.speculation.speculator import Speculator
 
@@ -30,10 +31,8 @@ from pilotfish.engine.speculation.speculator import Speculator
 class RecordedDrafter:
     """Proposes what a head proposed at the same place."""
 
-    free = False
-
     def __init__(self, name: str, clock: Clock, questions: dict[str, Recorded]) -> None:
-        self.name, self.prior = name, 0.5
+        self.name = name
         self.passes: tuple[int, ...] = ()
         self._clock, self._questions = clock, questions
         self._read: dict[str, int] = {}
@@ -84,17 +83,18 @@ class Engine:
     def __post_init__(self) -> None:
         self.clock = Clock(self.costs, self.jitter)
         self.heads = tuple(self.costs.drafting)
-        drafters: list[Drafter] = [NgramDrafter(4, 1), SuffixDrafter()]
-        drafters += [RecordedDrafter(name, self.clock, self.questions) for name in self.heads]
-        self.names = tuple(drafter.name for drafter in drafters)
-        self.controller = Controller(LONGEST, {drafter.name: drafter.prior for drafter in drafters})
+        lookups: list[Drafter] = [NgramDrafter(4, 1), SuffixDrafter()]
+        heads = [RecordedDrafter(name, self.clock, self.questions) for name in self.heads]
+        kinds = {kind.name: kind.prior for kind in REGISTRY}
+        self.names = (*(drafter.name for drafter in lookups), *self.heads)
+        self.controller = Controller(LONGEST, {name: kinds.get(name, kinds["eagle3"]) for name in self.names})
         self.controller.target.calibrate(
             {rows: 1e-3 * self.clock.target(rows, rows, 0) for rows in CALIBRATED}, 1e-3 * self.costs.context_token
         )
         for name in self.heads:
             cost = self.controller.drafting[name] = RowCost()
             cost.calibrate({rows: 1e-3 * self.clock.draft(name, rows) for rows in CALIBRATED})
-        self.speculator = Speculator(drafters, LONGEST, 8192, self.controller, self.clock)
+        self.speculator = Speculator(lookups, heads, LONGEST, 8192, self.controller, self.clock)
         self.pool = BlockPool(4096, 16, False)
         self.scheduler = Scheduler(self.pool, 64, 512)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from pilotfish.checkpoints.catalog import resolve
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, Drafter, DraftRequest
+from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, Drafter, DraftRequest, ModelDrafter
 from pilotfish.engine.speculation.speculator import Speculator
 from pilotfish.server.cli.prompts import encode, read_suites
 from pilotfish.text.tokenizer import load_tokenizer
@@ -35,15 +36,15 @@ class Recorded:
 
 
 class Listener(Speculator):
-    """Drafts nothing, and notes what each draft that costs time would propose."""
+    """Drafts nothing, and notes what each model-based drafter would propose."""
 
-    def __init__(self, drafters: list[Drafter], max_model_len: int) -> None:
-        super().__init__(drafters, LONGEST, max_model_len, None)
+    def __init__(self, lookups: Iterable[Drafter], model_drafters: Iterable[ModelDrafter], max_model_len: int) -> None:
+        super().__init__(lookups, model_drafters, LONGEST, max_model_len, None)
         self.heard: dict[str, dict[str, dict[int, Draft]]] = {}
         """By sequence, drafter and tokens so far."""
 
     def draft(self, sequences: list[Sequence], other_rows: int = 0) -> dict[Sequence, Draft]:
-        for name, drafter in self._costly.items():
+        for name, drafter in self.model_drafters.items():
             drafts = drafter.propose([DraftRequest(sequence, LONGEST) for sequence in sequences])
             for sequence, draft in zip(sequences, drafts, strict=True):
                 self.heard.setdefault(sequence.id, {}).setdefault(name, {})[len(sequence.tokens)] = draft
@@ -66,8 +67,8 @@ def record(args: argparse.Namespace) -> None:
     ) as llm:
         core = llm.core
         engine = core._engine
-        drafters = [*engine.speculator._free.values(), *engine.speculator._costly.values()]
-        listener = Listener(drafters, llm.info.max_model_len)
+        speculator = engine.speculator
+        listener = Listener(speculator.lookups.values(), speculator.model_drafters.values(), llm.info.max_model_len)
         core._engine = replace(engine, speculator=listener)
         for suite, prompts in suites.items():
             requests = llm.requests(

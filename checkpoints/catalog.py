@@ -79,19 +79,11 @@ HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safete
 HUB_TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja")
 
 
-LOOKUPS = ("ngram", "suffix")
-"""The drafters that need no files."""
-
 DRAFTS: Mapping[str, tuple[str, ...]] = {
     "smollm2-135m": ("smollm2-135m-eagle3", "smollm2-135m-eagle3-small"),
     "gemma-3-270m": ("gemma-3-270m-eagle3",),
 }
 """The drafts that come with this package, by the target that they were trained for: each a folder of `drafts`."""
-
-
-def default_drafters(target_name: str) -> tuple[str, ...]:
-    """Who drafts for a target where nobody says otherwise: entries as in `EngineConfig.drafter`."""
-    return (*LOOKUPS, *DRAFTS.get(target_name, ()))
 
 
 def cache_folder() -> Path:

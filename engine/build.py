@@ -25,10 +25,16 @@ from pilotfish.engine.models.layout import check_divides
 from pilotfish.engine.models.model import Model
 from pilotfish.engine.ranks.lead import LastWords, Ranks, start_ranks
 from pilotfish.engine.request import EngineInfo, RankMemory
-from pilotfish.engine.speculation.drafters.drafter import CostlyDrafter
+from pilotfish.engine.speculation.control.calibration import make_controller
 from pilotfish.engine.speculation.drafters.feature_router import FeatureRouter
-from pilotfish.engine.speculation.drafters.portfolio import free_drafters, load_draft, make_controller, make_drafter
-from pilotfish.engine.speculation.drafters.sources import check_speculation, find
+from pilotfish.engine.speculation.drafters.registry import (
+    check_speculation,
+    find,
+    load_draft,
+    make_lookups,
+    parse_entries,
+    priors,
+)
 from pilotfish.engine.speculation.speculator import Speculator
 from pilotfish.engine.verification.coupled import CoupledVerifier, RejectionVerifier, Verifier
 from pilotfish.engine.weights import read_config
@@ -66,6 +72,7 @@ def build(config: EngineConfig, progress: Progress, last_words: LastWords | None
         raise ConfigError(
             f"node_rank is {config.node_rank}, but an engine runs on node 0: `pilotfish serve` holds ranks"
         )
+    parse_entries(config.drafter)
     if config.tensor_parallel_size == 1:
         return _build(config, progress, None)
     # Once, and not by all ranks of this host at the same time.
@@ -88,8 +95,8 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
     sources = find(config.drafter, files.name, progress)
     check_speculation(config.speculation, sources)
     draft_comm = comm if config.draft_tensor_parallel_size > 1 else ALONE
-    loaded = [load_draft(source, target, platform, config, progress, draft_comm) for source in sources]
-    drafts = [draft for draft in loaded if draft is not None]
+    with_files = [source for source in sources if source.kind.needs_files]
+    drafts = [load_draft(source, target, platform, config, progress, draft_comm) for source in with_files]
 
     make_graphs = graph_backend(config.enforce_eager, platform.attention, platform.device)
     free = free_memory(platform.device)
@@ -120,11 +127,11 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
         )
 
     eos_token_ids = target.config.eos_token_ids
-    drafters = free_drafters(sources, config)
     target_runner = runner(target, caches(target.config, comm.size))
-    for draft in drafts:
-        cache = caches(draft.shape, draft.ranks)
-        drafters.append(make_drafter(draft, target.config, config, cache, num_blocks, platform.device, runner))
+    drafters = [
+        draft.make(target.config, config, caches(draft.shape, draft.ranks), num_blocks, platform.device, runner)
+        for draft in drafts
+    ]
     progress("allocating the KV cache", 1.0)
 
     if make_graphs:
@@ -132,8 +139,7 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
         planned = partial(graph_plan, config, make_graphs(), max_model_len, num_blocks, for_graphs)
         target_runner.capture("target", planned(span_lengths(config.num_draft_tokens)), FeatureRouter(drafters).layers)
         for drafter in drafters:
-            if isinstance(drafter, CostlyDrafter):
-                drafter.capture(planned)
+            drafter.capture(planned)
         progress("capturing graphs", 1.0)
     if ranks is not None:
         ranks.wait_prepared()
@@ -142,10 +148,11 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
         target_runner.run(target_runner.trial(rows))
         synchronize(platform.device)
 
-    controller = (
-        make_controller(config, target.config, try_target, drafters, progress) if config.adaptive_drafts else None
-    )
-    speculator = Speculator(drafters, config.num_draft_tokens, max_model_len, controller)
+    controller = None
+    if config.adaptive_drafts:
+        controller = make_controller(config, target.config, try_target, drafters, priors(sources), progress)
+    lookups = make_lookups(sources, config)
+    speculator = Speculator(lookups, drafters, config.num_draft_tokens, max_model_len, controller)
     verifier = RejectionVerifier if config.verification == "rejection" else CoupledVerifier
     info = EngineInfo(
         model=files.name,

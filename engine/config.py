@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from pilotfish.engine.speculation.drafters import sources
 from pilotfish.errors import ConfigError
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -121,8 +120,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Where requests without a seed get theirs from; None: from the operating system."""
 
     def check(self) -> EngineConfig:
-        """Return self, or raise ConfigError for settings that contradict each other."""
-        sources.parse(self.drafter)
+        """Return self, or raise ConfigError for settings that contradict each other.
+
+        Entries of `drafter` are checked by `speculation.drafters.registry`, which knows the drafters.
+        """
         if self.ngram_min > self.ngram_max:
             raise ConfigError(f"ngram_min ({self.ngram_min}) is larger than ngram_max ({self.ngram_max})")
         if self.max_batch_tokens < self.max_num_seqs:

@@ -18,7 +18,7 @@ from pilotfish.checkpoints.catalog import ModelFiles, resolve
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.process.client import AsyncEngine
 from pilotfish.engine.ranks.node import run_node
-from pilotfish.engine.speculation.drafters.sources import check_speculation, find
+from pilotfish.engine.speculation.drafters.registry import check_speculation, find
 from pilotfish.errors import ConfigError, EngineDeadError
 from pilotfish.logs import Logs
 from pilotfish.server.admission import Gate

@@ -39,8 +39,7 @@ from pilotfish.engine.ranks.lead import collective_seconds, settle
 from pilotfish.engine.ranks.link import Link
 from pilotfish.engine.ranks.torch_group import TorchGroup, connect, join_store
 from pilotfish.engine.ranks.worker import State, WorkerLaunch
-from pilotfish.engine.speculation.drafters.portfolio import kind_of
-from pilotfish.engine.speculation.drafters.sources import find
+from pilotfish.engine.speculation.drafters.registry import find
 from pilotfish.errors import RankError
 
 
@@ -78,7 +77,7 @@ class DividedModels:
         self._models: list[Model] = [target]
         if config.draft_tensor_parallel_size > 1:
             for source in find(config.drafter, files.name):
-                if source.files is not None and kind_of(source.files) == "draft-model":
+                if source.files is not None and source.kind.sharded:
                     positions = target.config.max_position
                     draft, _, _ = load_model(str(source.files.path), platform, config, positions, progress, comm)
                     self._models.append(draft)

@@ -4,13 +4,13 @@ the controller's choice; without one, sequences take the first proposal there is
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.control.candidates import Choice, Step, Turn
 from pilotfish.engine.speculation.control.controller import Controller
-from pilotfish.engine.speculation.drafters.drafter import CostlyDrafter, Draft, Drafter, DraftRequest
+from pilotfish.engine.speculation.drafters.drafter import Draft, Drafter, DraftRequest, ModelDrafter
 from pilotfish.engine.speculation.drafters.feature_router import FeatureRouter
 
 
@@ -35,18 +35,16 @@ class Speculator:
 
     def __init__(
         self,
-        drafters: list[Drafter],
+        lookups: Iterable[Drafter],
+        model_drafters: Iterable[ModelDrafter],
         num_draft_tokens: int,
         max_model_len: int,
         controller: Controller | None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        for drafter in drafters:
-            if not drafter.free and not isinstance(drafter, CostlyDrafter):
-                raise TypeError(f"drafter {drafter.name!r} is not free, so it must be all that CostlyDrafter says")
-        self._free = {drafter.name: drafter for drafter in drafters if drafter.free}
-        self._costly = {drafter.name: drafter for drafter in drafters if isinstance(drafter, CostlyDrafter)}
-        self.features = FeatureRouter(drafters)
+        self.lookups = {drafter.name: drafter for drafter in lookups}
+        self.model_drafters = {drafter.name: drafter for drafter in model_drafters}
+        self.features = FeatureRouter(self.model_drafters.values())
         """What drafters read of the target."""
         self._num_draft_tokens = num_draft_tokens
         self._max_model_len = max_model_len
@@ -59,7 +57,7 @@ class Speculator:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*self._free, *self._costly)
+        return (*self.lookups, *self.model_drafters)
 
     def draft(self, sequences: list[Sequence], other_rows: int = 0) -> dict[Sequence, Draft]:
         """Drafts for those of `sequences`, all of which decode in the next step, that have one. The step has
@@ -95,7 +93,7 @@ class Speculator:
             self._controller.observe_tokens(sequence, tokens)
 
     def release(self, sequence: Sequence) -> None:
-        for drafter in (*self._free.values(), *self._costly.values()):
+        for drafter in (*self.lookups.values(), *self.model_drafters.values()):
             drafter.release(sequence)
         if self._controller is not None:
             self._controller.release(sequence)
@@ -104,15 +102,15 @@ class Speculator:
         if controller.sleeps(step):
             return Choice({})
         begun = self._clock()
-        for name, drafter in self._free.items():
+        for name, drafter in self.lookups.items():
             self._propose(drafter, [turn for turn in step.turns if name in turn.sequence.drafters])
         for turn in step.turns:
             for name in turn.sequence.drafters:
-                if name in self._costly:
-                    turn.backlog[name] = self._costly[name].backlog(turn.sequence)
+                if name in self.model_drafters:
+                    turn.backlog[name] = self.model_drafters[name].backlog(turn.sequence)
         by_sequence = {turn.sequence: turn for turn in step.turns}
         for name, requests in controller.ask(step).items():
-            costly = self._costly[name]
+            costly = self.model_drafters[name]
             start = self._clock()
             drafts = costly.propose(requests)
             took = self._clock() - start
@@ -129,9 +127,9 @@ class Speculator:
     def _first_proposals(self, turns: list[Turn]) -> dict[Sequence, Draft]:
         for turn in turns:
             for name in turn.sequence.drafters:
-                if name in self._free and not turn.drafts:
-                    self._propose(self._free[name], [turn])
-        for name, drafter in self._costly.items():
+                if name in self.lookups and not turn.drafts:
+                    self._propose(self.lookups[name], [turn])
+        for name, drafter in self.model_drafters.items():
             self._propose(drafter, [turn for turn in turns if name in turn.sequence.drafters and not turn.drafts])
         return {turn.sequence: turn.drafts[0] for turn in turns if turn.drafts}
 

@@ -17,6 +17,7 @@ import yaml
 
 from pilotfish import __version__
 from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.speculation.drafters.registry import parse_entries
 from pilotfish.errors import ConfigError
 from pilotfish.server.cli.flags import Setting, load, read_yaml, settings_of
 from pilotfish.server.config import ServerConfig
@@ -63,7 +64,9 @@ def read(options: Mapping[str, Any], environment: Mapping[str, str] = os.environ
     if key := environment.get(API_KEY_VARIABLE):
         server = msgspec.structs.replace(server, api_key=(*server.api_key, key))
         origins["api_key"] = ", ".join(filter(None, (origins.get("api_key"), API_KEY_VARIABLE)))
-    return Configuration(load(EngineConfig, *sources).check(), server.check(), origins)
+    engine = load(EngineConfig, *sources).check()
+    parse_entries(engine.drafter)
+    return Configuration(engine, server.check(), origins)
 
 
 def read_environment(environment: Mapping[str, str], settings: Mapping[str, Setting]) -> dict[str, tuple[str, Any]]:

@@ -177,7 +177,7 @@ def test_several_draft_models(name: str, many: LLM, vanilla: Callable) -> None:
     assert texts(many.generate(prompts(8), PARAMS[name], speculation=ALL)) == vanilla(name)
     engine = many.core._engine
     assert engine.pool.used == 0
-    assert all(drafter._pool.used == 0 for drafter in engine.speculator._costly.values())
+    assert all(drafter._pool.used == 0 for drafter in engine.speculator.model_drafters.values())
 
 
 def test_each_draft_model_is_asked_by_its_name(

@@ -14,11 +14,11 @@ from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import Request
 from pilotfish.engine.sequence import Sequence as Decoding
+from pilotfish.engine.speculation.control.calibration import CALIBRATED
 from pilotfish.engine.speculation.control.candidates import Step, Turn
 from pilotfish.engine.speculation.control.controller import Controller
 from pilotfish.engine.speculation.control.cost import RowCost
 from pilotfish.engine.speculation.drafters.drafter import Draft
-from pilotfish.engine.speculation.drafters.portfolio import CALIBRATED
 
 LONGEST = 8
 LENGTHS = (1, 2, 4, 8)

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from pilotfish.engine.models.layout import MAX_RANKS, what_does_not_divide
+from pilotfish.engine.speculation.drafters.registry import lookup_names
 from pilotfish.errors import ConfigError
 from pilotfish.tools.planner.devices import Device
 from pilotfish.tools.planner.heads import PlannedHead, find_head, read_head
 from pilotfish.tools.planner.models import PlannedModel, read_shape
 from pilotfish.tools.planner.settings import PlanSettings
-
-LOOKUPS = ("ngram", "suffix")
-"""Drafters without a model: they cost next to nothing."""
-
 
 Kind = Literal["lookup", "draft model", "EAGLE-3 head"]
 
@@ -86,7 +83,7 @@ def make_setup(settings: PlanSettings, device: Device, draft_ranks: int = 1) -> 
     drafts = []
     for entry in settings.drafter:
         name, _, model = entry.rpartition("=")
-        if entry in LOOKUPS:
+        if entry in lookup_names():
             drafts.append(PlannedDraft(entry, None))
         else:
             name = name or Path(model).name

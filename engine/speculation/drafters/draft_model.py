@@ -11,18 +11,79 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from pilotfish.checkpoints.catalog import ModelFiles
+from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.buckets import DRAFT_LENGTHS
 from pilotfish.engine.execution.graphs import GraphPlan
+from pilotfish.engine.execution.loader import Platform, Progress, load_model
 from pilotfish.engine.execution.runner import Runner
+from pilotfish.engine.layers.attention.backend import LayerCache
+from pilotfish.engine.layers.communicator import Communicator
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
+from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.models.model import Model
 from pilotfish.engine.sampling.logit_spans import LogitSpan
 from pilotfish.engine.sampling.processors import process
 from pilotfish.engine.sampling.sampler import draw
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.chain import Chain, confident, knows_no_draft
-from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, DraftRequest
+from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, DraftRequest, check_vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedDraftModel:
+    """As LoadedDraft."""
+
+    name: str
+    model: Model
+
+    @property
+    def shape(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def ranks(self) -> int:
+        return self.model.comm.size
+
+    @property
+    def sharded_model(self) -> Model | None:
+        return self.model if self.ranks > 1 else None
+
+    def make(
+        self,
+        target: ModelConfig,
+        config: EngineConfig,
+        caches: list[LayerCache],
+        num_blocks: int,
+        device: torch.device,
+        make_runner: Callable[[Model, list[LayerCache]], Runner],
+    ) -> DraftModelDrafter:
+        pool = BlockPool(num_blocks, config.block_size, config.prefix_caching)
+        return DraftModelDrafter(
+            self.name,
+            make_runner(self.model, caches),
+            pool,
+            target.eos_token_ids,
+            config.max_batch_tokens,
+            keep_probs=config.verification == "rejection",
+        )
+
+
+def load(
+    name: str,
+    files: ModelFiles,
+    target: Model,
+    platform: Platform,
+    config: EngineConfig,
+    progress: Progress,
+    comm: Communicator,
+) -> LoadedDraftModel:
+    """See `registry.load_draft`."""
+    model, _, _ = load_model(str(files.path), platform, config, target.config.max_position, progress, comm)
+    check_vocabulary(name, model.config, target.config)
+    return LoadedDraftModel(name, model)
 
 
 @dataclass(slots=True)
@@ -74,9 +135,6 @@ class DraftModelDrafter:
     on_device: let drafts grow on the device and look at them once, at the end (see `chain`), where that can be: not
     with `keep_probs`, nor for penalties. By default so but on the CPU.
     """
-
-    prior = 0.6
-    free = False
 
     def __init__(
         self,

@@ -1,16 +1,25 @@
-"""What a drafter is: something that proposes the next tokens of some sequences. One file for each beside this one."""
+"""What a drafter is: it proposes the next tokens of some sequences. Each is a file beside this one, and a line in
+`registry`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-import torch
-
-from pilotfish.engine.execution.graphs import GraphPlan
-from pilotfish.engine.models.features import FeatureRows
 from pilotfish.engine.sequence import Sequence
+from pilotfish.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from pilotfish.engine.config import EngineConfig
+    from pilotfish.engine.execution.graphs import GraphPlan
+    from pilotfish.engine.execution.runner import Runner
+    from pilotfish.engine.layers.attention.backend import LayerCache
+    from pilotfish.engine.models.config import ModelConfig
+    from pilotfish.engine.models.features import FeatureRows
+    from pilotfish.engine.models.model import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +61,18 @@ def shortened(draft: Draft, length: int) -> Draft:
 
 
 class Drafter(Protocol):
-    """Proposals never change the text, only its speed: a drafter may be wrong, and may propose fewer tokens or none.
+    """A lookup drafter, or what all drafters have in common.
 
-    A drafter reads `sequence.tokens` when asked and catches up with what was added since it last saw the sequence; it
-    is not told of acceptance. Tokens that it saw never change (a sequence only grows).
+    Proposals never change the text, only its speed: a drafter may be wrong, and may propose fewer tokens or none. It
+    reads `sequence.tokens` when asked and catches up with what was added since it last saw the sequence; it is not told
+    of acceptance. Tokens that it saw never change (a sequence only grows).
+
+    A drafter that is nothing more than this takes no time worth counting and is asked at every step; one that computes
+    is a `ModelDrafter`.
     """
 
     name: str
-    """What requests, metrics and timings call it; no two of an engine have the same."""
-    prior: float
-    """How often its first token is taken to be right until that was seen."""
-
-    @property
-    def free(self) -> bool:
-        """Its proposals take no time worth counting, so it is asked at every step. Else it is a CostlyDrafter."""
-        ...
+    """As requests, metrics and timings call it; no two of an engine have the same."""
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
         """One Draft for each of `requests`, in their order."""
@@ -74,6 +80,26 @@ class Drafter(Protocol):
 
     def release(self, sequence: Sequence) -> None:
         """Forget a sequence that has ended (or was never seen): its memory is free afterwards."""
+        ...
+
+
+class ModelDrafter(Drafter, Protocol):
+    """A drafter that computes: in passes over rows, the first of which also reads what is new of each sequence, and
+    each makes a token for every sequence whose draft still grows."""
+
+    passes: tuple[int, ...]
+    """Rows of each pass of the last `propose`."""
+
+    def backlog(self, sequence: Sequence) -> int:
+        """Rows of the sequence that a draft's first pass has to read: its last token at least."""
+        ...
+
+    def try_pass(self, rows: int) -> None:
+        """Compute a pass over so many rows, to measure what it takes. Only before there are sequences."""
+        ...
+
+    def capture(self, planned: Callable[[tuple[int, ...]], GraphPlan]) -> None:
+        """Capture its passes as graphs; `planned` makes a plan for spans of these lengths."""
         ...
 
 
@@ -91,22 +117,44 @@ class FeatureReader(Protocol):
         ...
 
 
-@runtime_checkable
-class CostlyDrafter(Drafter, Protocol):
-    """One that computes: in passes over rows, the first of which also reads what is new of each sequence, and each
-    makes a token for every sequence whose draft still grows."""
+class LoadedDraft(Protocol):
+    """A draft whose weights are loaded and whose KV cache is not allocated yet: the cache is sized in between."""
 
-    passes: tuple[int, ...]
-    """Rows of each pass of the last `propose`."""
+    name: str
 
-    def backlog(self, sequence: Sequence) -> int:
-        """Rows of the sequence that a draft's first pass has to read: its last token at least."""
+    @property
+    def shape(self) -> ModelConfig:
+        """The shape of the layers that have a KV cache."""
         ...
 
-    def try_pass(self, rows: int) -> None:
-        """Compute a pass over so many rows, to measure what it takes. Only before there are sequences."""
+    @property
+    def ranks(self) -> int:
+        """Number of ranks that it is sharded over."""
         ...
 
-    def capture(self, planned: Callable[[tuple[int, ...]], GraphPlan]) -> None:
-        """Capture its passes as graphs; `planned` makes a plan for spans of these lengths."""
+    @property
+    def sharded_model(self) -> Model | None:
+        """The model that each rank has a part of; None where rank 0 has it whole."""
         ...
+
+    def make(
+        self,
+        target: ModelConfig,
+        config: EngineConfig,
+        caches: list[LayerCache],
+        num_blocks: int,
+        device: torch.device,
+        make_runner: Callable[[Model, list[LayerCache]], Runner],
+    ) -> ModelDrafter:
+        """Make it a drafter. `caches`: of its layers, of `num_blocks` blocks for sequences, as many as the target's;
+        `make_runner`: makes the runner of a model of the target's kind and its caches."""
+        ...
+
+
+def check_vocabulary(name: str, draft: ModelConfig, target: ModelConfig) -> None:
+    """Raise ConfigError unless draft and target have as many tokens."""
+    if draft.vocab_size != target.vocab_size:
+        raise ConfigError(
+            f"drafter {name!r} has a vocabulary of {draft.vocab_size} tokens, the target of {target.vocab_size}: a "
+            "draft needs the target's own tokenizer"
+        )

@@ -13,24 +13,116 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pilotfish.checkpoints.catalog import ModelFiles
+from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.execution.batch import Span
+from pilotfish.engine.execution.buckets import span_lengths
 from pilotfish.engine.execution.graphs import GraphPlan
-from pilotfish.engine.execution.runner import HeadRunner
+from pilotfish.engine.execution.loader import Platform, Progress, check_draft, load_shared
+from pilotfish.engine.execution.runner import HeadRunner, Runner
+from pilotfish.engine.layers.attention.backend import LayerCache
+from pilotfish.engine.layers.communicator import Communicator
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
+from pilotfish.engine.models.config import Eagle3Config, ModelConfig
+from pilotfish.engine.models.eagle3 import Eagle3Model
 from pilotfish.engine.models.features import FeatureRows
+from pilotfish.engine.models.model import Model
 from pilotfish.engine.sampling.logit_spans import LogitSpan
 from pilotfish.engine.sampling.processors import process
 from pilotfish.engine.sampling.sampler import argmax, draw
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.chain import Chain, confident, knows_no_draft
-from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, DraftRequest
+from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, DraftRequest, check_vocabulary
+from pilotfish.engine.weights import eagle3
+from pilotfish.errors import ConfigError
 
 MOST_PENDING = 256
 """Positions whose features are kept for a sequence that is not drafted for. When it is again, they are read at once; of
 a longer stretch only the last ones are, since a head that was told the target's features needs little more context."""
-PRIOR = 0.5
-"""How often a head's first token is taken to be right until that was seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedHead:
+    """As LoadedDraft. Always whole on rank 0, beside the target's first shard."""
+
+    name: str
+    model: Eagle3Model
+    ranks: int = 1
+    sharded_model: Model | None = None
+
+    @property
+    def shape(self) -> ModelConfig:
+        return self.model.config.decoder
+
+    def make(
+        self,
+        target: ModelConfig,
+        config: EngineConfig,
+        caches: list[LayerCache],
+        num_blocks: int,
+        device: torch.device,
+        make_runner: Callable[[Model, list[LayerCache]], Runner],
+    ) -> Eagle3Drafter:
+        return Eagle3Drafter(
+            self.name,
+            HeadRunner(self.model, caches[0], config.block_size, device),
+            self.model.config.features_of(target),
+            # No prefix caching: what a block holds depends on more than its tokens.
+            BlockPool(num_blocks, config.block_size, False),
+            target.eos_token_ids,
+            config.max_batch_tokens,
+            span_lengths(config.num_draft_tokens),
+            keep_probs=config.verification == "rejection",
+        )
+
+
+def load(
+    name: str,
+    files: ModelFiles,
+    target: Model,
+    platform: Platform,
+    config: EngineConfig,
+    progress: Progress,
+    comm: Communicator,
+) -> LoadedHead:
+    """See `registry.load_draft`."""
+    shape = eagle3.read_config(files.path)
+    check_draft(platform, name, shape.decoder, config)
+    check_vocabulary(name, shape.decoder, target.config)
+    _check_features(name, shape, target.config)
+    weights = eagle3.read_weights(files.path, shape, platform.dtype)
+    embedding, head = (part not in weights for part in ("embed_tokens.weight", "lm_head.weight"))
+    if embedding and shape.decoder.hidden_size != target.config.hidden_size:
+        raise ConfigError(f"drafter {name!r} has no embedding of its own, and the target's is of another size")
+    shared = load_shared(target, platform, config, embedding, head, progress)
+    with torch.inference_mode():
+        model = Eagle3Model(
+            shape,
+            platform.kernels,
+            platform.attention,
+            weights,
+            # Published heads name the context that they were trained on, and serve longer ones.
+            max(shape.decoder.max_position, target.config.max_position),
+            platform.device,
+            platform.dtype,
+            shared,
+        )
+    return LoadedHead(name, model)
+
+
+def _check_features(name: str, head: Eagle3Config, target: ModelConfig) -> None:
+    if head.target_hidden_size != target.hidden_size:
+        raise ConfigError(
+            f"drafter {name!r} reads hidden states of size {head.target_hidden_size}, the target's are "
+            f"{target.hidden_size}: it was made for another target"
+        )
+    layers = head.features_of(target)
+    if max(layers) > target.num_layers:
+        raise ConfigError(
+            f"drafter {name!r} reads layers {layers}, the target has {target.num_layers}: it was made for another "
+            "target"
+        )
 
 
 @dataclass(slots=True)
@@ -69,8 +161,6 @@ class Eagle3Drafter:
     """`keep_probs`: also return the distributions that tokens were drawn from (rejection verification needs them).
     `on_device` as in DraftModelDrafter. `span_lengths`: tokens of a sequence in a pass that is captured."""
 
-    free = False
-
     def __init__(
         self,
         name: str,
@@ -96,7 +186,6 @@ class Eagle3Drafter:
         ids = model.target_ids
         self._target_ids: list[int] | None = None if ids is None else ids.tolist()
         self._known: dict[str, _Known] = {}
-        self.prior = PRIOR
         self.passes: tuple[int, ...] = ()
 
     def backlog(self, sequence: Sequence) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, DraftRequest
 from pilotfish.errors import ConfigError
@@ -23,8 +24,6 @@ class NgramDrafter:
     """
 
     name = "ngram"
-    prior = 0.35
-    free = True
 
     def __init__(self, ngram_max: int, ngram_min: int) -> None:
         if not 1 <= ngram_min <= ngram_max:
@@ -64,6 +63,10 @@ class NgramDrafter:
             grams = zip(*(recent[i:] for i in range(length)), strict=False)
             followers.update(zip(grams, range(first, end), strict=False))
         index.end = end
+
+
+def make(config: EngineConfig) -> NgramDrafter:
+    return NgramDrafter(config.ngram_max, config.ngram_min)
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
+from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, DraftRequest
 
@@ -33,8 +34,6 @@ class PredictionDrafter:
     """
 
     name = "prediction"
-    prior = 0.8
-    free = True
 
     def __init__(self) -> None:
         self._followers: dict[str, _Follower] = {}
@@ -62,6 +61,10 @@ class PredictionDrafter:
         length = min(limit, 2 * follower.agreed + 3) if begun else limit
         evidence = 0 if follower.guessed else 1 + min(follower.agreed.bit_length(), STRONGEST)
         return Draft(prediction[place : place + length], None, self.name, evidence)
+
+
+def make(config: EngineConfig) -> PredictionDrafter:
+    return PredictionDrafter()
 
 
 @dataclass(slots=True)

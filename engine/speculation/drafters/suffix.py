@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, DraftRequest
 
@@ -30,8 +31,6 @@ class SuffixDrafter:
     """
 
     name = "suffix"
-    prior = 0.35
-    free = True
 
     def __init__(self) -> None:
         self._automata: dict[str, _Automaton] = {}
@@ -55,6 +54,10 @@ class SuffixDrafter:
         matched = automaton.lengths[context]
         length = min(limit, 2 * matched + automaton.followed(context))
         return Draft(automaton.walk(context, length), None, self.name, min(matched, STRONGEST))
+
+
+def make(config: EngineConfig) -> SuffixDrafter:
+    return SuffixDrafter()
 
 
 @dataclass(slots=True)

@@ -188,7 +188,7 @@ def test_drafts_that_grow_on_the_device_are_the_same(
 ) -> None:
     wanted = make(drafter=portfolio(draft, head)).generate(prompts(7), PARAMS[name], speculation=drafter)
     llm = make(Poisoned() if graphs else None, drafter=portfolio(draft, head))
-    asked = llm.core._engine.speculator._costly[drafter]
+    asked = llm.core._engine.speculator.model_drafters[drafter]
     asked._on_device = True
     got = llm.generate(prompts(7), PARAMS[name], speculation=drafter)
     assert texts(got) == texts(wanted)
@@ -209,7 +209,7 @@ def test_a_draft_on_the_device_ends_where_its_confidence_does(
             core.add(request)
         for _ in range(3):
             core.step()
-        for drafter in core._engine.speculator._costly.values():
+        for drafter in core._engine.speculator.model_drafters.values():
             drafter._on_device = on_device
             floors = zip(core._scheduler.decoding(), (0.5, 0.1, 1e-2, 1e-3, 0.0), strict=True)
             requests = [DraftRequest(sequence, 8, floor) for sequence, floor in floors]

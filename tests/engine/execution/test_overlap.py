@@ -142,7 +142,7 @@ def test_the_same_text_and_every_request_ends_once(seed: int, adaptive: bool, ma
     assert sum(map(len, got.values())) == sum(step.generated_tokens for step in stats)
     engine = core._engine
     assert engine.pool.used == 0
-    assert all(drafter._pool.used == 0 for drafter in engine.speculator._costly.values())
+    assert all(drafter._pool.used == 0 for drafter in engine.speculator.model_drafters.values())
 
 
 @pytest.mark.parametrize("late", [False, True])

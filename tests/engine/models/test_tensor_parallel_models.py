@@ -23,11 +23,10 @@ from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.loader import load_model
 from pilotfish.engine.kernels.native import load_library
-from pilotfish.engine.layers.communicator import Communicator
+from pilotfish.engine.layers.communicator import ALONE, Communicator
 from pilotfish.engine.models.eagle3 import Eagle3Model
 from pilotfish.engine.models.features import FeatureTap
-from pilotfish.engine.speculation.drafters.portfolio import load_draft
-from pilotfish.engine.speculation.drafters.sources import Source
+from pilotfish.engine.speculation.drafters.registry import Source, kind_of, load_draft
 from pilotfish.engine.weights import eagle3
 from pilotfish.errors import ConfigError
 from tests.support.fp8_checkpoints import LAYOUTS, publish
@@ -274,12 +273,13 @@ def test_an_eagle3_head_on_rank_0_has_the_targets_whole_embedding_and_head(
         if name not in ("embed_tokens.weight", "lm_head.weight")
     }
     save_file(own, tmp_path / "head" / "model.safetensors")
-    head = Source("head", ModelFiles("head", "huggingface", tmp_path / "head"))
+    files = ModelFiles("head", "huggingface", tmp_path / "head")
+    head = Source("head", kind_of(files), files)
 
     def draft(size: int) -> Eagle3Model:
         load_format = "dummy" if source == "dummy" else "auto"
         runner = ranked(target, size, kernels, load_format=load_format)
-        loaded = load_draft(head, runner.model, runner.platform, runner.config, lambda what, share: None)
+        loaded = load_draft(head, runner.model, runner.platform, runner.config, lambda what, share: None, ALONE)
         assert loaded is not None
         assert isinstance(loaded.model, Eagle3Model)
         return loaded.model

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
+from pilotfish.engine.speculation.control.calibration import CALIBRATED
 from pilotfish.engine.speculation.control.cost import RowCost
-from pilotfish.engine.speculation.drafters.portfolio import CALIBRATED
 from tests.support.worlds import small_cpu
 
 
