@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +14,7 @@ from fastapi.routing import APIRoute
 from pilotfish.engine.config import EngineConfig, cache_share
 from pilotfish.engine.process.messages import StepStats
 from pilotfish.engine.request import EngineInfo, RankMemory
-from pilotfish.server import request_log, routes
+from pilotfish.server import routes
 from pilotfish.server.cli.flags import Setting, settings_of
 from pilotfish.server.cli.main import read_settings
 from pilotfish.server.config import ServerConfig
@@ -86,15 +85,6 @@ def test_metrics_that_are_named_exist(page: Path) -> None:
     known |= {family.name for family in used_metrics().registry.collect()}
     for name in re.findall(r"\bpilotfish_[a-z_]+[a-z]", page.read_text()):
         assert name in known, name
-
-
-def test_fields_of_a_requests_line_in_the_log_are_documented() -> None:
-    documented = {name for cells in rows("operations.md") for name in code(cells[0])}
-    source = inspect.getsource(request_log)
-    named = set(re.findall(r'^ {8}"([a-z_]+)":|^ {8}([a-z_]+)=', source, re.MULTILINE))
-    names = {first or second for first, second in named}
-    assert {"request_id", "ttft_ms", "prompts"} <= names
-    assert names <= documented
 
 
 def test_units_of_metrics_are_in_their_names() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -21,8 +22,15 @@ READY_SECONDS = 60
 EXAMPLE_SECONDS = 60
 
 TEXT = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"```bash\n(make .*?)\n```", TEXT)
-CURL, CHAT, STREAM, SAME_TEXT, LLM = re.findall(r"```(?:bash|python)\n(curl.*?|from.*?)```", TEXT, re.DOTALL)
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+PROGRAMS = [block for language, block in BLOCKS if language == "python"]
+
+
+def block(language: str, *words: str) -> str:
+    """The README's only example in that language that has all these words."""
+    (found,) = (text for kind, text in BLOCKS if kind == language and all(word in text for word in words))
+    return found
+
 
 pytestmark = pytest.mark.real_model
 
@@ -72,32 +80,46 @@ def run(*command: str, example: str, url: str = "") -> str:
     return done.stdout
 
 
+@cache
+def printed(program: str, url: str = "") -> str:
+    """What a program of the README prints; each runs once, however many tests look at that."""
+    return run(sys.executable, "-c", example=program, url=url)
+
+
 def test_two_commands_are_all() -> None:
-    assert COMMANDS == ["make serve", "make test"]
-    assert dry_run("test").splitlines()[-1].endswith("python -m pytest")
+    commands = [text.strip() for kind, text in BLOCKS if kind == "bash" and text.startswith("make ")]
+    assert commands == ["make serve", "make test"]
+    assert " -m pytest" in dry_run("test").splitlines()[-1]
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
 def test_curl(url: str) -> None:
-    answer = run("sh", "-c", example=CURL, url=url)
+    answer = run("sh", "-c", example=block("bash", "curl", "chat/completions"), url=url)
     assert re.search(r'"message":\{"role":"assistant","content":"[^"]', answer)
     assert '"timings":{' in answer
 
 
+@pytest.mark.parametrize("program", PROGRAMS, ids=range(len(PROGRAMS)))
+def test_every_program_runs_and_prints_something(program: str, request: pytest.FixtureRequest) -> None:
+    url = request.getfixturevalue("url") if README_URL in program else ""
+    assert printed(program, url).strip()
+
+
 def test_chat(url: str) -> None:
-    *text, timings = run(sys.executable, "-c", example=CHAT, url=url).splitlines()
+    example = block("python", "answer.timings")
+    *text, timings = printed(example, url).splitlines()
     assert len("".join(text)) > 20
     for name in ("queue_ms", "ttft_ms", "tokens_per_second", "drafter", "drafted_tokens", "accepted_tokens"):
         assert f"'{name}'" in timings
-        assert name in CHAT  # as its comment says
+        assert name in example  # as its comment says
 
 
 def test_stream(url: str) -> None:
-    assert len(run(sys.executable, "-c", example=STREAM, url=url)) > 50
+    assert len(printed(block("python", "stream=True"), url)) > 50
 
 
 def test_same_text(url: str) -> None:
-    drafted, same = run(sys.executable, "-c", example=SAME_TEXT, url=url).splitlines()
+    drafted, same = printed(block("python", "the same text"), url).splitlines()
     assert same == "the same text: True"
     assert re.fullmatch(r"\d+ tokens came out of drafts", drafted)
 
@@ -106,9 +128,10 @@ def test_without_a_server() -> None:
     from pilotfish.checkpoints.catalog import resolve
     from pilotfish.text.tokenizer import load_tokenizer
 
+    example = block("python", "LLM(")
     tokenizer = load_tokenizer(resolve("smollm2-135m"))
-    (prompt,) = re.findall(r"\[\[([\d, ]+)\]\]", LLM)
-    (text,) = re.findall(r'what follows "(.*)"', LLM)
+    (prompt,) = re.findall(r"\[\[([\d, ]+)\]\]", example)
+    (text,) = re.findall(r'what follows "(.*)"', example)
     assert tokenizer.encode(text) == [int(id_) for id_ in prompt.split(",")]
-    ids = run(sys.executable, "-c", example=LLM)
+    ids = printed(example)
     assert "Paris" in tokenizer.decode([int(id_) for id_ in ids.strip("[]\n").split(",")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,10 +17,12 @@ import pytest
 from pilotfish.checkpoints.catalog import ModelFiles
 from pilotfish.engine.request import Delta, Request, TokenLogprobs
 from pilotfish.errors import EngineDeadError
+from pilotfish.logs import JsonFormatter
 from pilotfish.server.app import create_app
 from pilotfish.server.config import ServerConfig
 from pilotfish.server.metrics import Metrics
 from pilotfish.text.tokenizer import Tokenizer, load_tokenizer
+from tests.support.paths import ROOT
 from tests.support.scripted_engine import INFO, Script, ScriptedEngine, say
 
 
@@ -358,3 +361,20 @@ async def test_an_engine_that_makes_no_steps_is_not_ready(serving: Any) -> None:
         go.set()
         await running
         assert (await served.http.get("/ready")).status_code == 200
+
+
+async def test_every_field_of_a_requests_line_in_the_log_is_documented(
+    serving: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "server.requests")
+    async with serving(lambda request: say(request, [1], [2, 3], drafted=2, accepted=1), log_prompts=True) as served:
+        assert (await served.complete()).status_code == 200
+        assert (await served.complete(temperature=9)).status_code == 400
+    written = [
+        json.loads(JsonFormatter().format(record)) for record in caplog.records if record.name == "server.requests"
+    ]
+    names = {name for line in written for name in line} | {"trace_id"}  # which only a traced request has
+    assert {"request_id", "ttft_ms", "prompts", "error", "acceptance"} <= names
+    table = (ROOT / "docs" / "operations.md").read_text()
+    documented = set(re.findall(r"`([a-z_]+)`", "\n".join(re.findall(r"^\| (`[^|]*)\|", table, re.MULTILINE))))
+    assert names - {"time", "level", "logger", "message"} <= documented

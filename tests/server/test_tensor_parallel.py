@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from pilotfish.engine.process.child import environment
+from tests.support.ports import free_port
 from tests.support.running_server import MODEL, RunningServer
 
 FLAGS = ("--kv-cache-memory", "16MiB", "--num-threads", "1", "--drafter", "ngram", "--rank-timeout", "3")
@@ -137,11 +138,8 @@ class Hosts:
     """Two nodes on this machine, one rank each."""
 
     def __init__(self, tiny_llama: Path, folder: Path, *other: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         flags = ("--model", str(tiny_llama), *FLAGS, "--tensor-parallel-size", "2", "--nnodes", "2")
-        flags += ("--master-addr", "127.0.0.1", "--master-port", str(port))
+        flags += ("--master-addr", "127.0.0.1", "--master-port", str(free_port()))
         self.log = folder / "node1"
         command = [sys.executable, "-m", "pilotfish.server.cli.main", "serve", *flags, *other, "--node-rank", "1"]
         with self.log.open("wb") as output:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from typing import Any
 import httpx
 import openai
 import psutil
+
+from tests.support.ports import free_port
 
 READY_SECONDS = 180
 
@@ -32,9 +33,7 @@ class RunningServer:
     def __init__(
         self, log: Path, *flags: str, variables: Mapping[str, str] | None = None, own_group: bool = False
     ) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         command = [sys.executable, "-m", "pilotfish.server.cli.main", "serve", "--port", str(port), *flags]
