@@ -1,6 +1,7 @@
 # make serve   set up on first use, then serve the default model   (make serve ARGS="--model ... --port ...")
 # make test    set up on first use, then run the tests             (make test ARGS="-k scheduler")
-# make check   linter, formatter and type checker
+# make check   linter, formatter, type checker, and the docs site in strict mode
+# make docs    build the docs site into site/
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 # The kernels are compiled on installation: they are part of what makes an installation stale.
 SOURCES := pyproject.toml setup.py $(wildcard engine/kernels/*.[ch])
 
-.PHONY: serve test check format clean
+.PHONY: serve test check format docs clean
 
 serve: $(VENV)/.installed
 	@$(BIN)/pilotfish serve $(ARGS)
@@ -20,6 +21,10 @@ check: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+docs: $(VENV)/.installed-dev
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 format: $(VENV)/.installed-dev
 	@$(BIN)/ruff check --fix .
@@ -37,8 +42,8 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing what the tests need"
-	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev,docs]'
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info engine/kernels/_native*.so
+	rm -rf build dist site *.egg-info engine/kernels/_native*.so

@@ -25,7 +25,7 @@ from pilotfish.server.protocol.responses import Timings
 from pilotfish.server.protocol.tokenization import DetokenizeRequest, TokenizeRequest
 from tests.support.paths import ROOT
 
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), ROOT / "examples" / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
 def rows(page: str) -> list[list[str]]:
