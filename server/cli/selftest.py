@@ -18,9 +18,9 @@ import msgspec
 from pilotfish import __version__
 from pilotfish.engine.config import EngineConfig
 from pilotfish.errors import ConfigError, ModelError
-from pilotfish.server.cli.command_flags import positive
-from pilotfish.server.cli.flags import add_flags, load, read_yaml
+from pilotfish.server.cli.command import Command, positive
 from pilotfish.server.cli.prompts import encode, read_suites
+from pilotfish.server.cli.settings import add_flags, load, read_yaml
 from pilotfish.server.cli.table import aligned
 from pilotfish.server.config import ServerConfig
 from pilotfish.server.console import Console
@@ -28,7 +28,7 @@ from pilotfish.server.console import Console
 if TYPE_CHECKING:
     from pilotfish.tools.selftest.check import Result
     from pilotfish.tools.selftest.environment import Environment
-    from pilotfish.tools.selftest.run import Job
+    from pilotfish.tools.selftest.run import SelfTest
 
 OMITTED = frozenset(
     {"prefix_caching", "speculation", "adaptive_drafts", "verification", "seed"}
@@ -40,16 +40,7 @@ LIMIT = 600
 JSON_VERSION = 1
 
 
-def add_parser(commands: Any) -> None:
-    """`commands`: what `add_subparsers` returned."""
-    parser = commands.add_parser(
-        "selftest",
-        help="check that this machine computes what it should, and how fast",
-        description="Check this machine: its kernels, attention, sampling, whole models, speculation, CUDA graphs and "
-        "tensor parallelism against references, and its speed. Without --model on small models, with no download.",
-        epilog="Exit status: 0 if nothing failed, 1 if something did, 2 for settings that cannot work.",
-        allow_abbrev=False,
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="a YAML file of settings, as for serve; flags win over it")
     parser.add_argument("--quick", action="store_true", help="smaller samples, and no model of 8 billion parameters")
     parser.add_argument("--json", metavar="FILE", help="write the whole result, as JSON")
@@ -68,11 +59,9 @@ def add_parser(commands: Any) -> None:
         help="run each group of checks in a process of its own, so that a crash fails one check alone (default: on)",
     )
     add_flags(parser, EngineConfig, "engine", OMITTED)
-    parser.set_defaults(run=selftest)
 
 
-def selftest(options: dict[str, Any]) -> int:
-    """Run the command; returns its exit status. Raises ConfigError or ModelError."""
+def _run(options: dict[str, Any]) -> int:
     target = options["json"] and _writable(options["json"])
     content = read_yaml(options["config"], (EngineConfig, ServerConfig)) if options["config"] else {}
     config = load(EngineConfig, content, options).check()
@@ -80,15 +69,16 @@ def selftest(options: dict[str, Any]) -> int:
     console = Console(sys.stderr)
     begin = time.monotonic()
     # Imported here: --help and mistakes need none of it.
-    from pilotfish.tools.selftest.run import Job, describe
+    from pilotfish.tools.selftest.run import SelfTest
 
     with ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="pilotfish-selftest-"))
         prompts = _prompts(config, console) if own_model else ()
-        job = Job(config=config, directory=directory, own_model=own_model, prompts=prompts, quick=options["quick"])
-        environment = describe(job)
+        quick = options["quick"]
+        test = SelfTest(config=config, directory=directory, own_model=own_model, prompts=prompts, quick=quick)
+        environment, found = _isolated(test, console, options["limit"]) if options["isolate"] else _here(test, console)
         results = []
-        for result in _results(job, console, options["limit"], options["isolate"]):
+        for result in found:
             results.append(result)
             if result.verdict == "failed":
                 console.error(f"  FAILED {result.group}: {result.name}: {result.detail or _figure(result)}")
@@ -129,17 +119,22 @@ def _prompts(config: EngineConfig, console: Console) -> tuple[tuple[int, ...], .
     return tuple(tuple(encode(tokenizer, text)) for text in texts)
 
 
-def _results(job: Job, console: Console, limit: float, isolate: bool) -> Iterator[Result]:
-    from pilotfish.tools.selftest.run import GROUPS, run_groups
+def _isolated(test: SelfTest, console: Console, limit: float) -> tuple[Environment, Iterator[Result]]:
+    from pilotfish.tools.selftest.run import describe, run_groups
 
-    if isolate:
-        yield from run_groups(job, lambda group, name: console.progress(group, 0.0), limit)
-        return
-    from pilotfish.tools.selftest.groups import run_group
+    return describe(test), run_groups(test, lambda group, name: console.progress(group, 0.0), limit)
 
-    for group in GROUPS:
-        console.progress(group, 0.0)
-        yield from run_group(job, group, (), lambda name: None)
+
+def _here(test: SelfTest, console: Console) -> tuple[Environment, Iterator[Result]]:
+    from pilotfish.tools.selftest.groups import describe_here, run_group
+    from pilotfish.tools.selftest.run import GROUPS
+
+    def results() -> Iterator[Result]:
+        for group in GROUPS:
+            console.progress(group, 0.0)
+            yield from run_group(test, group, (), lambda name: None)
+
+    return describe_here(test), results()
 
 
 def as_json(config: EngineConfig, environment: Environment, results: Sequence[Result]) -> dict[str, Any]:
@@ -299,3 +294,15 @@ def _number(value: float | None) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
+
+
+COMMAND = Command(
+    name="selftest",
+    help="check that this machine computes what it should, and how fast",
+    description="Check this machine: its kernels, attention, sampling, whole models, speculation, CUDA graphs and "
+    "tensor parallelism against references, and its speed. Without --model on small models, with no download.",
+    example="pilotfish selftest --quick\npilotfish selftest --model smollm2-135m --json result.json",
+    status="Exit status: 0 if nothing failed, 1 if something did, 2 for settings that cannot work.",
+    add_arguments=_add_arguments,
+    run=_run,
+)

@@ -1,4 +1,4 @@
-"""A group of checks in a process of its own: `python -m pilotfish.tools.selftest`, started by `tools.selftest.run`."""
+"""The process of one group of checks: `python -m pilotfish.tools.selftest`, started by `tools.selftest.run`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,25 @@ import threading
 import msgspec
 
 from pilotfish.errors import ConfigError, ModelError
-from pilotfish.tools.selftest.run import ENVIRONMENT, RESTART, Described, Done, Ended, Launch, Message, Refused, Started
+from pilotfish.tools.selftest.run import (
+    ENVIRONMENT,
+    RESTART,
+    Described,
+    Done,
+    Ended,
+    GroupRun,
+    Message,
+    Refused,
+    Started,
+)
 
 
 def main() -> int:
-    # What libraries print is no message: it goes to standard error.
+    # Anything that libraries print goes to standard error, so that standard output has messages alone.
     messages = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     faulthandler.enable()
-    launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
+    run = msgspec.json.decode(sys.stdin.buffer.readline(), type=GroupRun)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     encoder = msgspec.json.Encoder()
 
@@ -26,19 +36,15 @@ def main() -> int:
         messages.write(encoder.encode(message) + b"\n")
         messages.flush()
 
-    # Imported here: a crash on import, of a CUDA library say, is then told like any other.
-    from pilotfish.tools.selftest.environment import read_environment
-    from pilotfish.tools.selftest.groups import device_is_lost, run_group
-    from pilotfish.tools.selftest.subject import Subject
+    # Imported here, so that a crash on import, of a CUDA library say, is reported like any other.
+    from pilotfish.tools.selftest.groups import describe_here, device_is_lost, run_group
 
     try:
-        if launch.group == ENVIRONMENT:
-            subject = Subject(launch.job)
-            subject.check()
-            send(Described(read_environment(subject.platform)))
+        if run.group == ENVIRONMENT:
+            send(Described(describe_here(run.test)))
             send(Ended())
             return 0
-        for result in run_group(launch.job, launch.group, launch.done, lambda name: send(Started(name))):
+        for result in run_group(run.test, run.group, run.done, lambda name: send(Started(name))):
             send(Done(result))
             if result.verdict == "failed" and device_is_lost():
                 return RESTART

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -16,9 +17,8 @@ from pilotfish.errors import ConfigError
 from pilotfish.tools.selftest.check import Check, Finding, Skip
 from pilotfish.tools.selftest.precision import Worst
 from pilotfish.tools.selftest.reference import ReferenceAttention
-from pilotfish.tools.selftest.subject import Subject
+from pilotfish.tools.selftest.subject import Subject, short_name
 
-GROUP = "attention"
 BACKENDS = ("flash4", "flash2", "native", "torch")
 BOUNDS = {torch.float32: 64.0, torch.float16: 6.0, torch.bfloat16: 6.0}
 WHY = (
@@ -67,73 +67,66 @@ def checks(subject: Subject) -> Iterator[Check]:
         dtypes += [dtype for dtype in HALF if dtype not in dtypes]
     for name in BACKENDS:
         for dtype in dtypes:
-            yield from _Backend(subject, name, dtype).checks()
+            yield from _checks(subject, name, dtype)
 
 
+def _checks(subject: Subject, name: str, dtype: torch.dtype) -> Iterator[Check]:
+    needs = replace(subject.platform.needs, dtype=dtype, cache_dtype=dtype, block_size=subject.config.block_size)
+    kernels = subject.platform.kernels
+
+    def check(what: str, why: str, run: Callable[[], Finding]) -> Check:
+        compares = f"attention by {name} on {subject.device} with its definition in float64"
+        return Check(what, compares, run, "units of the dtype next to 1", why)
+
+    try:
+        found = choose_attention(name, needs, kernels if isinstance(kernels, NativeKernels) else None)
+    except ConfigError as error:
+        reason = str(error).partition(", but ")[2] or str(error)
+        yield check(f"{name}, {short_name(dtype)}", "", lambda: _missing(reason))
+        return
+    backend = _Backend(subject, found, replace(needs, block_size=needs.block_size or found.block_size))
+    prefix = f"{name}{' (in use)' if name == subject.platform.attention.name else ''}, {short_name(dtype)}"
+    shape = subject.shape
+    for what, case in cases(backend.needs.block_size, shape.num_heads // shape.num_kv_heads).items():
+        yield check(f"{what}, {prefix}", WHY, partial(backend.compare, case, dtype))
+    why = FP8_WHY if name == "flash4" else WHY
+    yield check(f"fp8 cache, {prefix}", why, partial(backend.compare, Case([MIXED]), FP8))
+    compares = "what lies in the cache after a step with what was written, and the rest with what was there"
+    copied = "keys and values are copied: nothing is rounded"
+    yield Check(f"cache write, {prefix}", compares, backend.written, "wrong rows", copied)
+
+
+def _missing(reason: str) -> Finding:
+    raise Skip(reason)
+
+
+@dataclass(frozen=True)
 class _Backend:
-    def __init__(self, subject: Subject, name: str, dtype: torch.dtype) -> None:
-        self.subject, self.name, self.dtype = subject, name, dtype
-        needs = replace(subject.platform.needs, dtype=dtype, cache_dtype=dtype, block_size=subject.config.block_size)
-        found = _load(name, needs, subject)
-        self.backend = found if not isinstance(found, str) else None
-        self.reason = found if isinstance(found, str) else ""
-        if self.backend is not None:
-            self.needs = replace(needs, block_size=needs.block_size or self.backend.block_size)
+    """An attention backend in one dtype."""
 
-    def checks(self) -> Iterator[Check]:
-        short = str(self.dtype).removeprefix("torch.")
-        if self.backend is None:
-            yield self._check(f"{self.name}, {short}", "", self._missing)
-            return
-        chosen = self.backend.name == self.subject.platform.attention.name
-        prefix = f"{self.name}{' (in use)' if chosen else ''}, {short}"
-        shape = self.subject.shape
-        for what, case in cases(self.needs.block_size, shape.num_heads // shape.num_kv_heads).items():
-            yield self._check(f"{what}, {prefix}", WHY, self._runner(case, self.dtype))
-        everything = Case([MIXED])
-        yield self._check(
-            f"fp8 cache, {prefix}", FP8_WHY if self.name == "flash4" else WHY, self._runner(everything, FP8)
-        )
-        yield Check(
-            group=GROUP,
-            name=f"cache write, {prefix}",
-            compares="what lies in the cache after a step with what was written, and the rest with what was there",
-            unit="wrong rows",
-            why="keys and values are copied: nothing is rounded",
-            run=self._written,
-        )
+    subject: Subject
+    backend: AttentionBackend
+    needs: AttentionNeeds
 
-    def _check(self, name: str, why: str, run: Callable[[], Finding]) -> Check:
-        compares = f"attention by {self.name} on {self.subject.device} with its definition in float64"
-        unit = "units of the dtype next to 1"
-        return Check(group=GROUP, name=name, compares=compares, unit=unit, why=why, run=run)
-
-    def _missing(self) -> Finding:
-        raise Skip(self.reason)
-
-    def _runner(self, case: Case, cache_dtype: torch.dtype) -> Callable[[], Finding]:
-        @torch.inference_mode()
-        def run() -> Finding:
-            assert self.backend is not None
-            if case.softcap and self.name == "native":
-                raise Skip("the native kernels know no soft-capping, and no model that they compute needs it")
-            if reason := why_not(self.name, replace(self.needs, cache_dtype=cache_dtype)):
-                raise Skip(reason)
-            worst = Worst()
-            for sequences in case.batches[:1] if self.subject.quick else case.batches:
-                for ratio in case.ratios:
-                    for window in case.windows:
-                        where = f"{list(sequences)}, {ratio} heads for each of keys, window {window}"
-                        worst.add(self._error(sequences, case, ratio, window, cache_dtype), where)
-            rounded = cache_dtype == FP8 and self.name == "flash4"
-            return worst.finding(FP8_BOUND if rounded else BOUNDS[self.dtype])
-
-        return run
+    def compare(self, case: Case, cache_dtype: torch.dtype) -> Finding:
+        """Compare the case's batches with the definition; the cache is in `cache_dtype`."""
+        name, dtype = self.backend.name, self.needs.dtype
+        if case.softcap and name == "native":
+            raise Skip("the native kernels have no soft-capping, and no model that they compute needs it")
+        if reason := why_not(name, replace(self.needs, cache_dtype=cache_dtype)):
+            raise Skip(reason)
+        worst = Worst()
+        for sequences in case.batches[:1] if self.subject.quick else case.batches:
+            for ratio in case.ratios:
+                for window in case.windows:
+                    where = f"{list(sequences)}, {ratio} heads for each of keys, window {window}"
+                    worst.add(self._error(sequences, case, ratio, window, cache_dtype), where)
+        return worst.finding(FP8_BOUND if cache_dtype == FP8 and name == "flash4" else BOUNDS[dtype])
 
     def _error(
         self, sequences: Sequences, case: Case, ratio: int, window: int | None, cache_dtype: torch.dtype
     ) -> float:
-        assert self.backend is not None
+        dtype = self.needs.dtype
         kv_heads, dim, size = case.kv_heads, self.needs.head_dim, self.needs.block_size
         heads = kv_heads * ratio
         blocks, steps = _laid_out(sequences, size)
@@ -147,7 +140,7 @@ class _Backend:
                 continue
             here = flatten(spans, size, self.subject.device).attention
             there = flatten(spans, size, torch.device("cpu")).attention
-            qkv = self.subject.random(len(there.slots), heads + 2 * kv_heads, dim, seed=number, dtype=self.dtype)
+            qkv = self.subject.random(len(there.slots), heads + 2 * kv_heads, dim, seed=number, dtype=dtype)
             query, key, value = qkv.to(self.subject.device).split(
                 (heads, kv_heads, kv_heads), dim=1
             )  # views, as models
@@ -158,21 +151,21 @@ class _Backend:
                 reference.write(key, value, exact, there)
             else:
                 wanted = reference.attend(query.double(), key, value, exact, there, params)
-        if found.dtype != self.dtype or found.shape != wanted.shape:
-            raise ValueError(f"attention returned {found.dtype} {tuple(found.shape)}, not {self.dtype} {wanted.shape}")
-        return float((found.cpu().double() - wanted).abs().max()) / torch.finfo(self.dtype).eps
+        if found.dtype != dtype or found.shape != wanted.shape:
+            raise ValueError(f"attention returned {found.dtype} {tuple(found.shape)}, not {dtype} {wanted.shape}")
+        return float((found.cpu().double() - wanted).abs().max()) / torch.finfo(dtype).eps
 
-    @torch.inference_mode()
-    def _written(self) -> Finding:
-        assert self.backend is not None
+    def written(self) -> Finding:
+        """Compare the cache after a step, bit by bit."""
+        dtype = self.needs.dtype
         size, dim, kv_heads = self.needs.block_size, self.needs.head_dim, 2
         blocks, (_, spans) = _laid_out(MIXED, size)
-        cache = self.backend.allocate(blocks, size, kv_heads, dim, self.dtype, self.subject.device)
-        before = [self.subject.random(*part.shape, seed=9, dtype=self.dtype) for part in (cache.keys, cache.values)]
+        cache = self.backend.allocate(blocks, size, kv_heads, dim, dtype, self.subject.device)
+        before = [self.subject.random(*part.shape, seed=9, dtype=dtype) for part in (cache.keys, cache.values)]
         cache.keys.copy_(before[0])
         cache.values.copy_(before[1])
         batch = flatten(spans, size, self.subject.device).attention
-        qkv = self.subject.random(len(batch.slots), 4 + 2 * kv_heads, dim, seed=1, dtype=self.dtype)
+        qkv = self.subject.random(len(batch.slots), 4 + 2 * kv_heads, dim, seed=1, dtype=dtype)
         query, key, value = qkv.to(self.subject.device).split((4, kv_heads, kv_heads), dim=1)
         self.backend.attend(query, key, value, cache, batch, AttentionParams(dim**-0.5))
         wrong = 0
@@ -183,15 +176,6 @@ class _Backend:
             wanted[batch.slots.cpu()] = rows
             wrong += int((as_bytes(stored.cpu()) != as_bytes(wanted)).flatten(1).any(1).sum())
         return Finding(measured=wrong, bound=0, detail=f"of {2 * blocks * size}")
-
-
-def _load(name: str, needs: AttentionNeeds, subject: Subject) -> AttentionBackend | str:
-    """The backend, or why it cannot be had here."""
-    kernels = subject.platform.kernels
-    try:
-        return choose_attention(name, needs, kernels if isinstance(kernels, NativeKernels) else None)
-    except ConfigError as error:
-        return str(error).partition(", but ")[2] or str(error)
 
 
 def _rows(cache: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Check: something that this machine must get right, or a figure that it must reach; Result: what came of one."""
+"""Check: something that this machine must get right, or a figure that it must reach. Result: the outcome of one."""
 
 from __future__ import annotations
 
@@ -11,48 +11,49 @@ from typing import Literal
 import msgspec
 
 Verdict = Literal["passed", "failed", "skipped", "measured"]
-"""measured: a figure that nothing is asked of here."""
+"""A check is "measured" where it has no bound on this machine: the figure is reported and not judged."""
 
 
 class Skip(Exception):
-    """This check cannot be done here; the message says why."""
+    """This check cannot run here; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """What a check measured. No bound: the figure is only told."""
+    """What a check measured. Without a bound the figure is only reported."""
 
     measured: float
     bound: float | None = None
     at_least: bool = False
-    """The figure must be at least `bound`, and not at most."""
+    """Whether `bound` is the least that passes; otherwise it is the most."""
     detail: str = ""
-    """Where the worst was, and what else is worth telling."""
+    """Where the worst value was, and what else is worth reporting."""
 
     @property
     def good(self) -> bool:
-        """False for NaN, too."""
+        """Whether the figure keeps its bound, or is finite where there is none. NaN never does."""
         if self.bound is None:
             return math.isfinite(self.measured)
         return self.measured >= self.bound if self.at_least else self.measured <= self.bound
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Check:
-    group: str
     name: str
     """Unique in its group."""
     compares: str
-    """What with what."""
-    unit: str
-    """Of what is measured."""
-    why: str
-    """Why the bound is what it is."""
+    """Which results are compared with which."""
     run: Callable[[], Finding]
-    """Raises Skip where it cannot be done; whatever else it raises is a failure."""
+    """Raises Skip where the check cannot run; any other exception is a failure."""
+    unit: str = ""
+    """Unit of the measured figure."""
+    why: str = ""
+    """The reason for the bound."""
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """The outcome of one check, as the JSON report has it."""
+
     group: str
     name: str
     compares: str = ""
@@ -61,33 +62,37 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     unit: str = ""
     bound: float | None = None
     at_least: bool = False
-    """The bound is the least that passes; else the most."""
+    """Whether `bound` is the least that passes; otherwise it is the most."""
     why: str = ""
     detail: str = ""
-    """Of one that failed or was skipped: the reason."""
+    """For a check that failed or was skipped: the reason."""
     seconds: float = 0.0
 
 
-def run_check(check: Check) -> Result:
-    """Whatever goes wrong in it is its result."""
+def run_check(check: Check, group: str) -> Result:
+    """Run a check and return its outcome; an exception is one, too."""
     start = time.perf_counter()
-    result = Result(
-        group=check.group, name=check.name, compares=check.compares, unit=check.unit, why=check.why, verdict="failed"
-    )
+    verdict: Verdict = "failed"
+    found: Finding | None = None
     try:
         found = check.run()
     except Skip as reason:
-        result = msgspec.structs.replace(result, verdict="skipped", detail=str(reason))
+        verdict, detail = "skipped", str(reason)
     except Exception as error:
-        result = msgspec.structs.replace(result, detail=f"{type(error).__name__}: {error}")
+        detail = f"{type(error).__name__}: {error}"
     else:
-        verdict: Verdict = "failed" if not found.good else "passed" if found.bound is not None else "measured"
-        result = msgspec.structs.replace(
-            result,
-            verdict=verdict,
-            measured=float(found.measured),
-            bound=None if found.bound is None else float(found.bound),
-            at_least=found.at_least,
-            detail=found.detail,
-        )
-    return msgspec.structs.replace(result, seconds=time.perf_counter() - start)
+        verdict = "failed" if not found.good else "passed" if found.bound is not None else "measured"
+        detail = found.detail
+    return Result(
+        group=group,
+        name=check.name,
+        compares=check.compares,
+        verdict=verdict,
+        measured=None if found is None else float(found.measured),
+        unit=check.unit,
+        bound=None if found is None or found.bound is None else float(found.bound),
+        at_least=found is not None and found.at_least,
+        why=check.why,
+        detail=detail,
+        seconds=time.perf_counter() - start,
+    )

@@ -1,4 +1,4 @@
-"""The operators between a model's matrices, each set of kernels that could be used here, against the reference."""
+"""The operators between a model's matrices: every set of kernels that could be used here, against the reference."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from pilotfish.engine.models.rope import cos_sin_table
 from pilotfish.tools.selftest.check import Check, Finding, Skip
 from pilotfish.tools.selftest.precision import Worst, units
 from pilotfish.tools.selftest.reference import ReferenceKernels
-from pilotfish.tools.selftest.subject import Subject
+from pilotfish.tools.selftest.subject import Subject, short_name
 
-GROUP = "kernels"
 EPS = 1e-5
 OUTPUTS = 512
-"""Most outputs of a matrix that are looked at: the reference is slow."""
+"""Most outputs of a matrix that are compared, since the reference is slow."""
 
 FEW = {torch.float32: 16.0, torch.bfloat16: 2.0, torch.float16: 2.0}
-"""Units in the last place for an operator that goes row by row."""
+"""Units in the last place for a row-wise operator."""
 ROW_WHY = (
     "computed in float32 and rounded once or twice: 2 units in the last place of a 16-bit number; of float32 itself "
     "16, as sums and exponentials are rounded on the way"
@@ -34,41 +33,15 @@ SUM_WHY = (
     "few times (8 units, which leaves room for partial sums in 16 bits)"
 )
 
-Operator = Callable[[Kernels[Any], torch.dtype, Worst], float]
-"""Adds the operator's errors; returns the bound."""
+Pairs = Iterator[tuple[torch.Tensor, torch.Tensor, str]]
+"""An operator's results, what they should be in float64, and a description of the inputs."""
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    operators: dict[str, tuple[Operator, str]] = {
-        "rms_norm": (_Operators(subject).rms_norm, ROW_WHY),
-        "rotate": (_Operators(subject).rotate, ROW_WHY),
-        "silu_mul": (_Operators(subject).silu_mul, ROW_WHY),
-        "gelu_mul": (_Operators(subject).gelu_mul, ROW_WHY),
-        "embed": (_Operators(subject).embed, "rows are copied: nothing is rounded"),
-        "linear": (_Operators(subject).linear, SUM_WHY),
-        "linear, fp8 weights": (_Operators(subject).fp8, SUM_WHY + "; the reference rounds its inputs to fp8, too"),
-    }
     for kernels, dtype in _sets(subject):
-        for name, (operator, why) in operators.items():
-            if "fp8" in name and not isinstance(kernels, TorchKernels):
-                continue
-            yield Check(
-                group=GROUP,
-                name=f"{name}, {kernels.name}, {_short(dtype)}",
-                compares=f"{name} by the {kernels.name} kernels on {subject.device}, with the formula in float64",
-                unit="units in the last place",
-                why=why,
-                run=_runner(operator, kernels, dtype),
-            )
+        yield from _Operators(subject, kernels, dtype).checks()
     if subject.device.type == "cpu" and load_library() is None:
-        yield Check(
-            group=GROUP,
-            name="native kernels",
-            compares="this package's CPU kernels with the formulas in float64",
-            unit="",
-            why="",
-            run=_missing,
-        )
+        yield Check("native kernels", "this package's CPU kernels with the formulas in float64", _missing)
 
 
 def _sets(subject: Subject) -> Iterator[tuple[Kernels[Any], torch.dtype]]:
@@ -85,131 +58,127 @@ def _sets(subject: Subject) -> Iterator[tuple[Kernels[Any], torch.dtype]]:
                 yield TorchKernels(), dtype
 
 
-def _runner(operator: Operator, kernels: Kernels[Any], dtype: torch.dtype) -> Callable[[], Finding]:
-    @torch.inference_mode()
-    def run() -> Finding:
-        worst = Worst()
-        bound = operator(kernels, dtype, worst)
-        return worst.finding(bound)
-
-    return run
-
-
 def _missing() -> Finding:
     raise Skip("they were not built: no C compiler at installation")
 
 
 class _Operators:
-    """Each operator on random rows of the model's sizes."""
+    """The operators of one set of kernels in one dtype, on random rows of the model's sizes."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, kernels: Kernels[Any], dtype: torch.dtype) -> None:
         self.subject, self.device, self.shape = subject, subject.device, subject.shape
+        self.kernels, self.dtype = kernels, dtype
+        self.native = isinstance(kernels, NativeKernels)
         self.reference = ReferenceKernels()
         self.rows = (5,) if subject.quick else (1, 5, 33)
 
-    def sizes(self, kernels: Kernels[Any], *sizes: int) -> list[int]:
-        """Those, but what the native kernels can have of them."""
-        return [size for size in dict.fromkeys(sizes) if not isinstance(kernels, NativeKernels) or size % VECTOR == 0]
+    def checks(self) -> Iterator[Check]:
+        few, sums = FEW[self.dtype], self._sum_bound(self.dtype)
+        yield self._check("rms_norm", self.rms_norm, few, ROW_WHY)
+        yield self._check("rotate", self.rotate, few, ROW_WHY)
+        yield self._check("silu_mul", lambda: self.gate("silu_mul"), few, ROW_WHY)
+        yield self._check("gelu_mul", lambda: self.gate("gelu_mul"), few, ROW_WHY)
+        yield self._check("embed", self.embed, 0.0, "rows are copied: nothing is rounded")
+        yield self._check("linear", self.linear, sums, SUM_WHY)
+        if isinstance(self.kernels, TorchKernels):
+            # On CUDA the product comes in bfloat16 whatever the model's dtype is.
+            rounded = self.dtype if self.subject.platform.needs.capability is None else torch.bfloat16
+            why = SUM_WHY + "; the reference rounds its inputs to fp8, too"
+            yield self._check("linear, fp8 weights", self.fp8, self._sum_bound(rounded), why, rounded)
 
-    def rms_norm(self, kernels: Kernels[Any], dtype: torch.dtype, worst: Worst) -> float:
-        shape = self.shape
-        weight_dtype = torch.float32 if isinstance(kernels, NativeKernels) else dtype
+    def _check(
+        self, name: str, operator: Callable[[], Pairs], bound: float, why: str, rounded: torch.dtype | None = None
+    ) -> Check:
+        def run() -> Finding:
+            worst = Worst()
+            for found, wanted, where in operator():
+                worst.add(units(found, wanted, rounded or self.dtype), where)
+            return worst.finding(bound)
+
+        by = self.kernels.name
+        compares = f"{name} by the {by} kernels on {self.device}, with the formula in float64"
+        return Check(f"{name}, {by}, {short_name(self.dtype)}", compares, run, "units in the last place", why)
+
+    def _sum_bound(self, rounded: torch.dtype) -> float:
+        return 2 * sqrt(max((inputs for inputs, _ in self._matrices()), default=0)) if rounded == torch.float32 else 8.0
+
+    def rms_norm(self) -> Pairs:
+        head_dim = self.shape.head_dim
+        weight_dtype = torch.float32 if self.native else self.dtype
         for rows in self.rows:
-            for size in self.sizes(kernels, shape.hidden_size, 64):
-                x = 3 * self.subject.random(rows, size, seed=rows, dtype=dtype)
+            for size in self._sizes(self.shape.hidden_size, 64):
+                x = 3 * self._random(rows, size, seed=rows)
                 weight = 1 + self.subject.random(size, seed=1, dtype=weight_dtype)
-                found = kernels.rms_norm(x.to(self.device), weight.to(self.device), EPS)
-                worst.add(units(found, self.reference.rms_norm(x, weight, EPS), dtype), f"{rows} rows of {size}")
+                found = self.kernels.rms_norm(x.to(self.device), weight.to(self.device), EPS)
+                yield found, self.reference.rms_norm(x, weight, EPS), f"{rows} rows of {size}"
             # Heads of a qkv matrix's rows, as a view with strides: what models with norms of queries and keys pass on.
-            qkv = self.subject.random(rows, 6, shape.head_dim, seed=rows, dtype=dtype)
-            if self.sizes(kernels, shape.head_dim):
-                weight = 1 + self.subject.random(shape.head_dim, seed=2, dtype=weight_dtype)
-                found = kernels.rms_norm(qkv.to(self.device)[:, 1:4], weight.to(self.device), EPS)
-                wanted = self.reference.rms_norm(qkv[:, 1:4], weight, EPS)
-                worst.add(units(found, wanted, dtype), f"{rows} rows of heads")
-        return FEW[dtype]
+            qkv = self._random(rows, 6, head_dim, seed=rows)
+            if self._sizes(head_dim):
+                weight = 1 + self.subject.random(head_dim, seed=2, dtype=weight_dtype)
+                found = self.kernels.rms_norm(qkv.to(self.device)[:, 1:4], weight.to(self.device), EPS)
+                yield found, self.reference.rms_norm(qkv[:, 1:4], weight, EPS), f"{rows} rows of heads"
 
-    def rotate(self, kernels: Kernels[Any], dtype: torch.dtype, worst: Worst) -> float:
-        shape, last = self.shape, min(4096, self.shape.max_position)
-        for dim in self.sizes(kernels, shape.head_dim, 64):
-            table = cos_sin_table(shape.rope, dim, last)
+    def rotate(self) -> Pairs:
+        last = min(4096, self.shape.max_position)
+        for dim in self._sizes(self.shape.head_dim, 64):
+            table = cos_sin_table(self.shape.rope, dim, last)
             for rows in self.rows:
-                x = self.subject.random(rows, 6, dim, seed=rows, dtype=dtype)
+                x = self._random(rows, 6, dim, seed=rows)
                 positions = torch.arange(rows) * 7919 % last
                 positions[-1] = last - 1
                 found, wanted = x.to(self.device, copy=True), x.double()
-                kernels.rotate_(found[:, :5], positions.to(self.device), table.to(self.device))
+                self.kernels.rotate_(found[:, :5], positions.to(self.device), table.to(self.device))
                 self.reference.rotate_(wanted[:, :5], positions, table)
-                worst.add(units(found, wanted, dtype), f"{rows} rows, head_dim {dim}")
-        return FEW[dtype]
+                yield found, wanted, f"{rows} rows, head_dim {dim}"
 
-    def silu_mul(self, kernels: Kernels[Any], dtype: torch.dtype, worst: Worst) -> float:
-        return self._gate(kernels, kernels.silu_mul, self.reference.silu_mul, dtype, worst)
-
-    def gelu_mul(self, kernels: Kernels[Any], dtype: torch.dtype, worst: Worst) -> float:
-        return self._gate(kernels, kernels.gelu_mul, self.reference.gelu_mul, dtype, worst)
-
-    def _gate(
-        self,
-        kernels: Kernels[Any],
-        operator: Callable[[torch.Tensor], torch.Tensor],
-        reference: Callable[[torch.Tensor], torch.Tensor],
-        dtype: torch.dtype,
-        worst: Worst,
-    ) -> float:
+    def gate(self, name: str) -> Pairs:
         for rows in self.rows:
-            for size in self.sizes(kernels, self.shape.intermediate_size, 64):
-                x = 4 * self.subject.random(rows, 2 * size, seed=rows, dtype=dtype)
-                worst.add(units(operator(x.to(self.device)), reference(x), dtype), f"{rows} rows of {size}")
-        return FEW[dtype]
+            for size in self._sizes(self.shape.intermediate_size, 64):
+                x = 4 * self._random(rows, 2 * size, seed=rows)
+                found = getattr(self.kernels, name)(x.to(self.device))
+                yield found, getattr(self.reference, name)(x), f"{rows} rows of {size}"
 
-    def embed(self, kernels: Kernels[Any], dtype: torch.dtype, worst: Worst) -> float:
-        weight = self.subject.random(1000, 256, seed=3, dtype=dtype)
+    def embed(self) -> Pairs:
+        weight = self._random(1000, 256, seed=3)
         ids = torch.arange(33) * 613 % 1000
-        found = kernels.embed(ids.to(self.device), kernels.prepare_linear(weight.to(self.device)))
-        worst.add(units(found, weight[ids].double(), dtype), "33 rows of 256")
-        return 0.0
+        found = self.kernels.embed(ids.to(self.device), self.kernels.prepare_linear(weight.to(self.device)))
+        yield found, weight[ids].double(), "33 rows of 256"
 
-    def linear(self, kernels: Kernels[Any], dtype: torch.dtype, worst: Worst) -> float:
-        deepest = 0
-        for inputs, outputs in self._matrices(kernels):
-            weight = self.subject.random(outputs, inputs, seed=4, dtype=dtype) * inputs**-0.5
-            bias = self.subject.random(outputs, seed=5, dtype=dtype)
-            deepest = max(deepest, inputs)
+    def linear(self) -> Pairs:
+        for inputs, outputs in self._matrices():
+            weight = self._random(outputs, inputs, seed=4) * inputs**-0.5
+            bias = self._random(outputs, seed=5)
             for biased in (bias, None):
-                prepared = kernels.prepare_linear(
-                    weight.to(self.device), None if biased is None else biased.to(self.device)
-                )
+                on_device = None if biased is None else biased.to(self.device)
+                prepared = self.kernels.prepare_linear(weight.to(self.device), on_device)
                 exact = self.reference.prepare_linear(weight, biased)
                 for rows in self.rows:
-                    x = self.subject.random(rows, inputs, seed=rows, dtype=dtype)
-                    residual = self.subject.random(rows, outputs, seed=rows + 50, dtype=dtype)
-                    found = kernels.linear(x.to(self.device), prepared, residual.to(self.device, copy=True))
-                    wanted = self.reference.linear(x, exact, residual)
-                    worst.add(units(found, wanted, dtype), f"{rows} rows, {inputs} to {outputs}")
-        return 2 * sqrt(deepest) if dtype == torch.float32 else 8.0
+                    x, residual = self._random(rows, inputs, seed=rows), self._random(rows, outputs, seed=rows + 50)
+                    found = self.kernels.linear(x.to(self.device), prepared, residual.to(self.device, copy=True))
+                    yield found, self.reference.linear(x, exact, residual), f"{rows} rows, {inputs} to {outputs}"
 
-    def fp8(self, kernels: Kernels[Any], dtype: torch.dtype, worst: Worst) -> float:
+    def fp8(self) -> Pairs:
         capability = self.subject.platform.needs.capability
         if capability is not None and capability < FP8_CAPABILITY:
             raise Skip(f"products in fp8 need compute capability 8.9, and this is {capability[0]}.{capability[1]}")
-        # On CUDA the product comes in bfloat16 whatever the model's dtype is.
-        rounded = torch.bfloat16 if capability is not None else dtype
-        deepest = 0
-        for inputs, outputs in self._matrices(kernels):
+        for inputs, outputs in self._matrices():
             weight, scale = quantize_rows(self.subject.random(outputs, inputs, seed=6) * inputs**-0.5)
-            prepared = kernels.prepare_linear(weight.to(self.device), None, scale.to(self.device))
+            prepared = self.kernels.prepare_linear(weight.to(self.device), None, scale.to(self.device))
             exact = self.reference.prepare_linear(weight, None, scale)
-            deepest = max(deepest, inputs)
             for rows in self.rows:
-                x = self.subject.random(rows, inputs, seed=rows, dtype=dtype)
-                found = kernels.linear(x.to(self.device), prepared)
-                wanted = self.reference.linear(x, exact)
-                worst.add(units(found, wanted, rounded), f"{rows} rows, {inputs} to {outputs}")
-        return 2 * sqrt(deepest) if rounded == torch.float32 else 8.0
+                x = self._random(rows, inputs, seed=rows)
+                found = self.kernels.linear(x.to(self.device), prepared)
+                yield found, self.reference.linear(x, exact), f"{rows} rows, {inputs} to {outputs}"
 
-    def _matrices(self, kernels: Kernels[Any]) -> Iterator[tuple[int, int]]:
-        """(inputs, outputs) of the model's matrices, less outputs where they are many."""
+    def _random(self, *shape: int, seed: int) -> torch.Tensor:
+        return self.subject.random(*shape, seed=seed, dtype=self.dtype)
+
+    def _sizes(self, *sizes: int) -> list[int]:
+        """The sizes among these that the kernels can compute."""
+        return [size for size in dict.fromkeys(sizes) if not self.native or size % VECTOR == 0]
+
+    def _matrices(self) -> Iterator[tuple[int, int]]:
+        """(inputs, outputs) of the model's matrices, the outputs cut to OUTPUTS."""
         shape = self.shape
         queries = shape.num_heads * shape.head_dim
         heads = queries + 2 * shape.num_kv_heads * shape.head_dim
@@ -221,7 +190,3 @@ class _Operators:
         }:
             if inputs % VECTOR == 0:
                 yield inputs, min(outputs, OUTPUTS) // VECTOR * VECTOR
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

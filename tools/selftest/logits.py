@@ -3,7 +3,8 @@ pass of the reference arithmetic over the same tokens and weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -28,7 +29,6 @@ from pilotfish.tools.selftest.check import Check, Finding, Skip
 from pilotfish.tools.selftest.reference import ReferenceAttention, ReferenceKernels
 from pilotfish.tools.selftest.subject import Subject, ignore, release
 
-GROUP = "logits"
 UNIT = "of the logits' deviation"
 CHUNKS = ((0, 37), (37, 64), (64, 69), (69, 70), (70, 79), (79, 80))
 """Positions of the spans that a prompt is computed in: prefill, verification, decoding."""
@@ -49,27 +49,13 @@ FP8_WHY = (
 
 
 def checks(subject: Subject) -> Iterator[Check]:
+    compares = f"logits of {TOKENS} tokens on {subject.device} in {subject.dtype_name}, in chunks, with the CPU's"
+    why = FP8_WHY if subject.config.quantization == "fp8" else WHY
     for kind in small.KINDS:
-        yield _check(
-            f"small {kind} model",
-            subject,
-            FP8_WHY if subject.config.quantization == "fp8" else WHY,
-            lambda kind=kind: _small(subject, kind),  # type: ignore[misc]
-        )
-    if subject.job.own_model:
+        yield Check(f"small {kind} model", compares, partial(_small, subject, kind), UNIT, why)
+    if subject.test.own_model:
         why = FP8_WHY if _in_fp8(subject) else WHY
-        yield _check(subject.config.model, subject, why, lambda: _own(subject))
-
-
-def _check(name: str, subject: Subject, why: str, run: Callable[[], Finding]) -> Check:
-    return Check(
-        group=GROUP,
-        name=name,
-        compares=f"logits of {TOKENS} tokens on {subject.device} in {subject.dtype_name}, in chunks, with the CPU's",
-        unit=UNIT,
-        why=why,
-        run=torch.inference_mode()(run),
-    )
+        yield Check(subject.config.model, compares, partial(_own, subject), UNIT, why)
 
 
 def _small(subject: Subject, kind: str) -> Finding:

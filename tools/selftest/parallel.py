@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Iterator
+from functools import cached_property, partial
+from itertools import chain
 
 import msgspec
 import torch
@@ -17,12 +16,11 @@ from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.weights.names import expected_shapes
 from pilotfish.tools.bench.arms import VANILLA, Arm
 from pilotfish.tools.bench.compare import BOUNDS, differences_of, texts_of
-from pilotfish.tools.selftest.all_reduce import Figures, Launch
+from pilotfish.tools.selftest.all_reduce import AllReduceTest, Figures, measure_all_reduce
 from pilotfish.tools.selftest.check import Check, Finding, Skip
 from pilotfish.tools.selftest.subject import Subject, prompts_of, release
-from pilotfish.tools.selftest.text import modes
+from pilotfish.tools.selftest.text import judged, modes
 
-GROUP = "parallel"
 ARMS = ((Arm(VANILLA, "off"), 1), (Arm("ngram", "ngram"), 8))
 """On several ranks: plain decoding one at a time, and drafts in a batch."""
 TEXT_WHY = (
@@ -30,46 +28,26 @@ TEXT_WHY = (
     "within a bound, which is asked of the engine as `pilotfish verify` does"
 )
 GAP_WHY = "the same bound as for texts: about four steps of the dtype between logits of 16 to 32"
-REDUCE_SECONDS = 120.0
 
 
 def checks(subject: Subject) -> Iterator[Check]:
     ranks = subject.config.tensor_parallel_size
     if ranks == 1:
-        yield Check(group=GROUP, name="ranks", compares="several ranks with one", unit="", why="", run=_one_rank)
+        yield Check("ranks", "several ranks with one", _one_rank)
         return
-    for pair in [_Pair(subject, own=False)] + [_Pair(subject, own=True)] * subject.job.own_model:
+    for pair in [_Pair(subject, own=False)] + [_Pair(subject, own=True)] * subject.test.own_model:
         for mode in modes(1):
-            yield Check(
-                group=GROUP,
-                name=f"{mode}, {pair.name}",
-                compares=f"texts on {ranks} ranks, without and with drafts, with plain decoding's on one",
-                unit="unexplained differences",
-                why=TEXT_WHY,
-                run=pair.text(mode),
-            )
-        yield Check(
-            group=GROUP,
-            name=f"log-probabilities, {pair.name}",
-            compares=f"log-probabilities of prompts' tokens on {ranks} ranks with those on one",
-            unit="nats",
-            why=GAP_WHY,
-            run=pair.logprobs,
-        )
+            compares = f"texts on {ranks} ranks, without and with drafts, with plain decoding's on one"
+            run = partial(pair.text, mode)
+            yield Check(f"{mode}, {pair.name}", compares, run, "unexplained differences", TEXT_WHY)
+        compares = f"log-probabilities of prompts' tokens on {ranks} ranks with those on one"
+        yield Check(f"log-probabilities, {pair.name}", compares, pair.logprobs, "nats", GAP_WHY)
     reduce = _AllReduce(subject)
     exact = "sums of whole numbers are exact, and every rank must have the same bits"
-    for name, compares, unit, why, run in (
-        ("all-reduce, sums", "what every rank has with the sum", "wrong numbers", exact, reduce.wrong),
-        ("all-reduce, latency", "of a row of hidden states", "us", "", reduce.latency),
-        (
-            "all-reduce, bandwidth",
-            "bytes that cross a rank's link, 2 (n - 1) / n of 64 MiB",
-            "GB/s",
-            "",
-            reduce.bandwidth,
-        ),
-    ):
-        yield Check(group=GROUP, name=name, compares=compares, unit=unit, why=why, run=run)
+    yield Check("all-reduce, sums", "what every rank has with the sum", reduce.wrong, "wrong numbers", exact)
+    yield Check("all-reduce, latency", "of a row of hidden states", reduce.latency, "us")
+    compares = "bytes that cross a rank's link, 2 (n - 1) / n of 64 MiB"
+    yield Check("all-reduce, bandwidth", compares, reduce.bandwidth, "GB/s")
 
 
 def _one_rank() -> Finding:
@@ -97,8 +75,8 @@ class _Pair:
         return msgspec.structs.replace(self.subject.config, **settings, **fixed)
 
     @cached_property
-    def divided(self) -> tuple[dict[str, list[list[list[int]]]], list[list[float]]]:
-        """Texts by mode and arm, and log-probabilities, on all ranks."""
+    def sharded(self) -> tuple[dict[str, list[list[list[int]]]], list[list[float]]]:
+        """Texts by mode and arm, and log-probabilities, of the model over all ranks."""
         if self.own:
             self._check_room()
         with LLM(config=self.config(self.ranks)) as llm:
@@ -110,39 +88,25 @@ class _Pair:
 
     @cached_property
     def whole(self) -> LLM:
-        assert self.divided  # first, so that both need not be in memory
+        assert self.sharded  # first, so that both need not be in memory
         release()
         return LLM(config=self.config(1))
 
-    def text(self, mode: str) -> Callable[[], Finding]:
-        def run() -> Finding:
-            texts, _ = self.divided
-            params, prompts = modes(self.tokens)[mode], self._prompts(self.whole)
-            wanted = texts_of(self.whole, prompts, params, ARMS[0][0], 1)
-            bound = BOUNDS[self.whole.info.dtype]
-            found = [
-                (arm.name, each)
-                for (arm, _), got in zip(ARMS, texts[mode], strict=True)
-                for each in differences_of(self.whole, prompts, wanted, got, params, bound)
-            ]
-            wrong = [(name, each) for name, each in found if not each.explained]
-            count = len(ARMS) * len(prompts)
-            detail = f"{count - len(found)} of {count} texts identical, {len(found) - len(wrong)} near-ties"
-            if wrong:
-                name, first = wrong[0]
-                detail += f"; first: {name}, prompt {first.prompt}, token {first.position}"
-            return Finding(measured=len(wrong), bound=0, detail=f"{detail} (logits may differ by {bound:g})")
-
-        return run
+    def text(self, mode: str) -> Finding:
+        texts, _ = self.sharded
+        params, prompts = modes(self.tokens)[mode], self._prompts(self.whole)
+        wanted = texts_of(self.whole, prompts, params, ARMS[0][0], 1)
+        bound = BOUNDS[self.whole.info.dtype]
+        differences = {
+            arm.name: differences_of(self.whole, prompts, wanted, got, params, bound)
+            for (arm, _), got in zip(ARMS, texts[mode], strict=True)
+        }
+        return judged(differences, len(ARMS) * len(prompts), bound)
 
     def logprobs(self) -> Finding:
-        _, found = self.divided
+        _, found = self.sharded
         wanted = _logprobs(self.whole, self._prompts(self.whole))
-        gap = max(
-            abs(one - other)
-            for mine, theirs in zip(wanted, found, strict=True)
-            for one, other in zip(mine, theirs, strict=True)
-        )
+        gap = max(abs(a - b) for a, b in zip(chain(*wanted), chain(*found), strict=True))
         return Finding(measured=gap, bound=BOUNDS[self.whole.info.dtype], detail=f"{sum(map(len, wanted))} tokens")
 
     def _prompts(self, llm: LLM) -> list[list[int]]:
@@ -171,35 +135,22 @@ class _AllReduce:
 
     @cached_property
     def figures(self) -> Figures:
-        """Measured by processes of their own, one for each rank (see `tools.selftest.all_reduce`)."""
         shape, platform = self.subject.shape, self.subject.platform
-        launch = Launch(
+        settings = AllReduceTest(
             ranks=self.subject.config.tensor_parallel_size,
             device=platform.device.type,
             dtype=self.subject.dtype_name,
             hidden_size=shape.hidden_size,
             quick=self.subject.quick,
         )
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "pilotfish.tools.selftest.all_reduce"],
-                input=msgspec.json.encode(launch),
-                capture_output=True,
-                timeout=REDUCE_SECONDS,
-            )
-        except subprocess.TimeoutExpired:
-            raise TimeoutError(f"the ranks took longer than {REDUCE_SECONDS:.0f} s") from None
-        if done.returncode:
-            raise RuntimeError((done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1])
-        return msgspec.json.decode(done.stdout.splitlines()[-1], type=Figures)
+        return measure_all_reduce(settings)
 
     def wrong(self) -> Finding:
         return Finding(measured=self.figures.wrong, bound=0)
 
     def latency(self) -> Finding:
-        return Finding(
-            measured=1e6 * self.figures.latency, detail=f"{self.figures.small:,} bytes, {self.figures.backend}"
-        )
+        detail = f"{self.figures.small:,} bytes, {self.figures.backend}"
+        return Finding(measured=1e6 * self.figures.latency, detail=detail)
 
     def bandwidth(self) -> Finding:
         return Finding(measured=self.figures.bandwidth / 1e9, detail=self.figures.backend)

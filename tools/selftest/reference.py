@@ -1,5 +1,5 @@
-"""The arithmetic that everything else is held against: plain formulas in float64 (or float32) on the CPU, of the
-kernels, the attention, the noise and the truncation. Slow, and by nobody's library but for sums and exponentials."""
+"""The oracle of the self-test and of the engine's own tests: plain formulas in float64 (or float32) on the CPU for the
+kernels, attention, noise and truncation. Slow, and uses libraries only for sums, products and exponentials."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ReferenceLinear:
     weight: torch.Tensor  # (out_features, in_features)
     bias: torch.Tensor | None
     fp8: bool = False
-    """Its inputs are rounded to fp8, row by row."""
+    """Whether inputs are rounded to fp8, row by row."""
 
     @property
     def in_features(self) -> int:
@@ -31,8 +31,11 @@ class ReferenceLinear:
 
 
 class ReferenceKernels:
-    """See `engine.kernels.protocol`; everything is computed in `dtype`. Weights in fp8 or int8 are what they stand
-    for; what is multiplied by the former is rounded to fp8, as `engine.kernels.fp8` defines it."""
+    """The operators of `engine.kernels.protocol`, computed in `dtype`.
+
+    Weights in fp8 or int8 are dequantized first. Inputs of fp8 weights are rounded to fp8 as `engine.kernels.fp8`
+    defines it.
+    """
 
     name = "reference"
 
@@ -80,11 +83,12 @@ class ReferenceKernels:
     def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.to(self.dtype).chunk(2, dim=-1)
         inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
-        return 0.5 * gate * (1 + torch.tanh(inner)) * up
+        # (1 + tanh(x)) / 2 as 1 / (1 + exp(-2 x)), which keeps its digits where tanh is near -1.
+        return gate / (1 + torch.exp(-2 * inner)) * up
 
 
 class ReferenceAttention:
-    """See `engine.layers.attention.backend`; query by query, as the definition says."""
+    """The attention of `engine.layers.attention.backend`, query by query, in the query's dtype."""
 
     name = "reference"
     block_size = 16
@@ -103,7 +107,7 @@ class ReferenceAttention:
         return LayerCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
 
     def write(self, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, batch: AttentionBatch) -> None:
-        """Keys and values alone."""
+        """Write keys and values into the cache, without attending."""
         keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
         keys[batch.slots], values[batch.slots] = key.to(keys.dtype), value.to(values.dtype)
 

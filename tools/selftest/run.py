@@ -1,5 +1,5 @@
-"""Running the groups of checks, each in a process of its own: a kernel that crashes, hangs or leaves its GPU unusable
-fails one check and spoils no other. This side of it knows no torch; the other is `tools.selftest.__main__`.
+"""Running the groups of checks, each in a process of its own, so that a kernel that crashes, hangs or leaves its GPU
+unusable fails one check alone. This side imports no torch; the other is `tools.selftest.__main__`.
 """
 
 from __future__ import annotations
@@ -20,32 +20,36 @@ from pilotfish.tools.selftest.check import Result
 from pilotfish.tools.selftest.environment import Environment
 
 GROUPS = ("kernels", "attention", "sampling", "logits", "text", "graphs", "parallel", "speed")
+"""The modules of `tools.selftest` that have checks, in the order in which they run."""
 ENVIRONMENT = "environment"
-"""Not checks, but what the machine is."""
+"""The group that has no checks, but describes the machine."""
 LIMIT = 600.0
 """Seconds that a check may take."""
+COMMAND = (sys.executable, "-m", "pilotfish.tools.selftest")
+RESTART = 75
+"""Exit status of a process whose device is unusable, after it has reported its last check."""
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What one run is asked for. Crosses to the processes that the groups run in."""
+class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
+    """What one run of the self-test covers; sent to the groups' processes."""
 
     config: EngineConfig
     directory: str
-    """Where small models may be written."""
+    """Folder in which small models may be written."""
     own_model: bool = False
-    """The user named a model: `config.model` is tested, too."""
+    """Whether the user named a model: `config.model` is then tested, too."""
     prompts: tuple[tuple[int, ...], ...] = ()
-    """Token ids, for the texts of the user's model; without a tokenizer there are none, and random ones do."""
+    """Token ids for the texts of the user's model. Empty where it has no tokenizer: random ones are used instead."""
     quick: bool = False
 
 
-class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """What such a process is started with: a line on its standard input."""
+class GroupRun(msgspec.Struct, frozen=True, kw_only=True):
+    """The line that a group's process reads from its standard input."""
 
-    job: Job
+    test: SelfTest
     group: str
     done: tuple[str, ...] = ()
-    """Checks that need not be made again."""
+    """Checks that have their results already."""
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
@@ -61,11 +65,11 @@ class Described(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """Nothing can be checked with these settings."""
+    """Nothing can be checked with these settings or this model."""
 
     message: str
     setting: bool
-    """It is a setting's fault, and not the model's."""
+    """Whether a setting is wrong; otherwise it is the model."""
 
 
 class Ended(msgspec.Struct, frozen=True, tag=True):
@@ -77,9 +81,9 @@ OnStart = Callable[[str, str], object]
 """Told a check's group and name."""
 
 
-def describe(job: Job) -> Environment:
-    """What this machine is. Raises ConfigError or ModelError where nothing can be checked with the job's settings."""
-    for item in _in_process(Launch(job=job, group=ENVIRONMENT), lambda group, name: None, LIMIT):
+def describe(test: SelfTest) -> Environment:
+    """Describe this machine. Raises ConfigError or ModelError where nothing can be checked with the test's settings."""
+    for item in _in_process(GroupRun(test=test, group=ENVIRONMENT), lambda group, name: None, LIMIT):
         if isinstance(item, Environment):
             return item
         if item is not None:
@@ -87,47 +91,42 @@ def describe(job: Job) -> Environment:
     raise AssertionError
 
 
-def run_groups(job: Job, on_start: OnStart, limit: float = LIMIT) -> Iterator[Result]:
-    """The results of all checks, as they come. Raises ConfigError or ModelError for settings that cannot work."""
+def run_groups(test: SelfTest, on_start: OnStart, limit: float = LIMIT) -> Iterator[Result]:
+    """Yield the results of all checks. Raises ConfigError or ModelError for settings that cannot work."""
     for group in GROUPS:
         done: tuple[str, ...] = ()
         again = True
         while again:
             again = False
-            for item in _in_process(Launch(job=job, group=group, done=done), on_start, limit):
+            for item in _in_process(GroupRun(test=test, group=group, done=done), on_start, limit):
                 if isinstance(item, Result):
                     yield item
-                    # A process that has gone is followed by another for what is left, unless it did not get that far.
+                    # The rest of the group gets another process if this one ends early, unless no check was started.
                     again = item.name != group
                     done = (*done, item.name)
                 else:
                     again = False
 
 
-def _in_process(launch: Launch, on_start: OnStart, limit: float) -> Iterator[Result | Environment | None]:
-    """What comes of a process; None at its proper end.
+def _in_process(run: GroupRun, on_start: OnStart, limit: float) -> Iterator[Result | Environment | None]:
+    """Yield what a group's process reports; None at its proper end.
 
-    The check during which it goes down or takes too long has failed; before the first, that is a result of the group's
-    own name.
+    A check during which the process ends or takes too long has failed. Before the first check, the failure is a result
+    with the group's name.
     """
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pilotfish.tools.selftest"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-        )
+        process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
         try:
             assert process.stdin is not None
             assert process.stdout is not None
-            process.stdin.write(msgspec.json.encode(launch) + b"\n")
+            process.stdin.write(msgspec.json.encode(run) + b"\n")
             process.stdin.flush()  # and stays open: its end tells the process that this one has gone
-            current = launch.group
+            current = run.group
             for message in _messages(process.stdout, limit):
                 match message:
                     case Started(name):
                         current = name
-                        on_start(launch.group, name)
+                        on_start(run.group, name)
                     case Done(result):
                         yield result
                     case Described(environment):
@@ -138,18 +137,14 @@ def _in_process(launch: Launch, on_start: OnStart, limit: float) -> Iterator[Res
                         yield None
                         return
                     case None:
-                        yield _failed(launch.group, current, f"it took longer than {limit:.0f} s and was ended")
+                        yield _failed(run.group, current, f"it took longer than {limit:.0f} s and was ended")
                         return
             code = process.wait()
             if code != RESTART:
-                yield _failed(launch.group, current, _last_words(code, errors))
+                yield _failed(run.group, current, _last_words(code, errors))
         finally:
             process.kill()
             process.wait()
-
-
-RESTART = 75
-"""Exit status of a process whose device is of no more use; its last check has been told."""
 
 
 def _failed(group: str, name: str, reason: str) -> Result:
@@ -165,7 +160,7 @@ def _last_words(code: int, errors: IO[bytes]) -> str:
 
 
 def _messages(pipe: IO[bytes], limit: float) -> Iterator[Message | None]:
-    """None, once and at last, where nothing comes for `limit` seconds."""
+    """Yield a process's messages; None, as the last one, where nothing comes for `limit` seconds."""
     lines: queue.Queue[bytes] = queue.Queue()
 
     def read() -> None:

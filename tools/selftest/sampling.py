@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ from pilotfish.tools.selftest import reference
 from pilotfish.tools.selftest.check import Check, Finding
 from pilotfish.tools.selftest.subject import Subject
 
-GROUP = "sampling"
 VOCABULARY = 32_000
 EDGE = 1e-5
 """Share of the probability, or of a score, within which a token may fall to either side: float32's sums."""
@@ -36,38 +36,19 @@ CUTS: dict[str, dict[str, Any]] = {
 
 def checks(subject: Subject) -> Iterator[Check]:
     sampling = _Sampling(subject)
-    where = f"on {subject.device}"
+    here, wrong = f"on {subject.device}", "wrong tokens"
     exact = "whole numbers: every bit must be the same"
-    close = "logarithms are rounded in their last places"
+    close = "logarithms are rounded in their last places: 4 units"
     near = f"sums in float32: a token that is within {EDGE:g} of the edge may fall to either side, no other"
-    yield _check("noise, bits", f"the noise's random bits {where} with NumPy's", "wrong numbers", exact, sampling.bits)
-    yield _check("noise, log E", f"Gumbel noise {where} with float64's", "units", close + ": 4 units", sampling.noise)
+    yield Check("noise, bits", f"the noise's random bits {here} with NumPy's", sampling.bits, "wrong numbers", exact)
+    yield Check("noise, log E", f"Gumbel noise {here} with float64's", sampling.noise, "units", close)
     for name, cut in CUTS.items():
-        yield _check(
-            f"truncation, {name}",
-            f"the tokens that {name} keeps {where} with those of a sorted list in float64",
-            "wrong tokens",
-            near,
-            lambda cut=cut: sampling.truncation(cut),
-        )
-    yield _check(
-        "greedy tokens",
-        f"the likeliest tokens {where} with NumPy's",
-        "wrong tokens",
-        "comparisons only",
-        sampling.greedy,
-    )
-    yield _check(
-        "drawn tokens",
-        f"tokens drawn {where} with argmax(logit - log E) in float64",
-        "wrong tokens",
-        near,
-        sampling.drawn,
-    )
-
-
-def _check(name: str, compares: str, unit: str, why: str, run: Any) -> Check:
-    return Check(group=GROUP, name=name, compares=compares, unit=unit, why=why, run=torch.inference_mode()(run))
+        compares = f"the tokens that {name} keeps {here} with those of a sorted list in float64"
+        yield Check(f"truncation, {name}", compares, partial(sampling.truncation, cut), wrong, near)
+    compares = f"the likeliest tokens {here} with NumPy's"
+    yield Check("greedy tokens", compares, sampling.greedy, wrong, "comparisons only")
+    compares = f"tokens drawn {here} with argmax(logit - log E) in float64"
+    yield Check("drawn tokens", compares, sampling.drawn, wrong, near)
 
 
 class _Sampling:

@@ -1,17 +1,16 @@
-"""Models that need no download: small ones of each kind, written as folders that the engine loads like any other, and
-the shape of Llama-3.1-8B for its speed."""
+"""Models that need no download: small ones of each kind, and the shape of Llama-3.1-8B for measuring speed."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from pilotfish.engine.weights.hf_config import read_config
 from pilotfish.engine.weights.names import expected_shapes
+from pilotfish.tools.checkpoint import config_of, write_model
+from pilotfish.tools.planner.published import PUBLISHED
 
 SHARPNESS = 4.0
 """Standard deviation of a row of logits: large, so that near-ties are rare; and not so large that the rounding of
@@ -47,7 +46,6 @@ def write(folder: Path, kind: str, *, dtype: str = "float32", ranks: int = 1, se
     path = folder / f"small-{kind}-{dtype}-{ranks}-{seed}"
     if path.exists():
         return path
-    path.mkdir(parents=True)
     kv_heads = ranks * -(-4 // ranks)
     fields: dict[str, Any] = {
         "vocab_size": 1024,
@@ -63,39 +61,18 @@ def write(folder: Path, kind: str, *, dtype: str = "float32", ranks: int = 1, se
         "eos_token_id": 0,
         "dtype": dtype,
     }
-    (path / "config.json").write_text(json.dumps(fields | KINDS[kind], indent=1))
-    shape = read_config(path)
+    shape = read_config(write_model(path, fields | KINDS[kind]))
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         name: _tensor(name, size, torch.randn(size, generator=generator), kind).to(getattr(torch, dtype))
         for name, size in expected_shapes(shape).items()
     }
-    save_file(tensors, path / "model.safetensors")
-    return path
+    return write_model(path, fields | KINDS[kind], tensors)
 
 
 def write_llama_8b(folder: Path) -> Path:
-    """A folder with the config.json of Llama-3.1-8B alone, as it is published: for `load_format` "dummy"."""
-    path = folder / "llama-3.1-8b"
-    path.mkdir(parents=True, exist_ok=True)
-    fields = {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": _LLAMA3 | {"rope_theta": 500000.0, "original_max_position_embeddings": 8192},
-        "tie_word_embeddings": False,
-        "bos_token_id": 128000,
-        "eos_token_id": [128001, 128008, 128009],
-        "dtype": "bfloat16",
-    }
-    (path / "config.json").write_text(json.dumps(fields, indent=1))
-    return path
+    """Write the published config.json of Llama-3.1-8B alone, for `load_format` "dummy"; returns its folder."""
+    return write_model(folder / "llama-3.1-8b", config_of(PUBLISHED["llama-3.1-8b"].shape))
 
 
 def _tensor(name: str, size: tuple[int, ...], noise: torch.Tensor, kind: str) -> torch.Tensor:

@@ -30,7 +30,6 @@ from pilotfish.tools.selftest import small
 from pilotfish.tools.selftest.check import Check, Finding, Skip
 from pilotfish.tools.selftest.subject import Subject, ignore, release
 
-GROUP = "speed"
 COPY_SHARE = 0.75
 """Of the data sheet's bandwidth, that a large copy must reach."""
 PASS_SHARE = 0.8
@@ -64,31 +63,22 @@ VERIFY_WHY = (
 
 def checks(subject: Subject) -> Iterator[Check]:
     machine = _Machine(subject)
-    yield _check(
-        "memory, copy",
-        "bytes read and written by a large copy, with the card's data sheet",
-        "GB/s",
-        COPY_WHY,
-        machine.copy,
-    )
-    yield _check("host to device", "a small copy to the device, until it is there", "us", "", machine.to_device)
-    yield _check("device to host", "a number of the device, until the host has it", "us", "", machine.to_host)
+    compares = "bytes read and written by a large copy, with the card's data sheet"
+    yield Check("memory, copy", compares, machine.copy, "GB/s", COPY_WHY)
+    yield Check("host to device", "a small copy to the device, until it is there", machine.to_device, "us")
+    yield Check("device to host", "a number of the device, until the host has it", machine.to_host, "us")
     for name, model in _models(subject):
-        what = f"bytes of weights and cache that a pass over one row at {CONTEXT} tokens reads, with the data sheet"
-        yield _check(f"decode pass, {name}", what, "GB/s", PASS_WHY, _bandwidth(model))
-        what = f"a pass over {VERIFIED} rows of a sequence, in passes over one"
-        yield _check(f"verify {VERIFIED} tokens, {name}", what, "times", VERIFY_WHY, _verify(model))
-        what = "a step with one sequence: plan, pass, sampling, commit"
-        yield _check(f"step, {name}", what, "ms", "", _step(model))
+        compares = f"bytes of weights and cache that a pass over one row at {CONTEXT} tokens reads, with the data sheet"
+        yield Check(f"decode pass, {name}", compares, model.bandwidth, "GB/s", PASS_WHY)
+        compares = f"a pass over {VERIFIED} rows of a sequence, in passes over one"
+        yield Check(f"verify {VERIFIED} tokens, {name}", compares, model.verify, "times", VERIFY_WHY)
+        compares = "a step with one sequence: plan, pass, sampling, commit"
+        yield Check(f"step, {name}", compares, model.step, "ms")
 
 
 def peaks(name: str) -> Device | None:
     """The data sheet of the card of that name, if it is one that the planner knows."""
     return next((DEVICES[known] for pattern, known in _NAMES.items() if re.search(pattern, name)), None)
-
-
-def _check(name: str, compares: str, unit: str, why: str, run: Callable[[], Finding]) -> Check:
-    return Check(group=GROUP, name=name, compares=compares, unit=unit, why=why, run=torch.inference_mode()(run))
 
 
 class _Machine:
@@ -145,11 +135,6 @@ class _Model:
             raise Skip(f"the KV cache has no room for {CONTEXT} tokens: raise kv_cache_memory")
         return found
 
-    def close(self) -> None:
-        for name in ("engine", "blocks"):
-            self.__dict__.pop(name, None)
-        release()
-
     @property
     def planned(self) -> PlannedModel:
         info, fp8 = self.engine.info, self.subject.platform.cache_dtype == torch.float8_e4m3fn
@@ -164,73 +149,31 @@ class _Model:
             fp8_except=unquantized,
         )
 
-    def pass_over(self, rows: int) -> Callable[[], object]:
-        span = Span([1] * rows, CONTEXT, self.blocks, logit_rows=rows)
-        return lambda: self.engine.runner.run([span])
+    def bandwidth(self) -> Finding:
+        self._prepare()
+        seconds = _median(self.subject, self._pass_over(1), 10 if self.subject.quick else 30)
+        read = sum(matrix.bytes for matrix in self.planned.matrices())
+        read += round(self.planned.seen(CONTEXT)) * self.planned.kv_bytes_per_token()
+        detail = f"{1e3 * seconds:.2f} ms for {read / 1e9:.2f} GB"
+        return _reached(self.subject, read / seconds, PASS_SHARE if self.judged else None, detail)
 
-    def fill(self) -> None:
-        self.engine.runner.run([Span([1] * CONTEXT, 0, self.blocks)])
-
-
-def _models(subject: Subject) -> Iterator[tuple[str, _Model]]:
-    cuda = subject.device.type == "cuda"
-    if not cuda:
-        config = subject.small_config(subject.small("llama"), drafter=(), speculation="none")
-        yield "small model", _Model(subject, config, judged=False)
-    elif not subject.quick:
-        folder = small.write_llama_8b(Path(subject.job.directory))
-        config = subject.small_config(
-            folder, load_format="dummy", drafter=(), speculation="none", kv_cache_memory=1 << 30, dtype="bfloat16"
-        )
-        yield "Llama-3.1-8B shape", _Model(subject, config, judged=True)
-    if subject.job.own_model:
-        config = msgspec.structs.replace(subject.config, adaptive_drafts=False, speculation="none", drafter=("ngram",))
-        yield subject.config.model, _Model(subject, config, judged=False)
-
-
-def _check_room(model: _Model) -> None:
-    if model.judged and "engine" not in model.__dict__:
-        free = free_memory(model.subject.device)
-        if free < EIGHT_B_MEMORY:
-            raise Skip(f"it takes {EIGHT_B_MEMORY >> 30} GiB of the GPU's memory, and {free / 2**30:.1f} are free")
-    if model.config.tensor_parallel_size > 1:
-        raise Skip("the model is divided: its ranks' passes are not timed by themselves")
-
-
-def _bandwidth(model: _Model) -> Callable[[], Finding]:
-    def run() -> Finding:
-        _check_room(model)
-        model.fill()
-        seconds = _median(model.subject, model.pass_over(1), 10 if model.subject.quick else 30)
-        read = sum(matrix.bytes for matrix in model.planned.matrices())
-        read += round(model.planned.seen(CONTEXT)) * model.planned.kv_bytes_per_token()
-        found = _reached(model.subject, read / seconds, PASS_SHARE if model.judged else None)
-        return _with_detail(found, f"{1e3 * seconds:.2f} ms for {read / 1e9:.2f} GB")
-
-    return run
-
-
-def _verify(model: _Model) -> Callable[[], Finding]:
-    def run() -> Finding:
-        _check_room(model)
-        model.fill()
-        one, five = model.pass_over(1), model.pass_over(VERIFIED)
-        seconds = [(_seconds(model.subject, one), _seconds(model.subject, five)) for _ in range(33)][3:]
+    def verify(self) -> Finding:
+        self._prepare()
+        one, five = self._pass_over(1), self._pass_over(VERIFIED)
+        seconds = [(_seconds(self.subject, one), _seconds(self.subject, five)) for _ in range(33)][3:]
         ratio = statistics.median(more / less for less, more in seconds)
         slow, fast = (1e3 * statistics.median(column) for column in reversed(list(zip(*seconds, strict=True))))
-        bound = VERIFY_COST if model.judged else None
+        bound = VERIFY_COST if self.judged else None
         return Finding(measured=ratio, bound=bound, detail=f"{slow:.2f} ms against {fast:.2f}")
 
-    return run
-
-
-def _step(model: _Model) -> Callable[[], Finding]:
-    def run() -> Finding:
-        _check_room(model)
-        model.close()  # its memory is wanted
-        tokens = 24 if model.subject.quick else 64
+    def step(self) -> Finding:
+        self._check_room()
+        for name in ("engine", "blocks"):  # the step needs their memory
+            self.__dict__.pop(name, None)
+        release()
+        tokens = 24 if self.subject.quick else 64
         times: list[float] = []
-        with LLM(config=model.config) as llm:
+        with LLM(config=self.config) as llm:
             params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
             for request in llm.requests([[1] * 64], params):
                 llm.core.add(request)
@@ -242,26 +185,53 @@ def _step(model: _Model) -> Callable[[], Finding]:
         release()
         return Finding(measured=1e3 * statistics.median(times), detail=f"{1 / statistics.median(times):.1f} tokens/s")
 
-    return run
+    def _prepare(self) -> None:
+        """Load the model and fill its cache with a context."""
+        self._check_room()
+        self.engine.runner.run([Span([1] * CONTEXT, 0, self.blocks)])
+
+    def _check_room(self) -> None:
+        if self.judged and "engine" not in self.__dict__:
+            free = free_memory(self.subject.device)
+            if free < EIGHT_B_MEMORY:
+                raise Skip(f"it takes {EIGHT_B_MEMORY >> 30} GiB of the GPU's memory, and {free / 2**30:.1f} are free")
+        if self.config.tensor_parallel_size > 1:
+            raise Skip("the model is sharded: its ranks' passes are not timed by themselves")
+
+    def _pass_over(self, rows: int) -> Callable[[], object]:
+        span = Span([1] * rows, CONTEXT, self.blocks, logit_rows=rows)
+        return lambda: self.engine.runner.run([span])
 
 
-def _reached(subject: Subject, rate: float, share: float | None) -> Finding:
-    """A rate of bytes per second, beside what the card's data sheet says."""
+def _models(subject: Subject) -> Iterator[tuple[str, _Model]]:
+    cuda = subject.device.type == "cuda"
+    if not cuda:
+        config = subject.small_config(subject.small("llama"), drafter=(), speculation="none")
+        yield "small model", _Model(subject, config, judged=False)
+    elif not subject.quick:
+        folder = small.write_llama_8b(Path(subject.test.directory))
+        config = subject.small_config(
+            folder, load_format="dummy", drafter=(), speculation="none", kv_cache_memory=1 << 30, dtype="bfloat16"
+        )
+        yield "Llama-3.1-8B shape", _Model(subject, config, judged=True)
+    if subject.test.own_model:
+        config = msgspec.structs.replace(subject.config, adaptive_drafts=False, speculation="none", drafter=("ngram",))
+        yield subject.config.model, _Model(subject, config, judged=False)
+
+
+def _reached(subject: Subject, rate: float, share: float | None, detail: str = "") -> Finding:
+    """A rate in bytes per second, against `share` of the card's data sheet where the card is known."""
     card = _card(subject)
     if card is None:
-        return Finding(measured=rate / 1e9)
-    detail = f"{rate / card.bandwidth:.0%} of {card.bandwidth / 1e9:.0f} ({card.source})"
+        return Finding(measured=rate / 1e9, detail=detail)
+    reached = f"{rate / card.bandwidth:.0%} of {card.bandwidth / 1e9:.0f} ({card.source})"
+    detail = f"{detail}; {reached}" if detail else reached
     bound = None if share is None else share * card.bandwidth / 1e9
     return Finding(measured=rate / 1e9, bound=bound, at_least=True, detail=detail)
 
 
 def _card(subject: Subject) -> Device | None:
     return peaks(torch.cuda.get_device_name(subject.device)) if subject.device.type == "cuda" else None
-
-
-def _with_detail(found: Finding, more: str) -> Finding:
-    detail = f"{more}; {found.detail}" if found.detail else more
-    return Finding(measured=found.measured, bound=found.bound, at_least=found.at_least, detail=detail)
 
 
 def _median(subject: Subject, action: Callable[[], object], times: int) -> float:

@@ -20,25 +20,25 @@ from pilotfish.engine.models.layout import check_divides
 from pilotfish.engine.weights import read_config
 from pilotfish.errors import ConfigError
 from pilotfish.tools.selftest import small
-from pilotfish.tools.selftest.run import Job
+from pilotfish.tools.selftest.run import SelfTest
 
 
 @dataclass(frozen=True)
 class Subject:
-    job: Job
+    test: SelfTest
 
     @property
     def config(self) -> EngineConfig:
-        return self.job.config
+        return self.test.config
 
     @property
     def quick(self) -> bool:
-        return self.job.quick
+        return self.test.quick
 
     @cached_property
     def shape(self) -> ModelConfig:
         """Of the user's model, or of the small one that stands in for it."""
-        name = self.config.model if self.job.own_model else str(self.small("llama", dtype="float32"))
+        name = self.config.model if self.test.own_model else str(self.small("llama", dtype="float32"))
         return read_config(resolve(name, weights=False))
 
     @cached_property
@@ -48,7 +48,7 @@ class Subject:
 
     @property
     def _config_of_platform(self) -> EngineConfig:
-        if self.job.own_model or self.config.dtype != "auto" or not torch.cuda.is_available():
+        if self.test.own_model or self.config.dtype != "auto" or not torch.cuda.is_available():
             return self.config
         return msgspec.structs.replace(self.config, dtype="bfloat16") if self.config.device != "cpu" else self.config
 
@@ -58,7 +58,7 @@ class Subject:
         ranks, nodes = config.tensor_parallel_size, config.nnodes
         if nodes > 1:
             raise ConfigError(f"nnodes is {nodes}, but the self-test checks one host at a time: run it on each")
-        if self.job.own_model:
+        if self.test.own_model:
             fp8 = computes_in_fp8(config, self.shape, platform.needs.capability)
             check_divides(self.shape, ranks, fp8, model=config.model)
         if platform.device.type == "cuda" and ranks > (there := torch.cuda.device_count()):
@@ -70,11 +70,11 @@ class Subject:
 
     @property
     def dtype_name(self) -> str:
-        return str(self.platform.dtype).removeprefix("torch.")
+        return short_name(self.platform.dtype)
 
     def small(self, kind: str, seed: int = 0, ranks: int = 1, dtype: str = "") -> Path:
         """The folder of a small model, in the platform's dtype unless another is named."""
-        return small.write(Path(self.job.directory), kind, dtype=dtype or self.dtype_name, ranks=ranks, seed=seed)
+        return small.write(Path(self.test.directory), kind, dtype=dtype or self.dtype_name, ranks=ranks, seed=seed)
 
     def small_config(self, model: Path, **settings: object) -> EngineConfig:
         """The user's settings for a small model: device, dtype, kernels, attention and what else is not its size."""
@@ -112,6 +112,11 @@ class Subject:
         synchronize(self.device)
 
 
+def short_name(dtype: torch.dtype) -> str:
+    """Return "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def release() -> None:
     """Give back the GPU memory of models that nobody has any more: what torch keeps does not count as free."""
     gc.collect()
@@ -125,6 +130,6 @@ def ignore(what: str, share: float) -> None:
 
 def prompts_of(subject: Subject, count: int, vocab_size: int, own: bool) -> list[Sequence[int]]:
     """Prompts for texts: the user's model's own, where there are any; else random ones."""
-    if own and subject.job.prompts:
-        return list(subject.job.prompts[:count])
+    if own and subject.test.prompts:
+        return list(subject.test.prompts[:count])
     return [subject.tokens(24 + 7 * i, vocab_size, seed=100 + i) for i in range(count)]

@@ -3,8 +3,8 @@ of the user's own: greedy and sampled, one request at a time and eight."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
 
 import msgspec
 
@@ -12,11 +12,10 @@ from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.params import SamplingParams
 from pilotfish.tools.bench.arms import arms_of
-from pilotfish.tools.bench.compare import bound_of, compare
+from pilotfish.tools.bench.compare import Difference, bound_of, compare
 from pilotfish.tools.selftest.check import Check, Finding
 from pilotfish.tools.selftest.subject import Subject, prompts_of
 
-GROUP = "text"
 BATCHES = (1, 8)
 WHY = (
     "a drafted token is kept only if it is the target's own: no text may differ, but where two tokens are so nearly "
@@ -34,29 +33,20 @@ def modes(tokens: int) -> dict[str, SamplingParams]:
 
 
 def checks(subject: Subject) -> Iterator[Check]:
-    texts = [_Texts(subject, own=False)] + [_Texts(subject, own=True)] * subject.job.own_model
-    for each in texts:
+    for texts in [_Texts(subject, own=False)] + [_Texts(subject, own=True)] * subject.test.own_model:
         for mode in modes(1):
-            yield Check(
-                group=GROUP,
-                name=f"{mode}, {each.name}",
-                compares="texts of each drafter, 1 and 8 at a time, with plain decoding's of 1 at a time",
-                unit="unexplained differences",
-                why=WHY,
-                run=each.runner(mode),
-            )
+            compares = "texts of each drafter, 1 and 8 at a time, with plain decoding's of 1 at a time"
+            run = partial(texts.compare, mode)
+            yield Check(f"{mode}, {texts.name}", compares, run, "unexplained differences", WHY)
 
 
 class _Texts:
-    """Of one target; both modes share the engine."""
+    """The texts of one target; both modes share the engine."""
 
     def __init__(self, subject: Subject, own: bool) -> None:
         self.subject, self.own = subject, own
         self.name = subject.config.model if own else "small model"
         self.count, self.tokens = (4, 16) if subject.quick else (8, 32)
-
-    def runner(self, mode: str) -> Callable[[], Finding]:
-        return lambda: self._compare(mode)
 
     @cached_property
     def _llm(self) -> LLM:
@@ -73,17 +63,21 @@ class _Texts:
         drafters = ("ngram", "suffix", f"same={target}", f"other={other}")
         return subject.small_config(target, drafter=drafters, max_batch_tokens=256)
 
-    def _compare(self, mode: str) -> Finding:
+    def compare(self, mode: str) -> Finding:
         llm = self._llm
-        arms = arms_of([], llm.info)
         prompts = prompts_of(self.subject, self.count, llm.info.vocab_size, self.own)
         chosen = {mode: modes(self.tokens)[mode]}
-        found = list(compare(llm, prompts, arms, chosen, BATCHES, lambda count: None))
-        differences = [(each, difference) for each in found for difference in each.differences]
-        wrong = [(each, difference) for each, difference in differences if not difference.explained]
-        texts, near = sum(each.texts for each in found), len(differences) - len(wrong)
-        detail = f"{texts - len(differences)} of {texts} texts identical, {near} near-ties"
-        if wrong:
-            each, first = wrong[0]
-            detail += f"; first: {each.arm}, batch {each.batch}, prompt {first.prompt}, token {first.position}"
-        return Finding(measured=len(wrong), bound=0, detail=f"{detail} (logits may differ by {bound_of(llm.info):g})")
+        found = list(compare(llm, prompts, arms_of([], llm.info), chosen, BATCHES, lambda count: None))
+        differences = {f"{each.arm}, batch {each.batch}": each.differences for each in found}
+        return judged(differences, sum(each.texts for each in found), bound_of(llm.info))
+
+
+def judged(differences: Mapping[str, Sequence[Difference]], texts: int, bound: float) -> Finding:
+    """Count the differences that near-ties do not explain; `differences` are by a description of the texts."""
+    every = [(where, each) for where, found in differences.items() for each in found]
+    wrong = [(where, each) for where, each in every if not each.explained]
+    detail = f"{texts - len(every)} of {texts} texts identical, {len(every) - len(wrong)} near-ties"
+    if wrong:
+        where, first = wrong[0]
+        detail += f"; first: {where}, prompt {first.prompt}, token {first.position}"
+    return Finding(measured=len(wrong), bound=0, detail=f"{detail} (logits may differ by {bound:g})")

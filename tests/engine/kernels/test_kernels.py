@@ -1,4 +1,4 @@
-"""The native kernels against torch's operators, and the promise they exist for: rows do not know of each other."""
+"""The native kernels against the formulas in float64, and the promise they exist for: they are batch-invariant."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,10 +9,11 @@ from pilotfish.engine.execution.batch import Span, flatten
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers.attention.backend import AttentionParams
 from pilotfish.engine.layers.attention.native import NativeAttention
-from pilotfish.engine.layers.attention.torch import TorchAttention
+from pilotfish.tools.selftest.reference import ReferenceAttention, ReferenceKernels
 from pilotfish.tools.training.quantize import quantize_rows
 
 CPU = torch.device("cpu")
+EXACT = ReferenceKernels()
 
 
 def random(*shape, seed=0):
@@ -29,7 +30,7 @@ def test_linear(kernels, rows, columns, size):
         random(rows, columns),
     )
     prepared = kernels.prepare_linear(weight, bias)
-    wanted = (x.double() @ weight.double().T + bias.double() + residual.double()).float()
+    wanted = EXACT.linear(x, EXACT.prepare_linear(weight, bias), residual).float()
     got = kernels.linear(x, prepared, residual)
     # Rounding of a sum of `size` products, each about 1.
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6 * size)
@@ -45,7 +46,7 @@ def test_int8_linear(kernels, rows, columns, size):
     values, scale = quantize_rows(random(columns, size, seed=1))
     scale = scale.unsqueeze(1)
     prepared = kernels.prepare_linear(values, bias, scale)
-    wanted = (x.double() @ (values * scale).double().T + bias.double() + residual.double()).float()
+    wanted = EXACT.linear(x, EXACT.prepare_linear(values, bias, scale), residual).float()
     got = kernels.linear(x, prepared, residual)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6 * size)
     torch.testing.assert_close(
@@ -68,19 +69,19 @@ def test_embedding_is_the_weight(kernels):
 
 
 def test_small_operators(kernels):
-    reference = TorchKernels()
     x, weight = random(9, 64) * 3, random(64, seed=1)
-    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
-    torch.testing.assert_close(kernels.silu_mul(x * 10), reference.silu_mul(x * 10))
+    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5), EXACT.rms_norm(x, weight, 1e-5).float())
+    torch.testing.assert_close(kernels.silu_mul(x * 10), EXACT.silu_mul(x * 10).float())
     qkv = random(9, 5, 32)
     heads = qkv[:, 1:4]  # a view with a stride, as query and key are
-    torch.testing.assert_close(kernels.rms_norm(heads, weight[:32], 1e-5), reference.rms_norm(heads, weight[:32], 1e-5))
+    wanted = EXACT.rms_norm(heads, weight[:32], 1e-5).float()
+    torch.testing.assert_close(kernels.rms_norm(heads, weight[:32], 1e-5), wanted)
     cos_sin = random(50, 32, seed=3)
     positions = torch.tensor([0, 3, 49, 7, 7, 8, 9, 1, 2])
-    wanted = qkv.clone()
-    reference.rotate_(wanted[:, 1:4], positions, cos_sin)
+    wanted = qkv.double()
+    EXACT.rotate_(wanted[:, 1:4], positions, cos_sin)
     kernels.rotate_(heads, positions, cos_sin)
-    torch.testing.assert_close(qkv, wanted)
+    torch.testing.assert_close(qkv, wanted.float())
 
 
 def test_exponential_over_its_range(kernels):
@@ -88,25 +89,24 @@ def test_exponential_over_its_range(kernels):
     x = torch.cat([torch.linspace(-110, 110, 4001), torch.tensor([-1e30, 1e30, 0.0, -0.0, 1e-30])])
     x = torch.cat([x, x.new_zeros(-len(x) % 16)])
     gate_up = torch.cat([x, torch.ones_like(x)])[None]
-    wanted = (x.double() / (1 + torch.exp(-x.double()))).float()
-    torch.testing.assert_close(kernels.silu_mul(gate_up)[0], wanted, rtol=3e-6, atol=1e-36)
+    torch.testing.assert_close(kernels.silu_mul(gate_up)[0], EXACT.silu_mul(gate_up)[0].float(), rtol=3e-6, atol=1e-36)
 
 
 HEADS, KV_HEADS, DIM, BLOCK = 6, 2, 32, 16
 
 
 def attend(backend, cache, spans, window=None, seed=0):
-    """The spans' queries and keys are functions of (sequence's first block, position) alone."""
+    """Attention whose queries, keys and values are functions of (sequence's first block, position) alone."""
     batch = flatten(spans, BLOCK, CPU)
     rows = [(span.blocks[0], position) for span in spans for position in range(span.start, span.stop)]
     qkv = torch.stack([random(HEADS + 2 * KV_HEADS, DIM, seed=seed + 1000 * b + p) for b, p in rows])
-    query, key, value = qkv.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+    query, key, value = qkv.to(cache.values.dtype).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
     return backend.attend(query, key, value, cache, batch.attention, AttentionParams(DIM**-0.5, window))
 
 
-def empty_cache(backend):
-    """Nothing but NaN, which would show wherever it was read."""
-    cache = backend.allocate(12, BLOCK, KV_HEADS, DIM, torch.float32, CPU)
+def empty_cache(backend, dtype=torch.float32):
+    """A cache full of NaN, which would show wherever it was read."""
+    cache = backend.allocate(12, BLOCK, KV_HEADS, DIM, dtype, CPU)
     cache.keys.fill_(torch.nan)
     cache.values.fill_(torch.nan)
     return cache
@@ -116,9 +116,9 @@ A, B = [3, 7, 1, 10, 11, 8], [6, 2, 9, 0]
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40, 1000])
-def test_attention_equals_torchs(kernels, window):
-    native, reference = NativeAttention(kernels), TorchAttention()
-    caches = empty_cache(native), empty_cache(reference)
+def test_attention_equals_its_definition(kernels, window):
+    native, reference = NativeAttention(kernels), ReferenceAttention()
+    caches = empty_cache(native), empty_cache(reference, torch.float64)
     for spans in (
         [Span([0] * 40, 0, A), Span([0] * 1, 0, B)],
         [Span([0] * 3, 40, A), Span([0] * 1, 1, B)],
@@ -127,11 +127,11 @@ def test_attention_equals_torchs(kernels, window):
     ):
         got = attend(native, caches[0], spans, window)
         wanted = attend(reference, caches[1], spans, window)
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, wanted.float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 20])
-def test_attention_rows_do_not_know_of_each_other(kernels, window):
+def test_attention_is_batch_invariant(kernels, window):
     """Whole, in chunks, one by one, beside others: the same bits."""
     backend = NativeAttention(kernels)
     whole = attend(backend, empty_cache(backend), [Span([0] * 70, 0, A)], window)

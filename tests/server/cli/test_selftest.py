@@ -32,8 +32,9 @@ from pilotfish.engine.sampling import processors
 from pilotfish.engine.weights.hf_config import read_config
 from pilotfish.server.cli import main as cli
 from pilotfish.server.cli import selftest
-from pilotfish.server.cli.flags import settings_of
 from pilotfish.server.cli.selftest import report
+from pilotfish.server.cli.settings import settings_of
+from pilotfish.tools.checkpoint import config_of, write_model
 from pilotfish.tools.planner.devices import DEVICES
 from pilotfish.tools.planner.published import PUBLISHED
 from pilotfish.tools.selftest import graphs, parallel, small, speed
@@ -41,7 +42,7 @@ from pilotfish.tools.selftest.check import Check, Finding, Result, Skip, run_che
 from pilotfish.tools.selftest.environment import Environment
 from pilotfish.tools.selftest.groups import run_group
 from pilotfish.tools.selftest.precision import Worst, units
-from pilotfish.tools.selftest.run import GROUPS, Job, run_groups
+from pilotfish.tools.selftest.run import GROUPS, SelfTest, run_groups
 from tests.support.broken_verifier import GullibleVerifier
 from tests.support.native import needs_native
 from tests.support.paths import ROOT
@@ -57,8 +58,8 @@ def run(tmp_path: Path) -> Callable[..., dict[str, Result]]:
 
     def of(group: str, quick: bool = True, **settings: Any) -> dict[str, Result]:
         config = EngineConfig(**{"num_threads": 1, **settings})
-        job = Job(config=config, directory=str(tmp_path), quick=quick)
-        return {result.name: result for result in run_group(job, group, (), lambda name: None)}
+        test = SelfTest(config=config, directory=str(tmp_path), quick=quick)
+        return {result.name: result for result in run_group(test, group, (), lambda name: None)}
 
     return of
 
@@ -69,9 +70,9 @@ def failed(results: dict[str, Result]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, dict[str, Any]]:
-    """Exit status and JSON of a whole run, each group in its process."""
+    """Exit status and JSON of a whole run in this process."""
     path = tmp_path_factory.mktemp("selftest") / "result.json"
-    return cli.main([*QUICK, "--json", str(path)]), json.loads(path.read_text())
+    return cli.main([*QUICK, "--no-isolate", "--json", str(path)]), json.loads(path.read_text())
 
 
 def test_nothing_fails_here(whole: tuple[int, dict[str, Any]]) -> None:
@@ -309,20 +310,27 @@ def test_stale_and_disturbed_passes_are_found(run: Any, monkeypatch: pytest.Monk
 
 
 def test_two_ranks(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs: list[parallel._Pair] = []
+    make = parallel._Pair.__init__
+
+    def kept(self: Any, subject: Any, own: bool) -> None:
+        make(self, subject, own)
+        pairs.append(self)
+
+    monkeypatch.setattr(parallel._Pair, "__init__", kept)
     results = run("parallel", tensor_parallel_size=2)
     assert failed(results) == []
     assert results["all-reduce, latency"].measured > 0
     assert "8 of 8 texts identical" in results["greedy, small model"].detail
+    # The two ranks' results once more, against another model's weights on one rank.
+    sharded = pairs[0].sharded
     right = parallel._Pair.config
 
     def other(self: Any, ranks: int) -> EngineConfig:
-        """Several ranks have another model's weights."""
-        config = right(self, ranks)
-        if ranks == 1:
-            return config
-        return msgspec.structs.replace(config, model=str(self.subject.small("llama", ranks=2, seed=1)))
+        return msgspec.structs.replace(right(self, ranks), model=str(self.subject.small("llama", ranks=2, seed=1)))
 
     monkeypatch.setattr(parallel._Pair, "config", other)
+    monkeypatch.setattr(parallel._Pair, "sharded", sharded)
     monkeypatch.setattr(parallel._AllReduce, "figures", None)
     names = failed(run("parallel", tensor_parallel_size=2))
     assert names[:3] == ["greedy, small model", "sampled, small model", "log-probabilities, small model"]
@@ -356,56 +364,73 @@ def test_a_check_that_raises_has_failed_and_the_others_run(run: Any, monkeypatch
     assert results["silu_mul, torch, float32"].detail.startswith("RuntimeError: CUDA error: an illegal memory access")
 
 
+GROUP_OF_FOUR = """
+import os, sys, time
+from pilotfish.tools.selftest.check import Check, Finding, run_check
+from pilotfish.tools.selftest.run import Done, Ended, GroupRun, Started, msgspec
+
+run = msgspec.json.decode(sys.stdin.buffer.readline(), type=GroupRun)
+for name in ("a", "b", "c", "d"):
+    if name not in run.done:
+        exact = Check(name, "", lambda: Finding(measured=0, bound=0))
+        for message in (Started(name), Done(run_check(exact, "sampling"))):
+            if name == "b" and isinstance(message, Done):
+                {what}
+            print(msgspec.json.encode(message).decode(), flush=True)
+print(msgspec.json.encode(Ended()).decode())
+"""
+"""A group's process that does something at its second check. It has no torch to load."""
+
+
 @pytest.mark.parametrize(
-    ("what", "told"),
-    [("os.abort()", "signal 6"), ("time.sleep(600)", "longer than 8 s"), ("os._exit(3)", "status 3")],
+    ("what", "reason"),
+    [
+        ("os.abort()", "its process ended by signal 6"),
+        ("os._exit(3)", "its process ended by status 3"),
+        ("raise RuntimeError('lost')", "its process ended by status 1: RuntimeError: lost"),
+        ("time.sleep(600)", "it took longer than 1 s and was ended"),
+    ],
 )
 def test_a_crash_or_a_hang_fails_one_check_alone(
-    what: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the groups' processes, where this is done to one check at its start."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys, time\n"
-        "if sys.argv[0] == '-m':\n"
-        "    import pilotfish.tools.selftest.check as check\n"
-        "    right = check.run_check\n"
-        "    def run_check(each):\n"
-        f"        if each.name == 'truncation, min_p': {what}\n"
-        "        return right(each)\n"
-        "    check.run_check = run_check\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
     monkeypatch.setattr("pilotfish.tools.selftest.run.GROUPS", ("sampling",))
-    job = Job(config=EngineConfig(num_threads=1), directory=str(tmp_path), quick=True)
-    results = {result.name: result for result in run_groups(job, lambda group, name: None, limit=8.0)}
-    assert failed(results) == ["truncation, min_p"]
-    assert told in results["truncation, min_p"].detail
-    assert len(results) == 8
-    assert all(result.verdict == "passed" for name, result in results.items() if name != "truncation, min_p")
+    monkeypatch.setattr("pilotfish.tools.selftest.run.COMMAND", (sys.executable, "-c", GROUP_OF_FOUR.format(what=what)))
+    started: list[str] = []
+    test = SelfTest(config=EngineConfig(), directory=str(tmp_path))
+    limit = 1.0 if "sleep" in what else 60.0
+    results = list(run_groups(test, lambda group, name: started.append(name), limit))
+    assert [(each.group, each.name, each.verdict) for each in results] == [
+        ("sampling", name, "failed" if name == "b" else "passed") for name in "abcd"
+    ]
+    assert results[1].detail == reason
+    assert started == list("abcd")
 
 
-def test_a_device_that_is_lost_gets_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after an illegal access on a GPU: every call fails from then on."""
+def test_a_crash_or_a_lost_device_gets_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the processes that the groups really have: one check aborts, and after another every call fails, as after an
+    illegal access on a GPU."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
+        "import os, sys\n"
         "if sys.argv[0] == '-m':\n"
         "    import torch\n"
         "    import pilotfish.tools.selftest.check as check\n"
         "    right, lost = check.run_check, []\n"
         "    def gone(*given): raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
-        "    def run_check(each):\n"
+        "    def run_check(each, group):\n"
+        "        if each.name == 'noise, log E': os.abort()\n"
         "        if each.name == 'truncation, min_p':\n"
         "            lost.append(True)\n"
         "            torch.cuda.is_initialized, torch.cuda.synchronize = (lambda: True), gone\n"
-        "        return right(check.Check(group=each.group, name=each.name, compares=each.compares, unit=each.unit,\n"
-        "            why=each.why, run=gone if lost else each.run))\n"
+        "        return right(check.Check(each.name, each.compares, gone if lost else each.run), group)\n"
         "    check.run_check = run_check\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
     monkeypatch.setattr("pilotfish.tools.selftest.run.GROUPS", ("sampling",))
-    job = Job(config=EngineConfig(num_threads=1), directory=str(tmp_path), quick=True)
-    results = {result.name: result for result in run_groups(job, lambda group, name: None)}
-    assert failed(results) == ["truncation, min_p"]
+    test = SelfTest(config=EngineConfig(num_threads=1), directory=str(tmp_path), quick=True)
+    results = {result.name: result for result in run_groups(test, lambda group, name: None)}
+    assert failed(results) == ["noise, log E", "truncation, min_p"]
+    assert results["noise, log E"].detail.startswith("its process ended by signal 6")
     assert results["truncation, min_p"].detail.startswith("RuntimeError: CUDA error")
     assert len(results) == 8
 
@@ -413,7 +438,7 @@ def test_a_device_that_is_lost_gets_a_new_process(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--kernels", "native", "--dtype", "bfloat16"], "kernels is 'native'"),
+        (["--kernels", "native", "--dtype", "bfloat16", "--isolate"], "kernels is 'native'"),
         (["--attention-backend", "flash4"], "attention_backend is 'flash4'"),
         (["--json", "/nowhere/at/all.json"], "json is '/nowhere/at/all.json'"),
         (["--max-batch-tokens", "4"], "max_batch_tokens (4)"),
@@ -424,14 +449,14 @@ def test_a_device_that_is_lost_gets_a_new_process(tmp_path: Path, monkeypatch: p
 def test_settings_that_cannot_work_are_status_2(
     arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([*QUICK, *arguments]) == 2
+    assert cli.main([*QUICK, "--no-isolate", *arguments]) == 2
     assert told in capsys.readouterr().err
 
 
 def test_hosts_are_checked_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = tmp_path / "settings.yaml"
     settings.write_text("nnodes: 2\ntensor_parallel_size: 2\nmaster_addr: elsewhere\n")
-    assert cli.main([*QUICK, "--config", str(settings)]) == 2
+    assert cli.main([*QUICK, "--no-isolate", "--config", str(settings)]) == 2
     assert "nnodes is 2, but the self-test checks one host at a time" in capsys.readouterr().err
 
 
@@ -441,7 +466,7 @@ def test_a_model_that_is_not_there_is_status_1(capsys: pytest.CaptureFixture[str
 
 
 def check(run: Callable[[], Finding]) -> Result:
-    return run_check(Check(group="g", name="n", compares="a with b", unit="u", why="because", run=run))
+    return run_check(Check("n", "a with b", run, "u", "because"), "g")
 
 
 def test_verdicts() -> None:
@@ -505,6 +530,12 @@ def test_llama_8b_is_as_published(tmp_path: Path) -> None:
     assert read_config(small.write_llama_8b(tmp_path)) == PUBLISHED["llama-3.1-8b"].shape
 
 
+@pytest.mark.parametrize("name", [name for name, model in PUBLISHED.items() if model.shape.architecture == "llama"])
+def test_a_written_config_describes_the_same_shape(name: str, tmp_path: Path) -> None:
+    shape = PUBLISHED[name].shape
+    assert read_config(write_model(tmp_path, config_of(shape))) == shape
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8])
 def test_small_models_divide(ranks: int, tmp_path: Path) -> None:
     shape = read_config(small.write(tmp_path, "llama", ranks=ranks))
@@ -552,8 +583,7 @@ def test_flags_and_fields_are_documented() -> None:
     page = (ROOT / "docs" / "gpu.md").read_text().partition("## Self-test")[2].partition("\n## ")[0]
     documented = set(re.findall(r"`(--[a-z-]+)`", page))
     parser = argparse.ArgumentParser()
-    selftest.add_parser(parser.add_subparsers())
-    (command,) = parser._subparsers._group_actions[0].choices.values()  # type: ignore[union-attr]
+    command = selftest.COMMAND.add_to(parser.add_subparsers())
     engine = {flag for setting in settings_of(EngineConfig) for flag in (setting.flag, f"--no-{setting.flag[2:]}")}
     own = {flag for action in command._actions for flag in action.option_strings if flag.startswith("--")} - engine
     assert own - {"--help"} <= documented
@@ -564,10 +594,13 @@ def test_flags_and_fields_are_documented() -> None:
 
 
 def test_the_command_itself_imports_no_torch(tmp_path: Path) -> None:
-    """What crashes with torch, or with a library that it loads, crashes in a group's process."""
+    """Libraries that crash on import, torch among them, crash in a group's process."""
     program = (
-        f"import sys, pilotfish.server.cli.main, pilotfish.tools.selftest.run as run; run.GROUPS = (); "
+        f"import sys, pilotfish.server.cli.main, pilotfish.tools.selftest.run as run; run.GROUPS = ('kernels',); "
         f"status = pilotfish.server.cli.main.main({[*QUICK, '--json', str(tmp_path / 'result.json')]}); "
         "assert status == 0 and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    results = json.loads((tmp_path / "result.json").read_text())["results"]
+    assert {result["verdict"] for result in results} == {"passed"}
+    assert len(results) == 13
