@@ -1,44 +1,35 @@
-"""`pilotfish train-draft`: a draft for a target, from the target's own text. See docs/training.md."""
+"""`pilotfish train-draft`: train a draft for a target from the target's own text. See docs/training.md."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pilotfish.engine.config import EngineConfig
 from pilotfish.errors import ConfigError
-from pilotfish.server.cli.command_flags import positive
+from pilotfish.server.cli.command import Command
 from pilotfish.server.cli.prompts import encode, read_prompts
+from pilotfish.server.cli.settings import add_flags, load
 from pilotfish.server.console import Console
+from pilotfish.tools.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from pilotfish.text.tokenizer import Tokenizer
-    from pilotfish.tools.training.loop import Progress
+    from pilotfish.tools.training.loop import TrainingProgress
     from pilotfish.tools.training.write import Frame
 
-OBJECTIVES = ("lk", "kl", "tv", "lk-log")
-KINDS = ("eagle3", "draft-model")
 _MARK = "7f3c9a pilotfish 7f3c9a"
 
 
-def add_parser(commands: Any) -> None:
-    """`commands`: what `add_subparsers` returned."""
-    parser = commands.add_parser(
-        "train-draft",
-        help="train a draft for a model",
-        description="Train a draft for a model, from text that the model writes itself. A run that is interrupted goes "
-        "on where it stopped when the same command is given again.",
-        allow_abbrev=False,
-    )
-    number, real = positive, float
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, metavar="MODEL", help="the target, named as --model is for serve")
-    parser.add_argument("--kind", choices=KINDS, default="eagle3", help="(default: eagle3)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the draft is written")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder that the draft is written to")
     parser.add_argument(
         "--work",
         metavar="DIR",
-        help="text, features, checkpoint; they may be deleted afterwards (default: DIR/work in --out)",
+        help="folder for text, features and checkpoint, which may be deleted afterwards (default: work in --out)",
     )
     parser.add_argument(
         "--data",
@@ -47,60 +38,22 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help='JSON lines with your own prompts ("prompt", or "turns" whose first is taken), which the target answers',
     )
-    for name, kind, default, text in (
-        ("tokens", number, 1_000_000, "tokens of training text"),
-        ("turn-tokens", number, 64, "most tokens of a prompt that the target makes up"),
-        ("answer-tokens", number, 192, "most tokens of an answer"),
-        ("steps", int, 0, "optimizer steps; 0: as --epochs says"),
-        ("epochs", real, 3.0, "times that the text is gone over"),
-        ("batch-tokens", number, 2048, "tokens of an optimizer step"),
-        ("learning-rate", real, 1e-3, "the highest"),
-        ("unroll", number, 3, "drafted tokens that training looks ahead"),
-        ("draft-vocab-size", number, 8192, "eagle3: the target's most frequent tokens, which the draft can say"),
-        ("hidden-size", int, 0, "draft-model; 0: the target's"),
-        ("num-layers", number, 2, "draft-model"),
-        ("intermediate-size", int, 0, "0: the target's, in proportion"),
-        ("seed", int, 0, "of text and training"),
-        ("num-threads", int, 0, "CPU threads; 0: all"),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{text} (default: {default})")
-    parser.add_argument(
-        "--feature-layers",
-        type=_layers,
-        default=(),
-        metavar="N,N,N",
-        help="eagle3: layers of the target that the draft reads (default: a third, two thirds and all "
-        "of the way through)",
-    )
-    parser.add_argument(
-        "--objective",
-        choices=OBJECTIVES,
-        default="lk",
-        help="what training makes smaller: see docs/training.md (default: lk)",
-    )
-    parser.add_argument(
-        "--bfloat16",
-        action="store_true",
-        help="matrix products in bfloat16: faster where the processor has units for it, slower elsewhere",
-    )
-    parser.set_defaults(run=train_draft)
+    parser.add_argument("--num-threads", type=int, default=0, metavar="N", help="CPU threads; 0: all (default: 0)")
+    add_flags(parser, TrainSettings, "training")
 
 
-def train_draft(options: dict[str, Any]) -> int:
-    """Run the command; returns its exit status. Raises ConfigError, ParameterError or ModelError."""
+def _run(options: dict[str, Any]) -> int:
     from tqdm import tqdm
 
     from pilotfish.checkpoints.catalog import resolve
     from pilotfish.text.tokenizer import load_tokenizer
-    from pilotfish.tools.training.pipeline import Callbacks, TrainSettings
-    from pilotfish.tools.training.pipeline import train_draft as run
+    from pilotfish.tools.training.pipeline import Callbacks, train_draft
 
     console = Console(sys.stderr)
+    settings = load(TrainSettings, options)
     files = resolve(options["target"], console.progress)
     tokenizer = load_tokenizer(files)
     prompts = [tuple(encode(tokenizer, text)) for path in options["data"] for text in read_prompts(path)]
-    names = TrainSettings.__dataclass_fields__
-    settings = TrainSettings(**{name: options[name] for name in names if name in options})
     out = Path(options["out"])
     work = Path(options["work"]) if options["work"] else out / "work"
     try:
@@ -115,7 +68,7 @@ def train_draft(options: dict[str, Any]) -> int:
         drafter=("ngram",),  # what comes with the target may not be there yet
     )
     bars = _Bars(tqdm, settings.tokens)
-    curve = run(
+    curve = train_draft(
         files, config, frame_of(tokenizer), prompts, out, work, settings, Callbacks(bars.text, bars.features, bars.loop)
     )
     bars.close()
@@ -141,10 +94,6 @@ def frame_of(tokenizer: Tokenizer) -> Frame:
     )
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
 class _Bars:
     """A progress bar for each stage, one after the other."""
 
@@ -159,7 +108,7 @@ class _Bars:
     def features(self, done: int, total: int) -> None:
         self._to("reading", total, "shard", done)
 
-    def loop(self, progress: Progress) -> None:
+    def loop(self, progress: TrainingProgress) -> None:
         self._to("training", None, "step", progress.step)
         if progress.rates is not None:
             rates = ", ".join(f"{rate:.3f}" for rate in progress.rates)
@@ -178,3 +127,15 @@ class _Bars:
             self._name = name
             self._current = self._bar(total=total, desc=name, unit=unit, initial=count)
         self._current.update(count - self._current.n)
+
+
+COMMAND = Command(
+    name="train-draft",
+    help="train a draft for a model",
+    description="Train a draft for a model, from text that the model writes itself. A run that is interrupted goes on "
+    "where it stopped when the same command is given again.",
+    example="pilotfish train-draft --target smollm2-135m --out my-draft\n"
+    "pilotfish serve --model smollm2-135m --drafter my-draft",
+    add_arguments=_add_arguments,
+    run=_run,
+)

@@ -15,11 +15,22 @@ from torch import nn
 
 from pilotfish.engine.models.config import Eagle3Config
 from pilotfish.engine.models.rope import cos_sin_table
+from pilotfish.tools.training.layer import (
+    add_attended_and_mlp,
+    add_matrices,
+    add_norms,
+    matrix,
+    norm,
+    query_key_value,
+)
 
 
 class Eagle3Draft(nn.Module):
     """Parameters have the last names of `engine.weights.eagle3`'s tensors."""
 
+    input_layernorm: nn.Parameter
+    hidden_norm: nn.Parameter
+    norm: nn.Parameter
     embedding: torch.Tensor
     cos_sin: torch.Tensor
 
@@ -28,26 +39,11 @@ class Eagle3Draft(nn.Module):
         super().__init__()
         self.config = config
         decoder = config.decoder
-        hidden, inner = decoder.hidden_size, decoder.intermediate_size
-        queries, keys = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
-
-        def matrix(out: int, into: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(out, into) * into**-0.5)
-
-        def ones() -> nn.Parameter:
-            return nn.Parameter(torch.ones(hidden))
-
-        self.fc = matrix(hidden, len(config.feature_layers) * config.target_hidden_size)
-        self.input_layernorm, self.hidden_norm, self.post_attention_layernorm = ones(), ones(), ones()
-        self.q_proj, self.k_proj, self.v_proj = (matrix(size, 2 * hidden) for size in (queries, keys, keys))
-        self.o_proj = matrix(hidden, queries)
-        self.gate_proj, self.up_proj, self.down_proj = (
-            matrix(inner, hidden),
-            matrix(inner, hidden),
-            matrix(hidden, inner),
-        )
-        self.norm = ones()
-        self.lm_head = matrix(config.draft_vocab_size, hidden)
+        self.fc = matrix(decoder.hidden_size, len(config.feature_layers) * config.target_hidden_size)
+        add_norms(self, decoder.hidden_size, "input_layernorm", "hidden_norm", "post_attention_layernorm")
+        add_matrices(self, decoder, inputs=2 * decoder.hidden_size)
+        add_norms(self, decoder.hidden_size, "norm")
+        self.lm_head = matrix(config.draft_vocab_size, decoder.hidden_size)
         self.register_buffer("embedding", embedding, persistent=False)
         self.register_buffer("cos_sin", cos_sin_table(decoder.rope, decoder.head_dim, max_position), persistent=False)
 
@@ -59,56 +55,31 @@ class Eagle3Draft(nn.Module):
     ) -> Iterator[torch.Tensor]:
         """Hidden states before the norm, (batch, length, hidden_size), for each of `steps`: that of anchor a in step j
         predicts the token at a + j + 2. Those past the end of a conversation mean nothing."""
+        decoder = self.config.decoder
+        group = decoder.num_heads // decoder.num_kv_heads
         hidden = F.linear(features, self.fc)
         length = tokens.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
-        true_keys = true_values = None
-        drafted: list[tuple[torch.Tensor, torch.Tensor]] = []
+        rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         for step in range(steps):
             following = F.pad(tokens[:, step + 1 :], (0, step + 1))
-            embedded = self._norm(F.embedding(following, self.embedding), self.input_layernorm)
-            x = torch.cat((embedded, self._norm(hidden, self.hidden_norm)), dim=-1)
-            query, key, value = self._heads(x, step)
-            if true_keys is None or true_values is None:
-                true_keys, true_values = key, value
+            embedded = norm(F.embedding(following, self.embedding), self.input_layernorm, decoder)
+            x = torch.cat((embedded, norm(hidden, self.hidden_norm, decoder)), dim=-1)
+            # A row of step j stands j positions further on.
+            query, key, value = query_key_value(self, x, decoder, self.cos_sin[step : step + length])
+            if group > 1:
+                key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+            rows.append((key, value))
+            if step == 0:
                 attended = F.scaled_dot_product_attention(query, key, value, attn_mask=causal)
             else:
-                drafted.append((key, value))
-                attended = _attend(query, true_keys, true_values, causal, drafted)
-            attended = attended.transpose(1, 2).flatten(2)
-            hidden = hidden + F.linear(attended, self.o_proj)
-            y = self._norm(hidden, self.post_attention_layernorm)
-            hidden = hidden + F.linear(F.silu(F.linear(y, self.gate_proj)) * F.linear(y, self.up_proj), self.down_proj)
+                attended = _attend(query, *rows[0], causal, rows[1:])
+            hidden = add_attended_and_mlp(self, hidden, attended, decoder)
             yield hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(rows, hidden_size) -> (rows, draft_vocab_size)."""
-        return F.linear(self._norm(hidden, self.norm), self.lm_head)
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.config.decoder.rms_norm_eps)
-
-    def _heads(self, x: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value of all heads, (batch, heads, length, head_dim); a row of step j stands j further on."""
-        decoder = self.config.decoder
-        group = decoder.num_heads // decoder.num_kv_heads
-        table = self.cos_sin[step : step + x.shape[1]]
-
-        def heads(weight: torch.Tensor, count: int) -> torch.Tensor:
-            return F.linear(x, weight).unflatten(-1, (count, decoder.head_dim)).transpose(1, 2)
-
-        query = rotate(heads(self.q_proj, decoder.num_heads), table)
-        key = rotate(heads(self.k_proj, decoder.num_kv_heads), table)
-        value = heads(self.v_proj, decoder.num_kv_heads)
-        if group > 1:
-            key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-        return query, key, value
-
-
-def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    cosine, sine = table.to(x.dtype).chunk(2, dim=-1)  # (length, head_dim / 2) each
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat((low * cosine - high * sine, high * cosine + low * sine), dim=-1)
+        return F.linear(norm(hidden, self.norm, self.config.decoder), self.lm_head)
 
 
 def _attend(

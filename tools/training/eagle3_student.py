@@ -1,21 +1,22 @@
-"""An EAGLE-3 draft that learns from a target: where it starts, what it loses, how it is written."""
+"""Eagle3Student: an EAGLE-3 head that learns from a target; its initial weights, its loss and its export."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from pilotfish.engine.models.config import Eagle3Config, ModelConfig
+from pilotfish.tools.checkpoint import config_of, write_model
 from pilotfish.tools.training.batches import Batch
 from pilotfish.tools.training.eagle3 import Eagle3Draft
-from pilotfish.tools.training.losses import Objective, draft_loss
+from pilotfish.tools.training.layer import MATRICES, stored_name
+from pilotfish.tools.training.losses import draft_loss
 from pilotfish.tools.training.quantize import quantize_rows
+from pilotfish.tools.training.settings import Objective
 from pilotfish.tools.training.student import Tally, Teacher
 
 STEP_WEIGHT = 0.8
@@ -40,23 +41,22 @@ class Eagle3Student(nn.Module):
         if (decoder.num_heads, decoder.head_dim) == (target_config.num_heads, target_config.head_dim):
             group = decoder.num_kv_heads // target_config.num_kv_heads
             for name in ("q_proj", "k_proj", "v_proj"):
-                weight = target[f"{prefix}self_attn.{name}.weight"]
+                weight = target[prefix + stored_name(name)]
                 if name != "q_proj" and group > 1:  # as many heads as the draft has, each its group's
                     heads = weight.view(target_config.num_kv_heads, decoder.head_dim, hidden)
                     weight = heads.repeat_interleave(group, dim=0).flatten(0, 1)
-                own: torch.Tensor = getattr(draft, name)
+                own = draft.get_parameter(name)
                 own[:, :hidden] *= 0.3
                 own[:, hidden:] = weight
-            draft.o_proj.copy_(target[f"{prefix}self_attn.o_proj.weight"])
-        gate, up, down = (target[f"{prefix}mlp.{name}.weight"] for name in ("gate_proj", "up_proj", "down_proj"))
+            draft.get_parameter("o_proj").copy_(target[prefix + stored_name("o_proj")])
+        gate, up, down = (target[prefix + stored_name(name)] for name in ("gate_proj", "up_proj", "down_proj"))
         if decoder.intermediate_size <= len(gate):  # the units that can say the most, if not all
             kept = (up.norm(dim=1) * down.norm(dim=0)).topk(decoder.intermediate_size).indices.sort().values
-            draft.gate_proj.copy_(gate[kept])
-            draft.up_proj.copy_(up[kept])
-            draft.down_proj.copy_(down[:, kept])
+            for name, weight in (("gate_proj", gate[kept]), ("up_proj", up[kept]), ("down_proj", down[:, kept])):
+                draft.get_parameter(name).copy_(weight)
         if not target_config.sandwich_norms:
             draft.hidden_norm.copy_(target[f"{prefix}input_layernorm.weight"])
-            draft.post_attention_layernorm.copy_(target[f"{prefix}post_attention_layernorm.weight"])
+            draft.get_parameter("post_attention_layernorm").copy_(target[f"{prefix}post_attention_layernorm.weight"])
         draft.norm.copy_(self.teacher.norm)
         draft.lm_head.copy_(self.teacher.head)
 
@@ -84,46 +84,25 @@ class Eagle3Student(nn.Module):
         tally.add(torch.stack(correct))
 
     def export(self, folder: Path, trained: dict[str, Any]) -> None:
-        """The public SafeAILab layout, matrices as int8 with a scale a row (see `engine.weights.eagle3`)."""
-        decoder, draft = self.config.decoder, self.draft
-        folder.mkdir(parents=True, exist_ok=True)
-        layer = "midlayer."
-        matrices = {
-            "fc": draft.fc,
-            **{f"{layer}self_attn.{name}": getattr(draft, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
-            **{f"{layer}mlp.{name}": getattr(draft, name) for name in ("gate_proj", "up_proj", "down_proj")},
-            "lm_head": draft.lm_head,
-        }
-        norms = {
-            f"{layer}{name}": getattr(draft, name)
-            for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm")
-        } | {"norm": draft.norm}
-        tensors = {f"{name}.weight": weight.detach().half() for name, weight in norms.items()}
-        for name, weight in matrices.items():
-            tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = quantize_rows(weight.detach())
+        """Write the public SafeAILab layout, matrices in int8 with a scale a row (see `engine.weights.eagle3`)."""
+        tensors = {}
+        for name, weight in self.draft.named_parameters():
+            stored = name if name in ("fc", "norm", "lm_head") else f"midlayer.{MATRICES.get(name, '')}{name}"
+            if weight.dim() == 1:
+                tensors[f"{stored}.weight"] = weight.detach().half()
+            else:
+                tensors[f"{stored}.weight"], tensors[f"{stored}.weight_scale"] = quantize_rows(weight.detach())
         ids = self.teacher.target_ids
         tensors["d2t"] = (ids - torch.arange(len(ids))).int()
-        save_file(tensors, str(folder / "model.safetensors"))
-        config = {
+        own = {
             "architectures": ["LlamaForCausalLMEagle3"],
-            "model_type": "llama",
-            "vocab_size": decoder.vocab_size,
             "draft_vocab_size": self.config.draft_vocab_size,
-            "hidden_size": decoder.hidden_size,
             "target_hidden_size": self.config.target_hidden_size,
-            "intermediate_size": decoder.intermediate_size,
-            "num_hidden_layers": 1,
-            "num_attention_heads": decoder.num_heads,
-            "num_key_value_heads": decoder.num_kv_heads,
-            "head_dim": decoder.head_dim,
-            "max_position_embeddings": decoder.max_position,
-            "rms_norm_eps": decoder.rms_norm_eps,
-            "rope_theta": decoder.rope.theta,
             "tie_word_embeddings": False,
             "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(self.config.feature_layers)},
             "trained": trained,
         }
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        write_model(folder, config_of(self.config.decoder) | own, tensors)
 
 
 def _anchors(batch: Batch, steps: int) -> torch.Tensor:

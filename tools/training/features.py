@@ -1,22 +1,23 @@
-"""What a draft learns from: the target's hidden states of its training text, and how sure it was of each next token.
+"""The features that a draft learns from: the target's hidden states over the training text, and how certain it was of
+each next token.
 
-One pass of the target over the text, by the engine's own runner, so that a draft is trained on the very numbers that it
-will be given. Kept on disk beside the text, shard by shard, since training goes over them several times.
+They come from one pass of the target over the text by the engine's own runner, so that a draft is trained on the very
+numbers that it will read when it drafts. They are kept on disk beside the text, since training goes over them several
+times.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from pilotfish.engine.build import Engine
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.models.features import FeatureTap
+from pilotfish.tools.training.shards import Shards
 from pilotfish.tools.training.text import Conversation, TextStore
 
 PASS_ROWS = 256
@@ -25,7 +26,7 @@ PASS_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """A conversation with what the target made of it."""
+    """A conversation with the target's features of it."""
 
     tokens: torch.Tensor  # (length,) int64
     prompt_len: int
@@ -36,60 +37,40 @@ class Lesson:
 
 
 class FeatureStore:
-    """A folder of shards, numbered as the text's."""
+    """Shards of lessons, numbered as the text's: the fields of `Lesson` by name, concatenated, and their `lengths`."""
+
+    COLUMNS = ("tokens", "features", "final", "normalizer", "likeliest")
 
     def __init__(self, folder: Path, layers: tuple[int, ...]) -> None:
-        self.folder = folder / "-".join(map(str, layers))
+        self._shards = Shards(folder / "-".join(map(str, layers)))
         self.layers = layers
-        self.folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def shards(self) -> int:
-        count = 0
-        while self._path(count).is_file():
-            count += 1
-        return count
+        return len(self._shards)
 
     def write(self, shard: int, lessons: list[Lesson]) -> None:
-        tensors = {
-            "lengths": torch.tensor([len(each.tokens) for each in lessons], dtype=torch.int32),
-            "prompt_lens": torch.tensor([each.prompt_len for each in lessons], dtype=torch.int32),
-            "tokens": torch.cat([each.tokens for each in lessons]).int(),
-            "features": torch.cat([each.features for each in lessons]),
-            "final": torch.cat([each.final for each in lessons]),
-            "normalizer": torch.cat([each.normalizer for each in lessons]),
-            "likeliest": torch.cat([each.likeliest for each in lessons]).int(),
-        }
-        partial = self._path(shard).with_suffix(".partial")
-        save_file(tensors, str(partial))
-        os.replace(partial, self._path(shard))
+        tensors = {name: torch.cat([getattr(each, name) for each in lessons]) for name in self.COLUMNS}
+        tensors |= {name: tensors[name].int() for name in ("tokens", "likeliest")}
+        tensors["lengths"] = torch.tensor([len(each.tokens) for each in lessons], dtype=torch.int32)
+        tensors["prompt_lens"] = torch.tensor([each.prompt_len for each in lessons], dtype=torch.int32)
+        self._shards.write(shard, tensors)
 
     def read(self, shard: int) -> list[Lesson]:
-        tensors = load_file(str(self._path(shard)))
-        lengths = tensors["lengths"].tolist()
-        parts = {
-            name: tensors[name].split(lengths) for name in ("tokens", "features", "final", "normalizer", "likeliest")
-        }
+        tensors = self._shards.read(shard)
+        tensors |= {name: tensors[name].long() for name in ("tokens", "likeliest")}
+        lengths, prompt_lens = tensors["lengths"].tolist(), tensors["prompt_lens"].tolist()
+        rows = zip(*(tensors[name].split(lengths) for name in self.COLUMNS), strict=True)
         return [
-            Lesson(
-                tokens=parts["tokens"][i].long(),
-                prompt_len=prompt_len,
-                features=parts["features"][i],
-                final=parts["final"][i],
-                normalizer=parts["normalizer"][i],
-                likeliest=parts["likeliest"][i].long(),
-            )
-            for i, prompt_len in enumerate(tensors["prompt_lens"].tolist())
+            Lesson(prompt_len=prompt_len, **dict(zip(self.COLUMNS, row, strict=True)))
+            for prompt_len, row in zip(prompt_lens, rows, strict=True)
         ]
-
-    def _path(self, shard: int) -> Path:
-        return self.folder / f"{shard:05}.safetensors"
 
 
 def write_features(
     engine: Engine, text: TextStore, store: FeatureStore, progress: Callable[[int, int], object]
 ) -> None:
-    """Add the shards that the text has and the features lack. `progress` is told how many of how many are there."""
+    """Add the shards that the text has and the features lack; `progress` gets the shards done and their total."""
     for shard in range(store.shards, text.shards):
         lessons = [lesson for batch in _batches(text.read(shard)) for lesson in _run(engine, batch, store.layers)]
         store.write(shard, lessons)
@@ -97,7 +78,7 @@ def write_features(
 
 
 def _batches(conversations: list[Conversation]) -> Iterator[list[Conversation]]:
-    """Conversations of at most PASS_ROWS tokens together; a longer one is cut."""
+    """Group conversations into passes of at most PASS_ROWS tokens, cutting longer ones."""
     batch: list[Conversation] = []
     rows = 0
     for conversation in conversations:

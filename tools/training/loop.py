@@ -1,4 +1,4 @@
-"""The training loop: batches, optimizer, held-out acceptance, checkpoints. It knows no kind of draft."""
+"""The training loop, for every kind of draft: batches, optimizer, held-out acceptance, checkpoints."""
 
 from __future__ import annotations
 
@@ -15,38 +15,26 @@ import torch
 
 from pilotfish.tools.training.batches import Batch, held_out_batches, training_batches
 from pilotfish.tools.training.features import FeatureStore
-from pilotfish.tools.training.losses import Objective
+from pilotfish.tools.training.settings import TrainSettings
 from pilotfish.tools.training.student import Student, Tally
 
 CHECKPOINT = "checkpoint.pt"
+WARM_UP = 30
+"""Steps over which the learning rate rises."""
+HELD_OUT = 64
+"""Conversations that acceptance is measured on."""
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoopSettings:
-    steps: int
-    """Optimizer steps of the whole run: the learning rate falls to a tenth over them."""
-    batch_tokens: int = 2048
-    learning_rate: float = 1e-3
-    warm_up: int = 30
-    objective: Objective = "lk"
-    evaluate_every: int = 100
-    held_out: int = 64
-    """Conversations that acceptance is measured on."""
-    seed: int = 0
-    bfloat16: bool = False
-    """Matrix products in bfloat16, where the processor or GPU is fast at it; parameters stay float32."""
-
-
 @dataclass(slots=True)
-class Progress:
-    """What the loop tells as it goes."""
+class TrainingProgress:
+    """The loop's report after a step."""
 
     step: int
     loss: float
-    """Mean of the last ones."""
+    """Running mean of the loss."""
     rates: list[float] | None = None
-    """Held-out acceptance by position, where it has just been measured, and the accepted length."""
+    """Held-out acceptance by position, and the accepted length, where they have just been measured."""
     accepted_length: float | None = None
 
 
@@ -63,30 +51,42 @@ class _State:
 def train(
     student: Student,
     store: FeatureStore,
-    settings: LoopSettings,
-    steps_drafted: int,
+    settings: TrainSettings,
+    steps: int,
     folder: Path,
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[TrainingProgress], object],
 ) -> list[dict[str, Any]]:
-    """Train to `settings.steps`, from the checkpoint in `folder` if there is one. Returns the learning curve: step,
-    loss and held-out acceptance, as they were measured.
+    """Train to `steps` optimizer steps, from the checkpoint in `folder` if there is one.
 
-    A run that was interrupted goes on to the weights that it would have had: batches and their order depend on the
-    settings alone.
+    Returns the learning curve: step, loss and held-out acceptance wherever they were measured. A run that was
+    interrupted goes on to the weights that it would have had, since batches and their order depend on the settings
+    alone.
     """
     _keep_freed_memory()
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
     state = _resume(student, optimizer, folder / CHECKPOINT)
-    held_out = held_out_batches(store, settings.batch_tokens, settings.held_out)
+    held_out = held_out_batches(store, settings.batch_tokens, HELD_OUT)
+
+    def evaluate() -> None:
+        tally = Tally.empty(settings.unroll)
+        with _precision(settings):
+            for batch in held_out:
+                student.tally(batch, tally)
+        rates = tally.rates()
+        acceptance = [round(rate, 4) for rate in rates]
+        state.curve.append({"step": state.step, "loss": round(state.loss, 4), "acceptance": acceptance})
+        on_progress(TrainingProgress(state.step, state.loss, rates, tally.accepted_length()))
+
     if state.step == 0:
-        _evaluate(student, held_out, steps_drafted, state, settings, on_progress)
+        evaluate()
+    every = max(10, min(200, steps // 10))
     for batch in _batches(store, settings, state):
-        if state.step >= settings.steps:
+        if state.step >= steps:
             break
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * _schedule(state.step, settings)
+            group["lr"] = settings.learning_rate * _schedule(state.step, steps)
         with _precision(settings):
             loss = student.loss(batch, settings.objective)
         optimizer.zero_grad(set_to_none=True)
@@ -96,9 +96,9 @@ def train(
         state.step += 1
         state.batch += 1
         state.loss = float(loss.detach()) if state.loss == 0.0 else 0.95 * state.loss + 0.05 * float(loss.detach())
-        on_progress(Progress(state.step, state.loss))
-        if state.step % settings.evaluate_every == 0 or state.step == settings.steps:
-            _evaluate(student, held_out, steps_drafted, state, settings, on_progress)
+        on_progress(TrainingProgress(state.step, state.loss))
+        if state.step % every == 0 or state.step == steps:
+            evaluate()
             _save(student, optimizer, state, folder / CHECKPOINT)
     return state.curve
 
@@ -112,7 +112,7 @@ def _keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _batches(store: FeatureStore, settings: LoopSettings, state: _State) -> Iterator[Batch]:
+def _batches(store: FeatureStore, settings: TrainSettings, state: _State) -> Iterator[Batch]:
     """Epoch after epoch, from where `state` is."""
     while True:
         empty = True
@@ -125,35 +125,16 @@ def _batches(store: FeatureStore, settings: LoopSettings, state: _State) -> Iter
         state.epoch, state.batch = state.epoch + 1, 0
 
 
-def _schedule(step: int, settings: LoopSettings) -> float:
-    """A linear start, then half a cosine down to a tenth."""
-    if step < settings.warm_up:
-        return (step + 1) / settings.warm_up
-    share = (step - settings.warm_up) / max(1, settings.steps - settings.warm_up)
+def _schedule(step: int, steps: int) -> float:
+    """The learning rate's factor: a linear warm-up, then half a cosine down to a tenth."""
+    if step < WARM_UP:
+        return (step + 1) / WARM_UP
+    share = (step - WARM_UP) / max(1, steps - WARM_UP)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
-def _precision(settings: LoopSettings) -> Any:
+def _precision(settings: TrainSettings) -> Any:
     return torch.autocast("cpu", torch.bfloat16) if settings.bfloat16 else nullcontext()
-
-
-def _evaluate(
-    student: Student,
-    held_out: list[Batch],
-    steps_drafted: int,
-    state: _State,
-    settings: LoopSettings,
-    on_progress: Callable[[Progress], None],
-) -> None:
-    tally = Tally.empty(steps_drafted)
-    with _precision(settings):
-        for batch in held_out:
-            student.tally(batch, tally)
-    rates, length = tally.rates(), tally.accepted_length()
-    state.curve.append(
-        {"step": state.step, "loss": round(state.loss, 4), "acceptance": [round(rate, 4) for rate in rates]}
-    )
-    on_progress(Progress(state.step, state.loss, rates, length))
 
 
 def _save(student: Student, optimizer: torch.optim.Optimizer, state: _State, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What training makes smaller, so that more drafted tokens are accepted.
+"""The losses that training minimizes, so that more drafted tokens are accepted.
 
 p is the target's distribution, q the draft's, both over the draft's vocabulary; p's sum is below 1 where the target has
 other tokens in mind. A token drawn from q is accepted with probability alpha = sum of min(p, q) (arXiv 2211.17192).
@@ -12,19 +12,16 @@ other tokens in mind. A token drawn from q is accepted with probability alpha = 
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 
-Objective = Literal["kl", "tv", "lk", "lk-log"]
-OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+from pilotfish.tools.training.settings import Objective
 
 _DECAY = 3.0
 _TINY = 1e-6
 
 
 def draft_loss(logits: torch.Tensor, target: torch.Tensor, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean loss over rows, and alpha of each row, (rows,), without a gradient.
+    """Return the mean loss over rows, and alpha of each row, (rows,), without a gradient.
 
     logits: (rows, draft_vocab) of the draft, float32; target: (rows, draft_vocab) p, float32, no gradient.
     """
@@ -38,9 +35,8 @@ def draft_loss(logits: torch.Tensor, target: torch.Tensor, objective: Objective)
     # Of p made whole again on the draft's vocabulary, up to what does not depend on the draft; rows weigh as much as p
     # has there.
     divergence = -(target * log_q).sum(1)
+    rows = mass.sum().clamp(min=_TINY)
     if objective == "kl":
-        return divergence.sum() / mass.sum().clamp(min=_TINY), alpha.detach()
+        return divergence.sum() / rows, alpha.detach()
     weight = torch.exp(-_DECAY * alpha.detach().mean())
-    return weight * divergence.sum() / mass.sum().clamp(min=_TINY) + (1.0 - weight) * (
-        1.0 - alpha
-    ).mean(), alpha.detach()
+    return weight * divergence.sum() / rows + (1.0 - weight) * (1.0 - alpha).mean(), alpha.detach()

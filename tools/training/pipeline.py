@@ -1,14 +1,14 @@
-"""From a target's name to a trained draft: write text, take features, train, export. Each goes on where it stopped."""
+"""The pipeline from a target to a trained draft: write text, read features, train, export. Every stage can resume."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import msgspec
 import torch
 
 from pilotfish.checkpoints.catalog import ModelFiles
@@ -22,55 +22,25 @@ from pilotfish.errors import ConfigError
 from pilotfish.tools.training.eagle3_student import Eagle3Student
 from pilotfish.tools.training.features import PASS_ROWS, FeatureStore, write_features
 from pilotfish.tools.training.llama_student import LlamaStudent
-from pilotfish.tools.training.loop import LoopSettings, Progress, train
-from pilotfish.tools.training.losses import Objective
+from pilotfish.tools.training.loop import TrainingProgress, train
+from pilotfish.tools.training.settings import TrainSettings
 from pilotfish.tools.training.student import Teacher
 from pilotfish.tools.training.text import TextStore
 from pilotfish.tools.training.vocabulary import frequent_tokens
-from pilotfish.tools.training.write import Frame, WriteSettings, answer_prompts, write_text
+from pilotfish.tools.training.write import Frame, answer_prompts, write_text
 
-Kind = Literal["eagle3", "draft-model"]
 _OF_THE_TEXT = ("target", "tokens", "turn_tokens", "answer_tokens", "seed")
 _OF_THE_LENGTH = ("steps", "epochs")
-"""What may be raised after a run: it goes on from its end then, at the learning rate of the longer run."""
-TextProgress = Callable[[int], object]
-FeatureProgress = Callable[[int, int], object]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainSettings:
-    kind: Kind = "eagle3"
-    tokens: int = 1_000_000
-    """Of training text."""
-    turn_tokens: int = 64
-    answer_tokens: int = 192
-    steps: int = 0
-    """Optimizer steps; 0: as many as go over the text `epochs` times."""
-    epochs: float = 3.0
-    batch_tokens: int = 2048
-    learning_rate: float = 1e-3
-    objective: Objective = "lk"
-    unroll: int = 3
-    """Drafted tokens that training looks ahead."""
-    draft_vocab_size: int = 8192
-    """eagle3: the target's most frequent tokens that the draft can say."""
-    feature_layers: tuple[int, ...] = ()
-    """eagle3: the target's layers whose inputs it reads; empty: a third, two thirds, and all of the way through."""
-    hidden_size: int = 0
-    """draft-model: 0 is the target's."""
-    num_layers: int = 2
-    """draft-model."""
-    intermediate_size: int = 0
-    """0: the target's, or in proportion to hidden_size."""
-    seed: int = 0
-    bfloat16: bool = False
+"""Settings that may be raised after a run: it goes on from its end then, at the learning rate of the longer run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Callbacks:
-    text: TextProgress
-    features: FeatureProgress
-    loop: Callable[[Progress], None]
+    text: Callable[[int], object]
+    """Called with the tokens written so far."""
+    features: Callable[[int, int], object]
+    """Called with the shards read and their total."""
+    loop: Callable[[TrainingProgress], object]
 
 
 def write_stage(
@@ -79,22 +49,16 @@ def write_stage(
     prompts: Sequence[tuple[int, ...]],
     work: Path,
     settings: TrainSettings,
-    on_text: TextProgress,
+    on_text: Callable[[int], object],
 ) -> TextStore:
-    """The training text: answers to `prompts`, the user's own, then conversations that the target makes up."""
+    """Write the training text: answers to the user's own `prompts`, then conversations that the target makes up."""
     store = TextStore(work / "text")
     if store.token_count() >= settings.tokens:
         on_text(store.token_count())
         return store
-    writing = WriteSettings(
-        tokens=settings.tokens,
-        turn_tokens=settings.turn_tokens,
-        answer_tokens=settings.answer_tokens,
-        seed=settings.seed,
-    )
     with LLM(config=config, speculation="none") as llm:
-        answer_prompts(llm, prompts, store, writing, on_text)
-        write_text(llm, frame, store, writing, on_text)
+        answer_prompts(llm, prompts, store, settings, on_text)
+        write_text(llm, frame, store, settings, on_text)
     return store
 
 
@@ -108,16 +72,15 @@ def train_draft(
     settings: TrainSettings,
     callbacks: Callbacks,
 ) -> list[dict[str, Any]]:
-    """Train a draft for `config.model` and write it to `out`. Returns the learning curve.
+    """Train a draft for `config.model`, write it to `out`, and return the learning curve.
 
-    `work` keeps what the stages make: the text and the target's features, for other drafts of the same target, too, and
-    the run's checkpoint. Raises ConfigError for settings that do not go with the target, or with what is in `work`
-    already.
+    `work` keeps the text and the target's features, which other drafts of the same target can use, and the run's
+    checkpoint. Raises ConfigError for settings that contradict the target or the content of `work`.
     """
     shape = read_config(files)
     _check(settings, shape)
     run = work / out.resolve().name
-    everything = {"target": files.name} | dataclasses.asdict(settings)
+    everything = {"target": files.name} | msgspec.structs.asdict(settings)
     _pin(work / "text", {name: everything[name] for name in _OF_THE_TEXT} | {"prompts": len(prompts)})
     _pin(run, {name: value for name, value in everything.items() if name not in _OF_THE_LENGTH})
     text = write_stage(config, frame, prompts, work, settings, callbacks.text)
@@ -136,22 +99,13 @@ def train_draft(
     student, share = _student(files, shape, text, layers, settings)
     seen = sum(len(each.tokens) for each in text)
     steps = settings.steps or max(1, round(seen * settings.epochs / settings.batch_tokens))
-    loop = LoopSettings(
-        steps=steps,
-        batch_tokens=settings.batch_tokens,
-        learning_rate=settings.learning_rate,
-        objective=settings.objective,
-        evaluate_every=max(10, min(200, steps // 10)),
-        seed=settings.seed,
-        bfloat16=settings.bfloat16,
-    )
-    curve = train(student, store, loop, settings.unroll, run, callbacks.loop)
+    curve = train(student, store, settings, steps, run, callbacks.loop)
     trained = {
         "target": files.name,
         "text": "written by the target itself" + (f", and {len(prompts)} prompts of the user's" if prompts else ""),
         "tokens": seen,
         "draft_vocabulary_covers": round(share, 4),
-        "settings": dataclasses.asdict(settings) | {"steps": steps},
+        "settings": msgspec.structs.asdict(settings) | {"steps": steps},
         "held_out": curve,
     }
     student.export(out, trained)

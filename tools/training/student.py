@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from pilotfish.tools.training.batches import Batch
-from pilotfish.tools.training.losses import Objective
+from pilotfish.tools.training.settings import Objective
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.params import SamplingParams
+from pilotfish.tools.training.settings import TrainSettings
 from pilotfish.tools.training.text import Conversation, TextStore
 
 SHARD = 256
 """Conversations that are written at a time: many more than run at once, so that the engine's batch stays full."""
 MIN_TURN = 3
-"""A shorter user's turn is no question."""
+"""Least tokens of a user's turn; a shorter one is not a question."""
+TURN_TEMPERATURE, TURN_TOP_P = 1.0, 0.95
+ANSWER_TEMPERATURES = (0.0, 0.0, 0.8)
+"""Temperatures of successive answers: drafts are used at any temperature, most often at 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,22 +32,8 @@ class Frame:
     after: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WriteSettings:
-    tokens: int
-    """Stop once the store holds so many."""
-    turn_tokens: int = 64
-    """Most tokens of a user's turn, and of an answer."""
-    answer_tokens: int = 192
-    turn_temperature: float = 1.0
-    turn_top_p: float = 0.95
-    answer_temperatures: tuple[float, ...] = (0.0, 0.0, 0.8)
-    """Taken in turns: drafts are used at any temperature, most often at 0."""
-    seed: int = 0
-
-
 def write_text(
-    llm: LLM, frame: Frame, store: TextStore, settings: WriteSettings, progress: Callable[[int], object]
+    llm: LLM, frame: Frame, store: TextStore, settings: TrainSettings, progress: Callable[[int], object]
 ) -> None:
     """Add shards until there are `settings.tokens` tokens. `progress` is told how many there are, after each shard.
 
@@ -62,7 +53,7 @@ def answer_prompts(
     llm: LLM,
     prompts: Sequence[tuple[int, ...]],
     store: TextStore,
-    settings: WriteSettings,
+    settings: TrainSettings,
     progress: Callable[[int], object],
 ) -> None:
     """The target's answers to the user's own prompts, as the store's first shards. Those that are there stay."""
@@ -72,21 +63,13 @@ def answer_prompts(
         progress(store.token_count())
 
 
-def _write_shard(llm: LLM, frame: Frame, settings: WriteSettings, shard: int) -> list[Conversation]:
+def _write_shard(llm: LLM, frame: Frame, settings: TrainSettings, shard: int) -> list[Conversation]:
     seeds = [settings.seed * 1_000_003 + shard * SHARD + i for i in range(SHARD)]
-    turns = _complete(
-        llm,
-        [frame.before] * SHARD,
-        [
-            SamplingParams(
-                temperature=settings.turn_temperature,
-                top_p=settings.turn_top_p,
-                max_tokens=settings.turn_tokens,
-                seed=seed,
-            )
-            for seed in seeds
-        ],
-    )
+    most = settings.turn_tokens
+    params = [
+        SamplingParams(temperature=TURN_TEMPERATURE, top_p=TURN_TOP_P, max_tokens=most, seed=seed) for seed in seeds
+    ]
+    turns = _complete(llm, [frame.before] * SHARD, params)
     # One that the limit cut off is kept: for a model without a template it is a text's beginning.
     prompts = [(*frame.before, *turn, *frame.after) for turn, _ in turns if len(turn) >= MIN_TURN]
     prompts = list(dict.fromkeys(prompts))
@@ -94,19 +77,12 @@ def _write_shard(llm: LLM, frame: Frame, settings: WriteSettings, shard: int) ->
 
 
 def _answer(
-    llm: LLM, prompts: Sequence[tuple[int, ...]], settings: WriteSettings, first_seed: int
+    llm: LLM, prompts: Sequence[tuple[int, ...]], settings: TrainSettings, first_seed: int
 ) -> list[Conversation]:
-    temperatures = settings.answer_temperatures
-    answers = _complete(
-        llm,
-        prompts,
-        [
-            SamplingParams(
-                temperature=temperatures[i % len(temperatures)], max_tokens=settings.answer_tokens, seed=first_seed + i
-            )
-            for i in range(len(prompts))
-        ],
-    )
+    most = settings.answer_tokens
+    temperatures = islice(cycle(ANSWER_TEMPERATURES), len(prompts))
+    params = [SamplingParams(temperature=t, max_tokens=most, seed=first_seed + i) for i, t in enumerate(temperatures)]
+    answers = _complete(llm, prompts, params)
     return [
         Conversation((*prompt, *answer, *end), len(prompt))
         for prompt, (answer, end) in zip(prompts, answers, strict=True)

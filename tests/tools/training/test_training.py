@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import AutoModelForCausalLM
 
 from pilotfish.checkpoints.catalog import resolve
@@ -16,9 +16,10 @@ from pilotfish.engine.llm import LLM
 from pilotfish.engine.params import SamplingParams
 from pilotfish.errors import ConfigError
 from pilotfish.tools.training import loop
-from pilotfish.tools.training.losses import OBJECTIVES, draft_loss
-from pilotfish.tools.training.pipeline import Callbacks, TrainSettings, train_draft
+from pilotfish.tools.training.losses import draft_loss
+from pilotfish.tools.training.pipeline import Callbacks, train_draft
 from pilotfish.tools.training.quantize import quantize_rows
+from pilotfish.tools.training.settings import OBJECTIVES, TrainSettings
 from pilotfish.tools.training.student import Tally
 from pilotfish.tools.training.text import Conversation, TextStore
 from pilotfish.tools.training.vocabulary import frequent_tokens
@@ -104,7 +105,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tiny: Callable[[str], Pa
     settings = replace(SMALL, steps=40, tokens=4_000)
     whole = run(tiny("llama"), tmp_path / "whole", settings)
 
-    def interrupt(progress: loop.Progress) -> None:
+    def interrupt(progress: loop.TrainingProgress) -> None:
         if progress.step == 27:
             raise Interrupted
 
