@@ -24,12 +24,12 @@ from measure_device import DeviceMeter
 from pilotfish.checkpoints.catalog import resolve
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.params import SamplingParams
-from pilotfish.server.cli.command_flags import positives
+from pilotfish.server.cli.command import positives
 from pilotfish.server.cli.prompts import BUILT_IN, encode, read_suites
 from pilotfish.text.tokenizer import load_tokenizer
 from pilotfish.tools.bench.arms import arms_of
 from pilotfish.tools.bench.rows import Row
-from pilotfish.tools.bench.runner import Plan, run, warm_up
+from pilotfish.tools.bench.runner import Benchmark, run, warm_up
 from pilotfish.tools.planner.devices import Device
 from pilotfish.tools.planner.load import Job, play
 from pilotfish.tools.planner.models import PlannedModel, read_shape
@@ -43,7 +43,7 @@ DRAFT = "draft"
 class Bench:
     """A model with its arms, and what was measured of it."""
 
-    plan: Plan
+    plan: Benchmark
     llm: LLM
     model: PlannedModel
     rows: list[Row] = field(default_factory=list)
@@ -94,7 +94,7 @@ def make_bench(
     )
     tokenizer = load_tokenizer(files)
     texts = read_suites([], questions)[BUILT_IN]
-    plan = Plan(
+    plan = Benchmark(
         model=name,
         arms=arms_of(arms, llm.info),
         suites={BUILT_IN: [encode(tokenizer, text) for text in texts]},

@@ -28,7 +28,7 @@ from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.weights import read_config
 from pilotfish.engine.weights.names import expected_shapes
 from pilotfish.tools.bench.arms import arms_of
-from pilotfish.tools.bench.runner import Plan, check, run, warm_up
+from pilotfish.tools.bench.runner import Benchmark, check, run, warm_up
 
 PROMISED = 0.97
 
@@ -55,7 +55,7 @@ def main() -> None:
                 [generator.randrange(llm.info.vocab_size) for _ in range(args.prompt_tokens)]
                 for _ in range(args.requests)
             ]
-            plan = Plan(
+            plan = Benchmark(
                 model=args.model,
                 arms=arms_of(("auto",), llm.info),
                 suites={"random": prompts},

@@ -15,8 +15,8 @@ from pilotfish.engine.config import EngineConfig, cache_share
 from pilotfish.engine.process.messages import StepStats
 from pilotfish.engine.request import EngineInfo, RankMemory
 from pilotfish.server import routes
-from pilotfish.server.cli.flags import Setting, settings_of
-from pilotfish.server.cli.main import read_settings
+from pilotfish.server.cli.settings import Setting, settings_of
+from pilotfish.server.cli.sources import read
 from pilotfish.server.config import ServerConfig
 from pilotfish.server.metrics import PHASES, POSITIONS, Metrics, Outcome
 from pilotfish.server.protocol.chat import ChatRequest
@@ -184,5 +184,4 @@ def test_files_that_are_named_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("name", ["smollm2-135m"])  # all of them: tests/tools/planner/test_configs.py
 def test_configs_can_be_read(name: str) -> None:
-    engine, _ = read_settings({"config": str(ROOT / "configs" / f"{name}.yaml")})
-    assert engine.model == name
+    assert read({"config": str(ROOT / "configs" / f"{name}.yaml")}).engine.model == name

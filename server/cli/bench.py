@@ -1,7 +1,8 @@
-"""`pilotfish bench`: arms against vanilla on any models; a table, bench.json, bench.png. See docs/benchmarking.md."""
+"""`pilotfish bench`: measure drafters against plain decoding. See docs/benchmarking.md."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -15,8 +16,8 @@ from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import EngineInfo
 from pilotfish.errors import ConfigError
-from pilotfish.server.cli.command_flags import add_common, positive, positives
-from pilotfish.server.cli.flags import load
+from pilotfish.server.cli.command import Command, positive, positives
+from pilotfish.server.cli.measuring import add_measuring_flags, engine_config, title
 from pilotfish.server.cli.prompts import encode, read_suites
 from pilotfish.server.console import Console
 
@@ -28,14 +29,7 @@ MODEL = EngineConfig().model
 INFO_FIELDS = ("dtype", "device", "kernels", "drafters", "default_drafter")
 
 
-def add_parser(commands: Any) -> None:
-    """`commands`: what `add_subparsers` returned."""
-    parser = commands.add_parser(
-        "bench",
-        help="measure drafters against plain decoding",
-        description="Measure drafters against plain decoding, in turns, on one or more models.",
-        allow_abbrev=False,
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         dest="models",
@@ -43,8 +37,10 @@ def add_parser(commands: Any) -> None:
         metavar="MODEL",
         help=f"a target, named as for serve; repeatable (default: {MODEL})",
     )
-    parser.add_argument("--out", default="bench", metavar="DIR", help="for bench.json and bench.png (default: bench)")
-    parser.add_argument("--no-plot", action="store_true", help="no bench.png")
+    parser.add_argument(
+        "--out", default="bench", metavar="DIR", help="folder for bench.json and bench.png (default: bench)"
+    )
+    parser.add_argument("--no-plot", action="store_true", help="do not draw bench.png")
     parser.add_argument(
         "--concurrency",
         type=positives,
@@ -52,14 +48,16 @@ def add_parser(commands: Any) -> None:
         metavar="N,N,...",
         help="requests in flight, one load after the other (default: 1)",
     )
-    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="turns of each arm (default: 3)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="(default: 0, which is greedy)")
-    add_common(parser, questions=20, max_tokens=128)
-    parser.set_defaults(run=bench)
+    parser.add_argument(
+        "--rounds", type=positive, default=3, metavar="N", help="times that each arm is measured (default: 3)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="sampling temperature (default: 0, which is greedy)"
+    )
+    add_measuring_flags(parser, questions=20, max_tokens=128)
 
 
-def bench(options: dict[str, Any]) -> int:
-    """Run the command; returns its exit status. Raises ConfigError, ParameterError or ModelError."""
+def _run(options: dict[str, Any]) -> int:
     if not options["no_plot"] and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
             "bench.png needs matplotlib: install it with pip install 'pilotfish[bench]', or leave it out with --no-plot"
@@ -70,7 +68,7 @@ def bench(options: dict[str, Any]) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out is {str(out)!r}, where no folder can be made: {error}") from error
-    config = load(EngineConfig, options, {"prefix_caching": False}).check()
+    config = engine_config(options)
     params = SamplingParams(
         temperature=options["temperature"],
         max_tokens=options["max_tokens"],
@@ -87,11 +85,11 @@ def bench(options: dict[str, Any]) -> int:
         info, more = _measure(model, files, config, params, suites, options, console)
         rows += more
         targets[files.name] = {name: getattr(info, name) for name in INFO_FIELDS}
-        # After each target: what is there stays there if the next one fails.
+        # After each target, so that its rows are kept if the next one fails.
         _write(out / "bench.json", {"version": __version__, "settings": settings, "targets": targets, "rows": rows})
     written = [out / "bench.json"]
     if not options["no_plot"]:
-        from pilotfish.server.cli.plot import plot
+        from pilotfish.server.cli.bench_plot import plot
 
         plot(rows, out / "bench.png")
         written.append(out / "bench.png")
@@ -100,7 +98,7 @@ def bench(options: dict[str, Any]) -> int:
 
 
 def _resolve(models: list[str], console: Console) -> dict[str, ModelFiles]:
-    """The files of all targets, before the first is measured. Raises ConfigError for two of one name."""
+    """Find the files of all targets before the first is measured. Raises ConfigError for two of one name."""
     from pilotfish.checkpoints.catalog import resolve
 
     found = {model: resolve(model, console.progress) for model in models}
@@ -131,12 +129,12 @@ def _measure(
     from pilotfish.text.tokenizer import load_tokenizer
     from pilotfish.tools.bench.arms import arms_of
     from pilotfish.tools.bench.rows import summarize
-    from pilotfish.tools.bench.runner import Plan, check, run, warm_up
+    from pilotfish.tools.bench.runner import Benchmark, check, run, warm_up
 
     tokenizer = load_tokenizer(files)
     prompts = {suite: [encode(tokenizer, prompt) for prompt in texts] for suite, texts in suites.items()}
     with LLM(config=config, on_loading=console.progress, model=model) as llm:
-        plan = Plan(
+        benchmark = Benchmark(
             model=files.name,
             arms=arms_of(options["arm"], llm.info),
             suites=prompts,
@@ -144,24 +142,34 @@ def _measure(
             rounds=options["rounds"],
             params=params,
         )
-        check(plan, llm)
+        check(benchmark, llm)
         info = llm.info
-        head = f"{plan.model}, {info.dtype} on {info.device} ({info.kernels} kernels), {plan.rounds} rounds"
-        console.line(f"{head}: {', '.join(arm.name for arm in plan.arms)}")
-        warm_up(plan, llm)
+        head = f"{title(files.name, info)}, {benchmark.rounds} rounds"
+        console.line(f"{head}: {', '.join(arm.name for arm in benchmark.arms)}")
+        warm_up(benchmark, llm)
         rows: list[Row] = []
-        with tqdm(total=plan.total, desc=plan.model, unit="req") as bar:
-            for more in run(plan, llm, bar.update):
+        with tqdm(total=benchmark.total, desc=benchmark.model, unit="req") as bar:
+            for more in run(benchmark, llm, bar.update):
                 rows += more
     print(f"\n{head}\n", *table(summarize(rows)), sep="\n", flush=True)
     return info, rows
 
 
 def _given(config: EngineConfig) -> dict[str, Any]:
-    """The engine's settings that are not their defaults: the rest is said by the version."""
+    """Return the engine's settings that are not their defaults, which the version implies."""
     defaults = msgspec.structs.asdict(EngineConfig())
     return {name: value for name, value in msgspec.structs.asdict(config).items() if value != defaults[name]}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(msgspec.to_builtins(content), indent=1) + "\n", encoding="utf-8")
+
+
+COMMAND = Command(
+    name="bench",
+    help="measure drafters against plain decoding",
+    description="Measure drafters against plain decoding, in turns, on one or more models.",
+    example="pilotfish bench --model smollm2-135m --arm ngram --arm auto --concurrency 1,8 --out bench",
+    add_arguments=_add_arguments,
+    run=_run,
+)

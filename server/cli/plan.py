@@ -1,4 +1,4 @@
-"""`pilotfish plan`: what a configuration needs on which GPUs, and how fast it would be, before they are rented. See
+"""`pilotfish plan`: memory, fit and predicted speed of a configuration on GPUs that need not be here. See
 docs/planning.md."""
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import msgspec
 
 from pilotfish.engine.config import EngineConfig
 from pilotfish.errors import ConfigError
-from pilotfish.server.cli.command_flags import positive, positives
-from pilotfish.server.cli.flags import add_flags, load, read_yaml
+from pilotfish.server.cli.command import Command, positive, positives
+from pilotfish.server.cli.settings import add_flags, load, read_yaml
 from pilotfish.server.cli.table import aligned
 from pilotfish.server.config import ServerConfig
 from pilotfish.tools.planner.settings import PlanSettings
@@ -25,15 +25,7 @@ if TYPE_CHECKING:
 CONTEXT, BATCHES, LENGTHS = 2048, (1, 8, 32), (1, 2, 4, 8)
 
 
-def add_parser(commands: Any) -> None:
-    """`commands`: what `add_subparsers` returned."""
-    parser = commands.add_parser(
-        "plan",
-        help="say what fits on which GPUs, and how fast it would be",
-        description="Plan a configuration for GPUs that need not be here: memory on each, what fits, predicted speed.",
-        epilog="Exit status: 0 if it fits, 1 if it does not, 2 for settings that cannot work.",
-        allow_abbrev=False,
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="a YAML file of settings, as for serve; flags win over it")
     parser.add_argument(
         "--gpu",
@@ -71,11 +63,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw the predictions into a .png, .svg or .pdf file")
     add_flags(parser, PlanSettings, "settings")
-    parser.set_defaults(run=plan)
 
 
-def plan(options: dict[str, Any]) -> int:
-    """Run the command; returns its exit status. Raises ConfigError or ModelError."""
+def _run(options: dict[str, Any]) -> int:
     if options["plot"] and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("plot needs matplotlib: install it with pip install 'pilotfish[bench]'")
     settings = read_plan_settings(options)
@@ -224,3 +214,15 @@ def _gib(size: int) -> str:
 
 def _count(number: int) -> str:
     return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"
+
+
+COMMAND = Command(
+    name="plan",
+    help="predict what fits on which GPUs, and how fast it would be",
+    description="Plan a configuration for GPUs that need not be here: memory on each, what fits, predicted speed.",
+    example="pilotfish plan --model meta-llama/Llama-3.1-8B-Instruct --gpu l4 \\\n"
+    "    --drafter 1b=meta-llama/Llama-3.2-1B-Instruct --acceptance 1b=0.75 --batch 1,4,16",
+    status="Exit status: 0 if it fits, 1 if it does not, 2 for settings that cannot work.",
+    add_arguments=_add_arguments,
+    run=_run,
+)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from pilotfish.server.cli.plot import GREY
+from pilotfish.server.cli.bench_plot import GREY
 from pilotfish.tools.planner.plan import VANILLA, Plan
 
 WIDTH, HEIGHT = 5.2, 4.0

@@ -1,16 +1,17 @@
-"""`pilotfish verify`: whether speculation changes the text, on the user's own model and machine. See
-docs/benchmarking.md."""
+"""`pilotfish verify`: check that speculation does not change the text. See docs/benchmarking.md."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.params import SamplingParams
-from pilotfish.server.cli.command_flags import OMITTED, add_common
-from pilotfish.server.cli.flags import load
+from pilotfish.server.cli.command import Command
+from pilotfish.server.cli.measuring import OMITTED, add_measuring_flags, engine_config, title
 from pilotfish.server.cli.prompts import encode, read_suites
+from pilotfish.server.cli.table import aligned
 from pilotfish.server.console import Console
 
 if TYPE_CHECKING:
@@ -21,24 +22,14 @@ MODEL = EngineConfig().model
 BATCHES = (1, 8)
 
 
-def add_parser(commands: Any) -> None:
-    """`commands`: what `add_subparsers` returned."""
-    parser = commands.add_parser(
-        "verify",
-        help="check that drafters do not change the text",
-        description="Check that drafters do not change the text: greedy and sampled, one request at a time and eight.",
-        epilog="Exit status: 0 if no text differs by more than the precision explains, 1 if one does.",
-        allow_abbrev=False,
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=MODEL, help=f"the target, named as for serve (default: {MODEL})")
-    add_common(parser, questions=8, max_tokens=64, omit=OMITTED | {"verification"})
-    parser.set_defaults(run=verify)
+    add_measuring_flags(parser, questions=8, max_tokens=64, omit=OMITTED | {"verification"})
 
 
-def verify(options: dict[str, Any]) -> int:
-    """Run the command; returns its exit status. Raises ConfigError, ParameterError or ModelError."""
+def _run(options: dict[str, Any]) -> int:
     suites = read_suites(options["prompts"], options["questions"])
-    config = load(EngineConfig, options, {"prefix_caching": False}).check()
+    config = engine_config(options)
     common = {"max_tokens": options["max_tokens"], "ignore_eos": options["ignore_eos"], "seed": config.seed or 0}
     modes = {
         "greedy": SamplingParams(temperature=0.0, **common),
@@ -61,8 +52,8 @@ def verify(options: dict[str, Any]) -> int:
         info, bound = llm.info, bound_of(llm.info)
         arms = arms_of(options["arm"], info)
         console.line(
-            f"{files.name}, {info.dtype} on {info.device} ({info.kernels} kernels): {len(prompts)} prompts, answers of "
-            f"up to {options['max_tokens']} tokens, compared with vanilla's of one prompt at a time"
+            f"{title(files.name, info)}: {len(prompts)} prompts, answers of up to {options['max_tokens']} tokens, "
+            "compared with vanilla's of one prompt at a time"
         )
         total = requests_of(len(prompts), len(arms), len(modes), BATCHES)
         with tqdm(total=total, desc="verify", unit="req") as bar:
@@ -71,8 +62,6 @@ def verify(options: dict[str, Any]) -> int:
 
 
 def _report(comparisons: list[Comparison], bound: float, precision: str, tokenizer: Tokenizer) -> int:
-    from pilotfish.server.cli.table import aligned
-
     body = [
         [each.arm, each.mode, str(each.batch), f"{each.identical}/{each.texts}", f"{each.identical / each.texts:.1%}"]
         for each in comparisons
@@ -98,3 +87,14 @@ def _told(difference: Difference, tokenizer: Tokenizer) -> str:
     tokens = f"{spelled(difference.got)} where vanilla has {spelled(difference.wanted)}"
     gap = "" if difference.gap is None else f", log-probabilities {difference.gap:+.6f} apart"
     return f"{place}: {tokens}{gap}: {'a near-tie' if difference.explained else 'NOT EXPLAINED'}"
+
+
+COMMAND = Command(
+    name="verify",
+    help="check that drafters do not change the text",
+    description="Check that drafters do not change the text: greedy and sampled, one request at a time and eight.",
+    example="pilotfish verify --model smollm2-135m --prompts mine.jsonl",
+    status="Exit status: 0 if no text differs by more than the precision explains, 1 if one does.",
+    add_arguments=_add_arguments,
+    run=_run,
+)

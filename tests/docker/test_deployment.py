@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pilotfish.engine.config import EngineConfig
-from pilotfish.server.cli.flags import settings_of
+from pilotfish.server.cli.settings import settings_of
 from pilotfish.server.config import ServerConfig
 from tests.support.deployment import DOCKER, PROMETHEUS, ROOT, documents
 

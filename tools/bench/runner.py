@@ -22,8 +22,8 @@ WARM_UP_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What is run, for each arm alike."""
+class Benchmark:
+    """Models, arms, prompts and loads of a run; every arm gets the same."""
 
     model: str
     """What rows call the target."""
@@ -43,46 +43,46 @@ class Plan:
         return visits * len(self.arms) * self.rounds
 
 
-def check(plan: Plan, llm: LLM) -> None:
-    """Raise ConfigError or ParameterError for a plan that this LLM cannot run to its end."""
+def check(benchmark: Benchmark, llm: LLM) -> None:
+    """Raise ConfigError or ParameterError for a benchmark that this LLM cannot run to its end."""
     if llm.config.prefix_caching:
         raise ConfigError("prefix_caching is on: later arms would find the prompts of earlier ones in the cache")
-    if max(plan.concurrency) > llm.info.max_num_seqs:
+    if max(benchmark.concurrency) > llm.info.max_num_seqs:
         raise ConfigError(
-            f"concurrency is {max(plan.concurrency)}, but only {llm.info.max_num_seqs} sequences run in one step: "
+            f"concurrency is {max(benchmark.concurrency)}, but only {llm.info.max_num_seqs} sequences run in one step: "
             "raise max_num_seqs"
         )
-    for prompts in plan.suites.values():
-        for request in _requests(llm, plan.arms[0], prompts, plan.params, 0):
+    for prompts in benchmark.suites.values():
+        for request in _requests(llm, benchmark.arms[0], prompts, benchmark.params, 0):
             check_request(request, llm.info)
 
 
-def warm_up(plan: Plan, llm: LLM) -> None:
+def warm_up(benchmark: Benchmark, llm: LLM) -> None:
     """A few tokens with every arm, at the highest concurrency."""
-    prompts = next(iter(plan.suites.values()))
-    load = max(plan.concurrency)
-    params = msgspec.structs.replace(plan.params, max_tokens=min(plan.params.max_tokens, WARM_UP_TOKENS))
-    for arm in plan.arms:
+    prompts = next(iter(benchmark.suites.values()))
+    load = max(benchmark.concurrency)
+    params = msgspec.structs.replace(benchmark.params, max_tokens=min(benchmark.params.max_tokens, WARM_UP_TOKENS))
+    for arm in benchmark.arms:
         _visit(llm, list(islice(_requests(llm, arm, prompts, params, load), load)), load, lambda: None)
 
 
-def run(plan: Plan, llm: LLM, on_end: Callable[[], object]) -> Iterator[list[Row]]:
+def run(benchmark: Benchmark, llm: LLM, on_end: Callable[[], object]) -> Iterator[list[Row]]:
     """The rows of all arms on one suite at one concurrency in one round, when the last of the arms has had its turn.
 
     Another arm begins in every round. One request at a time, they take turns at each of them: a machine's speed changes
     within a visit, and so it changes for all. `on_end` is called after each request.
     """
-    for number in range(plan.rounds):
-        for suite, prompts in plan.suites.items():
-            for load in plan.concurrency:
-                requests = {arm.name: _requests(llm, arm, prompts, plan.params, load) for arm in plan.arms}
-                visits = {arm.name: _Visit() for arm in plan.arms}
+    for number in range(benchmark.rounds):
+        for suite, prompts in benchmark.suites.items():
+            for load in benchmark.concurrency:
+                requests = {arm.name: _requests(llm, arm, prompts, benchmark.params, load) for arm in benchmark.arms}
+                visits = {arm.name: _Visit() for arm in benchmark.arms}
                 turns = 1 if load > 1 else len(prompts)
                 for turn in range(turns):
-                    for arm in _rotated(plan.arms, number + turn):
+                    for arm in _rotated(benchmark.arms, number + turn):
                         visits[arm.name].add(_visit(llm, requests[arm.name][turn::turns], load, on_end))
-                vanilla = visits[VANILLA]
-                yield [_row(plan.model, arm.name, suite, load, number, visits[arm.name], vanilla) for arm in plan.arms]
+                name, vanilla = benchmark.model, visits[VANILLA]
+                yield [_row(name, arm, suite, load, number, visit, vanilla) for arm, visit in visits.items()]
 
 
 @dataclass(slots=True)

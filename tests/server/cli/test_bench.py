@@ -17,12 +17,12 @@ from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import Request
 from pilotfish.errors import ConfigError
 from pilotfish.server.cli import main as cli
-from pilotfish.server.cli.plot import plot
+from pilotfish.server.cli.bench_plot import plot
 from pilotfish.server.cli.prompts import BUILT_IN, read_suites
 from pilotfish.server.cli.table import table
 from pilotfish.tools.bench.arms import Arm, arms_of
 from pilotfish.tools.bench.rows import Row, summarize
-from pilotfish.tools.bench.runner import Plan, check, run
+from pilotfish.tools.bench.runner import Benchmark, check, run
 
 
 def row(arm: str, suite: str, number: int, speed: float, speedup: float, **more: object) -> Row:
@@ -174,7 +174,7 @@ def test_arms_begin_in_turn_and_never_more_are_in_flight(
             most = max(most, len(core._sequences))
 
         core.add = watched  # type: ignore[method-assign]
-        plan = Plan(
+        plan = Benchmark(
             model="tiny",
             arms=arms_of(("ngram",), llm.info),
             suites={"one": [[5, 6, 7 + i] for i in range(5)]},
@@ -191,7 +191,7 @@ def test_arms_begin_in_turn_and_never_more_are_in_flight(
 
 
 def test_a_plan_that_would_not_be_fair_or_not_end_is_refused(make_llm: Callable[..., LLM]) -> None:
-    plan = Plan(
+    plan = Benchmark(
         model="tiny", arms=[Arm("vanilla", "off")], suites={}, concurrency=(64,), rounds=1, params=SamplingParams()
     )
     with make_llm(prefix_caching=True) as llm, pytest.raises(ConfigError, match="prefix_caching is on"):

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 
 from pilotfish.engine.config import EngineConfig
 from pilotfish.server.cli import main as cli
-from pilotfish.server.cli.flags import settings_of
+from pilotfish.server.cli.settings import settings_of
 from pilotfish.tools.planner.plan import Plan
 from pilotfish.tools.planner.settings import PlanSettings
 

@@ -9,8 +9,8 @@ import pytest
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.models.layout import what_does_not_divide
 from pilotfish.engine.weights.names import expected_shapes
-from pilotfish.server.cli.flags import load, read_yaml
 from pilotfish.server.cli.plan import read_plan_settings
+from pilotfish.server.cli.settings import load, read_yaml
 from pilotfish.tools.planner.devices import find_device
 from pilotfish.tools.planner.memory import fits, plan_memory
 from pilotfish.tools.planner.models import PlannedModel, rank_shapes

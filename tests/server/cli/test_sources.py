@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from pilotfish.engine.config import EngineConfig
 from pilotfish.errors import ConfigError
 from pilotfish.server.cli import main as cli
-from pilotfish.server.cli.config_sources import CONFIGS, PREFIX, Configuration, as_yaml, read
-from pilotfish.server.cli.flags import Setting, settings_of
+from pilotfish.server.cli.settings import Setting, settings_of
+from pilotfish.server.cli.sources import CONFIGS, PREFIX, ServeSettings, as_yaml, read
 from pilotfish.server.config import ServerConfig
 
 SETTINGS = {setting.name: setting for config in CONFIGS for setting in settings_of(config)}
 
 
-def value_of(configuration: Configuration, name: str) -> Any:
-    return getattr(configuration.engine if hasattr(configuration.engine, name) else configuration.server, name)
+def value_of(settings: ServeSettings, name: str) -> Any:
+    return getattr(settings.engine if hasattr(settings.engine, name) else settings.server, name)
 
 
 def other_values(setting: Setting) -> tuple[Any, Any, Any]:
@@ -42,7 +42,7 @@ def other_values(setting: Setting) -> tuple[Any, Any, Any]:
     return ("a", "b", "c")
 
 
-def load(tmp_path: Path, file: dict[str, Any], variables: dict[str, Any], flags: dict[str, Any]) -> Configuration:
+def load(tmp_path: Path, file: dict[str, Any], variables: dict[str, Any], flags: dict[str, Any]) -> ServeSettings:
     path = tmp_path / "settings.yaml"
     path.write_text(yaml.safe_dump(file))
     environment = {
@@ -191,7 +191,7 @@ def values(draw: st.DrawFn) -> dict[str, Any]:
 @example(given_values={"model": "\x85"})  # what YAML, but few others, takes for the end of a line
 @example(given_values={"model": "a\u2028b\nc"})
 def test_what_is_printed_can_be_read_again(given_values: dict[str, Any]) -> None:
-    made = Configuration(
+    made = ServeSettings(
         msgspec.convert({k: v for k, v in given_values.items() if k in EngineConfig.__struct_fields__}, EngineConfig),
         msgspec.convert({k: v for k, v in given_values.items() if k in ServerConfig.__struct_fields__}, ServerConfig),
         dict.fromkeys(given_values, "a test"),

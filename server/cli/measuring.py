@@ -1,17 +1,22 @@
-"""Flags that the measuring commands share, and what is made of them."""
+"""What `pilotfish bench` and `pilotfish verify` share: their flags and the way to their token ids."""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from pilotfish.engine.config import EngineConfig
-from pilotfish.server.cli.flags import add_flags
+from pilotfish.server.cli.command import positive
+from pilotfish.server.cli.settings import add_flags, load
+
+if TYPE_CHECKING:
+    from pilotfish.engine.request import EngineInfo
 
 OMITTED = frozenset({"model", "prefix_caching"})
-"""Engine settings that the commands have their own say in."""
+"""Engine settings that the commands choose themselves."""
 
 
-def add_common(
+def add_measuring_flags(
     parser: argparse.ArgumentParser, questions: int, max_tokens: int, omit: frozenset[str] = OMITTED
 ) -> None:
     parser.add_argument(
@@ -19,8 +24,8 @@ def add_common(
         action="append",
         default=[],
         metavar="NAME",
-        help="vanilla (always there), auto (what a request gets that names no drafter) or a drafter's name; repeatable "
-        "(default: vanilla and all drafters there are)",
+        help="vanilla (always measured), auto (the default of requests that name no drafter) or a drafter's name; "
+        "repeatable (default: vanilla and all loaded drafters)",
     )
     parser.add_argument(
         "--prompts",
@@ -43,17 +48,14 @@ def add_common(
         metavar="N",
         help=f"most tokens of an answer (default: {max_tokens})",
     )
-    parser.add_argument("--ignore-eos", action="store_true", help="make every answer as long as that")
+    parser.add_argument("--ignore-eos", action="store_true", help="make every answer exactly --max-tokens long")
     add_flags(parser, EngineConfig, "engine", omit)
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
+def engine_config(options: dict[str, Any]) -> EngineConfig:
+    """Make the engine's config: prefix caching would spare later arms what earlier ones had to compute."""
+    return load(EngineConfig, options, {"prefix_caching": False}).check()
 
 
-def positives(text: str) -> list[int]:
-    """ "1,8" -> [1, 8], each once."""
-    return list(dict.fromkeys(positive(part) for part in text.split(",")))
+def title(name: str, info: EngineInfo) -> str:
+    return f"{name}, {info.dtype} on {info.device} ({info.kernels} kernels)"

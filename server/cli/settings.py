@@ -1,7 +1,7 @@
-"""Settings by one schema: the config structs' own fields become flags, and check what other places say of them.
+"""Settings: the fields of config structs as flags, as YAML, and as checked values.
 
-Which settings there are is said by `engine.config` and `server.config` alone; where `pilotfish serve` finds them, and
-who wins, by `server.cli.config_sources`.
+The structs of `engine.config` and `server.config` are the only schema. `server.cli.sources` says where `pilotfish
+serve` reads settings from, and which source wins.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SIZE_NAMES = ("_memory", "_bytes")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One field of a config struct, as the command line sees it."""
+    """One field of a config struct."""
 
     name: str
     type: msgspec.inspect.Type
@@ -45,7 +45,7 @@ class Setting:
 
     @property
     def is_size(self) -> bool:
-        """Bytes, which people write with a unit: so named by the end of the field's name."""
+        """Whether it is a number of bytes, which may have a unit: the end of the field's name says so."""
         return self.name.endswith(_SIZE_NAMES)
 
     @property
@@ -54,7 +54,7 @@ class Setting:
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of "512MiB" (2**20), "2GB" (10**9), "1.5G", "4096" or 4096. Raises ConfigError."""
+    """Return the bytes of "512MiB" (2**20), "2GB" (10**9), "1.5G", "4096" or 4096. Raises ConfigError."""
     if isinstance(text, int):
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
@@ -65,7 +65,7 @@ def parse_size(text: str | int) -> int:
 
 @cache
 def settings_of(config: type[msgspec.Struct]) -> tuple[Setting, ...]:
-    """The fields of a config struct, with the docstrings that stand below them as their help."""
+    """Return the fields of a config struct; their help is the docstring below each field."""
     info = msgspec.inspect.type_info(config)
     assert isinstance(info, msgspec.inspect.StructType)
     helps = _field_docstrings(config)
@@ -78,7 +78,7 @@ def settings_of(config: type[msgspec.Struct]) -> tuple[Setting, ...]:
 def add_flags(
     parser: argparse.ArgumentParser, config: type[msgspec.Struct], title: str, omit: Container[str] = ()
 ) -> None:
-    """A flag for each field but those in `omit`. One that is not given leaves nothing in the namespace (see `load`)."""
+    """Add a flag for each field but those in `omit`. A flag that is not given is absent from the namespace."""
     group = parser.add_argument_group(title)
     for setting in settings_of(config):
         if setting.name in omit:
@@ -89,6 +89,8 @@ def add_flags(
                 options["action"] = argparse.BooleanOptionalAction
             case msgspec.inspect.LiteralType(values=values):
                 options["choices"] = values
+            case msgspec.inspect.VarTupleType(item_type=msgspec.inspect.IntType()):
+                options |= {"type": _integers, "metavar": "N,N,..."}
             case msgspec.inspect.VarTupleType():
                 options |= {"action": "append", "metavar": setting.name.rpartition("_")[2].upper()}
             case msgspec.inspect.IntType() if setting.is_size:
@@ -103,7 +105,7 @@ def add_flags(
 
 
 def read_yaml(path: str, configs: tuple[type[msgspec.Struct], ...]) -> dict[str, Any]:
-    """The settings in a YAML file, a mapping of field names (dashes are as good as underscores).
+    """Read the settings in a YAML file, a mapping of field names; dashes count as underscores.
 
     Raises ConfigError for a file that cannot be read, or has a key that none of `configs` has.
     """
@@ -128,7 +130,7 @@ def read_yaml(path: str, configs: tuple[type[msgspec.Struct], ...]) -> dict[str,
 
 
 def load(config: type[Config], *sources: Mapping[str, Any]) -> Config:
-    """A config struct from the values that it has a field for; later sources win. Raises ConfigError."""
+    """Make a config struct of the values that it has a field for; later sources win. Raises ConfigError."""
     values: dict[str, Any] = {}
     for source in sources:
         for setting in settings_of(config):
@@ -158,6 +160,10 @@ def _size_flag(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
 def _without_none(type_: msgspec.inspect.Type) -> msgspec.inspect.Type:
     if isinstance(type_, msgspec.inspect.UnionType):
         kinds = [kind for kind in type_.types if not isinstance(kind, msgspec.inspect.NoneType)]
@@ -177,7 +183,7 @@ def _help(setting: Setting) -> str:
 
 
 def _field_docstrings(config: type[msgspec.Struct]) -> dict[str, str]:
-    """The string below each field of a class, which Python itself throws away."""
+    """Return the string below each field of a class, which Python itself discards."""
     definition = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
     assert isinstance(definition, ast.ClassDef)
     helps = {}

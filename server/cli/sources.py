@@ -1,5 +1,5 @@
 """The settings of `pilotfish serve` from all the places where they can stand: a YAML file, the environment, flags, in
-that order of strength. Which settings there are, and what values look like, is said by `server.cli.flags`.
+that order of strength. Which settings there are, and what values look like, is said by `server.cli.settings`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pilotfish import __version__
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.speculation.drafters.registry import parse_entries
 from pilotfish.errors import ConfigError
-from pilotfish.server.cli.flags import Setting, load, read_yaml, settings_of
+from pilotfish.server.cli.settings import Setting, load, read_yaml, settings_of
 from pilotfish.server.config import ServerConfig
 
 CONFIGS = (EngineConfig, ServerConfig)
@@ -35,14 +35,14 @@ _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false"
 
 
 @dataclass(frozen=True, slots=True)
-class Configuration:
+class ServeSettings:
     engine: EngineConfig
     server: ServerConfig
     origins: dict[str, str] = field(default_factory=dict)
     """Where each setting that was given stands, by its name; those that are not here have their defaults."""
 
 
-def read(options: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> Configuration:
+def read(options: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> ServeSettings:
     """Both configs from the flags that were given, the environment, and the file of --config or PILOTFISH_CONFIG.
 
     Raises ConfigError for a setting that does not exist, with the nearest that does, and for values that cannot work.
@@ -66,7 +66,7 @@ def read(options: Mapping[str, Any], environment: Mapping[str, str] = os.environ
         origins["api_key"] = ", ".join(filter(None, (origins.get("api_key"), API_KEY_VARIABLE)))
     engine = load(EngineConfig, *sources).check()
     parse_entries(engine.drafter)
-    return Configuration(engine, server.check(), origins)
+    return ServeSettings(engine, server.check(), origins)
 
 
 def read_environment(environment: Mapping[str, str], settings: Mapping[str, Setting]) -> dict[str, tuple[str, Any]]:
@@ -87,14 +87,14 @@ def read_environment(environment: Mapping[str, str], settings: Mapping[str, Sett
     return found
 
 
-def as_yaml(configuration: Configuration) -> str:
+def as_yaml(settings: ServeSettings) -> str:
     """Every setting with its value, and where it stands if that is not the default; as a file for --config. What is
     secret is not shown: such a line is a comment."""
     lines = [f"# Pilotfish {__version__}. What is not the default says where it was set."]
-    for title, config in (("engine", configuration.engine), ("server", configuration.server)):
+    for title, config in (("engine", settings.engine), ("server", settings.server)):
         lines += ["", f"# {title}"]
         for name, value in msgspec.to_builtins(config).items():
-            origin = configuration.origins.get(name)
+            origin = settings.origins.get(name)
             if _secret(name, value):
                 count = f"{len(value)} of them" if isinstance(value, tuple) else "set"
                 lines.append(f"# {name}: {count}, not shown ({origin or 'given in code'})")

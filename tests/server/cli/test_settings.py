@@ -11,13 +11,15 @@ import pytest
 from pilotfish.engine.config import EngineConfig
 from pilotfish.errors import ConfigError
 from pilotfish.server.cli import main as cli
-from pilotfish.server.cli.config_sources import API_KEY_VARIABLE
-from pilotfish.server.cli.flags import parse_size, settings_of
+from pilotfish.server.cli import sources
+from pilotfish.server.cli.settings import parse_size, settings_of
+from pilotfish.server.cli.sources import API_KEY_VARIABLE
 from pilotfish.server.config import ServerConfig
 
 
 def read(*flags: str) -> tuple[EngineConfig, ServerConfig]:
-    return cli.read_settings(vars(cli._parser().parse_args(["serve", *flags])))
+    found = sources.read(vars(cli._parser().parse_args(["serve", *flags])))
+    return found.engine, found.server
 
 
 @pytest.fixture

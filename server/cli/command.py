@@ -1,0 +1,51 @@
+"""Command: one subcommand of `pilotfish`; and the types of its arguments."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    name: str
+    help: str
+    """One line in the list of commands."""
+    description: str
+    example: str
+    """Command lines, shown below the flags."""
+    status: str = ""
+    """The meaning of its exit statuses."""
+    add_arguments: Callable[[argparse.ArgumentParser], object]
+    run: Callable[[dict[str, Any]], int]
+    """Takes the parsed arguments by name and returns the exit status. Raises PilotfishError."""
+
+    def add_to(self, commands: Any) -> argparse.ArgumentParser:
+        """Add this command's parser to `commands`, the result of `add_subparsers`."""
+        parser: argparse.ArgumentParser = commands.add_parser(
+            self.name,
+            help=self.help,
+            description=textwrap.fill(self.description, 79),
+            epilog=f"{textwrap.fill(self.status, 79)}\n\nexample:\n{textwrap.indent(self.example, '  ')}".strip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_arguments(parser)
+        parser.set_defaults(run=self.run)
+        return parser
+
+
+def positive(text: str) -> int:
+    """Parse an integer of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def positives(text: str) -> list[int]:
+    """Parse "1,8" into [1, 8], each number once."""
+    return list(dict.fromkeys(positive(part) for part in text.split(",")))
