@@ -1,4 +1,4 @@
-/* A decoder's layers in one call: native.c's kernels, in the order in which the models of engine/models call them, to the
+/* The fused decoder: all layers in one call. It runs native.c's kernels in the order of layers/operator_decoder.py, to the
  * same bits. A pass reads weights past all caches, so between two calls from Python its interpreter and torch come from
  * memory again; one call saves those of 12 a layer.
  */
@@ -21,7 +21,7 @@ struct layer {
 
 struct step {
   float *hidden;      /* rows x size: of the last layer, afterwards */
-  const float *input; /* rows x qkv.in: what attention reads in the place of the hidden states' norm; or 0 */
+  const float *input; /* rows x qkv.in: what attention reads instead of the hidden states' norm; or 0 */
   float *space;       /* pilotfish_space() floats a row */
   float *scratch;     /* as struct attention's, as are the fields from here to scale */
   const int32_t *cu_query_lens, *context_lens, *block_tables;

@@ -1,9 +1,9 @@
 """Memory for weights and caches on the CPU, in huge pages where the system gives them.
 
 A step reads every weight once, so with pages of 4 KiB it waits for an address translation every 64 cache lines: on a
-virtual machine, where a translation walks two tables, weights arrived half as fast. Linux gives pages of 2 MiB to who
-asks (madvise(2), MADV_HUGEPAGE; Documentation/admin-guide/mm/transhuge.rst), for ranges that hold whole ones. Weights
-are often smaller than that, so they lie side by side in large mappings.
+virtual machine, where a translation walks two tables, weights arrived half as fast. Linux gives pages of 2 MiB on
+request (madvise(2), MADV_HUGEPAGE; Documentation/admin-guide/mm/transhuge.rst), for ranges that hold whole ones.
+Weights are often smaller than that, so they lie side by side in large mappings.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ALIGNMENT = 64
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """On the CPU. The system hands the memory out page by page, on first use; torch.zeros would touch all of it."""
+    """Zeros on the CPU. The system hands the memory out by pages, on first use; torch.zeros would touch all of it."""
     size = math.prod(shape) * dtype.itemsize
     if not size:
         return torch.zeros(shape, dtype=dtype)
@@ -29,7 +29,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 class Arena:
-    """Gives out pieces of mappings, one behind the other. A mapping is freed with the last of its tensors."""
+    """Hands out pieces of mappings, one after the other. A mapping is freed with the last of its tensors."""
 
     def __init__(self) -> None:
         self._chunk = torch.empty(0, dtype=torch.uint8)
@@ -46,7 +46,7 @@ class Arena:
 
 
 def _mapped(size: int) -> torch.Tensor:
-    """Bytes, at least `size`, zeros; from a huge page's border on if one fits."""
+    """At least `size` bytes, all 0, that start at the border of a huge page if one fits."""
     if size < HUGE_PAGE:
         return torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE), dtype=torch.uint8)
     mapping = mmap.mmap(-1, size + HUGE_PAGE, mmap.MAP_PRIVATE)

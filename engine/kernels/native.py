@@ -2,9 +2,9 @@
 
 They exist for two properties that a verify pass needs and that general matrix libraries do not promise:
 
-- one row's result does not depend, to the last bit, on how many rows are computed with it, so that a verified token is
-  the decoded token and not merely close to it;
-- a pass over a handful of rows costs hardly more than a pass over one: weights are read once, in the order in which
+- They are batch-invariant: a row's result is the same, to the last bit, however many rows are computed with it. So a
+  verified token is the decoded token and not merely close to it.
+- A pass over a handful of rows costs hardly more than a pass over one: weights are read once, in the order in which
   they lie in memory, and rows share them in registers.
 """
 
@@ -80,9 +80,9 @@ class NativeLinear:
 
 
 class NativeKernels:
-    """Float32 on the CPU. Raises RuntimeError where the library was not built.
+    """Kernels in float32 on the CPU. Raises RuntimeError where the library was not built.
 
-    `level` picks the instruction set: 0 the compiler's default, 1 AVX2, 2 AVX-512; None: the best the processor has.
+    level: the instruction set: 0 the compiler's default, 1 AVX2, 2 AVX-512; None: the best that the processor has.
     """
 
     name = "native"
@@ -183,7 +183,7 @@ class NativeKernels:
     def write_cache(
         self, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
     ) -> None:
-        """Each row's key and value, (rows, kv_heads, head_dim) of one stride, to its slot.
+        """Write each row's key and value, (rows, kv_heads, head_dim) of one stride, to its slot.
 
         keys is (num_blocks, kv_heads, head_dim, block_size), values (num_blocks, block_size, kv_heads, head_dim).
         """
@@ -216,16 +216,16 @@ class NativeKernels:
         self._library.pilotfish_attend(self.level, ctypes.byref(arguments))
 
     def decoder_space(self, size: int, heads: int, kv_heads: int, head_dim: int, gated_size: int) -> int:
-        """Floats that `decode` needs beside the hidden states, for each row."""
+        """The floats per row that `decode` needs beside the hidden states."""
         return int(self._library.pilotfish_space(size, heads, kv_heads, head_dim, gated_size))
 
     def decode(self, layers: Any, count: int, step: ctypes.Structure) -> None:
-        """See decoder.h; `layers` is the address of the first of `count`."""
+        """Run `count` layers of the fused decoder (decoder.h); `layers` is the address of the first."""
         self._library.pilotfish_decode(self.level, layers, count, ctypes.byref(step))
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
-    """What C reads as a pointer to float32 numbers in order; None as a null pointer."""
+    """The address of a contiguous float32 tensor; None, which C reads as a null pointer, for None."""
     if tensor is None:
         return None
     assert tensor.dtype == torch.float32

@@ -1,7 +1,7 @@
-"""What a set of kernels is: the few operators between a model's matrices that are worth a special implementation.
+"""The interface of kernels: the operators of a model that are worth a special implementation.
 
-A model is written once against `Kernels`; `torch.py` is the reference on every device, `native.py` the CPU's own. The
-attention over the paged cache has its own interface, `engine.layers.attention`.
+Models are written once against `Kernels`. `torch.py` is the reference, on every device; `native.py` is for the CPU.
+Attention over the paged cache has an interface of its own, `engine.layers.attention`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 
 class PreparedLinear(Protocol):
-    """A weight matrix (out_features, in_features) and an optional bias, laid out as its kernels like it."""
+    """A weight matrix (out_features, in_features) and an optional bias, in the layout that its kernels want."""
 
     @property
     def in_features(self) -> int: ...
@@ -25,14 +25,15 @@ Prepared = TypeVar("Prepared", bound=PreparedLinear)
 
 
 class Kernels(Protocol[Prepared]):
-    """All tensors are on one device and of one dtype, positions and ids apart; results are new tensors unless said."""
+    """Operators on tensors of one device and, but for positions and ids, of one dtype. Results are new tensors unless a
+    method says otherwise."""
 
     name: str
 
     def prepare_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
     ) -> Prepared:
-        """Lay out `weight` (out_features, in_features) once, at loading. The caller drops its own copy afterwards.
+        """Lay out `weight` (out_features, in_features), once, at loading. The caller drops its own copy afterwards.
 
         scale: (out_features, 1) float32, given if `weight` is float8_e4m3fn or int8: the matrix is weight * scale. With
         fp8 it is computed with in fp8 (see `engine.kernels.fp8`); with int8 as it is, where the kernels can, up to
@@ -45,7 +46,7 @@ class Kernels(Protocol[Prepared]):
         ...
 
     def embed(self, ids: torch.Tensor, weight: Prepared) -> torch.Tensor:
-        """Rows of a weight matrix: (rows,) int64 -> (rows, in_features). A tied head is its own embedding."""
+        """Look up rows of a weight matrix: (rows,) int64 -> (rows, in_features). A tied head is its own embedding."""
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

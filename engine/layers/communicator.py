@@ -1,4 +1,4 @@
-"""What the ranks of a model say to each other in a pass. The processes themselves are `engine.ranks.lead`'s."""
+"""What the ranks of a sharded model exchange during a pass. `engine.ranks` has the processes and their links."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 
 class Communicator(Protocol):
-    """All ranks call the same methods in the same order, with tensors of the same shapes."""
+    """Collective operations: all ranks call the same methods in the same order, with tensors of the same shapes."""
 
     @property
     def rank(self) -> int:
-        """0 to size - 1; 0 is the one that plans, samples and drafts."""
+        """From 0 to size - 1; rank 0 plans, samples and drafts."""
         ...
 
     @property
@@ -21,18 +21,18 @@ class Communicator(Protocol):
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of x over the ranks, the same bits on each of them; x may be overwritten.
 
-        On the CPU a row's sum does not depend on the rows beside it.
+        On the CPU it is batch-invariant: a row's sum does not depend on the rows beside it.
         """
         ...
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """The parts (rows, size of a part) of all ranks side by side, in the order of ranks, on rank 0; what it returns
-        elsewhere is not to be read."""
+        """All ranks' parts, (rows, size of a part) each, side by side in the order of ranks, on rank 0. Other ranks
+        must not read the result."""
         ...
 
 
 class Alone:
-    """The one rank of a model that is not divided."""
+    """The communicator of a model that is not sharded: one rank."""
 
     rank = 0
     size = 1

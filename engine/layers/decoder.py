@@ -36,7 +36,7 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Linears:
-    """Applies a layer's linears: kernels, the sum over tensor-parallel ranks, and the layer's adapter if it has one."""
+    """Applies a layer's linears: kernels, the layer's adapter if it has one, and the sum over tensor-parallel ranks."""
 
     kernels: Kernels[Any]
     comm: Communicator
@@ -46,26 +46,21 @@ class Linears:
     def apply(self, name: str, x: torch.Tensor, weight: PreparedLinear) -> torch.Tensor:
         """(rows, in_features) -> (rows, out_features); on each rank its part of them."""
         y = self.kernels.linear(x, weight)
-        self._adapt(name, x, y)
+        if self.adapter is not None:
+            assert self.batch is not None
+            self.adapter.add_(name, x, y, self.batch)
         return y
 
     def summed(self, name: str, x: torch.Tensor, weight: PreparedLinear, residual: torch.Tensor | None) -> torch.Tensor:
-        """A linear that is sharded by columns, on this rank's part of x: (rows, part of in_features) ->
+        """A linear that is sharded by columns, plus `residual` if given: (rows, this rank's part of in_features) ->
         (rows, out_features), a new tensor with the same bits on every rank.
 
         The residual is added to the sum: in 16 bits a summand as large as it would cost the others their digits.
         """
         if self.comm.size == 1 and self.adapter is None:
             return self.kernels.linear(x, weight, residual=residual)
-        y = self.kernels.linear(x, weight)
-        self._adapt(name, x, y)
-        y = self.comm.all_reduce(y)
+        y = self.comm.all_reduce(self.apply(name, x, weight))
         return y if residual is None else y.add_(residual)
-
-    def _adapt(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        if self.adapter is not None:
-            assert self.batch is not None
-            self.adapter.add_(name, x, y, self.batch)
 
 
 class Mlp(Protocol):
@@ -131,11 +126,10 @@ class Tap(Protocol):
 
 
 class Decoder(Protocol):
-    @property
-    def layers(self) -> Seq[DecoderLayer]: ...
+    """Runs the layers of a model, or of this rank's part of it."""
 
-    @property
-    def shape(self) -> LayerShape: ...
+    layers: Seq[DecoderLayer]
+    shape: LayerShape
 
     def forward(
         self,
@@ -157,8 +151,8 @@ class Decoder(Protocol):
 def run_sections(
     run: Callable[[int, int, torch.Tensor], torch.Tensor], count: int, hidden: torch.Tensor, tap: Tap | None
 ) -> torch.Tensor:
-    """Run `count` layers by `run(first, stop, hidden)`, in as few sections as the tap allows; returns what leaves the
-    last layer."""
+    """Run `count` layers by `run(first, stop, hidden)`, in as few calls as the tap allows; returns what leaves the last
+    layer."""
     if tap is None:
         return run(0, count, hidden)
     first = 0

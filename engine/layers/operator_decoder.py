@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,13 @@ from pilotfish.engine.kernels.protocol import Kernels
 from pilotfish.engine.layers.attention.backend import AttentionBackend, AttentionBatch, LayerCache
 from pilotfish.engine.layers.communicator import Communicator
 from pilotfish.engine.layers.decoder import DecoderLayer, LayerShape, Linears, Tap, run_sections
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    positions: torch.Tensor
+    batch: AttentionBatch
+    given: torch.Tensor | None
 
 
 class OperatorDecoder:
@@ -37,48 +44,34 @@ class OperatorDecoder:
         given: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Decoder.forward`."""
+        step = _Pass(positions, batch, given)
 
         def run(first: int, stop: int, hidden: torch.Tensor) -> torch.Tensor:
             for layer, cache in zip(self.layers[first:stop], caches[first:stop], strict=True):
-                hidden = self._layer(layer, hidden, positions, batch, cache, given)
+                hidden = self._layer(layer, cache, hidden, step)
             return hidden
 
         return run_sections(run, len(self.layers), hidden, tap)
 
-    def _layer(
-        self,
-        layer: DecoderLayer,
-        hidden: torch.Tensor,
-        positions: torch.Tensor,
-        batch: AttentionBatch,
-        cache: LayerCache,
-        given: torch.Tensor | None,
-    ) -> torch.Tensor:
-        linears, eps = self._linears, self.shape.eps
+    def _layer(self, layer: DecoderLayer, cache: LayerCache, hidden: torch.Tensor, step: _Pass) -> torch.Tensor:
+        linears, kernels, eps = self._linears, self._kernels, self.shape.eps
         if layer.adapter is not None:
-            linears = replace(linears, adapter=layer.adapter, batch=batch)
-        x = given if layer.input_norm is None else self._kernels.rms_norm(hidden, layer.input_norm, eps)
+            linears = replace(linears, adapter=layer.adapter, batch=step.batch)
+        x = step.given if layer.input_norm is None else kernels.rms_norm(hidden, layer.input_norm, eps)
         assert x is not None, "a layer without an input norm needs a given input"
-        attended = self._attend(layer, linears.apply("qkv", x, layer.qkv), positions, batch, cache)
+        attended = self._attend(layer, cache, linears.apply("qkv", x, layer.qkv), step)
         residual = hidden if layer.attention_post_norm is None else None
         change = linears.summed("output", attended, layer.output, residual)
         hidden = self._added(hidden, change, layer.attention_post_norm)
         residual = hidden if layer.mlp_post_norm is None else None
-        change = layer.mlp.forward(linears, self._kernels.rms_norm(hidden, layer.mlp_norm, eps), residual)
+        change = layer.mlp.forward(linears, kernels.rms_norm(hidden, layer.mlp_norm, eps), residual)
         return self._added(hidden, change, layer.mlp_post_norm)
 
     def _added(self, hidden: torch.Tensor, change: torch.Tensor, post_norm: torch.Tensor | None) -> torch.Tensor:
         """Without a norm after it, `change` has its residual already."""
         return change if post_norm is None else hidden + self._kernels.rms_norm(change, post_norm, self.shape.eps)
 
-    def _attend(
-        self,
-        layer: DecoderLayer,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        batch: AttentionBatch,
-        cache: LayerCache,
-    ) -> torch.Tensor:
+    def _attend(self, layer: DecoderLayer, cache: LayerCache, qkv: torch.Tensor, step: _Pass) -> torch.Tensor:
         shape, kernels = self.shape, self._kernels
         heads, kv_heads = shape.heads, shape.kv_heads
         qkv = qkv.view(len(qkv), heads + 2 * kv_heads, shape.head_dim)
@@ -86,9 +79,9 @@ class OperatorDecoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             query = kernels.rms_norm(query, layer.q_norm, shape.eps)
             key = kernels.rms_norm(key, layer.k_norm, shape.eps)
-            kernels.rotate_(query, positions, layer.cos_sin)
-            kernels.rotate_(key, positions, layer.cos_sin)
+            kernels.rotate_(query, step.positions, layer.cos_sin)
+            kernels.rotate_(key, step.positions, layer.cos_sin)
             value = value.contiguous()
         else:
-            kernels.rotate_(qkv[:, : heads + kv_heads], positions, layer.cos_sin)  # both in one call
-        return self._attention.attend(query, key, value, cache, batch, layer.attention)
+            kernels.rotate_(qkv[:, : heads + kv_heads], step.positions, layer.cos_sin)  # both in one call
+        return self._attention.attend(query, key, value, cache, step.batch, layer.attention)

@@ -1,4 +1,4 @@
-"""What an attention backend is: spans of queries over a paged KV cache. One file per backend beside this one.
+"""The interface of attention backends, which attend spans of queries to a paged KV cache; one file for each of them.
 
 The terms are flash-attn's (flash_attn_varlen_func with a block table): causal, aligned to the bottom right, so the last
 query of a span sees the whole context and the one before it one key less.
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """The spans of one step, flat: rows cu_query_lens[i] to cu_query_lens[i + 1] are those of span i.
+    """The spans of one step, flattened: rows cu_query_lens[i] to cu_query_lens[i + 1] belong to span i.
 
     All tensors are on the model's device. The lists are the same numbers for backends that loop on the host; in a
     captured pass they are upper bounds (see `engine.execution.graphs`).
@@ -41,7 +41,7 @@ class LayerCache:
 
 @dataclass(frozen=True, slots=True)
 class AttentionParams:
-    """How a layer's attention turns scores into weights; the same at every pass."""
+    """The constants of a layer's attention: how scores become weights."""
 
     scale: float  # of the scores, before the softmax
     window: int | None = None  # each query sees this many keys, itself included; None: all
@@ -51,10 +51,10 @@ class AttentionParams:
 class AttentionBackend(Protocol):
     name: str
     block_size: int
-    """Tokens in a block where the settings leave it open: what this backend computes best with."""
+    """Default tokens per block: the size that this backend computes best with."""
     capturable: bool
-    """Its launches can be recorded and replayed: of a batch it reads lengths and tables on the device alone, and
-    `query_lens` and `contexts` as bounds (see `engine.execution.graphs`)."""
+    """Whether its launches can be recorded and replayed: it reads a batch's lengths and tables on the device alone, and
+    takes `query_lens` and `contexts` as bounds (see `engine.execution.graphs`)."""
 
     def allocate(
         self,
@@ -65,9 +65,10 @@ class AttentionBackend(Protocol):
         dtype: torch.dtype,
         device: torch.device,
     ) -> LayerCache:
-        """A cache for one layer, zeros at first. On the CPU the system hands out its memory page by page, on first use.
+        """Allocate one layer's cache, filled with zeros. On the CPU the system hands out its memory page by page, on
+        first use.
 
-        `dtype` is the cache's: the model's own, or float8_e4m3fn for backends that can keep keys and values in it.
+        dtype: the cache's; the model's own, or float8_e4m3fn for backends that can keep keys and values in it.
         """
         ...
 
@@ -82,6 +83,6 @@ class AttentionBackend(Protocol):
     ) -> torch.Tensor:
         """Write the rows' keys and values to their slots, then attend: (rows, heads * head_dim).
 
-        Nothing in it waits for the device, so that the host can go on to the next layer.
+        It never waits for the device, so that the host can go on to the next layer.
         """
         ...

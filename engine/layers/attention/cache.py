@@ -1,4 +1,4 @@
-"""Writing a step's keys and values to a cache in flash-attn's layout; what the torch and flash backends share.
+"""A KV cache in flash-attn's layout, which the torch and flash backends share: allocating it and writing to it.
 
 A cache in float8_e4m3fn (OCP 8-bit floating point, arXiv 2209.05433) holds keys and values as they are, scale 1: what
 lies beyond its largest number, 448, is cut off there.
@@ -24,10 +24,10 @@ def allocate_paged(
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Because kernels load rows that nobody has written beside those that they need, flash-attn 4's whole blocks (by
-    TMA), the native ones the span's longest context: such rows weigh nothing, but nothing times NaN would still be NaN.
+    """Zeros for a cache; on the CPU the system hands the memory out on first use.
 
-    On the CPU the system hands the memory out on first use.
+    Kernels also load rows that nobody has written: flash-attn 4 whole blocks (by TMA), the native ones up to the
+    longest context. Such rows weigh 0, but 0 times NaN would still be NaN.
     """
     if device.type == "cpu":
         return memory.zeros(shape, dtype)
@@ -35,15 +35,15 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 
 
 def write(cache: LayerCache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-    """Put each row's key and value, (rows, kv_heads, head_dim), to its slot; slots (rows,) int64."""
+    """Write each row's key and value, (rows, kv_heads, head_dim), to its slot; slots (rows,) int64."""
     for stored, rows in ((cache.keys, key), (cache.values, value)):
-        # As bytes if they are fp8, for which torch lacks some operators on some devices.
+        # fp8 goes as bytes, since torch lacks some of its operators on some devices.
         flat = as_bytes(stored).flatten(0, 1)  # (num_blocks * block_size, kv_heads, head_dim)
         flat.index_put_((slots,), as_bytes(converted(rows, stored.dtype)))
 
 
 def converted(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """In the cache's dtype; what fp8 cannot hold is cut off, as a cast alone would make it NaN on some devices."""
+    """Convert to the cache's dtype. Values beyond fp8's range are clamped: a cast makes them NaN on some devices."""
     if rows.dtype == dtype:
         return rows
     return rows.clamp(-_LARGEST, _LARGEST).to(dtype) if dtype == FP8 else rows.to(dtype)

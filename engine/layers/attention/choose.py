@@ -1,4 +1,4 @@
-"""Which attention backend computes: each one's rules, and the best that is there and whose rules are kept."""
+"""Chooses the attention backend: the best one that is installed and whose rules the model and the device meet."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class AttentionNeeds:
-    """What a backend has to cope with."""
+    """The properties of model, device and settings that a backend's rules look at."""
 
     device: torch.device
     capability: tuple[int, int] | None
     """The CUDA device's compute capability; None on other devices."""
     dtype: torch.dtype
     cache_dtype: torch.dtype
-    """The KV cache's: `dtype`, or float8_e4m3fn."""
+    """The KV cache's dtype: `dtype`, or float8_e4m3fn."""
     head_dim: int
     block_size: int
-    """Tokens in a block; 0: whatever the backend likes best."""
+    """Tokens per block; 0: the backend's default."""
 
 
 def choose_attention(name: str, needs: AttentionNeeds, kernels: NativeKernels | None) -> AttentionBackend:
-    """The backend called `name`; for "auto" the best that is there: on a GPU flash4, flash2, torch, else native, torch.
+    """The backend called `name`. "auto" takes the best available: flash4, flash2, torch on a GPU, else native, torch.
 
-    `kernels`: the native ones if the model computes with them, whose threads its attention shares. Raises ConfigError
-    with the reason if the backend that is asked for cannot be used.
+    kernels: the native ones if the model computes with them; native attention shares their threads. Raises ConfigError
+    with the reason if the named backend cannot be used.
     """
     if name != "auto":
         found = _try(name, needs, kernels)
         if isinstance(found, str):
             raise ConfigError(f"attention_backend is {name!r}, but {found}")
         return found
-    # Where the kernels are not native, for whatever reason, the attention is not either unless it is asked for.
+    # Native attention goes with native kernels, unless it is asked for by name.
     suited = ("flash4", "flash2") if needs.capability else ("native",) if kernels else ()
     for candidate in suited:
         found = _try(candidate, needs, kernels)
@@ -59,9 +59,9 @@ def choose_attention(name: str, needs: AttentionNeeds, kernels: NativeKernels | 
 
 
 def why_not(name: str, needs: AttentionNeeds) -> str | None:
-    """The rule that the backend `name` would break, or None. Whether its package is there is not looked at."""
-    rules = {"flash4": _why_not_flash4, "flash2": _why_not_flash2, "native": _why_not_native, "torch": _why_not_torch}
-    return rules[name](needs)
+    """Why the backend `name` cannot be used by its rules, or None. Whether its package is installed is not checked."""
+    rules = {"flash4": _why_not_flash4, "flash2": _why_not_flash2, "native": _why_not_native}
+    return rules[name](needs) if name in rules else None
 
 
 def _try(name: str, needs: AttentionNeeds, kernels: NativeKernels | None) -> AttentionBackend | str:
@@ -138,10 +138,6 @@ def _why_not_native(needs: AttentionNeeds) -> str | None:
         return f"block_size ({needs.block_size}) is not a multiple of {VECTOR}"
     if load_library() is None:
         return "the native kernels were not built (no C compiler at installation)"
-    return None
-
-
-def _why_not_torch(needs: AttentionNeeds) -> str | None:
     return None
 
 

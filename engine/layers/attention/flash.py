@@ -1,5 +1,5 @@
-"""Attention by flash-attn's kernels on the paged cache: a step's prefill chunks, decode rows and verify spans in one
-call, causal and aligned to the bottom right. Which of them is used, and when, is decided in `choose`.
+"""Attention by flash-attn's kernels on the paged cache. A step's prefill chunks, decode rows and verify spans go in one
+call, causal and aligned to the bottom right. `choose` decides when which package is used.
 
 The calls below and the rules in `why_not_flash2` and `why_not_flash4` are those of the packages' own sources:
 
@@ -7,7 +7,7 @@ The calls below and the rules in `why_not_flash2` and `why_not_flash4` are those
   `flash_attn_with_kvcache`) and csrc/flash_attn/flash_api.cpp (`mha_varlen_fwd`, `mha_fwd_kvcache`);
 - flash-attn-4 4.0.0b36: flash_attn/cute/interface.py (`flash_attn_varlen_func`, `_flash_attn_fwd`).
 
-Neither kernel promises that a row's bits do not depend on the rows beside it. In a captured pass `max_seqlen_q`,
+Neither package promises batch invariance. In a captured pass `max_seqlen_q`,
 `max_seqlen_k` and what the packages derive from them or from the table's width on the host (splits, tiles) are those of
 the longest context; the lengths themselves they read on the GPU.
 """
@@ -27,8 +27,8 @@ from pilotfish.engine.layers.attention.cache import allocate_paged, converted, w
 Function = Callable[..., Any]
 
 MOST_SPLIT_ROWS = 64
-"""Rows of a span up to which flash-attn 2's split-KV kernels are used: one tile of queries (flash_api.cpp,
-set_params_splitkv). Longer ones keep the GPU busy without being split."""
+"""Longest span, in rows, for flash-attn 2's split-KV kernels: one tile of queries (flash_api.cpp, set_params_splitkv).
+Longer ones keep the GPU busy without being split."""
 
 FLASH2_NEEDS = {
     "flash_attn_varlen_func": ("block_table", "window_size", "softcap", "causal", "softmax_scale"),
@@ -43,8 +43,8 @@ FLASH4_NEEDS = {
 
 
 class Flash2Attention:
-    """FlashAttention-2. Spans of one length, as plain decoding and drafts of one length have, go to the kernel that
-    splits a long context over the GPU (`flash_attn_with_kvcache`); mixed ones to `flash_attn_varlen_func`."""
+    """FlashAttention-2. Spans of equal length, as in plain decoding, go to the kernel that splits a long context over
+    the GPU (`flash_attn_with_kvcache`), mixed ones to `flash_attn_varlen_func`."""
 
     name = "flash2"
     block_size = 256
@@ -99,10 +99,10 @@ class Flash2Attention:
 
 
 class Flash4Attention:
-    """FlashAttention-4. `split`: let it split long contexts over the GPU; it cannot on Hopper.
+    """FlashAttention-4. `split` lets it split long contexts over the GPU, which it cannot do on Hopper.
 
-    With a cache in fp8 the query is rounded to fp8, too, as its kernel wants all three alike; what it returns is
-    bfloat16 then.
+    With a cache in fp8 the query is rounded to fp8 as well, since the kernel wants query, keys and values of one dtype;
+    it returns bfloat16 then.
     """
 
     name = "flash4"
@@ -145,13 +145,16 @@ class Flash4Attention:
 
 
 def load_flash2() -> Flash2Attention:
-    """Raises ImportError that says what is missing."""
+    """Import FlashAttention-2. Raises ImportError with what is missing."""
     varlen, with_kvcache = _load("flash_attn", "flash-attn", FLASH2_NEEDS)
     return Flash2Attention(varlen, with_kvcache)
 
 
 def load_flash4(capability: tuple[int, int]) -> Flash4Attention:
-    """Raises ImportError that says what is missing. flash-attn 2's wheel has an older `flash_attn.cute` of its own."""
+    """Import FlashAttention-4. Raises ImportError with what is missing.
+
+    flash-attn 2's wheel has an older `flash_attn.cute`, which is told apart by its parameters.
+    """
     (varlen,) = _load("flash_attn.cute", "flash-attn-4", FLASH4_NEEDS)
     return Flash4Attention(varlen, split=capability[0] in (10, 11))
 

@@ -1,4 +1,4 @@
-"""Attention by the package's own CPU kernels: bit-equal for every batch, span and chunk."""
+"""Attention by this package's own CPU kernels, batch-invariant: the same bits for every batch, span and chunk."""
 
 from __future__ import annotations
 

@@ -73,10 +73,11 @@ def _attention(
 
 
 def _mask(length: int, context: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """True where a query may look: causal, aligned to the bottom right; None where it may look everywhere."""
+    """The attention mask, (length, context), True where a query may look: causal, aligned to the bottom right. None
+    where every query may look everywhere."""
     if length == 1 and (window is None or context <= window):
         return None
-    last = torch.arange(context - length, context, device=device).unsqueeze(1)  # (length, 1): each query's own place
-    place = torch.arange(context, device=device)
-    allowed = place <= last
-    return allowed if window is None else allowed & (place > last - window)
+    last = torch.arange(context - length, context, device=device).unsqueeze(1)  # (length, 1): each query's own position
+    position = torch.arange(context, device=device)
+    allowed = position <= last
+    return allowed if window is None else allowed & (position > last - window)

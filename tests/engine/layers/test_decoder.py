@@ -262,8 +262,30 @@ def test_another_mlp_goes_to_the_operators_and_is_used(tiny: Callable[[str], Pat
     torch.testing.assert_close(itself.run(SPANS), plain, rtol=1e-4, atol=1e-4)
 
 
-class Two:
-    size = 2
+class Twin:
+    """Two ranks that hold the same."""
+
+    rank, size = 0, 2
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, x], dim=1)
+
+
+@pytest.mark.parametrize("residual", [None, torch.full((9, 4), 5.0)])
+def test_an_adapter_changes_a_ranks_summand_and_the_residual_is_added_once(residual: torch.Tensor | None) -> None:
+    kernels, generator = TorchKernels(), torch.Generator().manual_seed(0)
+    x, weight = torch.randn(9, 6, generator=generator), torch.randn(4, 6, generator=generator)
+    down, up = torch.randn(2, 6, generator=generator), torch.randn(4, 2, generator=generator)
+    batch = flatten(SPANS, 16, CPU).attention
+    adapter = LowRank({"down": (down, up)})
+    linears = Linears(kernels, Twin(), adapter, batch)
+    found = linears.summed("down", x, kernels.prepare_linear(weight), residual)
+    wanted = 2 * (x @ weight.T)
+    wanted[4:] += 2 * (x[4:] @ down.T @ up.T)
+    torch.testing.assert_close(found, wanted if residual is None else wanted + residual)
 
 
 def test_the_rule_names_what_the_fused_decoder_does_not_know(tiny: Callable[[str], Path]) -> None:
@@ -287,7 +309,7 @@ def test_the_rule_names_what_the_fused_decoder_does_not_know(tiny: Callable[[str
     assert reason(attention=AttentionParams(scale, softcap=30.0)) == "layer 1 caps attention scores"
     assert "scale" in reason(attention=AttentionParams(2 * scale))
     assert "gate" in reason(mlp=dataclasses.replace(layers[1].mlp, gate="gelu"))
-    assert why_not_fused(kernels, attention, Two(), layers) == "the model is sharded over 2 ranks"
+    assert why_not_fused(kernels, attention, Twin(), layers) == "the model is sharded over 2 ranks"
     assert "'torch'" in (why_not_fused(TorchKernels(), attention, ALONE, layers) or "")
     assert "attention backend is 'torch'" in (why_not_fused(kernels, TorchAttention(), ALONE, layers) or "")
 
