@@ -121,7 +121,7 @@ class Engine:
         clock, begun = self.clock, self.clock.now
         drafts = self.speculator.draft(self.scheduler.decoding(), self.scheduler.prompt_rows())
         seconds = {"draft": clock.now - begun}
-        plan = self.scheduler.plan(drafts)
+        plan = self.scheduler.plan(drafts.drafts)
         logit_rows = sum(len(planned.draft.tokens) + 1 for planned in plan.spans if planned.draws)
         context = sum(planned.start for planned in plan.spans)
         seconds["forward"] = clock.spend(clock.target(plan.rows, logit_rows, context))
@@ -137,7 +137,7 @@ class Engine:
                 accepted = next((i for i, (a, b) in enumerate(pairs) if a != b), len(planned.draft.tokens))
                 tokens = rest[: accepted + 1]
                 visit.count(planned.draft, accepted, len(tokens), sequence.output_len > 0)
-                self.speculator.observe_tokens(sequence, tokens)
+                self.speculator.observe_tokens(drafts, sequence, tokens)
                 committed += len(tokens)
                 sequence.tokens += tokens
                 sequence.computed = len(sequence.tokens) - 1
@@ -146,7 +146,7 @@ class Engine:
                     self.scheduler.remove(sequence)
                     self.speculator.release(sequence)
                     del self.questions[sequence.id]
-        self.speculator.observe_step(self.speculator.drafted, plan.rows, seconds, committed)
+        self.speculator.observe_step(drafts, plan.rows, seconds, committed)
         visit.drafting += seconds["draft"]
         return ended
 

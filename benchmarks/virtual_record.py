@@ -15,8 +15,9 @@ from pilotfish.checkpoints.catalog import resolve
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.sequence import Sequence
+from pilotfish.engine.speculation.control.candidates import Choice
 from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, Drafter, DraftRequest, ModelDrafter
-from pilotfish.engine.speculation.speculator import Speculator
+from pilotfish.engine.speculation.speculator import Speculator, StepDrafts
 from pilotfish.server.cli.prompts import encode, read_suites
 from pilotfish.text.tokenizer import load_tokenizer
 
@@ -43,12 +44,12 @@ class Listener(Speculator):
         self.heard: dict[str, dict[str, dict[int, Draft]]] = {}
         """By sequence, drafter and tokens so far."""
 
-    def draft(self, sequences: list[Sequence], other_rows: int = 0) -> dict[Sequence, Draft]:
+    def draft(self, sequences: list[Sequence], prompt_rows: int = 0) -> StepDrafts:
         for name, drafter in self.model_drafters.items():
             drafts = drafter.propose([DraftRequest(sequence, LONGEST) for sequence in sequences])
             for sequence, draft in zip(sequences, drafts, strict=True):
                 self.heard.setdefault(sequence.id, {}).setdefault(name, {})[len(sequence.tokens)] = draft
-        return {}
+        return StepDrafts(Choice({}))
 
 
 def record(args: argparse.Namespace) -> None:

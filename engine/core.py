@@ -1,4 +1,8 @@
-"""EngineCore: one step of the engine, over all running requests. No processes, no HTTP, no text."""
+"""EngineCore: one step of the engine, over all running requests. No processes, no HTTP, no text.
+
+A step is a value that is handed on: `launch` sets its pass going, `finish` waits for it and commits its tokens,
+`settle` does what is left and can wait. So the next step may be launched before the last one is settled.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import torch
@@ -22,14 +27,14 @@ from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.memory.usage import MemoryMeter
 from pilotfish.engine.models.features import FeatureTap
 from pilotfish.engine.params import MAX_SEED
-from pilotfish.engine.process.messages import StepStats
-from pilotfish.engine.request import Delta, EngineInfo, FinishReason, Request, RequestStats, check_request, drafters_of
+from pilotfish.engine.request import Delta, EngineInfo, FinishReason, Request, check_request, drafters_of
 from pilotfish.engine.sampling.logit_spans import LogitSpan
 from pilotfish.engine.sampling.logprobs import prompt_logprobs
 from pilotfish.engine.scheduler import PlannedSpan, Scheduler, StepPlan
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.speculator import Drafted
-from pilotfish.engine.speculation.tally import by_position
+from pilotfish.engine.speculation.drafters.feature_router import KeptRows
+from pilotfish.engine.speculation.speculator import StepDrafts
+from pilotfish.engine.stats import Committed, StepStats, request_stats, step_stats
 from pilotfish.engine.verification.coupled import Verdict
 from pilotfish.errors import ParameterError
 
@@ -40,6 +45,30 @@ logger = logging.getLogger(__name__)
 class StepResult:
     deltas: list[Delta]
     stats: StepStats
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step whose pass was launched, and may still run."""
+
+    plan: StepPlan
+    drafts: StepDrafts
+    tap: FeatureTap | None
+    logits: torch.Tensor | None
+    """(logit rows of the plan's spans, vocab); None without spans."""
+    timer: PassTimer
+    seconds: dict[str, float]
+    """By phase, as far as the step has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """A step whose tokens are committed."""
+
+    launched: LaunchedStep
+    deltas: list[Delta]
+    """What it brought each request, and the last words of those that were aborted since the step before."""
+    committed: list[Committed]
 
 
 class EngineCore:
@@ -63,9 +92,7 @@ class EngineCore:
         self._scheduler = Scheduler(self._engine.pool, config.max_num_seqs, config.max_batch_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[Delta] = []  # to be reported with the next step's deltas
-        self._timer = PassTimer(torch.device(self.info.device))
-        self._under_way: _Step | None = None
-        self._finished: _Step | None = None
+        self._new_timer = partial(PassTimer, torch.device(self.info.device))
         self.asynchronous = self.info.device.startswith("cuda")
         """A pass goes on by itself once it is launched."""
 
@@ -98,61 +125,67 @@ class EngineCore:
 
     def step(self) -> StepResult:
         """Draft, plan, run, verify, commit."""
-        self.launch()
-        deltas = self.finish()
-        return StepResult(deltas, self.settle())
+        finished = self.finish(self.launch())
+        return StepResult(finished.deltas, self.settle(finished))
 
     @torch.inference_mode()
-    def launch(self) -> None:
-        """A step's first half: draft, plan, and set the pass going. On a GPU it runs on by itself from here: what does
-        not need its outcome may be done meanwhile, `settle` of the step before, `add` and `abort` too."""
-        engine, clock = self._engine, _Phases()
-        with clock.phase("draft"):
+    def launch(self) -> LaunchedStep:
+        """Draft, plan, and set the pass going. On a GPU it runs on by itself from here: what does not need its outcome
+        may be done meanwhile, such as `settle` of the step before, `add` and `abort`."""
+        engine = self._engine
+        seconds: dict[str, float] = {}
+        with _phase(seconds, "draft"):
             drafts = engine.speculator.draft(self._scheduler.decoding(), self._scheduler.prompt_rows())
-        with clock.phase("plan"):
-            plan = self._scheduler.plan(drafts)
+        with _phase(seconds, "plan"):
+            plan = self._scheduler.plan(drafts.drafts)
             self._note_admissions(plan)
-        tap, logits = engine.speculator.features.tap(), None
-        self._timer.begin()
+        tap, timer, logits = engine.speculator.features.tap(), self._new_timer(), None
+        timer.begin()
         if plan.spans:
             logits = engine.runner.run([_span(planned) for planned in plan.spans], tap)
-        self._timer.launched()
-        self._under_way = _Step(plan, engine.speculator.drafted, tap, logits, clock)
+        timer.launched()
+        return LaunchedStep(plan, drafts, tap, logits, timer, seconds)
 
     @torch.inference_mode()
-    def finish(self) -> list[Delta]:
-        """A step's second half: wait for the pass, verify, commit."""
-        step, self._under_way = self._under_way, None
-        assert step is not None  # launch() comes first
-        verdicts = self._verify(step.plan, step.logits) if step.logits is not None else []
+    def finish(self, step: LaunchedStep) -> FinishedStep:
+        """Wait for the pass, verify, commit."""
+        verdicts: list[Verdict] = []
         if step.logits is not None:
+            verdicts = self._verify(step.plan, step.logits)
             self._engine.check()
-        forward = step.clock.seconds["forward"] = self._timer.seconds()
-        step.clock.seconds["sample"] = max(0.0, self._timer.elapsed() - forward)
-        with step.clock.phase("commit"):
+        forward = step.seconds["forward"] = step.timer.seconds()
+        step.seconds["sample"] = max(0.0, step.timer.elapsed() - forward)
+        with _phase(step.seconds, "commit"):
             deltas, self._ended = self._ended, []
-            step.committed = self._commit(step.plan, verdicts)
-            deltas += [delta for _, _, delta in step.committed]
+            committed = self._commit(step, verdicts)
+            deltas += [each.delta for each in committed]
             if step.tap is not None and step.tap.features is not None:
-                self._hand_on(step.plan, step.tap.features)
-        self._finished = step
-        return deltas
+                self._publish_features(step.plan, step.tap.features)
+        return FinishedStep(step, deltas, committed)
 
-    def settle(self) -> StepStats:
-        """What is left of the step that was finished last, and does not hurry: others may find its blocks, the
-        controller learns what it took, and it is counted."""
-        step, self._finished = self._finished, None
-        assert step is not None  # finish() comes first
-        for sequence in self._alive(step.plan):
-            sequence.blocks.commit(sequence.tokens, sequence.computed)
-        if step.plan.spans:
-            tokens = sum(len(verdict.tokens) for _, verdict, _ in step.committed)
-            self._engine.speculator.observe_step(step.drafted, step.plan.rows, step.clock.seconds, tokens)
-        return self._stats(step)
+    def settle(self, step: FinishedStep) -> StepStats:
+        """Do what is left of a step and is not urgent: let others find its blocks, tell the controller what it took,
+        and count it."""
+        plan, drafts, seconds = step.launched.plan, step.launched.drafts, step.launched.seconds
+        for planned in plan.spans:
+            if self._lives(planned):
+                planned.sequence.blocks.commit(planned.sequence.tokens, planned.sequence.computed)
+        if plan.spans:
+            tokens = sum(len(each.verdict.tokens) for each in step.committed)
+            self._engine.speculator.observe_step(drafts, plan.rows, seconds, tokens)
+        return step_stats(
+            plan,
+            step.committed,
+            drafts.choice,
+            self._scheduler,
+            self._engine.pool,
+            seconds,
+            self._memory.read_if_due(),
+        )
 
-    def _alive(self, plan: StepPlan) -> Iterator[Sequence]:
-        """The plan's sequences that have not ended since."""
-        return (p.sequence for p in plan.spans if self._sequences.get(p.sequence.id) is p.sequence)
+    def _lives(self, planned: PlannedSpan) -> bool:
+        """Whether the span's sequence has not ended since it was planned."""
+        return self._sequences.get(planned.sequence.id) is planned.sequence
 
     def _note_admissions(self, plan: StepPlan) -> None:
         now = time.monotonic()
@@ -164,7 +197,7 @@ class EngineCore:
     def _verify(self, plan: StepPlan, logits: torch.Tensor) -> list[Verdict]:
         """Verdicts for the plan's drawing spans, in their order. Rows of prompt logprobs are taken out first."""
         drawing = [planned for planned in plan.spans if planned.draws]
-        if any(_wants_prompt_logprobs(planned) for planned in plan.spans):
+        if any(planned.sequence.wants_prompt_logprobs for planned in plan.spans):
             logits = logits[self._take_prompt_logprobs(plan, logits)]
         if not drawing:
             return []
@@ -176,8 +209,8 @@ class EngineCore:
         drawing_rows: list[int] = []
         row = 0
         for planned in plan.spans:
-            rows = _logit_rows(planned)
-            if _wants_prompt_logprobs(planned):
+            rows = planned.logit_rows
+            if planned.sequence.wants_prompt_logprobs:
                 sequence, known = planned.sequence, planned.sequence.prompt_logprobs
                 if not known:
                     known.append(None)  # nothing predicts the first token
@@ -195,34 +228,34 @@ class EngineCore:
             row += rows
         return drawing_rows
 
-    def _commit(self, plan: StepPlan, verdicts: list[Verdict]) -> list[_Committed]:
-        """Of each span that drew: what it drew, and what came of it. Those who ended during the pass are left out."""
+    def _commit(self, step: LaunchedStep, verdicts: list[Verdict]) -> list[Committed]:
+        """Commit each span that drew, but for sequences that ended during the pass."""
         committed = []
         drawn = iter(verdicts)
-        for planned in plan.spans:
+        for planned in step.plan.spans:
             verdict = next(drawn) if planned.draws else None
-            if self._sequences.get(planned.sequence.id) is not planned.sequence:
+            if not self._lives(planned):
                 continue
             if verdict is not None:
-                committed.append((planned, verdict, self._commit_tokens(planned, verdict)))
+                self._engine.speculator.observe_tokens(step.drafts, planned.sequence, verdict.tokens)
+                committed.append(Committed(planned, verdict, self._commit_tokens(planned, verdict)))
             else:
                 planned.sequence.computed = planned.stop
         return committed
 
-    def _hand_on(self, plan: StepPlan, features: torch.Tensor) -> None:
+    def _publish_features(self, plan: StepPlan, features: torch.Tensor) -> None:
         """Give the features of the rows that stay to the drafters that read them."""
         row, kept = 0, []
         for planned in plan.spans:
-            sequence = planned.sequence
-            if self._sequences.get(sequence.id) is sequence:
-                kept.append((sequence, planned.start, row, row + sequence.computed - planned.start))
-            row += planned.stop - planned.start
-        self._engine.speculator.features.hand_on(features, kept)
+            if self._lives(planned):
+                stop = row + planned.sequence.computed - planned.start
+                kept.append(KeptRows(planned.sequence, planned.start, row, stop))
+            row += planned.rows
+        self._engine.speculator.features.publish(features, kept)
 
     def _commit_tokens(self, planned: PlannedSpan, verdict: Verdict) -> Delta:
         """Append what was drawn, up to a stop; the keys and values of rejected tokens are overwritten later."""
         sequence = planned.sequence
-        self._engine.speculator.observe_tokens(sequence, verdict.tokens)
         first = sequence.output_len == 0
         tokens, reason, stop_token = self._until_stop(sequence, verdict.tokens)
         sequence.tokens.extend(tokens)
@@ -267,117 +300,20 @@ class EngineCore:
         del self._sequences[sequence.id]
         self._scheduler.remove(sequence)
         self._engine.speculator.release(sequence)
-        now = time.monotonic()
-        drafted = sequence.drafted
-        stats = RequestStats(
-            arrival=sequence.request.arrival or sequence.scheduled,
-            scheduled=sequence.scheduled or now,
-            first_token=sequence.first_token or now,
-            finished=now,
-            prompt_tokens=sequence.prompt_len,
-            cached_prompt_tokens=sequence.cached_prompt_tokens,
-            generated_tokens=sequence.output_len,
-            drafter=max(drafted, key=lambda name: drafted[name], default="none"),
-            drafted_tokens=sum(drafted.values()),
-            accepted_tokens=sequence.accepted,
-            steps=sequence.steps,
-            preemptions=sequence.preemptions,
-        )
+        stats = request_stats(sequence, time.monotonic())
         delta = delta or Delta(request_id=sequence.id)
         return msgspec.structs.replace(delta, finish_reason=reason, stop_token=stop_token, stats=stats)
-
-    def _stats(self, step: _Step) -> StepStats:
-        plan, seconds = step.plan, step.clock.seconds
-        drafted: dict[str, int] = {}
-        accepted: dict[str, int] = {}
-        chosen: dict[str, int] = {}
-        step_tokens: dict[str, list[int]] = {}
-        for planned, verdict, delta in step.committed:
-            name = planned.draft.drafter or "none"
-            if _decodes(planned):
-                chosen[name] = chosen.get(name, 0) + 1
-                step_tokens.setdefault(name, []).append(len(delta.token_ids))
-            if planned.draft.tokens:
-                drafted[name] = drafted.get(name, 0) + len(planned.draft.tokens)
-                accepted[name] = accepted.get(name, 0) + verdict.accepted
-        pool, choice = self._engine.pool, step.drafted.choice
-        return StepStats(
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
-            sequences=len(plan.spans),
-            rows=plan.rows,
-            prompt_tokens=sum(
-                max(0, min(p.stop, p.sequence.prompt_len) - p.start)
-                for p in plan.spans
-                if p.start < p.sequence.prompt_len
-            ),
-            generated_tokens=sum(len(delta.token_ids) for _, _, delta in step.committed),
-            drafted=drafted,
-            accepted=accepted,
-            chosen=chosen,
-            predicted_goodput=choice.goodput if chosen else 0.0,
-            predicted_plain_goodput=choice.plain if chosen else 0.0,
-            drafted_at=by_position((p.draft.drafter, len(p.draft.tokens)) for p, _, _ in step.committed),
-            accepted_at=by_position((p.draft.drafter, verdict.accepted) for p, verdict, _ in step.committed),
-            step_tokens={name: tuple(counts) for name, counts in step_tokens.items()},
-            preemptions=plan.preemptions,
-            prefix_queried_tokens=sum(len(sequence.request.prompt_ids) for sequence in plan.admitted),
-            prefix_hit_tokens=sum(sequence.cached_prompt_tokens for sequence in plan.admitted),
-            blocks_total=pool.num_blocks,
-            blocks_used=pool.used,
-            blocks_cached=pool.cached,
-            seconds=seconds,
-            memory=self._memory.read_if_due(),
-        )
-
-
-_Committed = tuple[PlannedSpan, Verdict, Delta]
-
-
-@dataclass(slots=True)
-class _Step:
-    """A step between its launch and its account."""
-
-    plan: StepPlan
-    drafted: Drafted
-    tap: FeatureTap | None
-    logits: torch.Tensor | None
-    clock: _Phases
-    committed: list[_Committed] = field(default_factory=list)
-
-
-def _wants_prompt_logprobs(planned: PlannedSpan) -> bool:
-    sequence = planned.sequence
-    return sequence.params.prompt_logprobs is not None and len(sequence.prompt_logprobs) < sequence.prompt_len
-
-
-def _decodes(planned: PlannedSpan) -> bool:
-    """It was decoding before this step: the end of a prompt draws a token, too, and so does what a preempted sequence
-    computes once more."""
-    rows = planned.stop - planned.start
-    return planned.start >= planned.sequence.prompt_len and rows == len(planned.draft.tokens) + 1
-
-
-def _logit_rows(planned: PlannedSpan) -> int:
-    if _wants_prompt_logprobs(planned):
-        return planned.stop - planned.start
-    return len(planned.draft.tokens) + 1 if planned.draws else 0
 
 
 def _span(planned: PlannedSpan) -> Span:
     sequence = planned.sequence
     token_ids = [*sequence.tokens[planned.start : planned.stop], *planned.draft.tokens]
-    return Span(token_ids, planned.start, sequence.blocks.blocks, _logit_rows(planned))
+    return Span(token_ids, planned.start, sequence.blocks.blocks, planned.logit_rows)
 
 
-class _Phases:
-    """Seconds of each phase of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
+@contextmanager
+def _phase(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note the seconds of a phase of a step."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start

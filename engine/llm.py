@@ -19,8 +19,8 @@ from tqdm import tqdm
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.core import EngineCore
 from pilotfish.engine.params import SamplingParams
-from pilotfish.engine.process.messages import StepStats
 from pilotfish.engine.request import Delta, EngineInfo, FinishReason, Request, RequestStats, TokenLogprobs, fan_out
+from pilotfish.engine.stats import StepStats
 from pilotfish.errors import ConfigError, EngineDeadError, ParameterError
 
 DEFAULT_PARAMS = SamplingParams()

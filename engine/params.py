@@ -46,6 +46,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def depends_on_text(self) -> bool:
+        """Whether the distribution of a token depends on which tokens came before it, beyond the model's logits."""
+        return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
+
+    @property
+    def alters_logits(self) -> bool:
+        """Whether logits are changed before temperature: by a bias, a penalty, or tokens that may not come yet."""
+        return self.depends_on_text or bool(self.logit_bias) or self.min_tokens > 0
+
     def check(self) -> SamplingParams:
         """Return self, or raise ParameterError that names the first field out of bounds, and the bounds."""
         _between("temperature", self.temperature, 0.0, 2.0)

@@ -1,8 +1,9 @@
-"""The scheduler: which sequences advance in this step, and by how many tokens. It knows blocks, no tensors, no models.
+"""The scheduler decides which sequences advance in a step, and by how many tokens. It knows blocks, but neither tensors
+nor models.
 
-Continuous batching with chunked prefill: those who decode come first and always get their rows; what is left of the
+Continuous batching with chunked prefill: decoding sequences come first and always get their rows; what is left of the
 step's token budget goes to prompts, oldest first, in chunks. So a long prompt costs the others one chunk's time a step.
-Blocks run out: the youngest running sequence gives all of its back and is computed again later (preemption by
+When blocks run out, the youngest running sequence gives all of its back and is computed again later (preemption by
 recomputation); the oldest can always go on, so there is no deadlock.
 """
 
@@ -29,6 +30,28 @@ class PlannedSpan:
     """It reaches the end of what is known, so its last rows draw tokens."""
     draft: Draft = NO_DRAFT
 
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def prompt_rows(self) -> int:
+        """Rows of the prompt."""
+        return max(0, min(self.stop, self.sequence.prompt_len) - self.start)
+
+    @property
+    def decodes(self) -> bool:
+        """It was decoding before this step: the end of a prompt draws a token, too, and so does what a preempted
+        sequence computes once more."""
+        return self.start >= self.sequence.prompt_len and self.rows == len(self.draft.tokens) + 1
+
+    @property
+    def logit_rows(self) -> int:
+        """Rows whose logits are wanted: those that draw, or all of them for prompt logprobs."""
+        if self.sequence.wants_prompt_logprobs:
+            return self.rows
+        return len(self.draft.tokens) + 1 if self.draws else 0
+
 
 @dataclass(slots=True)
 class StepPlan:
@@ -38,18 +61,19 @@ class StepPlan:
 
     @property
     def rows(self) -> int:
-        return sum(span.stop - span.start for span in self.spans)
+        return sum(span.rows for span in self.spans)
 
 
 class Scheduler:
+    """`max_num_seqs`: most sequences that run at a time; `max_batch_tokens`: most rows of a step."""
+
     def __init__(self, pool: BlockPool, max_num_seqs: int, max_batch_tokens: int) -> None:
         self._pool = pool
         self._max_num_seqs = max_num_seqs
         self._max_batch_tokens = max_batch_tokens
-        self.waiting: deque[Sequence] = (
-            deque()
-        )  # oldest first: admission is in order, so all are younger than the running
-        self.running: list[Sequence] = []  # oldest first
+        # Both have the oldest first. Admission is in order, so all that wait are younger than the running ones.
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)

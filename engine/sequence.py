@@ -1,4 +1,4 @@
-"""Sequence: a request being decoded. Its tokens, how many of them are computed, and where its KV cache lies."""
+"""Sequence: a request being decoded, with its tokens, how many of them are computed, and where its KV cache lies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Sequence:
     seed: int
     blocks: BlockTable
     drafters: tuple[str, ...] = ()
-    """Who may draft for it: the first that has a proposal does. None for plain decoding."""
+    """Names of the drafters that may draft for it; empty for plain decoding."""
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     cached_prompt_tokens: int = 0
@@ -50,6 +50,11 @@ class Sequence:
     @property
     def output_len(self) -> int:
         return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Some of the prompt's log-probabilities are asked for and not known yet."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_len
 
     @property
     def decoding(self) -> bool:

@@ -29,11 +29,11 @@ from pilotfish.engine.process.messages import (
     Outputs,
     Ready,
     Shutdown,
-    StepStats,
     Submit,
     ToEngine,
 )
 from pilotfish.engine.request import Delta, EngineInfo, Request, check_request
+from pilotfish.engine.stats import StepStats
 from pilotfish.errors import EngineDeadError, EngineNotReadyError, ParameterError
 from pilotfish.logs import Logs
 

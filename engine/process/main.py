@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import zmq
@@ -34,13 +34,16 @@ from pilotfish.engine.process.messages import (
     Outputs,
     Ready,
     Shutdown,
-    StepStats,
     Submit,
     ToEngine,
 )
 from pilotfish.engine.request import Delta, EngineInfo, Request
+from pilotfish.engine.stats import StepStats
 from pilotfish.errors import ParameterError, PilotfishError, RankError
 from pilotfish.logs import Logs
+
+if TYPE_CHECKING:
+    from pilotfish.engine.core import FinishedStep, LaunchedStep
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +85,9 @@ class Core(Protocol):
     @property
     def asynchronous(self) -> bool: ...
     def has_work(self) -> bool: ...
-    def launch(self) -> None: ...
-    def finish(self) -> list[Delta]: ...
-    def settle(self) -> StepStats: ...
+    def launch(self) -> LaunchedStep: ...
+    def finish(self, step: LaunchedStep) -> FinishedStep: ...
+    def settle(self, step: FinishedStep) -> StepStats: ...
 
 
 CreateCore = Callable[[EngineConfig, Progress, LastWords], Core]
@@ -133,22 +136,22 @@ def run(create_core: CreateCore) -> int:
 def _serve(core: Core, connection: _Connection) -> None:
     """Step while there is work, and sleep on the socket while there is none; return after a Shutdown."""
     requests = _Requests(core, connection)
-    unsent: list[Delta] | None = None
+    unsent: FinishedStep | None = None
     while not requests.stopping:
         requests.take_in(wait=not core.has_work())
         if not core.has_work():
             continue
-        core.launch()
+        step = core.launch()
         if core.asynchronous:  # while the pass runs: what the last one brought, and what has come since
             if unsent is not None:
                 requests.send(unsent)
                 unsent = None
             requests.take_in(wait=False)
-        deltas = core.finish()
+        finished = core.finish(step)
         if core.asynchronous and core.has_work() and not requests.stopping:
-            unsent = deltas
+            unsent = finished
         else:
-            requests.send(deltas)
+            requests.send(finished)
 
 
 class _Requests:
@@ -179,10 +182,10 @@ class _Requests:
                     for request_id in self._live:
                         self._core.abort(request_id)
 
-    def send(self, deltas: list[Delta]) -> None:
-        """What the step that was finished last has brought, with its account."""
-        self._live.difference_update(delta.request_id for delta in deltas if delta.finish_reason is not None)
-        self._connection.send(Outputs(tuple(deltas), self._core.settle()))
+    def send(self, step: FinishedStep) -> None:
+        """Send what a step has brought, with its account."""
+        self._live.difference_update(delta.request_id for delta in step.deltas if delta.finish_reason is not None)
+        self._connection.send(Outputs(tuple(step.deltas), self._core.settle(step)))
 
 
 class _Connection:

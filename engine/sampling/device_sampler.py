@@ -29,7 +29,7 @@ def draw(adjusted: torch.Tensor, rows: Seq[LogitRow], chances: bool = False) -> 
     if not free and not cut:
         logits = adjusted if at == list(range(len(adjusted))) else adjusted.index_select(0, ids_to_device(at, device))
         tokens = logits.argmax(1)
-        return tokens, _chances(logits, tokens) if chances else adjusted.new_empty(0)
+        return tokens, chances_of(logits, tokens) if chances else adjusted.new_empty(0)
     sampled = [rows[i] for i in (*free, *cut)]
     params = [row.sequence.params for row in sampled]
     every, greedy_at, greedy_places, at_, places, halves, temperatures, limits = arrays_to_device(
@@ -52,7 +52,7 @@ def draw(adjusted: torch.Tensor, rows: Seq[LogitRow], chances: bool = False) -> 
         own = logits.argmax(1)
         tokens.index_copy_(0, greedy_places, own)
         if chances:
-            found.index_copy_(0, greedy_places, _chances(logits, own))
+            found.index_copy_(0, greedy_places, chances_of(logits, own))
     scaled = scale_rows(adjusted.index_select(0, at_), temperatures)
     if cut:
         part = scaled[len(free) :]
@@ -62,12 +62,12 @@ def draw(adjusted: torch.Tensor, rows: Seq[LogitRow], chances: bool = False) -> 
     drawn = gumbel_race(scaled, halves)
     tokens.index_copy_(0, places, drawn)
     if chances:
-        found.index_copy_(0, places, _chances(scaled, drawn))
+        found.index_copy_(0, places, chances_of(scaled, drawn))
     return tokens, found
 
 
-def _chances(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Of each row's token under softmax(logits): (rows,) float32."""
+def chances_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The probability of each row's token under softmax(logits): tokens (rows,) int64 -> (rows,) float32."""
     logits = logits.float()
     of_tokens = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
     return (of_tokens - logits.logsumexp(1)).exp().clamp(0.0, 1.0)

@@ -82,9 +82,10 @@ def adjust(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] 
     for span in spans:
         start, end = end, end + span.rows
         params = span.sequence.params
+        if not params.alters_logits:
+            continue
         early = min(params.min_tokens - (span.first_place - span.sequence.prompt_len), span.rows)
-        penalized = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
-        if not (params.logit_bias or penalized or early > 0):
+        if not (params.logit_bias or params.depends_on_text or early > 0):
             continue
         logits = logits.float()
         block = logits[start:end]
@@ -92,7 +93,7 @@ def adjust(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] 
             ids = on_device(list(params.logit_bias), logits.device)
             bias = on_device(list(params.logit_bias.values()), logits.device, torch.float32)
             block.index_add_(1, ids, bias.expand(span.rows, -1))
-        if penalized:
+        if params.depends_on_text:
             _penalize(block, span)
         if early > 0:
             stops = [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)]

@@ -1,37 +1,42 @@
-"""The speculator asks drafters for drafts of a sensible length, and watches what comes of them. Who drafts how much is
-the controller's choice; without one, sequences take the first proposal there is."""
+"""The speculator gets drafts for each step, of a length that makes sense, and reports what came of them. Which drafter
+drafts how much is the controller's choice; without a controller, sequences take the first proposal there is."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.control.candidates import Choice, Step, Turn
+from pilotfish.engine.speculation.control.candidates import Candidate, Choice, UpcomingStep
 from pilotfish.engine.speculation.control.controller import Controller
 from pilotfish.engine.speculation.drafters.drafter import Draft, Drafter, DraftRequest, ModelDrafter
 from pilotfish.engine.speculation.drafters.feature_router import FeatureRouter
 
 
 @dataclass(frozen=True, slots=True)
-class Drafted:
-    """What was done for a step before it was planned."""
+class StepDrafts:
+    """The drafts for a step, and what was done to get them: the step hands it back with its outcome."""
 
     choice: Choice
-    """What was chosen, and what it promised."""
     context: int = 0
-    """Tokens in the KV cache of those that decode."""
+    """Tokens in the KV cache of the sequences that decode."""
     prompts: bool = False
-    """Rows of prompts are in it."""
+    """Rows of prompts are in the step."""
     seconds: float = 0.0
-    """That drafts took which cost time."""
+    """Time that the model-based drafters took."""
+
+    @property
+    def drafts(self) -> Mapping[Sequence, Draft]:
+        """The drafts to verify, none of them empty."""
+        return self.choice.drafts
 
 
 class Speculator:
-    """Drafts of at most `num_draft_tokens`, less where answer or context end sooner, by whom and as long as the
-    controller finds worth it. If there is no controller, a sequence takes the first proposal of its drafters, all of
-    it, and those that are free come first. `clock`: seconds since some moment."""
+    """Drafts at most `num_draft_tokens` tokens, fewer where answer or context end sooner, by the drafters and of the
+    length that the controller finds worth it. Without a controller, a sequence takes the first proposal of its
+    drafters, all of it, those of lookup drafters first. `clock` returns seconds.
+    """
 
     def __init__(
         self,
@@ -45,52 +50,45 @@ class Speculator:
         self.lookups = {drafter.name: drafter for drafter in lookups}
         self.model_drafters = {drafter.name: drafter for drafter in model_drafters}
         self.features = FeatureRouter(self.model_drafters.values())
-        """What drafters read of the target."""
+        """Publishes the target's hidden states to the drafters that read them."""
         self._num_draft_tokens = num_draft_tokens
         self._max_model_len = max_model_len
         self._controller = controller
         self._clock = clock
-        self._seconds = 0.0  # of the last step's costly drafts
-        self._context = 0  # of the last step
-        self.drafted = Drafted(Choice({}))
-        """What was done for the last step."""
 
     @property
     def names(self) -> tuple[str, ...]:
         return (*self.lookups, *self.model_drafters)
 
-    def draft(self, sequences: list[Sequence], other_rows: int = 0) -> dict[Sequence, Draft]:
-        """Drafts for those of `sequences`, all of which decode in the next step, that have one. The step has
-        `other_rows` besides, for prompts."""
-        self._seconds = 0.0
-        self._context = sum(len(sequence.tokens) for sequence in sequences)
-        turns = []
+    def draft(self, sequences: list[Sequence], prompt_rows: int = 0) -> StepDrafts:
+        """Drafts for those of `sequences` that have one; all of them decode in the next step, which computes
+        `prompt_rows` besides."""
+        context = sum(len(sequence.tokens) for sequence in sequences)
+        candidates = []
         for sequence in sequences:
             # Verification commits one token more than are drafted.
             left = min(sequence.params.max_tokens - sequence.output_len, self._max_model_len - len(sequence.tokens)) - 1
             limit = min(self._num_draft_tokens, left)
             if sequence.drafters and limit > 0:
-                turns.append(Turn(sequence, limit))
+                candidates.append(Candidate(sequence, limit))
         if self._controller is None:
-            choice = Choice(self._first_proposals(turns))
+            choice, seconds = Choice(self._first_proposals(candidates)), 0.0
         else:
-            step = Step(len(sequences) + other_rows, len(sequences), turns, self._context)
-            choice = self._chosen(self._controller, step)
-        self.drafted = Drafted(choice, self._context, other_rows > 0, self._seconds)
-        return choice.drafts
+            step = UpcomingStep(len(sequences) + prompt_rows, len(sequences), candidates, context)
+            choice, seconds = self._chosen(self._controller, step)
+        return StepDrafts(choice, context, prompt_rows > 0, seconds)
 
-    def observe_step(self, drafted: Drafted, rows: int, seconds: dict[str, float], tokens: int) -> None:
-        """The step that this was done for computed so many rows and committed so many tokens; `seconds` by its
-        phases."""
+    def observe_tokens(self, drafts: StepDrafts, sequence: Sequence, tokens: list[int]) -> None:
+        """The target's tokens at the positions that the step's drafts were for."""
         if self._controller is not None:
-            self._controller.observe_step(rows, seconds["forward"], drafted.context, drafted.prompts)
-            beside = sum(seconds.values()) - seconds["forward"] - drafted.seconds
+            self._controller.observe_tokens(drafts.choice, sequence, tokens)
+
+    def observe_step(self, drafts: StepDrafts, rows: int, seconds: Mapping[str, float], tokens: int) -> None:
+        """The step computed so many rows and committed so many tokens; `seconds` by its phases."""
+        if self._controller is not None:
+            self._controller.observe_step(rows, seconds["forward"], drafts.context, drafts.prompts)
+            beside = sum(seconds.values()) - seconds["forward"] - drafts.seconds
             self._controller.observe_overhead(beside, seconds["sample"], tokens)
-
-    def observe_tokens(self, sequence: Sequence, tokens: list[int]) -> None:
-        """The target's tokens at the places that were last drafted for."""
-        if self._controller is not None:
-            self._controller.observe_tokens(sequence, tokens)
 
     def release(self, sequence: Sequence) -> None:
         for drafter in (*self.lookups.values(), *self.model_drafters.values()):
@@ -98,44 +96,46 @@ class Speculator:
         if self._controller is not None:
             self._controller.release(sequence)
 
-    def _chosen(self, controller: Controller, step: Step) -> Choice:
-        if controller.sleeps(step):
-            return Choice({})
-        begun = self._clock()
+    def _chosen(self, controller: Controller, step: UpcomingStep) -> tuple[Choice, float]:
+        """The controller's choice, and the seconds that model-based drafters took for it."""
+        if controller.should_skip(step):
+            return Choice({}), 0.0
+        begun, drafting = self._clock(), 0.0
         for name, drafter in self.lookups.items():
-            self._propose(drafter, [turn for turn in step.turns if name in turn.sequence.drafters])
-        for turn in step.turns:
-            for name in turn.sequence.drafters:
+            _propose(drafter, [each for each in step.candidates if name in each.sequence.drafters])
+        for candidate in step.candidates:
+            for name in candidate.sequence.drafters:
                 if name in self.model_drafters:
-                    turn.backlog[name] = self.model_drafters[name].backlog(turn.sequence)
-        by_sequence = {turn.sequence: turn for turn in step.turns}
+                    candidate.backlog[name] = self.model_drafters[name].backlog(candidate.sequence)
+        by_sequence = {candidate.sequence: candidate for candidate in step.candidates}
         for name, requests in controller.ask(step).items():
-            costly = self.model_drafters[name]
+            asked = self.model_drafters[name]
             start = self._clock()
-            drafts = costly.propose(requests)
+            drafts = asked.propose(requests)
             took = self._clock() - start
-            self._seconds += took
+            drafting += took
             context = sum(len(request.sequence.tokens) for request in requests)
-            controller.observe_drafting(name, costly.passes, took, context)
+            controller.observe_drafting(name, asked.passes, took, context)
             for request, draft in zip(requests, drafts, strict=True):
                 if draft.tokens:
                     by_sequence[request.sequence].drafts.append(draft)
         choice = controller.choose(step)
-        controller.observe_thinking(self._clock() - begun - self._seconds)
-        return choice
+        controller.observe_choosing(choice, self._clock() - begun - drafting)
+        return choice, drafting
 
-    def _first_proposals(self, turns: list[Turn]) -> dict[Sequence, Draft]:
-        for turn in turns:
-            for name in turn.sequence.drafters:
-                if name in self.lookups and not turn.drafts:
-                    self._propose(self.lookups[name], [turn])
+    def _first_proposals(self, candidates: list[Candidate]) -> dict[Sequence, Draft]:
+        for candidate in candidates:
+            for name in candidate.sequence.drafters:
+                if name in self.lookups and not candidate.drafts:
+                    _propose(self.lookups[name], [candidate])
         for name, drafter in self.model_drafters.items():
-            self._propose(drafter, [turn for turn in turns if name in turn.sequence.drafters and not turn.drafts])
-        return {turn.sequence: turn.drafts[0] for turn in turns if turn.drafts}
+            _propose(drafter, [each for each in candidates if name in each.sequence.drafters and not each.drafts])
+        return {candidate.sequence: candidate.drafts[0] for candidate in candidates if candidate.drafts}
 
-    def _propose(self, drafter: Drafter, turns: list[Turn]) -> None:
-        if turns:
-            drafts = drafter.propose([DraftRequest(turn.sequence, turn.limit) for turn in turns])
-            for turn, draft in zip(turns, drafts, strict=True):
-                if draft.tokens:
-                    turn.drafts.append(draft)
+
+def _propose(drafter: Drafter, candidates: list[Candidate]) -> None:
+    if candidates:
+        drafts = drafter.propose([DraftRequest(each.sequence, each.limit) for each in candidates])
+        for candidate, draft in zip(candidates, drafts, strict=True):
+            if draft.tokens:
+                candidate.drafts.append(draft)

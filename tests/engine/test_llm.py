@@ -11,8 +11,8 @@ import pytest
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.llm import LLM, Completion
 from pilotfish.engine.params import SamplingParams
-from pilotfish.engine.process.messages import StepStats
 from pilotfish.engine.request import Delta, Request
+from pilotfish.engine.stats import StepStats
 from pilotfish.errors import ConfigError, EngineDeadError, ModelError, ParameterError
 
 PROMPTS = [[5, 6, 7, 8], [9] * 40, [300, 2, 300, 4, 300]]

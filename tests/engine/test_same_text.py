@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from pilotfish.engine.llm import LLM
-from pilotfish.engine.speculation.control.candidates import Choice, Step
+from pilotfish.engine.speculation.control.candidates import Choice, UpcomingStep
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest, shortened
 from tests.support.texts import GREEDY, PARAMS, SAMPLED, portfolio, prompts, texts
 
@@ -195,21 +195,21 @@ def test_the_controllers_choices_do_not_matter(many: LLM, vanilla: Callable, mon
     generator = random.Random(5)
     controller = many.core._engine.speculator._controller
 
-    def ask(step: Step) -> dict[str, list[DraftRequest]]:
+    def ask(step: UpcomingStep) -> dict[str, list[DraftRequest]]:
         asks: dict[str, list[DraftRequest]] = {}
-        for turn in step.turns:
-            for name in turn.backlog:
+        for candidate in step.candidates:
+            for name in candidate.backlog:
                 if generator.random() < 0.4:
-                    limit = generator.randint(1, turn.limit)
-                    asks.setdefault(name, []).append(DraftRequest(turn.sequence, limit, generator.random()))
+                    limit = generator.randint(1, candidate.limit)
+                    asks.setdefault(name, []).append(DraftRequest(candidate.sequence, limit, generator.random()))
         return asks
 
-    def choose(step: Step) -> Choice:
+    def choose(step: UpcomingStep) -> Choice:
         drafts = {}
-        for turn in step.turns:
-            if turn.drafts and generator.random() < 0.8:
-                draft = generator.choice(turn.drafts)
-                drafts[turn.sequence] = shortened(draft, generator.randint(1, len(draft.tokens)))
+        for candidate in step.candidates:
+            if candidate.drafts and generator.random() < 0.8:
+                draft = generator.choice(candidate.drafts)
+                drafts[candidate.sequence] = shortened(draft, generator.randint(1, len(draft.tokens)))
         return Choice(drafts)
 
     monkeypatch.setattr(controller, "ask", ask)

@@ -10,8 +10,7 @@ import pytest
 
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.params import SamplingParams
-from pilotfish.engine.process.messages import StepStats
-from pilotfish.engine.speculation.tally import by_position
+from pilotfish.engine.stats import StepStats, by_position
 
 REPETITIVE = [5, 6, 7, 8] * 12
 

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilotfish.engine.process.messages import StepStats
 from pilotfish.engine.request import EngineInfo, RankMemory
-from pilotfish.engine.speculation.tally import by_position
+from pilotfish.engine.stats import StepStats, by_position
 from pilotfish.server.metrics import PHASES, POSITIONS, Metrics
 
 DRAFTERS = ("ngram", "suffix", "prediction", "draft")

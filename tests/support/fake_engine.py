@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.process import main as process
-from pilotfish.engine.process.messages import StepStats
 from pilotfish.engine.request import Delta, EngineInfo, FinishReason, Request, RequestStats
+from pilotfish.engine.stats import StepStats
 from pilotfish.errors import ModelError
 
 VOCABULARY = 100_000
@@ -42,7 +43,6 @@ class FakeCore:
         self._running: dict[str, Request] = {}
         self._made: dict[str, int] = {}
         self._ended: list[Delta] = []
-        self._deltas: list[Delta] = []
         self.asynchronous = config.dtype == "float16"
         self.info = EngineInfo(
             model=config.model,
@@ -76,7 +76,7 @@ class FakeCore:
     def launch(self) -> None:
         time.sleep(STEP_SECONDS)
 
-    def finish(self) -> list[Delta]:
+    def finish(self, step: None) -> SimpleNamespace:
         deltas, self._ended = self._ended, []
         for request in list(self._running.values()):
             first = request.prompt_ids[0]
@@ -90,16 +90,15 @@ class FakeCore:
                 deltas.append(self._end(request.id, "length", (token,)))
             else:
                 deltas.append(Delta(request_id=request.id, token_ids=(token,)))
-        self._deltas = deltas
-        return deltas
+        return SimpleNamespace(deltas=deltas)
 
-    def settle(self) -> StepStats:
+    def settle(self, step: SimpleNamespace) -> StepStats:
         return StepStats(
             running=len(self._running),
             waiting=0,
-            rows=len(self._deltas),
+            rows=len(step.deltas),
             prompt_tokens=0,
-            generated_tokens=sum(len(delta.token_ids) for delta in self._deltas),
+            generated_tokens=sum(len(delta.token_ids) for delta in step.deltas),
             blocks_total=1,
             blocks_used=0,
             blocks_cached=0,

@@ -15,7 +15,7 @@ from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import Request
 from pilotfish.engine.sequence import Sequence as Decoding
 from pilotfish.engine.speculation.control.calibration import CALIBRATED
-from pilotfish.engine.speculation.control.candidates import Step, Turn
+from pilotfish.engine.speculation.control.candidates import Candidate, Choice, UpcomingStep
 from pilotfish.engine.speculation.control.controller import Controller
 from pilotfish.engine.speculation.control.cost import RowCost
 from pilotfish.engine.speculation.drafters.drafter import Draft
@@ -107,16 +107,16 @@ class World:
     def step(self, sequences: list[Decoding], fixed: Fixed | None = None) -> tuple[dict[Decoding, int], float]:
         """Tokens of each sequence and seconds of a step, as the controller has it or, to compare, as is fixed."""
         count, drafting = len(sequences), 0.0
-        turns = {}
+        candidates = {}
         for place, sequence in enumerate(sequences):
-            turn = turns[sequence] = Turn(sequence, LONGEST)
+            candidate = candidates[sequence] = Candidate(sequence, LONGEST)
             for name in sequence.drafters:
                 drafter = self.drafters[name]
                 if drafter.cost is None:
-                    turn.drafts.append(self.draft(drafter, place, LONGEST))
+                    candidate.drafts.append(self.draft(drafter, place, LONGEST))
                 else:
-                    turn.backlog[name] = self._unread.setdefault((sequence.id, name), drafter.prompt)
-        step = Step(count, count, list(turns.values()))
+                    candidate.backlog[name] = self._unread.setdefault((sequence.id, name), drafter.prompt)
+        step = UpcomingStep(count, count, list(candidates.values()))
         if fixed is None:
             asks = {
                 name: {request.sequence: request.limit for request in requests}
@@ -128,20 +128,24 @@ class World:
         for name, limits in asks.items():
             drafter = self.drafters[name]
             assert drafter.cost is not None
-            passes = [sum(turns[sequence].backlog[name] for sequence in limits)]
+            passes = [sum(candidates[sequence].backlog[name] for sequence in limits)]
             passes += [len(limits)] * (max(limits.values()) - 1)
             took = sum(self.noisy(drafter.cost(rows)) for rows in passes)
             for sequence, limit in limits.items():
-                turns[sequence].drafts.append(self.draft(drafter, sequences.index(sequence), limit))
+                candidates[sequence].drafts.append(self.draft(drafter, sequences.index(sequence), limit))
                 self._unread[sequence.id, name] = 0
             drafting += took
             if fixed is None:
                 self.controller.observe_drafting(name, passes, took)
                 self.asked.append((self.step_number, name))
+        choice = self.controller.choose(step) if fixed is None else Choice({})
         if fixed is None:
-            chosen = self.controller.choose(step).drafts
+            chosen = dict(choice.drafts)
         else:
-            drafts = {s: next((d for d in turn.drafts if d.drafter == fixed[0]), Draft()) for s, turn in turns.items()}
+            drafts = {
+                s: next((d for d in candidate.drafts if d.drafter == fixed[0]), Draft())
+                for s, candidate in candidates.items()
+            }
             chosen = {s: Draft(draft.tokens[: fixed[1]]) for s, draft in drafts.items()}
         rows = count + sum(len(draft.tokens) for draft in chosen.values())
         seconds = self.noisy(self.cost(rows))
@@ -150,10 +154,10 @@ class World:
             tokens = chosen[sequence].tokens if sequence in chosen else ()
             accepted = next((i for i, token in enumerate(tokens) if not token), len(tokens))
             committed[sequence] = accepted + 1
-            for name in turns[sequence].backlog:
+            for name in candidates[sequence].backlog:
                 self._unread[sequence.id, name] += accepted + 1
             if fixed is None:
-                self.controller.observe_tokens(sequence, [1] * (accepted + 1))
+                self.controller.observe_tokens(choice, sequence, [1] * (accepted + 1))
         if fixed is None:
             self.controller.observe_step(rows, seconds)
         self.step_number += 1

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
 from pilotfish.engine.speculation.control.acceptance import Acceptance
-from pilotfish.engine.speculation.control.candidates import Step, Turn
+from pilotfish.engine.speculation.control.candidates import Candidate, UpcomingStep
 from pilotfish.engine.speculation.control.cost import RowCost
 from pilotfish.engine.speculation.control.forecast import Forecast
-from pilotfish.engine.speculation.control.plans import GAIN, Plan, Planner
+from pilotfish.engine.speculation.control.plans import GAIN, Ask, DraftPlan, DraftPlanner
 from pilotfish.engine.speculation.control.trials import Trials
 
 SURE = 2.0
@@ -31,13 +31,13 @@ _ROWS = ""
 
 
 class Exploration:
-    """`load` is how many sequences decode, to the next power of two: what pays for one may not for sixteen."""
+    """`load` is `UpcomingStep.load`."""
 
     def __init__(
         self,
         acceptance: Acceptance,
         forecast: Forecast,
-        planner: Planner,
+        planner: DraftPlanner,
         target: RowCost,
         drafting: Mapping[str, RowCost],
     ) -> None:
@@ -53,15 +53,15 @@ class Exploration:
         self._trials.earn(seconds)
 
     def drafted(self, name: str, seconds: float) -> None:
-        """A drafter that costs time took so long."""
+        """A model-based drafter took so long."""
         if self.is_new(name):
             self._trials.advanced(seconds)
 
-    def agreed(self, turn: Turn, tokens: Seq[int], token_seconds: float) -> None:
-        """The tokens that came at a turn's places, of which plain decoding takes `token_seconds` each. To be told
-        before acceptance is."""
-        for draft in turn.drafts:
-            if draft.drafter in turn.asked and self.is_new(draft.drafter):
+    def agreed(self, candidate: Candidate, tokens: Seq[int], token_seconds: float) -> None:
+        """The tokens that came at a candidate's positions, of which plain decoding takes `token_seconds` each. To be
+        told before acceptance is."""
+        for draft in candidate.drafts:
+            if draft.drafter in candidate.asked and self.is_new(draft.drafter):
                 self._trials.advanced(-token_seconds * _agreed(draft.tokens, tokens[:-1]))
 
     def is_new(self, name: str) -> bool:
@@ -80,7 +80,9 @@ class Exploration:
             self._trials.wait((name, load))
         return left > 0
 
-    def rest_unless_hopeful(self, step: Step, name: str, load: int, plans: Mapping[str, Plan | None] | None) -> None:
+    def rest_unless_hopeful(
+        self, step: UpcomingStep, name: str, load: int, plans: Mapping[str, DraftPlan | None] | None
+    ) -> None:
         """Let a drafter rest that would not be asked if there were no other drafts either: those come and go with every
         token. `plans`: with those drafters, if there are none, that are nearly worth it. That one is hopeful holds for
         some steps, too."""
@@ -92,58 +94,58 @@ class Exploration:
         hopeful = plan is not None and plan.goodput > NEARLY * plain
         (self._hoping if hopeful else self._resting)[name, load] = REST
 
-    def advance(self, step: Step, name: str, turns: list[int], length: int) -> tuple[list[int], int] | None:
-        """Of what is wanted of a new drafter, as much as it may cost: first those turns that it has least to read of,
-        and one more at most than were seen of it, as its cost may be another than it seemed."""
-        budget = self._budget(step)
-        wanted = sorted(turns, key=lambda i: step.turns[i].backlog[name])
+    def advance(self, step: UpcomingStep, name: str, ask: Ask) -> Ask | None:
+        """As much of what is wanted of a new drafter as it may cost: first those candidates that it has least to read
+        of, and at most one more than were seen of it, since its cost may differ from what it seemed."""
+        budget, length = self._budget(step), ask.length
+        wanted = sorted(ask.candidates, key=lambda i: step.candidates[i].backlog[name])
         most, count = min(len(wanted), 1 + int(self._acceptance.trials(name))), 0
         asking_seconds = self._forecast.asking_seconds
         if asking_seconds(step, name, wanted[:1], length) > budget:
             length = min(TRIED, length)
         while count < most and asking_seconds(step, name, wanted[: count + 1], length) <= budget:
             count += 1
-        return (sorted(wanted[:count]), length) if count else None
+        return Ask(sorted(wanted[:count]), length) if count else None
 
-    def trial(self, step: Step, best: Plan, name: str, load: int) -> tuple[list[int], int] | None:
-        """Turns and length of a trial of a drafter that does not pay, as far as is known, if one is due."""
+    def trial(self, step: UpcomingStep, best: DraftPlan, name: str, load: int) -> Ask | None:
+        """A trial of a drafter that does not pay, as far as is known, if one is due."""
         cost = self._drafting.get(name)
         if cost is None or not cost.known:
             return None
         if not self._trials.due((name, load)):
             return None
-        may = [i for i, turn in enumerate(step.turns) if name in turn.backlog]
-        turns = [i for i in may if step.turns[i].backlog[name] <= self._longest + 1] or may[:1]
+        may = [i for i, candidate in enumerate(step.candidates) if name in candidate.backlog]
+        candidates = [i for i in may if step.candidates[i].backlog[name] <= self._longest + 1] or may[:1]
         length = min(TRIED, self._longest)
-        loss = self._forecast.asking_seconds(step, name, turns, length)
+        loss = self._forecast.asking_seconds(step, name, candidates, length)
         if not self._trials.affordable(loss) or (self.is_new(name) and loss > self._budget(step)):
             return None
         # Where the drafter may pay as far as is known, and too little is, trials go on; else they get rarer.
         likely = self._planner.would_pay(step, best, name, may, self._acceptance.at_best(name))
         possible = likely or self._planner.would_pay(step, best, name, may, [MOST_LIKELY] * self._longest)
         self._trials.done((name, load), loss if possible else 0.0, rarer=not likely)
-        return (turns, length) if possible else None
+        return Ask(candidates, length) if possible else None
 
-    def lengthened(self, best: Plan, name: str, load: int) -> int:
-        """The length to ask for: now and then one more than pays as far as is known, since of places that are not
-        drafted for nothing more will be known."""
-        turns, length = best.asks[name]
+    def lengthened(self, best: DraftPlan, name: str, load: int) -> int:
+        """The length to ask for: now and then one more than pays as far as is known, since nothing more will be
+        known of positions that are not drafted for."""
+        candidates, length = best.asks[name]
         if length >= self._longest:
             return length
         subject = (f"{name} {length + 1}", load)
         if not self._trials.due(subject):
             return length
-        loss = self._drafting[name].predict(len(turns))
+        loss = self._drafting[name].predict(len(candidates))
         if not self._trials.affordable(loss):
             return length
-        last = sum(best.chances[i][length - 1] for i in turns if len(best.chances[i]) >= length)
+        last = sum(best.chances[i][length - 1] for i in candidates if len(best.chances[i]) >= length)
         possible = last * self._acceptance.at_best(name)[length] > best.goodput * loss
         self._trials.done(subject, loss if possible else 0.0, rarer=True)
         return length + int(possible)
 
-    def pays(self, step: Step, gain: float, count: int, plain_seconds: float) -> bool:
+    def pays(self, step: UpcomingStep, gain: float, count: int, plain_seconds: float) -> bool:
         """Whether drafting is chosen that promises `gain` times plain decoding's goodput with `count` rows more."""
-        subject = (_ROWS, step.decoding.bit_length())
+        subject = (_ROWS, step.load)
         old = self._target.age(step.rows) > PLAIN_EVERY
         if gain >= GAIN:
             self._trials.won(subject)
@@ -155,7 +157,7 @@ class Exploration:
         self._trials.done(subject, loss if possible else 0.0, rarer=True)
         return possible
 
-    def _budget(self, step: Step) -> float:
+    def _budget(self, step: UpcomingStep) -> float:
         """Seconds that new drafters may cost in this step."""
         return self._trials.advance(self._forecast.seconds(step, 0)[0])
 

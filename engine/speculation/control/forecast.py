@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
-from pilotfish.engine.speculation.control.candidates import Step
+from pilotfish.engine.speculation.control.candidates import UpcomingStep
 from pilotfish.engine.speculation.control.cost import RowCost
 from pilotfish.engine.speculation.control.goodput import goodputs
 
@@ -19,7 +19,7 @@ SMOOTHING = 0.05
 class Forecast:
     """Seconds of steps and of the drafts for them, and goodput in tokens per second.
 
-    `target`: passes of the target. `drafting`: by name, passes of the drafters that cost time. Both are the caller's,
+    `target`: passes of the target. `drafting`: by name, passes of the model-based drafters. Both are the caller's,
     who may calibrate them; what is observed here goes into them.
     """
 
@@ -46,7 +46,7 @@ class Forecast:
         """A drafter took so long for passes of so many rows, at least one, over sequences of so many tokens."""
         self._drafting.setdefault(drafter, RowCost()).observe_passes(passes, seconds, context * len(passes))
 
-    def seconds(self, step: Step, drafted: int) -> list[float]:
+    def seconds(self, step: UpcomingStep, drafted: int) -> list[float]:
         """Seconds of the step with 0, 1, ... `drafted` rows of drafts.
 
         Rows of prompts, whose time has to be spent anyhow, count for what more rows cost on top of them, but not
@@ -57,46 +57,46 @@ class Forecast:
             beside -= self._target.predict(step.rows) - self._target.predict(step.decoding)
         return [beside + seconds for seconds in self._target.seconds(step.rows, step.rows + drafted, step.context)]
 
-    def prompt_seconds(self, step: Step, plain: float) -> float:
+    def prompt_seconds(self, step: UpcomingStep, plain: float) -> float:
         """Seconds of the step's prompts, which `seconds` leaves out; without drafts it says `plain`."""
         whole = self._target.predict(step.rows, step.context) * (self._reading if step.rows > step.decoding else 1.0)
         return whole + self._overhead - plain
 
-    def drafting_seconds(self, step: Step) -> float:
-        """Of all the drafts that were asked for."""
+    def drafting_seconds(self, step: UpcomingStep) -> float:
+        """Seconds of all the drafts that were asked for."""
         spent = 0.0
-        for name in sorted({name for turn in step.turns for name in turn.asked}):
-            turns = [i for i, turn in enumerate(step.turns) if name in turn.asked]
-            spent += self.asking_seconds(step, name, turns, max(step.turns[i].asked[name] for i in turns))
+        for name in sorted({name for candidate in step.candidates for name in candidate.asked}):
+            asked = {i: each.asked[name] for i, each in enumerate(step.candidates) if name in each.asked}
+            spent += self.asking_seconds(step, name, list(asked), max(asked.values()))
         return spent
 
-    def asking_seconds(self, step: Step, name: str, turns: Seq[int], length: int) -> float:
-        """Of drafts of such a length for these turns, with all that is to be read before; 0 if nothing is known of the
-        drafter's passes."""
+    def asking_seconds(self, step: UpcomingStep, name: str, candidates: Seq[int], length: int) -> float:
+        """Seconds of drafts of such a length for these candidates, with all that has to be read before; 0 if nothing is
+        known of the drafter's passes."""
         cost = self._drafting.get(name)
         if cost is None or not cost.known:
             return 0.0
-        context = step.context * len(turns) // step.decoding
-        rows = sum(step.turns[i].backlog[name] for i in turns)
-        return cost.predict(rows, context) + (length - 1) * cost.predict(len(turns), context)
+        context = step.context * len(candidates) // step.decoding
+        rows = sum(step.candidates[i].backlog[name] for i in candidates)
+        return cost.predict(rows, context) + (length - 1) * cost.predict(len(candidates), context)
 
-    def row_price(self, step: Step, goodput: float) -> float:
+    def row_price(self, step: UpcomingStep, goodput: float) -> float:
         """Tokens that the seconds of one more row are worth."""
-        more = max(4, len(step.turns))
+        more = max(4, len(step.candidates))
         seconds = self._target.predict(step.rows + more) - self._target.predict(step.rows)
         return CAUTION * goodput * seconds / more
 
-    def plain_goodput(self, step: Step) -> float:
-        """Without drafts."""
+    def plain_goodput(self, step: UpcomingStep) -> float:
+        """Goodput without drafts."""
         return step.decoding / self.seconds(step, 0)[0]
 
-    def goodput(self, step: Step, gained: list[float], drafting: float = 0.0) -> float:
+    def goodput(self, step: UpcomingStep, gained: list[float], drafting: float = 0.0) -> float:
         """The highest there is with some of the drafted tokens that gain so much each, in `drafting` seconds."""
         plain, *more = self.seconds(step, len(gained))
         first = plain + drafting
         seconds = [first, *(first + CAUTION * (taken - plain) for taken in more)]
         return max(goodputs(step.decoding, sorted(gained, reverse=True), seconds))
 
-    def told(self, tokens: float, seconds: float) -> float:
-        """Goodput as it is told outside: the drawing of so many tokens takes time as well."""
+    def reported_goodput(self, tokens: float, seconds: float) -> float:
+        """Goodput as metrics report it: the drawing of so many tokens takes time as well."""
         return tokens / (seconds + tokens * self._drawing) if tokens else 0.0

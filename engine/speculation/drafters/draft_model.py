@@ -24,12 +24,9 @@ from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.model import Model
-from pilotfish.engine.sampling.logit_spans import LogitSpan
-from pilotfish.engine.sampling.processors import process
-from pilotfish.engine.sampling.sampler import draw
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.chain import Chain, confident, knows_no_draft
 from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, DraftRequest, check_vocabulary
+from pilotfish.engine.speculation.drafters.growth import GrowingDraft, Growth
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,35 +102,12 @@ class _Cached:
         return self.committed
 
 
-@dataclass(slots=True)
-class _Drafting:
-    """One sequence's draft while it grows."""
-
-    request: DraftRequest
-    cached: _Cached
-    tokens: list[int] = field(default_factory=list)
-    probs: list[torch.Tensor] = field(default_factory=list)
-    confidences: list[float] = field(default_factory=list)
-    survival: float = 1.0
-    """Product of the confidences."""
-
-    @property
-    def growing(self) -> bool:
-        return len(self.tokens) < self.request.limit and self.survival >= self.request.floor
-
-    def span(self) -> LogitSpan:
-        return LogitSpan(self.request.sequence, tuple(self.tokens), rows=1)
-
-
 class DraftModelDrafter:
-    """`name`: as requests call it; an engine may have several. `keep_probs`: also return the distributions that the
-    tokens were drawn from (rejection verification needs them).
+    """`name`: as requests call it; an engine may have several. `keep_probs` and `sync_free` are as in `Growth`;
+    by default drafts grow sync-free unless the device is the CPU.
 
     At most `max_batch_tokens` rows are caught up in a call: a sequence with a long prompt gets no draft until the draft
     model has read it, chunk by chunk.
-
-    on_device: let drafts grow on the device and look at them once, at the end (see `chain`), where that can be: not
-    with `keep_probs`, nor for penalties. By default so but on the CPU.
     """
 
     def __init__(
@@ -144,23 +118,23 @@ class DraftModelDrafter:
         eos_token_ids: tuple[int, ...],
         max_batch_tokens: int,
         keep_probs: bool = False,
-        on_device: bool | None = None,
+        sync_free: bool | None = None,
     ) -> None:
         self.name = name
         self.passes: tuple[int, ...] = ()
+        if sync_free is None:
+            sync_free = runner.device.type != "cpu"
+        self.growth = Growth(eos_token_ids, keep_probs, sync_free)
         self._runner = runner
         self._pool = pool
-        self._eos_token_ids = eos_token_ids
         self._max_batch_tokens = max_batch_tokens
-        self._keep_probs = keep_probs
-        self._on_device = runner.device.type != "cpu" if on_device is None else on_device
         self._cached: dict[str, _Cached] = {}
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
         asked = {request.sequence.id for request in requests}
-        active: list[_Drafting] = []
         spans: list[Span] = []
         read: list[tuple[_Cached, list[int]]] = []
+        growing: dict[str, GrowingDraft] = {}
         budget = self._max_batch_tokens
         for request in requests:
             cached = self._reserved(request, asked)
@@ -174,32 +148,23 @@ class DraftModelDrafter:
             cached.committed = stop
             read.append((cached, tokens))
             if complete:
-                active.append(_Drafting(request, cached))
-        finished = active
-        passes = []
-        while spans:
-            passes.append(sum(len(span.token_ids) for span in spans))
+                growing[request.sequence.id] = GrowingDraft(request, cached.blocks, start=len(tokens))
+        self.passes = ()
+        if spans:
             logits = self._runner.run(spans)
-            while read:  # in the cache only now
-                cached, tokens = read.pop()
+            for cached, tokens in read:  # in the cache only now
                 cached.blocks.commit(tokens, cached.committed)
-            if self._on_device and not self._keep_probs and all(knows_no_draft(d.request.sequence) for d in active):
-                self._grow(logits, active, passes)
-                break
-            self._draw(logits, active)
-            active = [drafting for drafting in active if drafting.growing]
-            spans = [self._next_span(drafting) for drafting in active]
-        self.passes = tuple(passes)
-        drafts = {
-            drafting.request.sequence.id: Draft(
-                tuple(drafting.tokens),
-                torch.stack(drafting.probs) if drafting.probs else None,
-                self.name,
-                confidences=tuple(drafting.confidences),
-            )
-            for drafting in finished
-        }
-        return [drafts.get(request.sequence.id, NO_DRAFT) for request in requests]
+            later = self.growth.grow(logits, list(growing.values()), self._next_pass)
+            self.passes = (sum(len(span.token_ids) for span in spans), *later)
+        for identity, draft in growing.items():
+            self._cached[identity].drafted = draft.computed
+        return [
+            growing[request.sequence.id].finished(self.name) if request.sequence.id in growing else NO_DRAFT
+            for request in requests
+        ]
+
+    def _next_pass(self, spans: list[Span], kept: torch.Tensor | None, tokens: torch.Tensor | None) -> torch.Tensor:
+        return self._runner.run(spans) if tokens is None else self._runner.run_on_device(spans, tokens)
 
     def backlog(self, sequence: Sequence) -> int:
         """Tokens of the sequence that are not in the draft's cache, the last one at least."""
@@ -236,55 +201,3 @@ class DraftModelDrafter:
             return cached
         self.release(request.sequence)
         return None
-
-    def _draw(self, logits: torch.Tensor, active: list[_Drafting]) -> None:
-        if not active:
-            return
-        spans = [drafting.span() for drafting in active]
-        processed = process(logits, spans, self._eos_token_ids)
-        probs = torch.softmax(processed, dim=-1) if self._keep_probs else None
-        tokens = draw(processed, spans)
-        confidences = _probabilities(processed, tokens)
-        for i, (drafting, token, confidence) in enumerate(zip(active, tokens, confidences, strict=True)):
-            drafting.tokens.append(token)
-            drafting.confidences.append(confidence)
-            drafting.survival *= confidence
-            if probs is not None:
-                drafting.probs.append(
-                    _certain(probs[i], token) if drafting.request.sequence.params.greedy else probs[i]
-                )
-
-    def _grow(self, logits: torch.Tensor, active: list[_Drafting], passes: list[int]) -> None:
-        """All the passes of the drafts whose first tokens' logits these are, without a look at them in between."""
-        chain = Chain([drafting.request for drafting in active])
-        while chain.going:
-            tokens, chances = chain.draw(logits, self._eos_token_ids)
-            on = chain.add(tokens, chances)
-            if not chain.going:
-                break
-            places = [(active[i], len(active[i].request.sequence.tokens) + chain.depth - 1) for i in chain.going]
-            spans = [Span([0], place, drafting.cached.blocks.blocks, logit_rows=1) for drafting, place in places]
-            passes.append(len(spans))
-            logits = self._runner.run_on_device(spans, tokens if on is None else tokens.index_select(0, on))
-        for drafting, (drafted, confidences) in zip(active, chain.read(), strict=True):
-            drafting.cached.drafted = drafted[:-1]
-            count = confident(confidences, drafting.request.floor)
-            drafting.tokens, drafting.confidences = drafted[:count], confidences[:count]
-
-    def _next_span(self, drafting: _Drafting) -> Span:
-        token, cached = drafting.tokens[-1], drafting.cached
-        place = len(drafting.request.sequence.tokens) + len(drafting.tokens) - 1
-        cached.drafted.append(token)
-        return Span([token], place, cached.blocks.blocks, logit_rows=1)
-
-
-def _probabilities(processed: torch.Tensor, tokens: list[int]) -> list[float]:
-    """Of each row's token, under the softmax of (rows, vocab): between 0 and 1."""
-    drawn = processed[torch.arange(len(tokens)), torch.tensor(tokens)].float()
-    chances: list[float] = (drawn - processed.float().logsumexp(dim=-1)).exp().clamp_(0.0, 1.0).tolist()
-    return chances
-
-
-def _certain(probs: torch.Tensor, token: int) -> torch.Tensor:
-    """All probability on `token`, in the shape of `probs`."""
-    return torch.zeros_like(probs).index_fill_(0, torch.tensor([token], device=probs.device), 1.0)

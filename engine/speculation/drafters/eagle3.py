@@ -28,12 +28,10 @@ from pilotfish.engine.models.config import Eagle3Config, ModelConfig
 from pilotfish.engine.models.eagle3 import Eagle3Model
 from pilotfish.engine.models.features import FeatureRows
 from pilotfish.engine.models.model import Model
-from pilotfish.engine.sampling.logit_spans import LogitSpan
-from pilotfish.engine.sampling.processors import process
-from pilotfish.engine.sampling.sampler import argmax, draw
+from pilotfish.engine.sampling.sampler import argmax
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.chain import Chain, confident, knows_no_draft
 from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, DraftRequest, check_vocabulary
+from pilotfish.engine.speculation.drafters.growth import GrowingDraft, Growth
 from pilotfish.engine.weights import eagle3
 from pilotfish.errors import ConfigError
 
@@ -158,8 +156,8 @@ class _Known:
 
 
 class Eagle3Drafter:
-    """`keep_probs`: also return the distributions that tokens were drawn from (rejection verification needs them).
-    `on_device` as in DraftModelDrafter. `span_lengths`: tokens of a sequence in a pass that is captured."""
+    """`keep_probs` and `sync_free` are as in `DraftModelDrafter`. `span_lengths`: tokens of a sequence in a captured
+    pass."""
 
     def __init__(
         self,
@@ -171,22 +169,20 @@ class Eagle3Drafter:
         max_batch_tokens: int,
         span_lengths: tuple[int, ...] = (1,),
         keep_probs: bool = False,
-        on_device: bool | None = None,
+        sync_free: bool | None = None,
     ) -> None:
         self.name = name
         self.feature_layers = feature_layers
-        self._runner = runner
+        self.passes: tuple[int, ...] = ()
+        if sync_free is None:
+            sync_free = runner.device.type != "cpu"
         self._model = model = runner.model
+        self.growth = Growth(eos_token_ids, keep_probs, sync_free, model.config.decoder.vocab_size, model.target_ids)
+        self._runner = runner
         self._pool = pool
-        self._eos_token_ids = eos_token_ids
         self._max_batch_tokens = max_batch_tokens
         self._span_lengths = span_lengths
-        self._keep_probs = keep_probs
-        self._on_device = runner.device.type != "cpu" if on_device is None else on_device
-        ids = model.target_ids
-        self._target_ids: list[int] | None = None if ids is None else ids.tolist()
         self._known: dict[str, _Known] = {}
-        self.passes: tuple[int, ...] = ()
 
     def backlog(self, sequence: Sequence) -> int:
         """Rows that a draft's first pass has to read; 0 where the head knows nothing of the sequence."""
@@ -227,7 +223,7 @@ class Eagle3Drafter:
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
         """One Draft for each of `requests`; none for a sequence whose prompt the head has not read to its end."""
-        active: list[_Drafting] = []
+        growing: dict[str, GrowingDraft] = {}
         spans: list[Span] = []
         features: list[torch.Tensor] = []
         budget = self._max_batch_tokens
@@ -246,108 +242,30 @@ class Eagle3Drafter:
             )
             features += known.take(count)
             if complete:
-                active.append(_Drafting(request, known))
-        passes = [sum(len(span.token_ids) for span in spans)]
+                growing[request.sequence.id] = GrowingDraft(request, known.blocks, start=known.computed)
         self.passes = ()
-        if not spans:
-            return [NO_DRAFT] * len(requests)
-        hidden = self._model.fuse(torch.cat(features) if len(features) > 1 else features[0])
-        drafted = active
-        hidden, logits = self._runner.run(spans, hidden)
-        if self._on_device and not self._keep_probs and all(knows_no_draft(each.request.sequence) for each in active):
-            self._grow(hidden, logits, active, passes)
-            active = []
-        depth = 0
-        while active:
-            going = self._draw(logits, active)
-            depth += 1
-            if not going:
-                break
-            if len(going) < len(active):
-                hidden = hidden[going]
-            active = [active[i] for i in going]
-            passes.append(len(active))
-            spans = [
-                Span([each.tokens[-1]], each.known.computed + depth - 1, each.known.blocks.blocks, 1) for each in active
-            ]
-            hidden, logits = self._runner.run(spans, hidden)
-        self.passes = tuple(passes)
-        drafts = {each.request.sequence.id: each.draft(self.name) for each in drafted}
-        return [drafts.get(request.sequence.id, NO_DRAFT) for request in requests]
+        if spans:
+            fused = self._model.fuse(torch.cat(features) if len(features) > 1 else features[0])
+            hidden, logits = self._runner.run(spans, fused)
+
+            def next_pass(spans: list[Span], kept: torch.Tensor | None, tokens: torch.Tensor | None) -> torch.Tensor:
+                nonlocal hidden
+                hidden, logits = self._runner.run(
+                    spans, hidden if kept is None else hidden.index_select(0, kept), tokens
+                )
+                return logits
+
+            later = self.growth.grow(logits, list(growing.values()), next_pass)
+            self.passes = (sum(len(span.token_ids) for span in spans), *later)
+        return [
+            growing[request.sequence.id].finished(self.name) if request.sequence.id in growing else NO_DRAFT
+            for request in requests
+        ]
 
     def release(self, sequence: Sequence) -> None:
         known = self._known.pop(sequence.id, None)
         if known is not None:
             known.blocks.release()
-
-    def _grow(self, hidden: torch.Tensor, logits: torch.Tensor, active: list[_Drafting], passes: list[int]) -> None:
-        """All later passes of these drafts, without a look at their tokens in between."""
-        chain = Chain([each.request for each in active])
-        while chain.going:
-            tokens, chances = self._draw_on_device(chain, logits, active)
-            on = chain.add(tokens, chances)
-            if not chain.going:
-                break
-            if on is not None:
-                tokens, hidden = tokens.index_select(0, on), hidden.index_select(0, on)
-            growing = [active[i].known for i in chain.going]
-            spans = [Span([0], known.computed + chain.depth - 1, known.blocks.blocks, 1) for known in growing]
-            passes.append(len(spans))
-            hidden, logits = self._runner.run(spans, hidden, tokens)
-        for each, (drafted, confidences) in zip(active, chain.read(), strict=True):
-            count = confident(confidences, each.request.floor)
-            each.tokens, each.confidences = drafted[:count], confidences[:count]
-
-    def _draw_on_device(
-        self, chain: Chain, logits: torch.Tensor, active: list[_Drafting]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not all(active[i].plain for i in chain.going):
-            return chain.draw(self._whole(logits), self._eos_token_ids)
-        columns = logits.argmax(1)
-        tops = logits.gather(1, columns.unsqueeze(1)).squeeze(1)
-        chances = (tops - torch.logsumexp(logits.float(), dim=1)).exp()
-        ids = self._model.target_ids
-        return columns if ids is None else ids.index_select(0, columns), chances
-
-    def _draw(self, logits: torch.Tensor, active: list[_Drafting]) -> list[int]:
-        """Append a token to each draft; returns which of them go on."""
-        if not self._keep_probs and all(each.plain for each in active):
-            columns = argmax(logits)
-            tokens = columns if self._target_ids is None else [self._target_ids[column] for column in columns]
-            tops = logits[range(len(columns)), columns]
-            confidences = (tops - torch.logsumexp(logits.float(), dim=1)).exp().tolist()
-        else:
-            tokens, confidences = self._draw_processed(logits, active)
-        going = []
-        for i, (each, token, confidence) in enumerate(zip(active, tokens, confidences, strict=True)):
-            each.tokens.append(token)
-            each.confidences.append(confidence)
-            each.chance *= confidence
-            if len(each.tokens) < each.request.limit and each.chance >= each.request.floor:
-                going.append(i)
-        return going
-
-    def _draw_processed(self, logits: torch.Tensor, active: list[_Drafting]) -> tuple[list[int], list[float]]:
-        """As the target will draw: its processors, and the noise of each place."""
-        logits = self._whole(logits)
-        spans = [LogitSpan(each.request.sequence, tuple(each.tokens), rows=1) for each in active]
-        processed = process(logits, spans, self._eos_token_ids)
-        tokens = draw(processed, spans)
-        probs = torch.softmax(processed.float(), dim=-1)
-        if self._keep_probs:
-            for each, row, token in zip(active, probs, tokens, strict=True):
-                if each.request.sequence.params.greedy:
-                    row = torch.zeros_like(row)
-                    row[token] = 1.0
-                each.probs.append(row)
-        return tokens, probs[range(len(tokens)), tokens].tolist()
-
-    def _whole(self, logits: torch.Tensor) -> torch.Tensor:
-        """Over the target's vocabulary: (rows, vocab), -inf for tokens that the head cannot say."""
-        if self._model.target_ids is None:
-            return logits
-        whole = logits.new_full((len(logits), self._model.config.decoder.vocab_size), float("-inf"))
-        return whole.index_copy_(1, self._model.target_ids, logits)
 
     def _reserve(self, known: _Known, rows: int) -> bool:
         return known.rows_pending > 0 and known.blocks.reserve(rows)
@@ -356,35 +274,3 @@ class Eagle3Drafter:
         """Begin anew at position `first`."""
         known.blocks.release()
         known.first, known.computed, known.pending, known.rows_pending = first, 0, deque(), 0
-
-
-@dataclass(slots=True)
-class _Drafting:
-    """One sequence's draft while it grows."""
-
-    request: DraftRequest
-    known: _Known
-    tokens: list[int] = field(default_factory=list)
-    confidences: list[float] = field(default_factory=list)
-    chance: float = 1.0
-    """That all of them are right."""
-    probs: list[torch.Tensor] = field(default_factory=list)
-
-    @property
-    def plain(self) -> bool:
-        """Whether the likeliest token of the raw logits is what the target will look for."""
-        params = self.request.sequence.params
-        return (
-            params.greedy
-            and not params.logit_bias
-            and params.repetition_penalty == 1.0
-            and params.presence_penalty == params.frequency_penalty == 0.0
-        )
-
-    def draft(self, name: str) -> Draft:
-        return Draft(
-            tuple(self.tokens),
-            torch.stack(self.probs) if self.probs else None,
-            name,
-            confidences=tuple(self.confidences),
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import torch
 
@@ -16,8 +17,16 @@ FEW = 16
 """Rows of a sequence that are kept together with the whole pass's. Of a pass with more of one, which is a prompt's,
 each sequence's are copied: else whoever keeps a few would keep the prompt's as well."""
 
-Kept = tuple[Sequence, int, int, int]
-"""A sequence, the position from which on a pass has computed it, and which of the pass's rows stay: from, to."""
+
+class KeptRows(NamedTuple):
+    """The rows of a pass that stay in a sequence."""
+
+    sequence: Sequence
+    start: int
+    """The sequence's position of the first of them."""
+    first: int
+    """The rows are [first, stop) of the pass."""
+    stop: int
 
 
 class FeatureRouter:
@@ -28,24 +37,25 @@ class FeatureRouter:
         self.layers: tuple[int, ...] = tuple(
             dict.fromkeys(layer for reader in self._readers for layer in reader.feature_layers)
         )
-        """What the target's tap has to take, each layer once."""
+        """The layers that the target's tap has to take, each once."""
 
     def tap(self) -> FeatureTap | None:
         """For the target's next pass."""
         return FeatureTap(self.layers) if self.layers else None
 
-    def hand_on(self, features: torch.Tensor, kept: Iterable[Kept]) -> None:
-        """`features`: the tap's, (rows, len(layers) * hidden_size), which are not written to any more."""
+    def publish(self, features: torch.Tensor, kept: Iterable[KeptRows]) -> None:
+        """Give each reader its columns of the tap's features, (rows, len(layers) * hidden_size), which are not written
+        to any more."""
         names = {reader.name for reader in self._readers}
-        read = [each for each in kept if not names.isdisjoint(each[0].drafters)]
+        read = [each for each in kept if not names.isdisjoint(each.sequence.drafters)]
         cut: dict[tuple[int, ...], list[FeatureRows]] = {}
         for reader in self._readers:
             layers = reader.feature_layers
             if layers not in cut:
                 cut[layers] = _cut(self._columns(layers, features), read)
-            for (sequence, start, _, _), rows in zip(read, cut[layers], strict=True):
-                if reader.name in sequence.drafters:
-                    reader.observe_features(sequence, start, rows)
+            for each, rows in zip(read, cut[layers], strict=True):
+                if reader.name in each.sequence.drafters:
+                    reader.observe_features(each.sequence, each.start, rows)
 
     def _columns(self, layers: tuple[int, ...], features: torch.Tensor) -> torch.Tensor:
         """(rows, len(layers) * hidden_size), copied only where these layers are not all."""
@@ -55,7 +65,7 @@ class FeatureRouter:
         return torch.cat([by_layer[layer] for layer in layers], dim=1)
 
 
-def _cut(features: torch.Tensor, kept: Seq[Kept]) -> list[FeatureRows]:
-    if all(stop - first <= FEW for _, _, first, stop in kept):
-        return [FeatureRows(features, first, stop) for _, _, first, stop in kept]
-    return [FeatureRows(features[first:stop].clone(), 0, stop - first) for _, _, first, stop in kept]
+def _cut(features: torch.Tensor, kept: Seq[KeptRows]) -> list[FeatureRows]:
+    if all(each.stop - each.first <= FEW for each in kept):
+        return [FeatureRows(features, each.first, each.stop) for each in kept]
+    return [FeatureRows(features[each.first : each.stop].clone(), 0, each.stop - each.first) for each in kept]

@@ -20,8 +20,8 @@ from pilotfish.engine.execution.buckets import FREE_ROWS, WASTE, Bucket, batch_s
 from pilotfish.engine.execution.graphs import CudaGraphs, EagerGraphs, GraphPlan, Replay
 from pilotfish.engine.layers.communicator import Alone
 from pilotfish.engine.llm import LLM
-from pilotfish.engine.process.messages import StepStats
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest
+from pilotfish.engine.stats import StepStats
 from tests.support.texts import GREEDY, PARAMS, SAMPLED, portfolio, prompts, texts
 
 
@@ -189,7 +189,7 @@ def test_drafts_that_grow_on_the_device_are_the_same(
     wanted = make(drafter=portfolio(draft, head)).generate(prompts(7), PARAMS[name], speculation=drafter)
     llm = make(Poisoned() if graphs else None, drafter=portfolio(draft, head))
     asked = llm.core._engine.speculator.model_drafters[drafter]
-    asked._on_device = True
+    asked.growth.sync_free = True
     got = llm.generate(prompts(7), PARAMS[name], speculation=drafter)
     assert texts(got) == texts(wanted)
     for one, other in zip(got, wanted, strict=True):
@@ -202,7 +202,7 @@ def test_a_draft_on_the_device_ends_where_its_confidence_does(
     make: Callable[..., LLM], draft: Path, head: Path
 ) -> None:
     drafts = {}
-    for on_device in (False, True):
+    for sync_free in (False, True):
         llm = make(drafter=portfolio(draft, head))
         core = llm.core
         for request in llm.requests(prompts(5), SAMPLED, speculation="eagle3"):
@@ -210,11 +210,11 @@ def test_a_draft_on_the_device_ends_where_its_confidence_does(
         for _ in range(3):
             core.step()
         for drafter in core._engine.speculator.model_drafters.values():
-            drafter._on_device = on_device
+            drafter.growth.sync_free = sync_free
             floors = zip(core._scheduler.decoding(), (0.5, 0.1, 1e-2, 1e-3, 0.0), strict=True)
             requests = [DraftRequest(sequence, 8, floor) for sequence, floor in floors]
             with torch.inference_mode():
-                drafts[drafter.name, on_device] = drafter.propose(requests)
+                drafts[drafter.name, sync_free] = drafter.propose(requests)
     for name in ("draft-model", "eagle3"):
         for one, other in zip(drafts[name, True], drafts[name, False], strict=True):
             assert one.tokens == other.tokens

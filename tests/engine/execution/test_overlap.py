@@ -7,20 +7,22 @@ import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 import torch
 
-from pilotfish.engine.core import EngineCore
+from pilotfish.engine.core import EngineCore, FinishedStep
 from pilotfish.engine.execution.batch import Span, pack
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.models.features import FeatureTap
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.process import main as process
-from pilotfish.engine.process.messages import Abort, FromEngine, Outputs, Shutdown, StepStats, Submit, ToEngine
+from pilotfish.engine.process.messages import Abort, FromEngine, Outputs, Shutdown, Submit, ToEngine
 from pilotfish.engine.request import Delta, EngineInfo, Request
+from pilotfish.engine.stats import StepStats
 from tests.support.texts import GREEDY, PARAMS, portfolio, prompts, texts
 
 
@@ -32,7 +34,8 @@ class Device:
         self._runner = engine.runner
         self._pending: Callable[[], object] | None = None
         core._engine = dataclasses.replace(engine, runner=self, verifier=Waits(self, engine.verifier))
-        core._timer = Waits(self, core._timer)
+        new_timer = core._new_timer
+        core._new_timer = lambda: Waits(self, new_timer())
         core.asynchronous = True
 
     def run(self, spans: list[Span], tap: FeatureTap | None = None) -> torch.Tensor:
@@ -116,21 +119,21 @@ def test_the_same_text_and_every_request_ends_once(seed: int, adaptive: bool, ma
                 aborted.add(request_id)
             core.abort(request_id)
 
-    unsettled = False
+    finished: FinishedStep | None = None
     while waiting or core.has_work():
         come_and_go()
-        core.launch()
+        step = core.launch()
         come_and_go()
-        if unsettled:
-            stats.append(core.settle())
+        if finished is not None:
+            stats.append(core.settle(finished))
         come_and_go()
-        for delta in core.finish():
+        finished = core.finish(step)
+        for delta in finished.deltas:
             assert not ends[delta.request_id], "a delta behind the last one"
             got[delta.request_id] += delta.token_ids
             if delta.finish_reason:
                 ends[delta.request_id].append(delta.finish_reason)
-        unsettled = True
-    stats.append(core.settle())
+    stats.append(core.settle(finished))
     assert device._pending is None
     assert all(len(reasons) == 1 for reasons in ends.values())
     assert len(ends) == 16
@@ -189,12 +192,12 @@ class Script:
     def launch(self) -> None:
         self.happened.append("launch")
 
-    def finish(self) -> list[Delta]:
+    def finish(self, step: None) -> SimpleNamespace:
         self._steps -= 1
         self.happened.append("finish")
-        return [Delta(request_id=str(self._steps))]
+        return SimpleNamespace(deltas=[Delta(request_id=str(self._steps))])
 
-    def settle(self) -> StepStats:
+    def settle(self, step: SimpleNamespace) -> StepStats:
         self.happened.append("settle")
         return StepStats(
             running=1,

@@ -20,8 +20,8 @@ import pytest
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.process.client import AsyncEngine
-from pilotfish.engine.process.messages import StepStats
 from pilotfish.engine.request import Delta, Request
+from pilotfish.engine.stats import StepStats
 from pilotfish.errors import ConfigError, EngineDeadError, EngineNotReadyError, ParameterError
 from tests.support.fake_engine import EXIT, FAIL
 from tests.support.paths import SUPPORT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pilotfish.engine.speculation.control.candidates import Choice, Step, Turn
+from pilotfish.engine.speculation.control.candidates import Candidate, Choice, UpcomingStep
 from pilotfish.engine.speculation.control.trials import FIRST_RETRY
 from pilotfish.engine.speculation.drafters.drafter import Draft
 from tests.support.worlds import (
@@ -176,8 +176,8 @@ def test_one_request_may_draft_where_another_does_not() -> None:
     sequences = [world.sequence() for _ in range(2)]
     for _ in range(200):
         world.step(sequences)
-    turns = [Turn(sequence, LONGEST, [Draft((1,) * LONGEST, drafter="d")]) for sequence in sequences]
-    chosen = world.controller.choose(Step(2, 2, turns)).drafts
+    candidates = [Candidate(sequence, LONGEST, [Draft((1,) * LONGEST, drafter="d")]) for sequence in sequences]
+    chosen = world.controller.choose(UpcomingStep(2, 2, candidates)).drafts
     assert len(chosen[sequences[0]].tokens) >= 4
     assert sequences[1] not in chosen
 
@@ -194,7 +194,7 @@ def test_each_request_of_a_batch_gets_what_suits_it() -> None:
     drafted: list[dict[str, int]] = [{} for _ in may]
     choose = world.controller.choose
 
-    def watched(step: Step) -> Choice:
+    def watched(step: UpcomingStep) -> Choice:
         choice = choose(step)
         for i, sequence in enumerate(sequences):
             draft = choice.drafts.get(sequence, Draft())
@@ -224,8 +224,8 @@ def test_a_prompt_in_the_step_does_not_make_drafts_cheap() -> None:
         world.step(sequences)
     chosen = []
     for prompt_rows in (0, 100):
-        turns = [Turn(sequence, LONGEST, [Draft((1,) * LONGEST, drafter="d")]) for sequence in sequences]
-        step = Step(4 + prompt_rows, 4, turns)
+        candidates = [Candidate(sequence, LONGEST, [Draft((1,) * LONGEST, drafter="d")]) for sequence in sequences]
+        step = UpcomingStep(4 + prompt_rows, 4, candidates)
         choice = world.controller.choose(step)
         chosen.append(sum(len(draft.tokens) for draft in choice.drafts.values()))
         seconds = 4e-3 + 2e-3 * step.rows
@@ -248,7 +248,7 @@ def test_prompts_do_not_make_rows_cheap() -> None:
     target = world.controller.target
     for rows in (16, 32, 64):
         assert target.predict(rows) / target.predict(8) == pytest.approx(verifying(rows) / verifying(8), rel=0.1)
-    choice = world.controller.choose(Step(108, 8, []))
+    choice = world.controller.choose(UpcomingStep(108, 8, []))
     assert choice.plain == pytest.approx(8 / (0.5 * verifying(108)), rel=0.15)
 
 
@@ -260,8 +260,8 @@ def test_long_contexts_make_drafts_worth_more() -> None:
         world.step(sequences)
     lengths = []
     for context in (0, 10**6):
-        turns = [Turn(sequence, LONGEST, [Draft((1,) * LONGEST, drafter="d")]) for sequence in sequences]
-        choice = world.controller.choose(Step(4, 4, turns, context))
+        candidates = [Candidate(sequence, LONGEST, [Draft((1,) * LONGEST, drafter="d")]) for sequence in sequences]
+        choice = world.controller.choose(UpcomingStep(4, 4, candidates, context))
         lengths.append(sum(len(draft.tokens) for draft in choice.drafts.values()))
     assert lengths[1] > 2 * lengths[0]
 

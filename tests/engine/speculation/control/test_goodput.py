@@ -13,12 +13,12 @@ from pilotfish.engine.speculation.control.goodput import gains, goodputs, worth
 LONGEST = 8
 
 
-def random_chances(seed: int, turns: int) -> list[list[float]]:
+def random_chances(seed: int, candidates: int) -> list[list[float]]:
     """As of drafts: each the product of probabilities."""
     source = random.Random(seed)
     return [
         list(accumulate((source.uniform(0.1, 1.0) for _ in range(LONGEST)), lambda alive, each: alive * each))
-        for _ in range(turns)
+        for _ in range(candidates)
     ]
 
 

@@ -14,7 +14,7 @@ from pilotfish.engine.models.features import FeatureRows
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import Request
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.feature_router import FEW, FeatureRouter
+from pilotfish.engine.speculation.drafters.feature_router import FEW, FeatureRouter, KeptRows
 from pilotfish.engine.speculation.drafters.ngram import NgramDrafter
 
 HIDDEN = 4
@@ -54,8 +54,8 @@ def test_every_reader_gets_its_layers_of_the_rows_that_stay(prompt: int) -> None
     rows = 5 + prompt
     hidden = {layer: torch.randn(rows, HIDDEN) for layer in range(7)}
     all_of_them, none, one = sequence("x", "a", "b", "c"), sequence("y", "ngram"), sequence("z", "ngram", "c")
-    kept = [(all_of_them, 10, 0, 2), (none, 4, 2, 3), (one, 7, 3, rows)]
-    router.hand_on(taken(router, hidden), kept)
+    kept = [KeptRows(all_of_them, 10, 0, 2), KeptRows(none, 4, 2, 3), KeptRows(one, 7, 3, rows)]
+    router.publish(taken(router, hidden), kept)
     for reader in readers:
         whole = torch.cat([hidden[layer] for layer in reader.feature_layers], dim=1)
         expected = [("x", 10, whole[0:2])] if reader.name != "c" else [("x", 10, whole[0:2]), ("z", 7, whole[3:rows])]
@@ -68,7 +68,8 @@ def test_every_reader_gets_its_layers_of_the_rows_that_stay(prompt: int) -> None
 def test_whoever_keeps_a_few_rows_does_not_keep_a_prompt() -> None:
     router = FeatureRouter([reader := Reader("a", (0, 1))])
     hidden = {layer: torch.randn(500, HIDDEN) for layer in range(2)}
-    router.hand_on(taken(router, hidden), [(sequence("x", "a"), 0, 0, 498), (sequence("y", "a"), 9, 498, 500)])
+    kept = [KeptRows(sequence("x", "a"), 0, 0, 498), KeptRows(sequence("y", "a"), 9, 498, 500)]
+    router.publish(taken(router, hidden), kept)
     assert [len(features.features) for _, _, features in reader.seen] == [498, 2]
 
 
