@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import msgspec
 
+from pilotfish.engine.config import EngineConfig
 from pilotfish.server.cli.table import aligned
 from pilotfish.tools.planner.devices import find_device
 from pilotfish.tools.planner.plan import acceptance_at, predict
-from pilotfish.tools.planner.settings import PlanSettings
 from pilotfish.tools.planner.setup import PlannedDraft, Setup, make_setup
 from pilotfish.tools.planner.speculation import acceptance_for
 
@@ -55,7 +55,7 @@ def main() -> None:
     for figures in FIGURES:
         print(f"## {figures.model.rpartition('/')[2]}: {figures.vanilla:g} tokens per second published\n")
         for gpu, ranks in figures.set_ups:
-            settings = PlanSettings(model=figures.model, drafter=DRAFTS, tensor_parallel_size=ranks)
+            settings = EngineConfig(model=figures.model, drafter=DRAFTS, tensor_parallel_size=ranks)
             explain(make_setup(settings, find_device(gpu)), figures)
         for quantization in ("none", "fp8"):
             serial(figures, quantization)
@@ -108,7 +108,7 @@ def beyond(setup: Setup, draft: PlannedDraft, figures: Figures) -> None:
 
 def serial(figures: Figures, quantization: str) -> None:
     """The layers spread over the GPUs, one working at a time: every weight is read by one GPU's bandwidth."""
-    settings = msgspec.convert({"model": figures.model, "quantization": quantization}, PlanSettings)
+    settings = msgspec.convert({"model": figures.model, "quantization": quantization}, EngineConfig)
     step = predict(make_setup(settings, find_device("h100")), None, 1, CONTEXT, 0, None).step
     dtype = "fp8" if quantization == "fp8" else "bfloat16"
     print(f"h100s that work one after the other, {dtype}: {1 / step.total:.1f} tokens per second predicted")

@@ -17,12 +17,18 @@ from pilotfish.server.cli.command import Command, positive, positives
 from pilotfish.server.cli.settings import add_flags, load, read_yaml
 from pilotfish.server.cli.table import aligned
 from pilotfish.server.config import ServerConfig
-from pilotfish.tools.planner.settings import PlanSettings
 
 if TYPE_CHECKING:
     from pilotfish.tools.planner.plan import Plan, Prediction
 
 CONTEXT, BATCHES, LENGTHS = 2048, (1, 8, 32), (1, 2, 4, 8)
+PLANNED = [
+    *("model", "dtype", "quantization", "tensor_parallel_size", "draft_tensor_parallel_size", "enforce_eager"),
+    *("cuda_graph_memory", "max_model_len", "max_num_seqs", "max_batch_tokens", "kv_cache_dtype", "kv_cache_memory"),
+    *("kv_cache_share", "drafter", "num_draft_tokens"),
+]
+"""The engine's settings that a plan depends on."""
+NOT_PLANNED = frozenset(EngineConfig.__struct_fields__) - set(PLANNED)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,13 +68,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw the predictions into a .png, .svg or .pdf file")
-    add_flags(parser, PlanSettings, "settings")
+    add_flags(parser, EngineConfig, "settings", omit=NOT_PLANNED)
 
 
 def _run(options: dict[str, Any]) -> int:
     if options["plot"] and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("plot needs matplotlib: install it with pip install 'pilotfish[bench]'")
-    settings = read_plan_settings(options)
+    settings = planned_config(options)
     from pilotfish.tools.planner.devices import find_device
     from pilotfish.tools.planner.plan import make_plan
     from pilotfish.tools.planner.setup import make_setup
@@ -96,13 +102,11 @@ def _run(options: dict[str, Any]) -> int:
     return 0 if made.fits else 1
 
 
-def read_plan_settings(options: dict[str, Any]) -> PlanSettings:
-    """What a plan depends on, from the file of `--config` and the flags. Raises ConfigError."""
+def planned_config(options: dict[str, Any]) -> EngineConfig:
+    """Make the engine's config of the file of --config and of flags, which win over it. Raises ConfigError."""
     path = options.get("config")
-    content = read_yaml(str(path), (EngineConfig, ServerConfig, PlanSettings)) if path else {}
-    # The rest of the file is checked as serve would, but for what only planning knows.
-    load(EngineConfig, content)
-    return load(PlanSettings, content, options).check()
+    content = read_yaml(str(path), (EngineConfig, ServerConfig)) if path else {}
+    return load(EngineConfig, content, options).check()
 
 
 def report(plan: Plan) -> list[str]:

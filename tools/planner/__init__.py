@@ -1,7 +1,7 @@
-"""What a set-up needs and how fast it can be, before it is rented: shapes, bytes and seconds. No torch, no files of
+"""The planner: the memory and speed of a setup before it is rented, from shapes, bytes and rates alone. No torch, no
 weights, no HTTP.
 
-`settings` says what is planned, `published` and `models` which shapes that is, `devices` what it runs on, `memory` what
-fits, `roofline` and `speculation` how long a step takes and what drafting makes of it, `plan` puts them together.
-Assumptions and their limits: docs/planning.md.
+`published`, `models` and `heads` have the shapes, `devices` the hardware, `setup` both together. `memory` computes what
+fits, `roofline` the time of a step, `speculation` the effect of drafting; `plan` combines them. Assumptions and their
+limits: docs/planning.md.
 """

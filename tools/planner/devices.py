@@ -1,8 +1,8 @@
-"""Device: what one GPU, or a machine's CPU, can do per second and hold; and those that are known by name.
+"""Device: the rates and the memory of one GPU, or of a machine's CPU; and the devices that are known by name.
 
-Published peaks come from the makers' data sheets, and nothing reaches them: `bandwidth_share` and `flops_share` say how
-much of them the planner counts with. A measured device (benchmarks/measure_device.py writes one) has shares of 1 and a
-rate for each number of rows instead. A JSON file with these fields is a device, too.
+Published peaks come from the makers' data sheets, and no kernel reaches them: `bandwidth_share` and `flops_share` say
+how much of them the planner expects. A measured device (benchmarks/measure_device.py writes one) has shares of 1 and a
+rate for each number of rows instead. A JSON file with these fields describes a device, too.
 """
 
 from __future__ import annotations
@@ -22,45 +22,45 @@ GIGA, TERA, MIB = 1e9, 1e12, 2**20
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: str
     source: str
-    """Where the figures come from."""
+    """The origin of the figures."""
     memory: int
     """Bytes, as the driver reports them."""
     bandwidth: float
-    """Of that memory, bytes per second, for reading."""
+    """Bytes per second at which that memory is read."""
     flops: dict[str, float]
-    """Per second, dense, by the dtype of the operands; one that is missing is computed in 16 bits or refused."""
+    """Dense FLOP per second, by the dtype of the operands; one that is missing is computed in 16 bits or refused."""
     link_bandwidth: float = 0.0
-    """To the other GPUs, bytes per second in one direction; 0: there are none."""
+    """Bytes per second to the other GPUs, in one direction; 0: there are none."""
     link_latency: float = 0.0
-    """Of a message over that link, seconds."""
+    """Seconds of latency of a message over that link."""
     bandwidth_share: float = 1.0
-    """What a kernel reaches of `bandwidth` when it streams weights."""
+    """The share of `bandwidth` that a kernel reaches when it streams weights."""
     flops_share: float = 1.0
-    """What it reaches of `flops` on large matrices."""
+    """The share of `flops` that a kernel reaches on large matrices."""
     link_share: float = 1.0
-    """What a large all-reduce reaches of `link_bandwidth`."""
+    """The share of `link_bandwidth` that a large all-reduce reaches."""
     flops_by_rows: dict[int, float] = {}
     """Measured matrix rate at so many rows, weights streamed from memory; empty: `flops` at any number."""
     attention_flops: float = 0.0
     """Measured rate of attention over cached keys; 0: as matrices."""
     kernel_seconds: float = 0.0
-    """What a kernel costs besides its arithmetic, one after the other: launch or replay, and its first bytes."""
+    """Seconds of overhead for each kernel in a row: launch or replay, and its first bytes."""
     row_bandwidth: float = 0.0
-    """Bytes per second of the row-by-row operators (norms, rotations, activations); 0: `bandwidth`."""
+    """Bytes per second of row-wise operators (norms, rotations, activations); 0: `bandwidth`."""
     step_seconds: float = 0.0
-    """The engine's own work in a step: plan, tensors in, tokens out, commit."""
+    """Seconds of the engine's own work in a step: plan, tensors in, tokens out, commit."""
     sequence_seconds: float = 0.0
-    """The same for each sequence of the step, on top."""
+    """Seconds of the engine's own work for each sequence of a step, on top."""
     logit_seconds: float = 0.0
-    """Drawing a token from a row of logits, for each entry of the vocabulary."""
+    """Seconds for drawing a token from a row of logits, for each entry of the vocabulary."""
     draft_seconds: float = 0.0
-    """The engine's own work in a pass of a draft model."""
+    """Seconds of the engine's own work in a pass of a draft model."""
     reserved: int = 0
-    """Bytes of the device that models cannot have: context, libraries' workspaces, communication buffers."""
+    """Bytes that models cannot use: context, libraries' workspaces, communication buffers."""
     graphs: bool = True
-    """Passes run as CUDA graphs, which take memory."""
+    """Whether passes run as CUDA graphs, which take memory."""
     threads: int = 0
-    """Of a CPU: how many it was measured with; 0 for a GPU."""
+    """CPU threads that it was measured with; 0 for a GPU."""
 
     def check(self) -> Device:
         """Return self, or raise ConfigError for figures that cannot be."""
@@ -87,7 +87,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def _between(measured: dict[int, float], rows: int) -> float:
-    """The rate at `rows`: seconds lie on lines between those measured, and beyond the last the rate stays its."""
+    """Interpolate the rate at `rows`, linearly in seconds; beyond the last measured count the rate stays the same."""
     counts = sorted(measured)
     if rows <= counts[0]:
         return measured[counts[0]] * rows / counts[0]  # a pass takes as long as that of the fewest rows
@@ -99,24 +99,23 @@ def _between(measured: dict[int, float], rows: int) -> float:
     return measured[counts[-1]]
 
 
-def _gpu(
-    name: str,
-    source: str,
-    mib: int,
-    terabytes: float,
-    teraflops: dict[str, float],
-    link_gigabytes: float,
-    link_latency: float,
-) -> Device:
-    """A GPU by its data sheet. The shares and overheads are the planner's assumptions, alike for all."""
+NVLINK, PCIE = 2e-6, 5e-6
+"""Seconds of latency of a message."""
+
+
+def _gpu(name: str, source: str, mib: int, terabytes: float, link: tuple[float, float], **teraflops: float) -> Device:
+    """A GPU by its data sheet. The shares and overheads are the planner's assumptions, the same for all.
+
+    terabytes: of memory bandwidth, per second; link: gigabytes per second in one direction, and its latency.
+    """
     return Device(
         name=name,
         source=source,
         memory=mib * MIB,
         bandwidth=terabytes * TERA,
         flops={dtype: rate * TERA for dtype, rate in teraflops.items()},
-        link_bandwidth=link_gigabytes * GIGA,
-        link_latency=link_latency,
+        link_bandwidth=link[0] * GIGA,
+        link_latency=link[1],
         bandwidth_share=0.8,
         flops_share=0.7,
         link_share=0.8,
@@ -128,81 +127,30 @@ def _gpu(
     )
 
 
-NVLINK, PCIE = 2e-6, 5e-6
+_HOPPER = {"fp8": 1979, "bfloat16": 989, "float16": 989, "float32": 67}
+_BLACKWELL = {"fp8": 4500, "bfloat16": 2250, "float16": 2250, "float32": 75}
+_AMPERE = {"bfloat16": 312, "float16": 312, "float32": 19.5}
+_L40S = {"fp8": 733, "bfloat16": 362, "float16": 362, "float32": 91.6}
+_L4 = {"fp8": 242, "bfloat16": 121, "float16": 121, "float32": 30.3}
+_RTX4090 = {"fp8": 330.3, "bfloat16": 165.2, "float16": 165.2, "float32": 82.6}
 
 DEVICES = {
     device.name: device
     for device in (
-        _gpu(
-            "b200",
-            "NVIDIA HGX B200 data sheet",
-            183359,
-            8.0,
-            {"fp8": 4500, "bfloat16": 2250, "float16": 2250, "float32": 75},
-            900,
-            NVLINK,
-        ),
-        _gpu(
-            "h200",
-            "NVIDIA H200 SXM data sheet",
-            143771,
-            4.8,
-            {"fp8": 1979, "bfloat16": 989, "float16": 989, "float32": 67},
-            450,
-            NVLINK,
-        ),
-        _gpu(
-            "h100",
-            "NVIDIA H100 SXM5 80 GB data sheet",
-            81559,
-            3.35,
-            {"fp8": 1979, "bfloat16": 989, "float16": 989, "float32": 67},
-            450,
-            NVLINK,
-        ),
-        _gpu(
-            "a100",
-            "NVIDIA A100 SXM4 80 GB data sheet",
-            81920,
-            2.039,
-            {"bfloat16": 312, "float16": 312, "float32": 19.5},
-            300,
-            NVLINK,
-        ),
-        _gpu(
-            "l40s",
-            "NVIDIA L40S data sheet; PCIe 4.0 x16",
-            46068,
-            0.864,
-            {"fp8": 733, "bfloat16": 362, "float16": 362, "float32": 91.6},
-            32,
-            PCIE,
-        ),
-        _gpu(
-            "l4",
-            "NVIDIA L4 data sheet; PCIe 4.0 x16",
-            23034,
-            0.3,
-            {"fp8": 242, "bfloat16": 121, "float16": 121, "float32": 30.3},
-            32,
-            PCIE,
-        ),
-        _gpu(
-            "rtx4090",
-            "NVIDIA Ada GPU architecture paper; PCIe 4.0 x16",
-            24564,
-            1.008,
-            {"fp8": 330.3, "bfloat16": 165.2, "float16": 165.2, "float32": 82.6},
-            32,
-            PCIE,
-        ),
+        _gpu("b200", "NVIDIA HGX B200 data sheet", 183359, 8.0, (900, NVLINK), **_BLACKWELL),
+        _gpu("h200", "NVIDIA H200 SXM data sheet", 143771, 4.8, (450, NVLINK), **_HOPPER),
+        _gpu("h100", "NVIDIA H100 SXM5 80 GB data sheet", 81559, 3.35, (450, NVLINK), **_HOPPER),
+        _gpu("a100", "NVIDIA A100 SXM4 80 GB data sheet", 81920, 2.039, (300, NVLINK), **_AMPERE),
+        _gpu("l40s", "NVIDIA L40S data sheet; PCIe 4.0 x16", 46068, 0.864, (32, PCIE), **_L40S),
+        _gpu("l4", "NVIDIA L4 data sheet; PCIe 4.0 x16", 23034, 0.3, (32, PCIE), **_L4),
+        _gpu("rtx4090", "NVIDIA Ada GPU architecture paper; PCIe 4.0 x16", 24564, 1.008, (32, PCIE), **_RTX4090),
     )
 }
 CPU = "cpu"
 
 
 def find_device(name: str) -> Device:
-    """A device by name ("h100", "cpu") or from a JSON file. Raises ConfigError for one that is not known."""
+    """Return a device by name ("h100", "cpu") or from a JSON file. Raises ConfigError for an unknown one."""
     if name.lower() in DEVICES:
         return DEVICES[name.lower()]
     if name.lower() == CPU:

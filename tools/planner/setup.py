@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.models.layout import MAX_RANKS, what_does_not_divide
 from pilotfish.engine.speculation.drafters.registry import lookup_names
 from pilotfish.errors import ConfigError
 from pilotfish.tools.planner.devices import Device
 from pilotfish.tools.planner.heads import PlannedHead, find_head, read_head
 from pilotfish.tools.planner.models import PlannedModel, read_shape
-from pilotfish.tools.planner.settings import PlanSettings
 
 Kind = Literal["lookup", "draft model", "EAGLE-3 head"]
 
@@ -34,7 +34,7 @@ class PlannedDraft:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    settings: PlanSettings
+    settings: EngineConfig
     device: Device
     target: PlannedModel
     drafts: tuple[PlannedDraft, ...]
@@ -76,7 +76,7 @@ class Setup:
         return replace(self, target=_in_fp8(self.target), drafts=drafts)
 
 
-def make_setup(settings: PlanSettings, device: Device, draft_ranks: int = 1) -> Setup:
+def make_setup(settings: EngineConfig, device: Device, draft_ranks: int = 1) -> Setup:
     """Raises ConfigError for what cannot work on this device, ModelError for a model whose shape is not to be had."""
     notes: list[str] = []
     target = _planned(settings.model, settings.model, settings, device, notes)
@@ -157,7 +157,7 @@ def _check_head(name: str, head: PlannedHead, target: PlannedModel) -> None:
 
 
 def _draft(
-    model: str, name: str, settings: PlanSettings, device: Device, notes: list[str]
+    model: str, name: str, settings: EngineConfig, device: Device, notes: list[str]
 ) -> PlannedModel | PlannedHead:
     files = find_head(model)
     if files is None:
@@ -169,7 +169,7 @@ def _draft(
     return read_head(files, name, dtype, kv_dtype, notes)
 
 
-def _planned(model: str, name: str, settings: PlanSettings, device: Device, notes: list[str]) -> PlannedModel:
+def _planned(model: str, name: str, settings: EngineConfig, device: Device, notes: list[str]) -> PlannedModel:
     published = read_shape(model)
     shape, fp8_except = published.shape, published.fp8_except
     dtype = settings.dtype

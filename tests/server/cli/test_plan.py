@@ -13,9 +13,9 @@ from matplotlib.image import imread
 
 from pilotfish.engine.config import EngineConfig
 from pilotfish.server.cli import main as cli
+from pilotfish.server.cli.plan import PLANNED
 from pilotfish.server.cli.settings import settings_of
 from pilotfish.tools.planner.plan import Plan
-from pilotfish.tools.planner.settings import PlanSettings
 
 SEVENTY = ["plan", "--model", "meta-llama/Llama-3.1-70B-Instruct", "--kv-cache-share", "0.9"]
 SEVENTY += ["--max-batch-tokens", "512"]
@@ -135,12 +135,8 @@ def test_planning_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
-def test_what_a_plan_depends_on_is_what_the_engine_is_set_to() -> None:
-    """Settings of one name have one default, so that a plan is of what would be served."""
-    engine = {setting.name: setting for setting in settings_of(EngineConfig)}
-    shared = [setting for setting in settings_of(PlanSettings) if setting.name in engine]
-    assert {"model", "tensor_parallel_size", "max_num_seqs", "kv_cache_share"} <= {each.name for each in shared}
-    for setting in shared:
-        assert (setting.type, setting.default) == (engine[setting.name].type, engine[setting.name].default)
-    unknown = {setting.name for setting in settings_of(PlanSettings)} - engine.keys()
-    assert unknown <= {"drafter", "quantization", "kv_cache_dtype"}
+def test_every_setting_that_a_plan_depends_on_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help"])
+    text = capsys.readouterr().out
+    assert {setting.name for setting in settings_of(EngineConfig) if f"{setting.flag} " in text} == set(PLANNED)

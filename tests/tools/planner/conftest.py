@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from pilotfish.engine.config import EngineConfig
 from pilotfish.tools.planner.devices import find_device
-from pilotfish.tools.planner.settings import PlanSettings
 from pilotfish.tools.planner.setup import Setup, make_setup
 
 DRAFTS = ("ngram", "8b=meta-llama/Llama-3.1-8B-Instruct", "1b=meta-llama/Llama-3.2-1B-Instruct")
@@ -21,7 +21,7 @@ def setup_of() -> Callable[..., Setup]:
 
     def make(gpu: str = "h100", ranks: int = 4, draft_ranks: int = 1, **settings: Any) -> Setup:
         chosen = {"model": "meta-llama/Llama-3.1-70B-Instruct", "drafter": DRAFTS, "kv_cache_share": 0.9} | settings
-        whole = msgspec.convert({**chosen, "tensor_parallel_size": ranks}, PlanSettings)
+        whole = msgspec.convert({**chosen, "tensor_parallel_size": ranks}, EngineConfig)
         return make_setup(whole, find_device(gpu), draft_ranks)
 
     return make

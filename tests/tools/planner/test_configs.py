@@ -9,12 +9,11 @@ import pytest
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.models.layout import what_does_not_divide
 from pilotfish.engine.weights.names import expected_shapes
-from pilotfish.server.cli.plan import read_plan_settings
+from pilotfish.server.cli.plan import planned_config
 from pilotfish.server.cli.settings import load, read_yaml
 from pilotfish.tools.planner.devices import find_device
 from pilotfish.tools.planner.memory import fits, plan_memory
 from pilotfish.tools.planner.models import PlannedModel, rank_shapes
-from pilotfish.tools.planner.settings import PlanSettings
 from pilotfish.tools.planner.setup import Setup, make_setup
 from tests.support.paths import ROOT
 
@@ -27,9 +26,9 @@ MEANT_FOR = {  # the GPU and the tensor-parallel degrees that each file's commen
 }
 
 
-def read(name: str, ranks: int | None = None) -> PlanSettings:
+def read(name: str, ranks: int | None = None) -> EngineConfig:
     flags = {} if ranks is None else {"tensor_parallel_size": ranks}
-    return read_plan_settings({"config": str(CONFIGS / f"{name}.yaml"), **flags})
+    return planned_config({"config": str(CONFIGS / f"{name}.yaml"), **flags})
 
 
 def setups(name: str) -> Iterator[Setup]:

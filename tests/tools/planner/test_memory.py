@@ -11,7 +11,6 @@ from pilotfish.engine.config import EngineConfig, cache_share
 from pilotfish.errors import ConfigError
 from pilotfish.tools.planner.devices import DEVICES
 from pilotfish.tools.planner.memory import fits, largest_batch, largest_context, plan_memory, remedies
-from pilotfish.tools.planner.settings import PlanSettings
 from pilotfish.tools.planner.setup import Setup
 
 SetupOf = Callable[..., Setup]
@@ -44,7 +43,7 @@ def test_the_cache_takes_most_of_a_gpu_and_little_of_a_host(setup_of: SetupOf) -
         memory = plan_memory(setup_of(name, 1, **settings))
         free = memory.total - memory.reserved - memory.weights
         assert memory.kv_cache == int(share * free)
-        assert EngineConfig().kv_cache_share == PlanSettings().kv_cache_share == 0.0
+        assert EngineConfig().kv_cache_share == 0.0
         assert cache_share(0.0, on_gpu=name != "cpu") == share
     assert plan_memory(setup_of(kv_cache_share=0.5)).kv_cache < plan_memory(setup_of(kv_cache_share=0.0)).kv_cache
 

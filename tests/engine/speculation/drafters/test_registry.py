@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from pilotfish.checkpoints.catalog import ModelFiles
+from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.speculation.drafters import registry
 from pilotfish.engine.speculation.drafters.registry import REGISTRY, DrafterKind
 from pilotfish.errors import ConfigError
 from pilotfish.tools.planner.devices import DEVICES
-from pilotfish.tools.planner.settings import PlanSettings
 from pilotfish.tools.planner.setup import make_setup
 
 PROMPTS = [[5, 6, 7, 8] * 5, [9, 9, 9, 9, 9], list(range(20, 60))]
@@ -89,6 +89,6 @@ def test_the_registry_is_read_without_torch() -> None:
 
 @pytest.mark.usefixtures("toy")
 def test_the_planner_knows_a_new_drafter(tiny: Callable[[str], Path]) -> None:
-    settings = PlanSettings(model=str(tiny("llama")), drafter=("toy",))
+    settings = EngineConfig(model=str(tiny("llama")), drafter=("toy",))
     (draft,) = make_setup(settings, DEVICES["h100"]).drafts
     assert (draft.name, draft.kind) == ("toy", "lookup")
