@@ -1,5 +1,4 @@
-"""What a portfolio costs that is of no use: a draft model with random weights, as large as the target, and look-up in
-random text.
+"""The cost of useless drafters: a draft model with random weights, as large as the target, and lookup in random text.
 
     python benchmarks/hostile_portfolio.py --concurrency 1,8 --requests 8 --max-tokens 64 --rounds 3
 
@@ -11,7 +10,6 @@ temperature. The promise is that auto is never below 0.97 of vanilla.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -19,16 +17,16 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from pilotfish.checkpoints.catalog import resolve
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.weights import read_config
-from pilotfish.engine.weights.names import expected_shapes
+from pilotfish.server.cli.command import positives
 from pilotfish.tools.bench.arms import arms_of
 from pilotfish.tools.bench.runner import Benchmark, check, run, warm_up
+from pilotfish.tools.checkpoint import config_of, random_weights, write_model
 
 PROMISED = 0.97
 
@@ -36,17 +34,16 @@ PROMISED = 0.97
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="the target, of the Llama family")
-    parser.add_argument("--concurrency", default="1,8")
+    parser.add_argument("--concurrency", type=positives, default=[1, 8])
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--num-threads", type=int, default=0)
     args = parser.parse_args()
-    loads = [int(load) for load in args.concurrency.split(",")]
-
     with tempfile.TemporaryDirectory() as folder:
-        draft = write_random_llama(args.model, Path(folder) / "random")
+        shape = read_config(resolve(args.model))
+        draft = write_model(Path(folder), config_of(shape), random_weights(shape, 0.05, torch.bfloat16))
         drafter = ("ngram", f"random={draft}")
         settings = {"prefix_caching": False, "kv_cache_memory": 1 << 30, "num_threads": args.num_threads}
         with LLM(model=args.model, drafter=drafter, **settings) as llm:
@@ -59,7 +56,7 @@ def main() -> None:
                 model=args.model,
                 arms=arms_of(("auto",), llm.info),
                 suites={"random": prompts},
-                concurrency=loads,
+                concurrency=args.concurrency,
                 rounds=args.rounds,
                 params=SamplingParams(temperature=2.0, seed=1, max_tokens=args.max_tokens, ignore_eos=True),
             )
@@ -69,7 +66,7 @@ def main() -> None:
                 rows = [row for more in run(plan, llm, bar.update) for row in more if row.arm == "auto"]
     print("| streams | auto / vanilla: median | lowest | highest | same text |\n|---|---|---|---|---|")
     worst = 1.0
-    for load in loads:
+    for load in args.concurrency:
         own = [row for row in rows if row.concurrency == load]
         ratios = [row.speedup for row in own]
         worst = min(worst, statistics.median(ratios))
@@ -77,36 +74,6 @@ def main() -> None:
         print(f"| {load} | {statistics.median(ratios):.3f} | {min(ratios):.3f} | {max(ratios):.3f} | {same} |")
     if worst < PROMISED:
         sys.exit(f"auto is at {worst:.3f} of vanilla, less than {PROMISED}")
-
-
-def write_random_llama(model: str, folder: Path) -> Path:
-    """A Hugging Face folder with random bfloat16 weights in the shape of a model of the Llama family."""
-    shape = read_config(resolve(model))
-    folder.mkdir()
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "max_position_embeddings": shape.max_position,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": shape.tie_embeddings,
-        "eos_token_id": list(shape.eos_token_ids),
-        "torch_dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        name: torch.randn(size, generator=generator).mul_(0.05).bfloat16()
-        for name, size in expected_shapes(shape).items()
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure this machine's CPU as a device for `pilotfish plan`: what its memory, its kernels and the engine reach.
+"""Measure this machine's CPU as a device for `pilotfish plan`: its memory, its kernels and the engine's own work.
 
     python benchmarks/measure_device.py --out cpu.json
     pilotfish plan --model smollm2-135m --gpu cpu.json
@@ -23,7 +23,6 @@ from pathlib import Path
 import msgspec
 import psutil
 import torch
-from safetensors.torch import save_file
 
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.execution.loader import thread_count
@@ -31,7 +30,7 @@ from pilotfish.engine.kernels.native import NativeKernels
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.models.config import ModelConfig, RopeConfig
 from pilotfish.engine.params import SamplingParams
-from pilotfish.engine.weights.names import expected_shapes
+from pilotfish.tools.checkpoint import config_of, random_weights, write_model
 from pilotfish.tools.planner.devices import Device
 from pilotfish.tools.planner.models import PlannedModel
 from pilotfish.tools.planner.roofline import ROW_PASSES, kernel_count
@@ -205,17 +204,10 @@ def _planned(shape: ModelConfig) -> PlannedModel:
 
 
 def _written(folder: Path, shape: ModelConfig) -> Path:
-    """A Hugging Face folder with random weights of that shape."""
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        names = {"vocab_size": shape.vocab_size, "hidden_size": shape.hidden_size, "head_dim": shape.head_dim}
-        names |= {"intermediate_size": shape.intermediate_size, "num_hidden_layers": shape.num_layers}
-        names |= {"num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads}
-        names |= {"max_position_embeddings": shape.max_position}
-        (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": True, **names}))
-        weights = {name: torch.randn(size) * 0.1 for name, size in expected_shapes(shape).items()}
-        save_file(weights, folder / "model.safetensors")
-    return folder
+    """Write a model of that shape with random weights, unless it is there; returns its folder."""
+    if folder.exists():
+        return folder
+    return write_model(folder, config_of(shape), random_weights(shape, 0.1, torch.float32))
 
 
 def _median_time(action: Callable[[], None], times: int) -> float:

@@ -1,4 +1,4 @@
-"""What a verify pass costs: the model's pass over a span of 1, 2, ... rows, for one sequence and for several.
+"""The cost of verification: a model's pass over spans of 1, 2, ... rows, for one sequence and for several.
 
     python benchmarks/verify_cost.py --sequences 1,8 --rows 1,2,5,9,16
 
@@ -15,18 +15,15 @@ import time
 from pilotfish.engine.build import build
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.execution.batch import Span
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+from pilotfish.server.cli.command import positives
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--kernels", choices=["auto", "native", "torch"], default="auto")
-    parser.add_argument("--sequences", type=numbers, default=[1, 8])
-    parser.add_argument("--rows", type=numbers, default=[1, 2, 5, 9, 16])
+    parser.add_argument("--sequences", type=positives, default=[1, 8])
+    parser.add_argument("--rows", type=positives, default=[1, 2, 5, 9, 16])
     parser.add_argument("--context", type=int, default=200, help="tokens before the span")
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
