@@ -47,7 +47,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Visit:
-    """One server under one load in one round. Times in seconds."""
+    """The figures of one server under one load in one round. Times in seconds."""
 
     server: str
     concurrency: int

@@ -83,14 +83,14 @@ def explain(setup: Setup, figures: Figures) -> None:
 
 
 def slow_target(setup: Setup, draft: PlannedDraft, length: int, speedup: float, step: float) -> float | None:
-    """The acceptance needed if the target's step takes as long as the published one, verifying or not, and the draft as
-    long as the roofline says."""
+    """Return the acceptance needed if the target's step takes as long as the published one, verifying or not, and the
+    draft as long as the roofline says."""
     drafting = predict(setup, draft, 1, CONTEXT, length, 0.0).draft_seconds
     return acceptance_for(speedup * (step + drafting) / step, length)
 
 
 def beyond(setup: Setup, draft: PlannedDraft, figures: Figures) -> None:
-    """Of a figure that no acceptance explains, as it is too low: what a step would have to cost."""
+    """Print the cost that a step would need to have, for a figure too low for any acceptance to explain."""
     plain = 1 / figures.vanilla
     longest = plain * figures.vanilla / figures.drafted[draft.name]  # a step that commits one token
     for length in (1, 4, 8):

@@ -59,7 +59,7 @@ class Probe:
         )
 
     def seconds(self) -> tuple[float, float]:
-        """Of a step in which all sequences decode, and of drawing its tokens: medians."""
+        """Return the median seconds of a step in which all sequences decode, and of drawing its tokens."""
         params = SamplingParams(temperature=0.0, max_tokens=STEPS + 1, ignore_eos=True)
         core = self.llm.core
         for request in self.llm.requests([[1] * self.context] * self.sequences, params):
@@ -151,8 +151,8 @@ class DeviceMeter:
 
 
 def _device(seconds: Seconds, threads: int) -> Device:
-    """From seconds to rates. Where a difference of two noisy times came out below zero, it is zero; fewer rows take no
-    longer than more."""
+    """Convert seconds to rates. A difference of two noisy times is at least zero; fewer rows take no longer than
+    more."""
     params = INPUTS * OUTPUTS * MATRICES
     passes = {rows: min(seconds[f"matrices {more}"] for more in ROWS if more >= rows) for rows in ROWS}
     rates = {rows: 2 * rows * params / passes[rows] for rows in ROWS}

@@ -1,4 +1,4 @@
-"""What it takes to give a step's plan to the other tensor-parallel ranks: from rank 0's call to broadcast until the
+"""The latency of sending a step's plan to the other tensor-parallel ranks: from rank 0's call to broadcast until the
 last of them has the batch unpacked, ready to be copied to its device.
 
     python benchmarks/plan_broadcast.py --sequences 64 --ranks 3 --context 4096
@@ -88,7 +88,7 @@ def _spans(sequences: int, context: int, rows: int) -> list[Span]:
 
 
 def _listen(directory: str, key: str) -> None:
-    """What a rank does with a plan, and a report of when it was done."""
+    """Receive plans as a rank does, and report when each was unpacked."""
     welcome = Welcome(bytes.fromhex(key), f"ipc://{directory}/passes", "", 0)
     done = zmq.Context.instance().socket(zmq.PUSH)
     done.connect(f"ipc://{directory}/done")

@@ -1,4 +1,4 @@
-"""What a prediction is worth where an answer is mostly known: the model's own answer with some words changed.
+"""The speedup of a prediction where an answer is mostly known: the model's own answer with some words changed.
 
     python benchmarks/prediction_edit.py --questions 10 --every 20
 
@@ -28,7 +28,7 @@ def edited(text: str, every: int) -> str:
 
 
 def ask(llm: LLM, request: Request) -> tuple[list[int], float]:
-    """The answer's tokens, and the seconds from its first one to its last."""
+    """Return the answer's tokens, and the seconds from its first one to its last."""
     tokens: list[int] = []
     first = last = 0.0
     for delta in llm.stream([request]):

@@ -1,4 +1,4 @@
-"""What a long prompt costs those who are decoding: their inter-token latency before it arrives, and while it is read.
+"""The effect of a long prompt on decoding requests: their inter-token latency before it arrives, and while it is read.
 
     python benchmarks/prefill_interference.py --streams 7 --prompt-tokens 6000
 
@@ -20,7 +20,7 @@ from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import Request
 
 STREAM_PROMPT = 64
-"""Tokens of the prompts of those who decode."""
+"""Tokens of the decoding requests' prompts."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What a step costs beside the model's pass: the engine's own work, by phase, and the messages to the server.
+"""The cost of a step beside the model's pass: the engine's own work, by phase, and the messages to the server.
 
     python benchmarks/step_overhead.py --sequences 8 --max-tokens 128
     python benchmarks/step_overhead.py --idle-model --sequences 64
@@ -53,7 +53,7 @@ from pilotfish.text.tokenizer import load_tokenizer
 PROMPTS = Path(__file__).parents[1] / "server" / "cli" / "prompts.jsonl"
 PHASES = ("draft", "plan", "forward", "sample", "commit")
 TOKEN = 7
-"""What the idle model says, always."""
+"""The token that the idle model always predicts."""
 
 
 def main() -> None:
@@ -107,7 +107,7 @@ def idle_model(sequences: int, max_tokens: int, temperature: float, drafted: int
 
 
 class IdleModel:
-    """Says TOKEN, whatever it is given, without computing anything."""
+    """A model that predicts TOKEN for any input, without computing anything."""
 
     def __init__(self, config: ModelConfig, most_rows: int) -> None:
         self.config, self.comm = config, ALONE
@@ -130,7 +130,7 @@ class IdleModel:
 
 
 class IdleDrafter:
-    """Drafts what the idle model will say."""
+    """A drafter that drafts the idle model's tokens."""
 
     name = "idle"
 
@@ -192,7 +192,7 @@ def idle_core(sequences: int, draft_tokens: int, controlled: bool) -> EngineCore
 
 
 def measure(core: EngineCore, sequences: int, profiler: cProfile.Profile | None = None) -> dict[str, list[float]]:
-    """Milliseconds of each counted step, and what it computed."""
+    """Return the milliseconds of each counted step by phase, and its rows and tokens."""
     encode, decode = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(FromEngine).decode
     series: dict[str, list[float]] = {}
     while core.has_work():

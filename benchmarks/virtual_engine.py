@@ -29,7 +29,7 @@ from pilotfish.engine.speculation.speculator import Speculator
 
 
 class RecordedDrafter:
-    """Proposes what a head proposed at the same place."""
+    """A drafter that proposes what a head proposed at the same position."""
 
     def __init__(self, name: str, clock: Clock, questions: dict[str, Recorded]) -> None:
         self.name = name
@@ -71,7 +71,7 @@ class RecordedDrafter:
 
 @dataclass
 class Engine:
-    """What `EngineCore` is, with recorded models and a clock that is a table."""
+    """`EngineCore` with recorded models and a virtual clock."""
 
     recording: dict[str, Any]
     costs: Costs
@@ -117,7 +117,7 @@ class Engine:
         self.scheduler.add(Sequence(request, 0, BlockTable(self.pool), drafters))
 
     def _step(self, visit: Visit) -> int:
-        """As `EngineCore.step`; returns how many sequences ended."""
+        """Take a step as `EngineCore.step` does; returns the number of sequences that ended."""
         clock, begun = self.clock, self.clock.now
         drafts = self.speculator.draft(self.scheduler.decoding(), self.scheduler.prompt_rows())
         seconds = {"draft": clock.now - begun}

@@ -42,7 +42,7 @@ class Listener(Speculator):
     def __init__(self, lookups: Iterable[Drafter], model_drafters: Iterable[ModelDrafter], max_model_len: int) -> None:
         super().__init__(lookups, model_drafters, LONGEST, max_model_len, None)
         self.heard: dict[str, dict[str, dict[int, Draft]]] = {}
-        """By sequence, drafter and tokens so far."""
+        """Drafts by sequence, drafter and number of tokens so far."""
 
     def draft(self, sequences: list[Sequence], prompt_rows: int = 0) -> StepDrafts:
         for name, drafter in self.model_drafters.items():

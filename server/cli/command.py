@@ -13,7 +13,7 @@ from typing import Any
 class Command:
     name: str
     help: str
-    """One line in the list of commands."""
+    """The line in the list of commands."""
     description: str
     example: str
     """Command lines, shown below the flags."""

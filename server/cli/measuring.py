@@ -1,4 +1,4 @@
-"""What `pilotfish bench` and `pilotfish verify` share: their flags and the way to their token ids."""
+"""The flags and the engine settings that `pilotfish bench` and `pilotfish verify` share."""
 
 from __future__ import annotations
 

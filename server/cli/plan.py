@@ -110,7 +110,7 @@ def planned_config(options: dict[str, Any]) -> EngineConfig:
 
 
 def report(plan: Plan) -> list[str]:
-    """Lines for people."""
+    """Return the printed report's lines."""
     gpus = "" if plan.tensor_parallel_size == 1 else f"{plan.tensor_parallel_size} x "
     lines = [
         f"{plan.model}: {_count(plan.parameters)} parameters, {plan.dtype} weights, on {gpus}{plan.device} "

@@ -16,8 +16,8 @@ BUILT_IN = "built-in"
 
 
 def read_suites(paths: list[str], questions: int) -> dict[str, list[str]]:
-    """At most `questions` prompts of each file, spread evenly over it, by the file's name without its ending; of those
-    that come with the package, if no file is named.
+    """Read at most `questions` prompts of each file, spread evenly over it, by the file's name without its ending; of
+    the prompts that come with the package, if no file is named.
 
     Each line is an object with "prompt", a string, or "turns", a list whose first is taken. Raises ConfigError.
     """
@@ -33,7 +33,7 @@ def read_suites(paths: list[str], questions: int) -> dict[str, list[str]]:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """All prompts of a file, as `read_suites` reads them. Raises ConfigError."""
+    """Read all prompts of a file in `read_suites`' format. Raises ConfigError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -42,7 +42,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """A prompt's token ids: a user's turn of a conversation, if the model has a chat template."""
+    """Return a prompt's token ids: as a user's turn of a conversation, if the model has a chat template."""
     if tokenizer.chat_template is None:
         return tokenizer.encode(prompt)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
@@ -77,6 +77,6 @@ def _prompt(row: Any) -> str:
 
 
 def _spread(prompts: list[str], count: int) -> list[str]:
-    """Files are sorted by subject: the first ones would be all of one kind."""
+    """Take `count` prompts evenly. Files are often sorted by subject, so the first ones would all be of one kind."""
     count = min(count, len(prompts))
     return [prompts[i * len(prompts) // count] for i in range(count)]

@@ -1,5 +1,5 @@
-"""`pilotfish selftest`: whether this machine computes what it should, and how fast: what to run first on a GPU host.
-See docs/gpu.md."""
+"""`pilotfish selftest`: check this machine's results and its speed; the first command to run on a GPU host. See
+docs/gpu.md."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OMITTED = frozenset(
     {"prefix_caching", "speculation", "adaptive_drafts", "verification", "seed"}
     | {"nnodes", "node_rank", "master_addr", "master_port"}
 )
-"""Engine settings that the checks have their own say in, and those of several hosts, which are checked one by one."""
+"""Engine settings that the checks choose themselves, and those of several hosts, which are checked one by one."""
 PROMPTS = 8
 LIMIT = 600
 JSON_VERSION = 1
@@ -95,7 +95,7 @@ def _run(options: dict[str, Any]) -> int:
 
 
 def _writable(name: str) -> Path:
-    """Before minutes are spent on what cannot be kept."""
+    """Check a file's name before minutes are spent on results that could not be written. Raises ConfigError."""
     path = Path(name)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ConfigError(f"json is {name!r}, which cannot be written: its folder is not there, or it is one itself")
@@ -103,7 +103,7 @@ def _writable(name: str) -> Path:
 
 
 def _prompts(config: EngineConfig, console: Console) -> tuple[tuple[int, ...], ...]:
-    """Token ids for the user's model; none where it has no tokenizer or no weights to make sense of text with."""
+    """Return token ids for the user's model; none if it has no tokenizer or only dummy weights."""
     if config.load_format == "dummy":
         return ()
     from pilotfish.checkpoints.catalog import resolve
@@ -138,7 +138,7 @@ def _here(test: SelfTest, console: Console) -> tuple[Environment, Iterator[Resul
 
 
 def as_json(config: EngineConfig, environment: Environment, results: Sequence[Result]) -> dict[str, Any]:
-    """What `--json` writes; documented in docs/gpu.md. Figures that are no numbers are null."""
+    """Return the content of `--json`'s file, as docs/gpu.md documents it. NaN becomes null."""
     default = msgspec.to_builtins(EngineConfig())
     given = {name: value for name, value in msgspec.to_builtins(config).items() if value != default[name]}
     whole = {
@@ -149,12 +149,12 @@ def as_json(config: EngineConfig, environment: Environment, results: Sequence[Re
         "environment": environment,
         "results": list(results),
     }
-    decoded: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(whole))  # which makes null of NaN
+    decoded: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(whole))  # which turns NaN into null
     return decoded
 
 
 def report(environment: Environment, results: Sequence[Result], seconds: float, verbose: bool) -> list[str]:
-    """Lines for people: a page, unless much has failed."""
+    """Return the printed report's lines: a page, unless much has failed."""
     lines = [*_machine(environment), "", *_groups(results), "", *_figures(results), ""]
     if verbose:
         lines += [*_everything(results), ""]
@@ -213,7 +213,7 @@ def _closest(results: Sequence[Result]) -> str:
 
 
 def _share(result: Result) -> float | None:
-    """What of its bound a figure is: 1 is the bound itself."""
+    """Return a figure as a share of its bound: 1 is the bound itself."""
     if result.measured is None or result.bound is None:
         return None
     if result.at_least:
@@ -222,7 +222,7 @@ def _share(result: Result) -> float | None:
 
 
 def _figures(results: Sequence[Result]) -> list[str]:
-    """What is worth knowing by itself: the speeds."""
+    """Return the table of speeds and of other figures without a bound."""
     body = [
         [result.name, _number(result.measured), result.unit, _bound(result), result.detail]
         for result in results

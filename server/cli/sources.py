@@ -1,5 +1,5 @@
-"""The settings of `pilotfish serve` from all the places where they can stand: a YAML file, the environment, flags, in
-that order of strength. Which settings there are, and what values look like, is said by `server.cli.settings`.
+"""Reading the settings of `pilotfish serve` from their sources: a YAML file, the environment and flags, where later
+ones win. `server.cli.settings` defines the settings and the form of their values.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ PREFIX = "PILOTFISH_"
 API_KEY_VARIABLE = f"{PREFIX}API_KEY"
 CONFIG_VARIABLE = f"{PREFIX}CONFIG"
 OTHER_VARIABLES = (API_KEY_VARIABLE, CONFIG_VARIABLE, f"{PREFIX}CACHE")
-"""Known, but not the value of the setting of that name."""
+"""Variables that are known, but do not hold the value of the setting of that name."""
 
 _SERVICE_LINK = re.compile(r"PILOTFISH_(SERVICE_(HOST|PORT(_.*)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
-"""Kubernetes tells each container of the services beside it, one named pilotfish by variables of these names."""
+"""Kubernetes describes services to containers by variables, those of a service named pilotfish by these names."""
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -39,11 +39,11 @@ class ServeSettings:
     engine: EngineConfig
     server: ServerConfig
     origins: dict[str, str] = field(default_factory=dict)
-    """Where each setting that was given stands, by its name; those that are not here have their defaults."""
+    """The source of each setting that was given, by its name; all others have their defaults."""
 
 
 def read(options: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> ServeSettings:
-    """Both configs from the flags that were given, the environment, and the file of --config or PILOTFISH_CONFIG.
+    """Read both configs from the flags that were given, the environment, and the file of --config or PILOTFISH_CONFIG.
 
     Raises ConfigError for a setting that does not exist, with the nearest that does, and for values that cannot work.
     """
@@ -70,7 +70,7 @@ def read(options: Mapping[str, Any], environment: Mapping[str, str] = os.environ
 
 
 def read_environment(environment: Mapping[str, str], settings: Mapping[str, Setting]) -> dict[str, tuple[str, Any]]:
-    """Variables by the setting that they are, with its value. Empty ones are as good as none. Raises ConfigError."""
+    """Return (variable, value) by the setting's name. Empty variables are ignored. Raises ConfigError."""
     known = {f"{PREFIX}{name.upper()}": setting for name, setting in settings.items()}
     found: dict[str, tuple[str, Any]] = {}
     for variable, text in sorted(environment.items()):
@@ -88,8 +88,8 @@ def read_environment(environment: Mapping[str, str], settings: Mapping[str, Sett
 
 
 def as_yaml(settings: ServeSettings) -> str:
-    """Every setting with its value, and where it stands if that is not the default; as a file for --config. What is
-    secret is not shown: such a line is a comment."""
+    """Return every setting with its value, and its source if it is not the default, as a file for --config. Secrets are
+    replaced by comments."""
     lines = [f"# Pilotfish {__version__}. What is not the default says where it was set."]
     for title, config in (("engine", settings.engine), ("server", settings.server)):
         lines += ["", f"# {title}"]
@@ -125,7 +125,7 @@ def _check(values: dict[str, Any], place: str) -> None:
 
 
 def _value(setting: Setting, text: str) -> Any:
-    """A variable's text as what its setting takes; left as it is, to be refused with a reason, where that fails."""
+    """Convert a variable's text to its setting's type; left as it is, to be refused with a reason, where that fails."""
     match setting.type:
         case msgspec.inspect.BoolType():
             return _SWITCH.get(text.lower(), text)
@@ -146,7 +146,7 @@ def _flag(setting: Setting, value: object) -> str:
 
 
 def _secret(name: str, value: Any) -> bool:
-    """Keys, and addresses that have a password in them."""
+    """Return whether a value is a secret: API keys, and URLs with a password."""
     if name == "api_key":
         return bool(value)
     return isinstance(value, str) and "://" in value and urlsplit(value).password is not None

@@ -79,7 +79,7 @@ def _run(options: dict[str, Any]) -> int:
 
 
 def frame_of(tokenizer: Tokenizer) -> Frame:
-    """What stands before and after a user's turn in the model's own chat template; its begin-of-text without one."""
+    """Return the tokens before and after a user's turn in the model's chat template; its begin-of-text without one."""
     from pilotfish.tools.training.write import Frame
 
     if tokenizer.chat_template is None:

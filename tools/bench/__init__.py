@@ -1,1 +1,1 @@
-"""Measuring and checking speculation on any models: token ids in, rows of figures out. No text, no files, no HTTP."""
+"""Measuring and verifying speculation on any model, from token ids to rows of figures. No text, no files, no HTTP."""

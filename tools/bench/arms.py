@@ -1,4 +1,4 @@
-"""Arm: one way to serve the same requests. A server has all of them at once, as a request names its drafter itself."""
+"""Arm: one way to decode the same requests. One engine serves all arms, since each request names its drafter."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ VANILLA, AUTO = "vanilla", "auto"
 class Arm:
     name: str
     speculation: str
-    """As in Request."""
+    """The value of `Request.speculation`."""
 
 
 def arms_of(names: Sequence[str], info: EngineInfo) -> list[Arm]:
-    """Vanilla, with which everything is compared, and the arms that are named, each once. No names: all there are.
+    """Return vanilla, the baseline, and the named arms, each once. Without names: all that the engine has.
 
     Raises ConfigError for a name that the engine has no drafter for.
     """
     known = {VANILLA: "off", **{name: name for name in info.drafters}, AUTO: AUTO}
     if not names:
-        names = [name for name in known if name != PredictionDrafter.name]  # these prompts bring no predictions
+        names = [name for name in known if name != PredictionDrafter.name]  # the prompts bring none
     for name in names:
         if name not in known:
             listed = ", ".join(repr(each) for each in known)

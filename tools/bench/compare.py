@@ -2,10 +2,10 @@
 differ, whether the precision of the computation explains it.
 
 The reference is vanilla with each prompt alone. Kernels whose rows are bit-equal in every batch ("native") explain no
-difference at all. With others a logit depends a little on the rows around it, and two tokens that are as good as
-equally likely may change places. That can be asked of the engine itself: does vanilla draw the arm's token, too, once
+difference at all. With others a logit depends a little on the rows around it, and two nearly equally likely
+tokens may change places. That can be asked of the engine itself: does vanilla draw the arm's token, too, once
 the two tokens' logits are moved towards each other by no more than the precision's bound, and the nucleus's edge by
-what that moves it? The noise of a sampled token depends on seed and place alone, so it is the same noise.
+what that moves it? The noise of a sampled token depends on seed and position alone, so it is the same noise.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from pilotfish.errors import ConfigError
 from pilotfish.tools.bench.arms import VANILLA, Arm
 
 BOUNDS = {"float32": 2.0**-10, "float16": 2.0**-4, "bfloat16": 2.0**-1}
-"""By how much two logits may move against each other with the rows around them, about four units in the last place of
-logits between 16 and 32 (bfloat16, float16: 8 and 11 bits of mantissa), and for float32 room for the sums' rounding."""
+"""Bounds on how far two logits may move against each other in different batches, by dtype: about four units in the last
+place of logits between 16 and 32 (bfloat16, float16: 8 and 11 bits of mantissa), and more for float32's sums."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first place at which an arm's text is not vanilla's."""
+    """The first position at which an arm's text differs from vanilla's."""
 
     prompt: int
-    """Its index."""
+    """The prompt's index."""
     position: int
-    """In the answer, from 0."""
+    """The position in the answer, from 0."""
     wanted: int | None
-    """Vanilla's token; None where vanilla's answer has ended."""
+    """Vanilla's token; None if vanilla's answer has ended."""
     got: int | None
     gap: float | None
     """Log-probability of `wanted` less that of `got`, which is the gap of their logits; None where one has ended."""
     explained: bool
-    """The bound explains it: a near-tie."""
+    """Whether the bound explains it as a near-tie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Comparison:
 
 
 def bound_of(info: EngineInfo) -> float:
-    """By how much this engine's logits may differ from batch to batch."""
+    """Return how far this engine's logits may differ from batch to batch: 0 for batch-invariant kernels."""
     return 0.0 if info.kernels == "native" else BOUNDS[info.dtype]
 
 
@@ -72,7 +72,7 @@ def compare(
     batches: Sequence[int],
     on_end: Callable[[int], object],
 ) -> Iterator[Comparison]:
-    """Comparisons, one by one, for each of `modes`, all arms at all batch sizes; of vanilla at those above 1.
+    """Yield a comparison for each of `modes`, arms and batch sizes; for vanilla only at batch sizes above 1.
 
     `on_end` is called with the number of requests that have just ended; `requests_of` says how many there will be.
     Raises ConfigError for a configuration whose text may depend on what was drafted, ParameterError for a prompt that
@@ -100,7 +100,7 @@ def compare(
 
 
 def requests_of(prompts: int, arms: int, modes: int, batches: Sequence[int]) -> int:
-    """How many requests `compare` makes, but for those that look into differences."""
+    """Return the number of requests that `compare` makes, without those that examine differences."""
     return prompts * modes * (arms * len(batches) + (1 not in batches))
 
 
@@ -116,7 +116,7 @@ def texts_of(
     batch: int,
     on_end: Callable[[int], object] = lambda count: None,
 ) -> list[list[int]]:
-    """The answers of an arm, `batch` prompts at a time; prompt i has a seed of its own."""
+    """Return an arm's answers, `batch` prompts at a time; every prompt has a seed of its own."""
     texts = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
@@ -135,9 +135,9 @@ def differences_of(
     params: SamplingParams,
     bound: float,
 ) -> list[Difference]:
-    """What differs between two sets of `texts_of`, looked into with `llm`, which has made the `wanted` ones.
+    """Return the differences between two results of `texts_of`, examined with `llm`, which made the `wanted` ones.
 
-    bound: by how much logits may differ between the two.
+    bound: how far logits may differ between the two.
     """
     return [
         _difference(llm, i, prompts[i], one, other, _seeded(params, i), bound)
@@ -165,7 +165,7 @@ def _difference(
 
 
 def _logprob(llm: LLM, before: list[int], token: int) -> float:
-    """Of `token` after `before`, under the target's own distribution."""
+    """Return the log-probability of `token` after `before`, under the target's own distribution."""
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
     (completion,) = llm.generate([[*before, token]], params, speculation="off")
     last = (completion.prompt_logprobs or [None])[-1]
@@ -174,7 +174,7 @@ def _logprob(llm: LLM, before: list[int], token: int) -> float:
 
 
 def _near(llm: LLM, before: list[int], wanted: int, got: int, params: SamplingParams, bound: float) -> bool:
-    """Whether vanilla draws `got` once its logit and that of `wanted` are `bound` closer to each other."""
+    """Return whether vanilla draws `got` once its logit and that of `wanted` are moved `bound` closer together."""
     edge = 0.0
     if not params.greedy:
         # A nucleus of mass p whose logits all move by e against the others' has p (1 - p) e more of it.

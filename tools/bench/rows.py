@@ -1,4 +1,4 @@
-"""Row: what one arm did in one visit; and the statistics over rows. Nothing here runs a model."""
+"""Row: the figures of one arm in one visit; and the statistics over rows. Nothing here runs a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pilotfish.tools.bench.arms import VANILLA
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One arm on one suite of prompts, with so many requests in flight, in one round."""
+    """The figures of one arm on one suite of prompts, at one concurrency, in one round."""
 
     model: str
     arm: str
@@ -28,7 +28,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     acceptance_rate: float | None
     """Accepted by drafted tokens; None where nothing was drafted."""
     ttft_ms: float
-    """From a request's start to its first token, the median of the requests."""
+    """Time from a request's start to its first token, the median over the requests."""
     itl_p50_ms: float | None
     itl_p99_ms: float | None
     """Between a token and the one before, over the tokens of all requests; tokens that come together share the pause
@@ -44,7 +44,7 @@ class Summary:
     arm: str
     concurrency: int
     speedups: dict[str, float]
-    """By suite: the median over the rounds of the ratio within a round."""
+    """The median over the rounds of the ratio within a round, by suite."""
     speedup: float
     """The geometric mean of those."""
     tokens_per_second: float
@@ -54,7 +54,7 @@ class Summary:
 
 
 def summarize(rows: Sequence[Row]) -> list[Summary]:
-    """Summaries of one model's rows: by concurrency, then arm, in the order in which they first stand there."""
+    """Summarize one model's rows by concurrency and arm, in the order of their first appearance."""
     loads = dict.fromkeys(row.concurrency for row in rows)
     names = dict.fromkeys((VANILLA, *(row.arm for row in rows)))
     cells = [

@@ -1,4 +1,4 @@
-"""The benchmark's runs: arms that take turns on one LLM, in a closed loop. What the figures mean is in `rows`."""
+"""Running a benchmark: arms take turns on one LLM, in a closed loop. `rows` defines the figures."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class Benchmark:
     """Models, arms, prompts and loads of a run; every arm gets the same."""
 
     model: str
-    """What rows call the target."""
+    """The target's name in rows."""
     arms: Sequence[Arm]
-    """`arms_of`'s: vanilla is one of them."""
+    """The arms, as `arms_of` returns them: vanilla is one of them."""
     suites: Mapping[str, Sequence[Sequence[int]]]
-    """Prompts, as token ids, by the suite's name. One with fewer prompts than are to be in flight repeats them."""
+    """Prompts as token ids by the suite's name. A suite with fewer prompts than the concurrency repeats them."""
     concurrency: Sequence[int]
     rounds: int
     params: SamplingParams
-    """Its seed (None is 0) is the first prompt's, the next prompt has the next one."""
+    """Sampling parameters; the seed (None is 0) is the first prompt's, and grows by one for each prompt."""
 
     @property
     def total(self) -> int:
-        """Requests of a whole run, without the warm-up."""
+        """The number of requests of a whole run, without the warm-up."""
         visits = sum(max(len(prompts), load) for prompts in self.suites.values() for load in self.concurrency)
         return visits * len(self.arms) * self.rounds
 
@@ -58,7 +58,7 @@ def check(benchmark: Benchmark, llm: LLM) -> None:
 
 
 def warm_up(benchmark: Benchmark, llm: LLM) -> None:
-    """A few tokens with every arm, at the highest concurrency."""
+    """Decode a few tokens with every arm, at the highest concurrency."""
     prompts = next(iter(benchmark.suites.values()))
     load = max(benchmark.concurrency)
     params = msgspec.structs.replace(benchmark.params, max_tokens=min(benchmark.params.max_tokens, WARM_UP_TOKENS))
@@ -67,7 +67,7 @@ def warm_up(benchmark: Benchmark, llm: LLM) -> None:
 
 
 def run(benchmark: Benchmark, llm: LLM, on_end: Callable[[], object]) -> Iterator[list[Row]]:
-    """The rows of all arms on one suite at one concurrency in one round, when the last of the arms has had its turn.
+    """Yield the rows of all arms on one suite at one concurrency in one round, after the last arm's turn.
 
     Another arm begins in every round. One request at a time, they take turns at each of them: a machine's speed changes
     within a visit, and so it changes for all. `on_end` is called after each request.
@@ -143,7 +143,7 @@ def _requests(
 
 
 def _visit(llm: LLM, requests: Sequence[Request], concurrency: int, on_end: Callable[[], object]) -> _Visit:
-    """As many requests in flight as `concurrency` says: one starts when one ends."""
+    """Run the requests with `concurrency` of them in flight: one starts when another ends."""
     core = llm.core
     waiting, live = deque(requests), 0
     answers = {request.id: _Answer() for request in requests}

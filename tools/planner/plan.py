@@ -1,4 +1,4 @@
-"""Plan: a setup's memory and predicted speeds, vanilla and with each drafter, over batch sizes and draft lengths."""
+"""Plan: a setup's memory and predicted speeds, for vanilla and each drafter, over batch sizes and draft lengths."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ASSUMED: Mapping[Kind, float] = {"draft model": 0.7, "EAGLE-3 head": 0.7, "looku
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """One way to decode `batch` sequences."""
+    """The predicted speed of one way to decode `batch` sequences."""
 
     drafter: str
     batch: int
@@ -34,18 +34,18 @@ class Prediction:
     """0 for vanilla."""
     acceptance: float | None
     step: StepSeconds
-    """The target's, verification included."""
+    """Time of the target's step, verification included."""
     draft_seconds: float
     tokens_per_step: float
-    """Of each sequence, expected."""
+    """Expected tokens of each sequence."""
     tokens_per_second: float
-    """Of all sequences together."""
+    """Tokens per second of all sequences together."""
     speedup: float
-    """As a multiple of vanilla's at this batch size."""
+    """Speed as a multiple of vanilla's at this batch size."""
     break_even: float | None
     """The acceptance rate at which this is as fast as vanilla; None for vanilla, and where none in [0, 1] is."""
     fits: bool
-    """The KV cache holds so many sequences of the plan's context."""
+    """Whether the KV cache holds so many sequences of the plan's context."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class Plan:
     tensor_parallel_size: int
     draft_tensor_parallel_size: int
     dtype: str
-    """Of the weights: "fp8" if most are."""
+    """The weights' dtype: "fp8" if most are in fp8."""
     parameters: int
     context: int
     memory: MemoryPlan
@@ -67,12 +67,12 @@ class Plan:
     largest_batch: int
     """Sequences of `context` tokens that the cache holds; more than max_num_seqs do not run at once."""
     remedies: list[Remedy]
-    """What would fit, if this does not."""
+    """Changes with which it would fit, if it does not."""
     predictions: list[Prediction]
     notes: list[str]
 
     def best(self, drafter: str, batch: int) -> Prediction:
-        """That drafter's fastest draft length at that batch size. Raises ValueError if it has none there."""
+        """Return a drafter's fastest draft length at a batch size. Raises ValueError if it has none there."""
         found = [each for each in self.predictions if (each.drafter, each.batch) == (drafter, batch)]
         return max(found, key=lambda each: each.tokens_per_second)
 
@@ -80,7 +80,7 @@ class Plan:
 def make_plan(
     setup: Setup, context: int, batches: Sequence[int], lengths: Sequence[int], acceptances: Mapping[str, float]
 ) -> Plan:
-    """`context`: tokens of each sequence; `acceptances`: by drafter's name, those missing are `ASSUMED`.
+    """Plan a setup. context: tokens of each sequence; acceptances: by drafter's name, `ASSUMED` for those missing.
 
     Draft lengths are left out at batch sizes at which they would take more than `max_batch_tokens` rows. Raises
     ConfigError for a context, batch or length that the settings do not allow, and an acceptance of an unknown drafter.
@@ -138,7 +138,7 @@ def predict(
     acceptance: float | None,
     room: bool = True,
 ) -> Prediction:
-    """Decoding of `batch` sequences with drafts of `length` tokens; `draft` None (and length 0): without."""
+    """Predict the decoding of `batch` sequences with drafts of `length` tokens; `draft` None and length 0: vanilla."""
     rate = acceptance or 0.0
     plain = step_seconds(setup.target, setup.device, setup.ranks, batch, batch, context).total
     step = step_seconds(setup.target, setup.device, setup.ranks, batch * (1 + length), batch, context)
@@ -162,7 +162,7 @@ def predict(
 def acceptance_at(
     setup: Setup, draft: PlannedDraft, batch: int, context: int, length: int, speedup: float
 ) -> float | None:
-    """The acceptance rate at which drafts of `length` give `speedup`; None if none in [0, 1] does."""
+    """Return the acceptance rate at which drafts of `length` give `speedup`; None if none in [0, 1] does."""
     plain = step_seconds(setup.target, setup.device, setup.ranks, batch, batch, context).total
     step = step_seconds(setup.target, setup.device, setup.ranks, batch * (1 + length), batch, context).total
     rate = 0.0

@@ -27,16 +27,16 @@ row; its wider intermediate state counts separately."""
 
 @dataclass(frozen=True, slots=True)
 class StepSeconds:
-    """Where the time of one step goes, on one rank."""
+    """The time of one step on one rank, by its cause."""
 
     weights: float
     """Reading the matrices or multiplying with them, whichever is longer, matrix by matrix."""
     attention: float
     all_reduce: float
     rows: float
-    """Operators that go row by row."""
+    """Row-wise operators."""
     kernels: float
-    """What starting a kernel costs, over all of them."""
+    """Overhead of starting kernels."""
     engine: float
     """Plan, copies, sampling, commit."""
 
@@ -54,7 +54,8 @@ def step_seconds(
     context: int,
     logit_rows: int | None = None,
 ) -> StepSeconds:
-    """Of a step that computes `rows` tokens of `sequences` sequences, each with `context` tokens by then.
+    """Return the time of a step that computes `rows` tokens of `sequences` sequences, each with `context` tokens by
+    then.
 
     `logit_rows`: rows that a token is drawn from; None: all. Raises ConfigError for a dtype that the device does not
     compute in, ValueError if the model does not divide by `ranks`.
@@ -77,17 +78,17 @@ def draft_seconds(
     context: int,
     new_rows: float = 2.0,
 ) -> float:
-    """Of a draft of `length` tokens for each sequence: as many passes of a row each, the first of which also reads the
-    tokens that have come since the last draft, `new_rows` for each sequence in all. An EAGLE-3 head fuses the target's
-    features of those first."""
+    """Return the seconds of a draft of `length` tokens for each sequence: as many passes of a row each, the first of
+    which also reads the tokens that have come since the last draft, `new_rows` for each sequence in all. An EAGLE-3
+    head fuses the target's features of those first."""
     total = 0.0
     if isinstance(model, PlannedHead) and length:
         fusion: Matrix = model.fusion
         rows = max(sequences, round(new_rows * sequences))
         total += _product(device, _rate_dtype(model, fusion.dtype), fusion.params, fusion.bytes, rows)
         total += device.kernel_seconds
-    for place in range(length):
-        rows = round(new_rows * sequences) if place == 0 else sequences
+    for position in range(length):
+        rows = round(new_rows * sequences) if position == 0 else sequences
         step = pass_seconds(model, device, ranks, max(rows, sequences), sequences, context, sequences)
         total += step.total + device.draft_seconds + device.logit_seconds * sequences * model.logit_size
     return total
@@ -102,7 +103,7 @@ def pass_seconds(
     context: int,
     logit_rows: int,
 ) -> StepSeconds:
-    """Of a model's pass alone, without the engine's own work."""
+    """Return the time of a model's pass alone, without the engine's own work."""
     shape, width = model.shape, BYTES[model.dtype]
     weights = sum(
         count * _product(device, dtype, params, size, logit_rows if head else rows)
@@ -128,7 +129,7 @@ def pass_seconds(
 
 
 def kernel_count(model: PlannedModel | PlannedHead) -> int:
-    """Of a pass, one after the other."""
+    """Return the number of kernels that a pass runs, one after the other."""
     if isinstance(model, PlannedHead):
         return KERNELS_PER_LAYER + HEAD_KERNELS + 3
     per_layer = KERNELS_PER_LAYER + (SANDWICH_KERNELS if model.shape.sandwich_norms else 0)
@@ -136,8 +137,9 @@ def kernel_count(model: PlannedModel | PlannedHead) -> int:
 
 
 def all_reduce_seconds(device: Device, ranks: int, size: float) -> float:
-    """Of `size` bytes over `ranks` GPUs: 2 log2(n) messages' latency, and 2 (n - 1) / n of the bytes over the link
-    (Thakur, Rabenseifner and Gropp, 2005: what no algorithm of its kind can do better)."""
+    """Return the seconds of an all-reduce of `size` bytes over `ranks` GPUs: 2 log2(n) messages' latency, and 2 (n - 1)
+    / n of the bytes over the link (Thakur, Rabenseifner and Gropp, 2005: what no algorithm of its kind can do
+    better)."""
     if ranks == 1:
         return 0.0
     latency = 2 * log2(ranks) * device.link_latency
@@ -152,7 +154,7 @@ def _product(device: Device, dtype: str, params: int, size: int, rows: int) -> f
 
 
 def _rate_dtype(model: PlannedModel | PlannedHead, dtype: str) -> str:
-    """What a matrix is multiplied in: int8 is widened on the way."""
+    """Return the dtype that a matrix is multiplied in: int8 is widened on the way."""
     return model.dtype if dtype == "int8" else dtype
 
 

@@ -1,4 +1,4 @@
-"""Attention over the paged cache, each backend that computes here, against the definition; and what it writes there."""
+"""Checks of attention over the paged cache: every backend that runs here against the definition, and its writes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ WHY = (
 FP8_BOUND, FP8_WHY = 40.0, "queries and weights are rounded to fp8 as well, in steps of 1/8 to 1/16: 0.3 in all"
 
 Sequences = Sequence[tuple[int, int]]
-"""(tokens in the cache, tokens of the span) of each."""
+"""(tokens in the cache, tokens of the span) of each sequence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Some batches of one kind."""
+    """Batches of one kind."""
 
     batches: Sequence[Sequences]
     ratios: Sequence[int] = (2,)
@@ -47,7 +47,7 @@ MIXED: Sequences = ((0, 40), (129, 1), (77, 5), (300, 1), (16, 70), (511, 9))
 
 
 def cases(block: int, ratio: int) -> dict[str, Case]:
-    """`block`: tokens in one; `ratio`: the model's own."""
+    """Return the cases by name. block: tokens of a block; ratio: query heads for each key-value head of the model."""
     edges = [block - 1, block, block + 1, 2 * block - 1, 2 * block, 2 * block + 1]
     return {
         "prefill": Case([[(0, 1), (0, 33), (0, 150)], [(100, 64), (37, 29)]]),
@@ -147,7 +147,7 @@ class _Backend:
             found = self.backend.attend(query, key, value, cache, here, params)
             query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
             key, value = (converted(part, cache_dtype).double() for part in (key, value))
-            if spans is steps[0]:  # that nobody looks at
+            if spans is steps[0]:  # its results are not compared
                 reference.write(key, value, exact, there)
             else:
                 wanted = reference.attend(query.double(), key, value, exact, there, params)
@@ -185,8 +185,8 @@ def _rows(cache: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _laid_out(sequences: Sequences, block_size: int) -> tuple[int, tuple[list[Span], list[Span]]]:
-    """How many blocks, in no order, and the spans of two steps: one that fills the cache, and the one that is looked
-    at."""
+    """Return the number of blocks, used in random order, and the spans of two steps: one that fills the cache, and the
+    one that is compared."""
     needed = [-(-(start + length) // block_size) for start, length in sequences]
     free = torch.randperm(sum(needed) + 2, generator=torch.Generator().manual_seed(7)).tolist()
     total = len(free)

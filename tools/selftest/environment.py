@@ -1,4 +1,4 @@
-"""Environment: what this machine and its software are, as far as it explains what the checks find."""
+"""Environment: this machine and its software, as far as they explain the checks' results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "flash-attn", "flash-attn-4", "triton", "nvidia-nccl-cu13", "nvidia-nccl-cu12", "transformers")
 SECONDS = 20.0
-"""That nvidia-smi may take."""
+"""Time that nvidia-smi may take."""
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,21 +27,21 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     memory: int
     """Bytes."""
     free: int
-    """Bytes, at the start."""
+    """Bytes that were free at the start."""
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):
     system: str
     processor: str
     cores: int
-    """That this process may use."""
+    """Cores that this process may use."""
     memory: int
-    """Of the host, bytes."""
+    """Bytes of the host's memory."""
     python: str
     packages: dict[str, str]
-    """Versions of what is installed of PACKAGES."""
+    """Versions of the installed ones of PACKAGES."""
     device: str
-    """Where models compute with these settings: "cuda:0", "cpu"."""
+    """The device on which models compute with these settings: "cuda:0", "cpu"."""
     dtype: str
     kernels: str
     """The kernels and attention that these settings choose, as in EngineInfo."""
@@ -52,11 +52,11 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     peers: tuple[tuple[bool, ...], ...] = ()
     """Whether GPU i can read GPU j's memory itself, over NVLink or PCIe."""
     topology: str | None = None
-    """What `nvidia-smi topo -m` says."""
+    """The output of `nvidia-smi topo -m`."""
 
 
 def read_environment(platform: Platform) -> Environment:
-    """Of this machine; `platform`: where a model computes by the settings."""
+    """Describe this machine; `platform` is what the settings choose for a model."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -108,7 +108,7 @@ def _processor() -> str:
 
 
 def _nvidia_smi(*arguments: str) -> str | None:
-    """What it prints, or None where it is not there or fails."""
+    """Return its output, or None if it is not installed or fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None

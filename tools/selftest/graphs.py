@@ -1,4 +1,4 @@
-"""Captured passes (CUDA graphs) against the same passes launched kernel by kernel."""
+"""Checks of captured passes (CUDA graphs) against the same passes launched kernel by kernel."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BATCHES: tuple[tuple[tuple[int, int], ...], ...] = (
     ((255, 2), (31, 1), (32, 1), (64, 2), (100, 1)),
     ((9, 1),),  # once more: nothing of the larger ones is left
 )
-"""Of each: (tokens in the cache, tokens of the span) of each sequence."""
+"""(tokens in the cache, tokens of the span) of each sequence of each batch."""
 BUCKETS = buckets(batch_sizes(SEQUENCES), span_lengths(DRAFTED), SEQUENCES * (1 + DRAFTED))
 REPLAY_WHY = "the same kernels on the same padded buffers: a replay must give the very same bits"
 PADDED_WHY = "rows of padding may make a product or an attention kernel round otherwise; the native kernels never"
@@ -77,7 +77,8 @@ class _Passes:
         return Finding(measured=gap, bound=bound, detail=f"{_captured()} of {len(BATCHES)} batches in a bucket")
 
     def _logits(self, make: Callable[[], GraphBackend] | None) -> list[torch.Tensor]:
-        """Of all rows of each batch, float32 on the CPU; by captured passes, or by just the rows' own."""
+        """Return the logits of all rows of each batch, float32 on the CPU, by captured passes or (None) by plain
+        ones."""
         model, platform = self.loaded
         size, count = platform.block_size, SEQUENCES * -(-LONGEST // platform.block_size)
         caches = kv_cache.allocate(
@@ -108,7 +109,7 @@ class _Passes:
 
 
 def _captured() -> int:
-    """How many of the batches there is a captured pass for."""
+    """Return the number of batches that a captured pass exists for."""
     found = [
         fitting(BUCKETS, len(batch), max(length for _, length in batch), sum(length for _, length in batch))
         for batch in BATCHES

@@ -1,4 +1,4 @@
-"""The operators between a model's matrices: every set of kernels that could be used here, against the reference."""
+"""Checks of operators: every set of kernels that could be used here, against the reference."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Whole models on this device, through the paged cache in prefill chunks, verify spans and decode rows, against one
-pass of the reference arithmetic over the same tokens and weights."""
+"""Checks of whole models, run through the paged cache in prefill chunks, verify spans and decode rows, against one pass
+of the reference arithmetic over the same tokens and weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CHUNKS = ((0, 37), (37, 64), (64, 69), (69, 70), (70, 79), (79, 80))
 TOKENS = CHUNKS[-1][1]
 
 BOUNDS = {torch.float32: 1e-4, torch.float16: 0.015, torch.bfloat16: 0.12}
-"""For two layers."""
+"""Bounds for two layers, by dtype."""
 MOST, FP8_BOUND = 0.4, 0.5
 WHY = (
     "the same weights, so what differs is the rounding of what passes through the layers: about 15 steps of the dtype "
@@ -103,7 +103,7 @@ def tokens(shape: ModelConfig) -> list[int]:
 
 
 def chunked(model: Any, shape: ModelConfig, platform: Platform) -> torch.Tensor:
-    """Logits of all tokens, (TOKENS, vocab_size), chunk by chunk, blocks in no order."""
+    """Return the logits of all tokens, (TOKENS, vocab_size), computed chunk by chunk, with blocks in random order."""
     size = platform.block_size
     count = -(-TOKENS // size)
     caches = kv_cache.allocate(shape, platform.attention, count + 2, size, platform.cache_dtype, platform.device)
@@ -118,7 +118,7 @@ def chunked(model: Any, shape: ModelConfig, platform: Platform) -> torch.Tensor:
 def reference(
     files: ModelFiles, shape: ModelConfig, rounded: torch.dtype, dtype: torch.dtype, ids: list[int], fp8: bool
 ) -> torch.Tensor:
-    """Logits, (tokens, vocab_size) in `dtype` on the CPU, of the model with its weights rounded to `rounded`.
+    """Return logits, (tokens, vocab_size) in `dtype` on the CPU, of the model with its weights rounded to `rounded`.
 
     fp8: the layers' matrices, and what they are multiplied by, are rounded to fp8.
     """
@@ -141,7 +141,7 @@ def _bound(shape: ModelConfig, platform: Platform, fp8: bool) -> float:
 
 
 def gaps(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Of each row, (rows,) float64: the root mean square of the logits' differences, in standard deviations of all."""
+    """Return each row's root mean square of the logits' differences, (rows,) float64, in standard deviations of all."""
     wanted = wanted.cpu().double()
     return (found.cpu().double() - wanted).square().mean(1).sqrt() / wanted.std()
 

@@ -1,4 +1,5 @@
-"""The same model over several ranks and on one: texts, log-probabilities; and what the ranks' sums cost."""
+"""Checks of tensor parallelism: texts and log-probabilities of one model over several ranks and on one; and the cost of
+the ranks' sums."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from pilotfish.tools.selftest.subject import Subject, prompts_of, release
 from pilotfish.tools.selftest.text import judged, modes
 
 ARMS = ((Arm(VANILLA, "off"), 1), (Arm("ngram", "ngram"), 8))
-"""On several ranks: plain decoding one at a time, and drafts in a batch."""
+"""Arms on several ranks, and their batch sizes: plain decoding one at a time, and drafts in a batch."""
 TEXT_WHY = (
     "the ranks' parts of a sum are rounded before they are added: two tokens that are nearly tied may change places, "
     "within a bound, which is asked of the engine as `pilotfish verify` does"
@@ -57,7 +58,7 @@ def _one_rank() -> Finding:
 
 
 class _Pair:
-    """A model on all ranks, then on one, whose results all checks share. Never both in memory at once."""
+    """A model over all ranks, then on one; all checks share their results. Both are never in memory at once."""
 
     def __init__(self, subject: Subject, own: bool) -> None:
         self.subject, self.own = subject, own

@@ -1,4 +1,4 @@
-"""How far a result is from what it should be, in steps of its own precision."""
+"""Errors in units of a dtype's own precision."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pilotfish.tools.selftest.check import Finding
 
 
 class Worst:
-    """The largest of some errors, and where it was."""
+    """The largest of several errors, and its position."""
 
     def __init__(self) -> None:
         self.error, self.where = 0.0, ""
@@ -25,8 +25,8 @@ class Worst:
 
 
 def units(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> float:
-    """The largest error, in units in the last place of `dtype`: those of the number itself, or of its row's root mean
-    square where that is larger, since small sums of large numbers are no more exact than that. NaN if there is one.
+    """Return the largest error in units in the last place of `dtype`: of the number itself, or of its row's root mean
+    square if that is larger, since small sums of large numbers are no more exact than that. NaN if there is one.
 
     wanted: float64 on the CPU; found: the same shape, any dtype and device.
     """

@@ -172,7 +172,7 @@ def log_exponential(bits: np.ndarray) -> np.ndarray:
 
 
 def cumulative(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of a row of logits, (vocab,): token ids from the likeliest, lower ids first among equals; and the share of the
+    """Return a row's token ids from the likeliest, lower ids first among equals, (vocab,); and the share of the
     probability that the tokens before each of them have."""
     order = np.argsort(-scaled, kind="stable")
     mass = np.exp(scaled[order].astype(np.float64))

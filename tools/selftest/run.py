@@ -31,7 +31,7 @@ RESTART = 75
 
 
 class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
-    """What one run of the self-test covers; sent to the groups' processes."""
+    """The settings of one run of the self-test; sent to the groups' processes."""
 
     config: EngineConfig
     directory: str
@@ -78,7 +78,7 @@ class Ended(msgspec.Struct, frozen=True, tag=True):
 
 Message = Started | Done | Described | Refused | Ended
 OnStart = Callable[[str, str], object]
-"""Told a check's group and name."""
+"""Called with a check's group and name."""
 
 
 def describe(test: SelfTest) -> Environment:

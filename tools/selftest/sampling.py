@@ -1,4 +1,4 @@
-"""The noise, truncation and drawing on this device, against the same in NumPy on the CPU."""
+"""Checks of noise, truncation and drawing on this device, against the same in NumPy on the CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pilotfish.tools.selftest.subject import Subject
 
 VOCABULARY = 32_000
 EDGE = 1e-5
-"""Share of the probability, or of a score, within which a token may fall to either side: float32's sums."""
+"""Share of the probability, or of a score, within which rounding may put a token on either side of an edge."""
 
 CUTS: dict[str, dict[str, Any]] = {
     "top_k": {"top_k": 40},
@@ -55,7 +55,9 @@ class _Sampling:
     def __init__(self, subject: Subject) -> None:
         self.subject, self.device = subject, subject.device
         self.count = 8 if subject.quick else 64
-        self.keys = [row_key(seed * 0x9E3779B9 + 17, place) for seed, place in enumerate(range(3, 3 + self.count))]
+        self.keys = [
+            row_key(seed * 0x9E3779B9 + 17, position) for seed, position in enumerate(range(3, 3 + self.count))
+        ]
 
     def bits(self) -> Finding:
         tokens = np.arange(VOCABULARY)
@@ -93,7 +95,7 @@ class _Sampling:
         return Finding(measured=int((logits.numpy().argmax(1) != np.array(found)).sum()), bound=0, detail=self._of())
 
     def drawn(self) -> Finding:
-        """By both ways that there are: from logits that were processed, and from those that only were adjusted."""
+        """Compare tokens drawn in both ways: from processed logits, and from those that were only adjusted."""
         logits, wrong = self._logits(), 0
         sequences = [_sequence(i, SamplingParams(temperature=0.8, seed=i)) for i in range(self.count)]
         spans = [LogitSpan(sequence) for sequence in sequences]
@@ -118,7 +120,7 @@ class _Sampling:
 
 
 def _kept(row: np.ndarray, params: SamplingParams) -> tuple[set[int], set[int]]:
-    """The tokens that are surely kept of a row of logits, and those that may be: all others may not."""
+    """Return the tokens that must be kept of a row of logits, and those that may be."""
     scaled = (row - row.max()) / params.temperature
     order, before = reference.cumulative(scaled)
     if 0 < params.top_k < len(row):

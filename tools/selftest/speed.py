@@ -1,5 +1,4 @@
-"""How fast this machine is where it matters: its memory, passes of one row and of five, the way to the device and
-back."""
+"""Checks of speed: memory bandwidth, passes of one row and of five, transfers to the device and back."""
 
 from __future__ import annotations
 
@@ -31,9 +30,9 @@ from pilotfish.tools.selftest.check import Check, Finding, Skip
 from pilotfish.tools.selftest.subject import Subject, ignore, release
 
 COPY_SHARE = 0.75
-"""Of the data sheet's bandwidth, that a large copy must reach."""
+"""Share of the data sheet's bandwidth that a large copy must reach."""
 PASS_SHARE = 0.8
-"""Of the same, that a pass of one row must."""
+"""Share of the data sheet's bandwidth that a pass of one row must reach."""
 VERIFIED, VERIFY_COST = 5, 1.1
 CONTEXT = 512
 EIGHT_B_MEMORY = 20 << 30
@@ -48,7 +47,7 @@ _NAMES = {
     r"\bL4\b": "l4",
     r"\bRTX 4090$": "rtx4090",
 }
-"""Names as the driver gives them. Cards of like names and other memory (H100 PCIe, A100 40GB) are not among them."""
+"""Patterns of the driver's names. Cards with similar names and other memory (H100 PCIe, A100 40GB) do not match."""
 
 
 COPY_WHY = "a large copy should come near the data sheet: below 75 % of it a card is throttled, shared, or another one"
@@ -77,7 +76,7 @@ def checks(subject: Subject) -> Iterator[Check]:
 
 
 def peaks(name: str) -> Device | None:
-    """The data sheet of the card of that name, if it is one that the planner knows."""
+    """Return the data sheet of a card by the driver's name, if the planner knows it."""
     return next((DEVICES[known] for pattern, known in _NAMES.items() if re.search(pattern, name)), None)
 
 
@@ -112,12 +111,12 @@ class _Machine:
 
 @dataclass
 class _Model:
-    """A model to be timed, loaded when the first asks for it."""
+    """A model to be timed; loaded when its first check runs."""
 
     subject: Subject
     config: EngineConfig
     judged: bool
-    """Its figures have bounds."""
+    """Whether its figures have bounds."""
 
     @cached_property
     def shape(self) -> ModelConfig:
@@ -235,7 +234,7 @@ def _card(subject: Subject) -> Device | None:
 
 
 def _median(subject: Subject, action: Callable[[], object], times: int) -> float:
-    """Seconds of an action until the device is done with it; the first three do not count."""
+    """Return the median seconds of an action until the device is done with it; the first three do not count."""
     return statistics.median([_seconds(subject, action) for _ in range(times + 3)][3:])
 
 

@@ -1,4 +1,4 @@
-"""Subject: what is tested, on which machine, by which settings; what the checks of all groups share."""
+"""Subject: the settings, platform and model under test, which the checks of all groups share."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ class Subject:
 
     @cached_property
     def shape(self) -> ModelConfig:
-        """Of the user's model, or of the small one that stands in for it."""
+        """The shape of the user's model, or of the small one that stands in for it."""
         name = self.config.model if self.test.own_model else str(self.small("llama", dtype="float32"))
         return read_config(resolve(name, weights=False))
 
     @cached_property
     def platform(self) -> Platform:
-        """Where and how the model will compute. Raises ConfigError where the settings do not go with the machine."""
+        """The platform that the model will run on. Raises ConfigError for settings that the machine does not
+        support."""
         return choose_platform(self._config_of_platform, self.shape)
 
     @property
@@ -73,11 +74,11 @@ class Subject:
         return short_name(self.platform.dtype)
 
     def small(self, kind: str, seed: int = 0, ranks: int = 1, dtype: str = "") -> Path:
-        """The folder of a small model, in the platform's dtype unless another is named."""
+        """Return the folder of a small model, in the platform's dtype unless another is named."""
         return small.write(Path(self.test.directory), kind, dtype=dtype or self.dtype_name, ranks=ranks, seed=seed)
 
     def small_config(self, model: Path, **settings: object) -> EngineConfig:
-        """The user's settings for a small model: device, dtype, kernels, attention and what else is not its size."""
+        """Return the user's settings for a small model: device, dtype, kernels, attention; everything but sizes."""
         config = msgspec.structs.replace(
             self.config,
             model=str(model),
@@ -99,11 +100,11 @@ class Subject:
         return msgspec.structs.replace(config, **settings)
 
     def random(self, *shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Normal numbers, rounded to `dtype`, on the CPU: the same on every machine."""
+        """Return normal numbers, rounded to `dtype`, on the CPU: the same on every machine."""
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
     def tokens(self, count: int, vocab_size: int, seed: int) -> list[int]:
-        """Random token ids in which parts repeat, so that lookups have something to find."""
+        """Return random token ids in which parts repeat, so that lookups find drafts."""
         generator = torch.Generator().manual_seed(seed)
         part = torch.randint(1, vocab_size, (max(1, count // 3),), generator=generator).tolist()
         return (part * 4)[:count]
@@ -118,18 +119,18 @@ def short_name(dtype: torch.dtype) -> str:
 
 
 def release() -> None:
-    """Give back the GPU memory of models that nobody has any more: what torch keeps does not count as free."""
+    """Free the GPU memory of models without references: memory that torch keeps does not count as free."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def ignore(what: str, share: float) -> None:
-    """A progress that nobody watches."""
+    """Ignore loading progress."""
 
 
 def prompts_of(subject: Subject, count: int, vocab_size: int, own: bool) -> list[Sequence[int]]:
-    """Prompts for texts: the user's model's own, where there are any; else random ones."""
+    """Return prompts for texts: real ones for the user's model, if there are any; otherwise random ones."""
     if own and subject.test.prompts:
         return list(subject.test.prompts[:count])
     return [subject.tokens(24 + 7 * i, vocab_size, seed=100 + i) for i in range(count)]

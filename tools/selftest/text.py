@@ -1,5 +1,5 @@
-"""Does speculation change the text here? What `pilotfish verify` asks, of small models with drafts of every kind, and
-of the user's own: greedy and sampled, one request at a time and eight."""
+"""Checks that speculation does not change the text, as `pilotfish verify` does: of a small model with several drafters,
+and of the user's own; greedy and sampled, one request at a time and eight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,3 @@
-"""Training drafts for a target: the text it writes itself, its features of that text, the draft, the loop.
-
-Token ids in, safetensors out. Nothing here serves a request, and nothing that serves one imports it.
+"""Training drafts for a target, from token ids to safetensors: the text that the target writes, its features, the
+drafts and the training loop.
 """

@@ -1,4 +1,4 @@
-"""Lessons to batches: which are held out, in what order the others come, and padded tensors."""
+"""Batches of lessons: held-out ones, the order of the others, and padding."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.nn.utils.rnn import pad_sequence
 from pilotfish.tools.training.features import FeatureStore, Lesson
 
 HELD_OUT_EVERY = 32
-"""One conversation in so many is never trained on, and says how good the draft is."""
+"""One conversation in so many is never trained on, so that acceptance can be measured on it."""
 GROUP = 4
-"""Shards that are in memory and shuffled together."""
+"""Number of shards that are in memory, and shuffled, together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Conversations padded at their ends to one length. `answers` marks the places whose next token, as the target sees
-    it, is part of the answer."""
+    """Conversations padded at their ends to one length. `answers` marks the positions whose next token, as the target
+    sees it, is part of the answer."""
 
     tokens: torch.Tensor  # (batch, length) int64
     features: torch.Tensor  # (batch, length, layers * hidden_size) float32
@@ -31,7 +31,7 @@ class Batch:
 
 
 def training_batches(store: FeatureStore, epoch: int, seed: int, batch_tokens: int) -> Iterator[Batch]:
-    """An epoch's batches: the same for the same arguments. Conversations of like length come together."""
+    """Yield an epoch's batches, the same for the same arguments. Conversations of similar length come together."""
     order = random.Random(f"{seed}/{epoch}")
     shards = list(range(store.shards))
     order.shuffle(shards)
@@ -39,8 +39,8 @@ def training_batches(store: FeatureStore, epoch: int, seed: int, batch_tokens: i
         lessons = [
             lesson
             for shard in shards[start : start + GROUP]
-            for place, lesson in enumerate(store.read(shard))
-            if place % HELD_OUT_EVERY
+            for position, lesson in enumerate(store.read(shard))
+            if position % HELD_OUT_EVERY
         ]
         order.shuffle(lessons)
         batches = _cut(lessons, batch_tokens)
@@ -49,10 +49,10 @@ def training_batches(store: FeatureStore, epoch: int, seed: int, batch_tokens: i
 
 
 def held_out_batches(store: FeatureStore, batch_tokens: int, most: int) -> list[Batch]:
-    """At most `most` of the conversations that are held out, as batches."""
+    """Return at most `most` of the held-out conversations, as batches."""
     lessons: list[Lesson] = []
     for shard in range(store.shards):
-        lessons += [lesson for place, lesson in enumerate(store.read(shard)) if place % HELD_OUT_EVERY == 0]
+        lessons += [lesson for position, lesson in enumerate(store.read(shard)) if position % HELD_OUT_EVERY == 0]
         if len(lessons) >= most:
             break
     return [pad(batch) for batch in _cut(lessons[:most], batch_tokens)]

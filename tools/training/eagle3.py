@@ -1,6 +1,6 @@
-"""EAGLE-3's draft as something to train: `engine.models.eagle3` with gradients, unrolled over several drafted tokens.
+"""Eagle3Draft: the EAGLE-3 head of `engine.models.eagle3` with gradients, unrolled over several drafted tokens.
 
-Training-time test (arXiv 2503.01840, section 3.2): after the first step the draft reads its own output in the place of
+Training-time test (arXiv 2503.01840, section 3.2): after the first step the draft reads its own output instead of
 the target's features, as it will when it drafts. All anchors are unrolled at once: the chain that starts at position a
 sees the true rows up to a, and its own rows after that.
 """

@@ -20,7 +20,7 @@ from pilotfish.tools.training.settings import Objective
 from pilotfish.tools.training.student import Tally, Teacher
 
 STEP_WEIGHT = 0.8
-"""A drafted token's loss weighs so much less than that of the one before it, as it is reached less often (EAGLE-3)."""
+"""Weight of a drafted token's loss relative to the token before it, since it is reached less often (EAGLE-3)."""
 
 
 class Eagle3Student(nn.Module):
@@ -65,8 +65,10 @@ class Eagle3Student(nn.Module):
         total = batch.features.new_zeros(())
         weights = 0.0
         for step, hidden in enumerate(self.draft.unroll(batch.features, batch.tokens, self.steps)):
-            places = rows + step + 1
-            target = self.teacher.distribution(batch.final.flatten(0, 1)[places], batch.normalizer.flatten()[places])
+            positions = rows + step + 1
+            target = self.teacher.distribution(
+                batch.final.flatten(0, 1)[positions], batch.normalizer.flatten()[positions]
+            )
             logits = self.draft.logits(hidden.flatten(0, 1)[rows]).float()
             weight = STEP_WEIGHT**step
             total = total + weight * draft_loss(logits, target, objective)[0]
@@ -106,8 +108,8 @@ class Eagle3Student(nn.Module):
 
 
 def _anchors(batch: Batch, steps: int) -> torch.Tensor:
-    """Rows, of the flattened batch, whose whole chain predicts tokens of the answer: (anchors,) int64."""
-    # Anchor a's step j predicts what follows place a + j + 1.
+    """Return the rows of the flattened batch whose whole chain predicts tokens of the answer, (anchors,) int64."""
+    # Anchor a's step j predicts what follows position a + j + 1.
     length = batch.tokens.shape[1]
     good = torch.ones_like(batch.answers)
     for step in range(1, steps + 1):

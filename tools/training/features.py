@@ -116,13 +116,13 @@ def _run(engine: Engine, batch: list[Conversation], layers: tuple[int, ...]) -> 
     normalizers = torch.cat([torch.logsumexp(part.float(), dim=1) for part in logits.split(64)]).split(lengths)
     likeliest = logits.argmax(1).split(lengths)
     taken = tap.features.to(torch.bfloat16).split(lengths)
-    place = tap.layers.index(last)
+    index = tap.layers.index(last)
     return [
         Lesson(
             tokens=torch.tensor(each.tokens),
             prompt_len=each.prompt_len,
             features=taken[i][:, : len(layers) * hidden].contiguous(),
-            final=taken[i][:, place * hidden : (place + 1) * hidden].contiguous(),
+            final=taken[i][:, index * hidden : (index + 1) * hidden].contiguous(),
             normalizer=normalizers[i].clone(),
             likeliest=likeliest[i].clone(),
         )

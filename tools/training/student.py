@@ -1,4 +1,4 @@
-"""Student: a draft in training. What the loop needs of one, whatever its kind; and the target's side of the lesson."""
+"""Student: the interface of a draft in training; Teacher: the target's weights that it learns from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pilotfish.tools.training.settings import Objective
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """The target's weights that training needs."""
+    """The target's weights that training reads."""
 
     embedding: torch.Tensor  # (vocab_size, hidden_size) float32
     head: torch.Tensor  # (draft_vocab_size, hidden_size) float32: its rows for the draft's tokens
@@ -25,7 +25,8 @@ class Teacher:
     target_ids: torch.Tensor  # (draft_vocab_size,) int64, ascending
 
     def distribution(self, final: torch.Tensor, normalizer: torch.Tensor) -> torch.Tensor:
-        """p over the draft's vocabulary, (rows, draft_vocab_size), of rows of Batch.final and Batch.normalizer."""
+        """Return p over the draft's vocabulary, (rows, draft_vocab_size), of rows of Batch.final and
+        Batch.normalizer."""
         logits = F.linear(F.rms_norm(final, self.norm.shape, self.norm, self.eps), self.head)
         return (logits.float() - normalizer.unsqueeze(1)).exp()
 

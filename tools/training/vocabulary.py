@@ -11,8 +11,8 @@ from pilotfish.tools.training.text import TextStore
 def frequent_tokens(
     text: TextStore, vocab_size: int, count: int, always: tuple[int, ...]
 ) -> tuple[torch.Tensor, float]:
-    """The `count` tokens that answers have most often, `always` among them: ids, ascending, (count,) int64; and the
-    share of the answers' tokens that they are."""
+    """Return the `count` most frequent tokens of answers, `always` among them, as ascending ids, (count,) int64; and
+    their share of the answers' tokens."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for conversation in text:
         answer = torch.tensor(conversation.tokens[conversation.prompt_len :], dtype=torch.int64)

@@ -16,7 +16,7 @@ from pilotfish.tools.training.settings import TrainSettings
 from pilotfish.tools.training.text import Conversation, TextStore
 
 SHARD = 256
-"""Conversations that are written at a time: many more than run at once, so that the engine's batch stays full."""
+"""Conversations written at a time: many more than run at once, so that the engine's batch stays full."""
 MIN_TURN = 3
 """Least tokens of a user's turn; a shorter one is not a question."""
 TURN_TEMPERATURE, TURN_TOP_P = 1.0, 0.95
@@ -26,7 +26,7 @@ ANSWER_TEMPERATURES = (0.0, 0.0, 0.8)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
-    """What stands around a user's turn. A model without a chat template has nothing there but its begin-of-text."""
+    """The tokens around a user's turn. A model without a chat template has only its begin-of-text before it."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
@@ -35,7 +35,7 @@ class Frame:
 def write_text(
     llm: LLM, frame: Frame, store: TextStore, settings: TrainSettings, progress: Callable[[int], object]
 ) -> None:
-    """Add shards until there are `settings.tokens` tokens. `progress` is told how many there are, after each shard.
+    """Add shards until there are `settings.tokens` tokens. `progress` gets their number after each shard.
 
     A shard depends on the settings and its number alone, so that an interrupted run goes on to the same text.
     """
@@ -56,7 +56,7 @@ def answer_prompts(
     settings: TrainSettings,
     progress: Callable[[int], object],
 ) -> None:
-    """The target's answers to the user's own prompts, as the store's first shards. Those that are there stay."""
+    """Write the target's answers to the user's own prompts, as the store's first shards, unless they are there."""
     chunks = [prompts[start : start + SHARD] for start in range(0, len(prompts), SHARD)]
     for shard in range(store.shards, len(chunks)):
         store.write(shard, _answer(llm, chunks[shard], settings, settings.seed * 1_000_003 - (shard + 1) * SHARD))
@@ -92,7 +92,7 @@ def _answer(
 def _complete(
     llm: LLM, prompts: Sequence[tuple[int, ...]], params: list[SamplingParams]
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """What follows each prompt: the text's tokens, and the one that ended it, if one did."""
+    """Return what follows each prompt: the text's tokens, and the token that ended it, if one did."""
     completions = llm.generate(prompts, params, speculation="off")
     texts = []
     for completion in completions:
