@@ -31,7 +31,7 @@ from pilotfish.tools.bench.arms import arms_of
 from pilotfish.tools.bench.rows import Row
 from pilotfish.tools.bench.runner import Benchmark, run, warm_up
 from pilotfish.tools.planner.devices import Device
-from pilotfish.tools.planner.load import Job, play
+from pilotfish.tools.planner.load import RequestLength, play
 from pilotfish.tools.planner.models import PlannedModel, read_shape
 from pilotfish.tools.planner.roofline import draft_seconds, pass_seconds, step_seconds
 
@@ -43,13 +43,13 @@ DRAFT = "draft"
 class Bench:
     """A model with its arms, and what was measured of it."""
 
-    plan: Benchmark
+    benchmark: Benchmark
     llm: LLM
     model: PlannedModel
     rows: list[Row] = field(default_factory=list)
 
     def round(self) -> None:
-        for rows in run(self.plan, self.llm, lambda: None):
+        for rows in run(self.benchmark, self.llm, lambda: None):
             self.rows += rows
 
     def best(self, arm: str, concurrency: int) -> Row:
@@ -58,9 +58,9 @@ class Bench:
 
     def predicted(self, device: Device, measured: Row) -> float:
         """Tokens per second of the load that `measured` was."""
-        (prompts,) = self.plan.suites.values()
-        answer, load = self.plan.params.max_tokens, measured.concurrency
-        jobs = [Job(len(prompt), answer) for prompt in islice(cycle(prompts), max(len(prompts), load))]
+        (prompts,) = self.benchmark.suites.values()
+        answer, load = self.benchmark.params.max_tokens, measured.concurrency
+        requests = [RequestLength(len(prompt), answer) for prompt in islice(cycle(prompts), max(len(prompts), load))]
         tokens, drafted = measured.mean_accepted_length, drafted_in_a_step(measured)
 
         def seconds(rows: int, sequences: int, context: int, decoding: int) -> float:
@@ -71,12 +71,13 @@ class Bench:
                 step += draft_seconds(self.model, device, 1, round(drafted), decoding, context)
             return step
 
-        total = play(jobs, load, MAX_BATCH_TOKENS, seconds, drafted, tokens)
+        total = play(requests, load, MAX_BATCH_TOKENS, seconds, drafted, tokens)
         if measured.arm == DRAFT:  # the draft reads the prompts, too, as many rows at a time
-            together = min(load, max(1, MAX_BATCH_TOKENS // max(job.prompt for job in jobs)))
-            reading = [pass_seconds(self.model, device, 1, together * j.prompt, together, j.prompt, 0) for j in jobs]
+            together = min(load, max(1, MAX_BATCH_TOKENS // max(each.prompt for each in requests)))
+            lengths = [each.prompt for each in requests]
+            reading = [pass_seconds(self.model, device, 1, together * n, together, n, 0) for n in lengths]
             total += sum(step.total for step in reading) / together
-        return sum(job.output for job in jobs) / total
+        return sum(each.output for each in requests) / total
 
 
 def make_bench(
@@ -94,7 +95,7 @@ def make_bench(
     )
     tokenizer = load_tokenizer(files)
     texts = read_suites([], questions)[BUILT_IN]
-    plan = Benchmark(
+    benchmark = Benchmark(
         model=name,
         arms=arms_of(arms, llm.info),
         suites={BUILT_IN: [encode(tokenizer, text) for text in texts]},
@@ -103,7 +104,7 @@ def make_bench(
         params=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, seed=0),
     )
     shape = read_shape(name).shape
-    return Bench(plan, llm, PlannedModel(name=name, shape=shape, dtype="float32", kv_dtype="float32"))
+    return Bench(benchmark, llm, PlannedModel(name=name, shape=shape, dtype="float32", kv_dtype="float32"))
 
 
 def drafted_in_a_step(row: Row) -> float:
@@ -115,12 +116,12 @@ def table(benches: list[Bench], device: Device) -> Iterator[str]:
     yield "| model | streams | arm | drafted | tokens/step | predicted | measured | ratio |"
     yield "|---|---:|---|---:|---:|---:|---:|---:|"
     for bench in benches:
-        for load in bench.plan.concurrency:
-            for arm in bench.plan.arms:
+        for load in bench.benchmark.concurrency:
+            for arm in bench.benchmark.arms:
                 row = bench.best(arm.name, load)
                 predicted, measured = bench.predicted(device, row), row.tokens_per_second
                 yield (
-                    f"| {bench.plan.model} | {load} | {arm.name} | {drafted_in_a_step(row):.2f} "
+                    f"| {bench.benchmark.model} | {load} | {arm.name} | {drafted_in_a_step(row):.2f} "
                     f"| {row.mean_accepted_length:.2f} | {predicted:.1f} | {measured:.1f} "
                     f"| {predicted / measured:.2f} |"
                 )
@@ -144,7 +145,7 @@ def main() -> None:
             for name in args.models or ["smollm2-135m", "gemma-3-270m"]
         ]
         for bench in benches:
-            warm_up(bench.plan, bench.llm)
+            warm_up(bench.benchmark, bench.llm)
         for _ in range(args.rounds):
             meter.round()
             for bench in benches:

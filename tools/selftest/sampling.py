@@ -55,9 +55,7 @@ class _Sampling:
     def __init__(self, subject: Subject) -> None:
         self.subject, self.device = subject, subject.device
         self.count = 8 if subject.quick else 64
-        self.keys = [
-            row_key(seed * 0x9E3779B9 + 17, position) for seed, position in enumerate(range(3, 3 + self.count))
-        ]
+        self.keys = [row_key(seed * 0x9E3779B9 + 17, 3 + seed) for seed in range(self.count)]
 
     def bits(self) -> Finding:
         tokens = np.arange(VOCABULARY)

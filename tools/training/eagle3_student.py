@@ -66,9 +66,8 @@ class Eagle3Student(nn.Module):
         weights = 0.0
         for step, hidden in enumerate(self.draft.unroll(batch.features, batch.tokens, self.steps)):
             positions = rows + step + 1
-            target = self.teacher.distribution(
-                batch.final.flatten(0, 1)[positions], batch.normalizer.flatten()[positions]
-            )
+            final, normalizer = batch.final.flatten(0, 1)[positions], batch.normalizer.flatten()[positions]
+            target = self.teacher.distribution(final, normalizer)
             logits = self.draft.logits(hidden.flatten(0, 1)[rows]).float()
             weight = STEP_WEIGHT**step
             total = total + weight * draft_loss(logits, target, objective)[0]
