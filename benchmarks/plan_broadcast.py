@@ -23,7 +23,7 @@ import zmq
 
 from pilotfish.engine.execution.batch import Span, pack
 from pilotfish.engine.ranks.channel import PassChannel, PassReader
-from pilotfish.engine.ranks.control_messages import Welcome
+from pilotfish.engine.ranks.wire import Welcome
 
 BLOCK_SIZE = 16
 

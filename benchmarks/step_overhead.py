@@ -28,11 +28,10 @@ from pathlib import Path
 import msgspec
 import torch
 
-from pilotfish.checkpoints.catalog import resolve
+from pilotfish.checkpoints.catalog import Progress, resolve
 from pilotfish.engine.build import Engine
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.core import EngineCore
-from pilotfish.engine.execution.loader import Progress
 from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
 from pilotfish.engine.layers.communicator import ALONE

@@ -8,23 +8,25 @@ from functools import partial
 
 import msgspec
 
-from pilotfish.checkpoints.catalog import resolve
+from pilotfish.checkpoints.catalog import Progress, resolve
+from pilotfish.engine.child_process import LastWords
 from pilotfish.engine.config import EngineConfig, cache_share
 from pilotfish.engine.device import synchronize
 from pilotfish.engine.execution.buckets import span_lengths
 from pilotfish.engine.execution.graphs import graph_backend, graph_memory, graph_plan
-from pilotfish.engine.execution.loader import Platform, Progress, load_model
+from pilotfish.engine.execution.loader import Platform, load_model
 from pilotfish.engine.execution.runner import ModelRunner, Runner
 from pilotfish.engine.layers.attention.backend import LayerCache
 from pilotfish.engine.layers.communicator import ALONE
 from pilotfish.engine.memory import kv_cache
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.free import free_memory
+from pilotfish.engine.memory.usage import RankMemory
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.layout import check_divides
 from pilotfish.engine.models.model import Model
-from pilotfish.engine.ranks.lead import LastWords, Ranks, start_ranks
-from pilotfish.engine.request import EngineInfo, RankMemory
+from pilotfish.engine.ranks.leader import Ranks, start_ranks
+from pilotfish.engine.request import EngineInfo
 from pilotfish.engine.speculation.control.calibration import make_controller
 from pilotfish.engine.speculation.drafters.feature_router import FeatureRouter
 from pilotfish.engine.speculation.drafters.registry import (
@@ -67,7 +69,7 @@ class Engine:
 
 def build(config: EngineConfig, progress: Progress, last_words: LastWords | None = None) -> Engine:
     """Raises ConfigError for settings that cannot work together, ModelError for a model that cannot be read, RankError
-    for a rank that fails; for `last_words` see `engine.process.main`."""
+    for a rank that fails; for `last_words` see `engine.child_process`."""
     if config.node_rank:
         raise ConfigError(
             f"node_rank is {config.node_rank}, but an engine runs on node 0: `pilotfish serve` holds ranks"

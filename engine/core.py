@@ -18,11 +18,11 @@ from functools import partial
 import msgspec
 import torch
 
+from pilotfish.checkpoints.catalog import Progress
 from pilotfish.engine.build import Engine, build
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.device import PassTimer
 from pilotfish.engine.execution.batch import Span
-from pilotfish.engine.execution.loader import Progress
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.memory.usage import MemoryMeter
 from pilotfish.engine.models.features import FeatureTap

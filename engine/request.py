@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from pilotfish.engine.memory.usage import RankMemory
 from pilotfish.engine.params import MAX_SEED, SamplingParams
 from pilotfish.errors import ParameterError
 
@@ -78,16 +79,6 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     """The end-of-text or stop token that ended it: the last of token_ids, and not part of the text."""
     error: str | None = None
     stats: RequestStats | None = None
-
-
-class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """Memory of the engine process of one rank, in bytes."""
-
-    rank: int
-    resident: int
-    """Physical memory."""
-    gpu: int | None = None
-    """Allocated on its GPU; None without one."""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

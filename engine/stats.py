@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from pilotfish.engine.request import Delta, RankMemory, RequestStats
+from pilotfish.engine.memory.usage import RankMemory
+from pilotfish.engine.request import Delta, RequestStats
 
 if TYPE_CHECKING:
     from pilotfish.engine.memory.block_pool import BlockPool

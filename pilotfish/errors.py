@@ -40,3 +40,11 @@ class CollectiveError(RankError):
 
 class EngineNotReadyError(PilotfishError):
     """The engine is still loading its model, or is stopping: the request was not taken."""
+
+
+def one_line(error: Exception) -> str:
+    """An error as the end of a sentence; the type's name comes first where it is not one of these."""
+    text = str(error).strip().partition("\n")[0]
+    if isinstance(error, PilotfishError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

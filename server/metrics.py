@@ -25,7 +25,8 @@ from prometheus_client import (
 from prometheus_client.process_collector import ProcessCollector
 
 from pilotfish import __version__
-from pilotfish.engine.request import EngineInfo, RankMemory
+from pilotfish.engine.memory.usage import RankMemory
+from pilotfish.engine.request import EngineInfo
 from pilotfish.engine.stats import StepStats
 
 Outcome = Literal["stop", "length", "abort", "error", "refused"]

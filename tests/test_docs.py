@@ -12,7 +12,8 @@ import pytest
 from fastapi.routing import APIRoute
 
 from pilotfish.engine.config import EngineConfig, cache_share
-from pilotfish.engine.request import EngineInfo, RankMemory
+from pilotfish.engine.memory.usage import RankMemory
+from pilotfish.engine.request import EngineInfo
 from pilotfish.engine.stats import StepStats
 from pilotfish.server import routes
 from pilotfish.server.cli.settings import Setting, settings_of

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from pilotfish.checkpoints.catalog import ModelFiles, resolve
+from pilotfish.checkpoints.catalog import ModelFiles, Progress, resolve
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.device import compute_capability, give_back_memory
 from pilotfish.engine.kernels.fp8 import FP8_CAPABILITY
@@ -32,9 +32,6 @@ from pilotfish.engine.weights.quantization import SCALE, dequantized, quantized
 from pilotfish.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, float], None]
-"""Told what is being done and the share of it that is done."""
 
 
 @dataclass(frozen=True, slots=True)

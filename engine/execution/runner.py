@@ -19,7 +19,7 @@ from pilotfish.engine.models.model import Model
 
 
 class Runner(Protocol):
-    """A ModelRunner, or one that has others compute with it (`engine.ranks.lead`)."""
+    """A ModelRunner, or one that has others compute with it (`engine.ranks.leader`)."""
 
     @property
     def model(self) -> Model: ...

@@ -1,6 +1,6 @@
 """BlockTable: the KV blocks of one sequence, in order: where its tokens lie, and which of them others may share.
 
-Which blocks exist and who evicts them is `engine.memory.block_pool`'s; keys and values are `engine.memory.kv_cache`'s.
+`block_pool` knows which blocks exist and evicts them; keys and values lie in `kv_cache`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ class BlockTable:
     therefore writes only to blocks that it alone holds and that nobody can find.
     """
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, root: bytes | None = None) -> None:
+        """`root`, by default the pool's, is the digest that a first block's builds on: only tables of one root share
+        blocks. What else than tokens decides over keys and values goes into it, hashed with the pool's own, which is
+        secret."""
         self.pool = pool
         self.blocks = array("i")  # copied as it is into each step's block tables
+        self._root = pool.root if root is None else root
         self._digested = 0  # blocks whose digests are known: claimed, or full and computed
-        self._digest = pool.root  # of the last of them
+        self._digest = self._root  # of the last of them
 
     def claim_prefix(self, tokens: Sequence[int]) -> int:
         """Take references to the longest cached chain of full blocks that begins `tokens`; its length in tokens.
@@ -78,7 +82,7 @@ class BlockTable:
         """Give every block back. The table is empty then and can be used again, by the same sequence or another."""
         self.pool.release(reversed(self.blocks))  # a chain's tail is evicted before its head
         self.blocks = array("i")
-        self._digested, self._digest = 0, self.pool.root
+        self._digested, self._digest = 0, self._root
 
     def slots(self, start: int, stop: int) -> NDArray[np.int64]:
         """Where in the cache tokens [start, stop) lie: (stop - start,) int64, block * block_size + offset.

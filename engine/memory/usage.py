@@ -1,16 +1,26 @@
-"""How much memory an engine process takes, as metrics tell it. What is free for a KV cache is `engine.memory.free`."""
+"""How much memory the engine's processes take, as metrics tell it. What is free for a KV cache is in `free`. No torch
+where there is no GPU."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
+import msgspec
 import psutil
-import torch
-
-from pilotfish.engine.request import RankMemory
 
 INTERVAL_SECONDS = 5.0
+
+
+class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory of the engine process of one rank, in bytes."""
+
+    rank: int
+    resident: int
+    """Physical memory."""
+    gpu: int | None = None
+    """Allocated on its GPU; None without one."""
 
 
 class MemoryMeter:
@@ -18,19 +28,23 @@ class MemoryMeter:
 
     def __init__(self, device: str, rank: int = 0, others: Callable[[], tuple[RankMemory, ...]] = lambda: ()) -> None:
         """`others` tells what is known of ranks in other processes."""
-        self._gpu = torch.device(device) if device.startswith("cuda") else None
+        self._allocated: Callable[[], int] | None = None
+        if device.startswith("cuda"):
+            import torch
+
+            self._allocated = partial(torch.cuda.memory_allocated, torch.device(device))
         self._rank = rank
         self._others = others
         self._process = psutil.Process()
         self._next = 0.0
 
     def read(self) -> RankMemory:
-        """This process's."""
-        gpu = None if self._gpu is None else torch.cuda.memory_allocated(self._gpu)
+        """Read this process's memory."""
+        gpu = None if self._allocated is None else self._allocated()
         return RankMemory(rank=self._rank, resident=self._process.memory_info().rss, gpu=gpu)
 
     def read_if_due(self) -> tuple[RankMemory, ...]:
-        """A reading of every rank, or () where the last is younger than INTERVAL_SECONDS."""
+        """Read every rank's memory; () where the last reading is younger than INTERVAL_SECONDS."""
         now = time.monotonic()
         if now < self._next:
             return ()
@@ -38,5 +52,5 @@ class MemoryMeter:
         return self.read_all()
 
     def read_all(self) -> tuple[RankMemory, ...]:
-        """A reading of every rank."""
+        """Read every rank's memory."""
         return (self.read(), *self._others())

@@ -18,11 +18,11 @@ from typing import Literal
 import msgspec
 import zmq
 
+from pilotfish.engine import child_process
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.process import child as processes
-from pilotfish.engine.process.main import Launch
 from pilotfish.engine.process.messages import (
     Abort,
+    EngineTask,
     Failed,
     FromEngine,
     Loading,
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 EngineState = Literal["starting", "ready", "stopping", "dead"]
 
-ENGINE_COMMAND = processes.command_of("pilotfish.engine.process.main")
+ENGINE_COMMAND = child_process.command_of("pilotfish.engine.process.main")
 
 STOP_SECONDS = 5.0
 """How long the process may take to end after each of: Shutdown, the end of its standard input, SIGKILL."""
@@ -112,22 +112,22 @@ class AsyncEngine:
 
         Raises OSError if no process can be started.
         """
-        launch = Launch(config=self.config, directory=tempfile.mkdtemp(prefix="pilotfish-"), logs=self._logs)
+        task = EngineTask(config=self.config, directory=tempfile.mkdtemp(prefix="pilotfish-"), logs=self._logs)
         try:
-            self._connection = _Connection(launch, self._receive)
+            self._connection = _Connection(task, self._receive)
             process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=asyncio.subprocess.PIPE, env=processes.environment()
+                *self._command, stdin=asyncio.subprocess.PIPE, env=child_process.environment()
             )
         except BaseException:
-            self._disconnect(launch.directory)
+            self._disconnect(task.directory)
             self._die("the engine process could not be started")
             raise
         self._process = process
-        self._watch = asyncio.create_task(self._watch_process(process, launch.directory))
+        self._watch = asyncio.create_task(self._watch_process(process, task.directory))
         self._listening = asyncio.create_task(self._watch_silence(process))
         # The pipe stays open from here on: its end tells the engine that this process is gone.
         assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(launch) + b"\n")
+        process.stdin.write(child_process.encode_task(task))
 
     async def wait_ready(self) -> EngineInfo:
         """Wait for the model to be loaded. Raises EngineDeadError, with its reason, if the engine is dead."""
@@ -254,16 +254,16 @@ class AsyncEngine:
         stopped = self.state == "stopping"
         if code >= 0:  # else it had no time for any
             await self._last_words()
-        self._die("the engine was stopped" if stopped else f"the engine process {processes.how_it_ended(code)}")
+        self._die("the engine was stopped" if stopped else f"the engine process {child_process.how_it_ended(code)}")
         self._disconnect(directory)
 
     async def _watch_silence(self, process: asyncio.subprocess.Process) -> None:
         """End a process that says nothing for `rank_timeout` seconds while requests wait for it: it is stopped, or its
         interpreter is."""
-        timeout, clock = self.config.rank_timeout, processes.PatientClock()
+        timeout, clock = self.config.rank_timeout, child_process.PatientClock()
         since = clock.now()
         while True:
-            await asyncio.sleep(processes.beat_seconds(timeout))
+            await asyncio.sleep(child_process.heartbeat_seconds(timeout))
             now = clock.now()
             if self._heard or not self._requests:
                 self._heard, since = False, now
@@ -311,8 +311,8 @@ class _Connection:
     reads until there is nothing left, and reads from a socket that does nothing else.
     """
 
-    def __init__(self, launch: Launch, receive: Callable[[FromEngine], None]) -> None:
-        self._to_engine = launch.to_engine
+    def __init__(self, task: EngineTask, receive: Callable[[FromEngine], None]) -> None:
+        self._to_engine = task.to_engine
         self._receive = receive
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(FromEngine).decode
@@ -322,7 +322,7 @@ class _Connection:
         self._reader.set_hwm(0)
         self._writer = self._context.socket(zmq.PUSH)
         self._writer.set_hwm(0)
-        self._reader.bind(launch.from_engine)
+        self._reader.bind(task.from_engine)
         self._loop.add_reader(self._reader.fileno(), self._read)
 
     def connect(self) -> None:

@@ -1,8 +1,8 @@
-"""The engine process: one EngineCore behind two sockets. What crosses them is in `engine.process.messages`; who starts
-it, and talks to it, is `engine.process.client`.
+"""The engine process: one EngineCore behind two sockets. What crosses them is in `messages`; `client` starts the
+process and talks to it.
 
-`python -m pilotfish.engine.process.main` is started with a `Launch` (see `engine.process.child`), and ends with its
-parent. Signals to stop do not end it: they are the parent's to act on. Of a model that is divided over ranks this
+`python -m pilotfish.engine.process.main` is started with an `EngineTask` (see `engine.child_process`), and ends with
+its parent. Signals to stop do not end it: they are the parent's to act on. Where a model is sharded over ranks, this
 process is rank 0; it starts the others of its host.
 """
 
@@ -23,11 +23,14 @@ import msgspec
 import zmq
 
 from pilotfish import logs
+from pilotfish.checkpoints.catalog import Progress
+from pilotfish.engine import child_process
+from pilotfish.engine.child_process import LastWords
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.process import child as processes
 from pilotfish.engine.process.messages import (
     Abort,
     Alive,
+    EngineTask,
     Failed,
     FromEngine,
     Loading,
@@ -39,8 +42,7 @@ from pilotfish.engine.process.messages import (
 )
 from pilotfish.engine.request import Delta, EngineInfo, Request
 from pilotfish.engine.stats import StepStats
-from pilotfish.errors import ParameterError, PilotfishError, RankError
-from pilotfish.logs import Logs
+from pilotfish.errors import ParameterError, PilotfishError, RankError, one_line
 
 if TYPE_CHECKING:
     from pilotfish.engine.core import FinishedStep, LaunchedStep
@@ -49,30 +51,6 @@ logger = logging.getLogger(__name__)
 
 LINGER_MS = 2000
 """How long the last messages may take to leave, when the process ends."""
-
-Progress = Callable[[str, float], None]
-LastWords = Callable[[str], None]
-"""Tell the client why the engine ends, and end the process at once: for a thread that finds the main one stuck."""
-
-
-class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine process is started with. `directory` is private to it and its parent, and holds their sockets.
-
-    Each side binds the socket that it reads and connects the one that it writes: a connected PUSH socket queues at
-    once, so nothing that is sent waits for the other side to be there.
-    """
-
-    config: EngineConfig
-    directory: str
-    logs: Logs = Logs()
-
-    @property
-    def to_engine(self) -> str:
-        return f"ipc://{self.directory}/engine"
-
-    @property
-    def from_engine(self) -> str:
-        return f"ipc://{self.directory}/client"
 
 
 class Core(Protocol):
@@ -96,24 +74,24 @@ CreateCore = Callable[[EngineConfig, Progress, LastWords], Core]
 def run(create_core: CreateCore) -> int:
     """Serve until told to stop, and return the exit status: 0 after a Shutdown, 1 after a failure (sent as Failed).
 
-    `create_core` is called once, after the watch on the parent has begun: imports that take their time belong into it.
+    `create_core` is called once, after the watch on the parent has begun: slow imports belong into it.
     """
-    processes.ignore_signals()
-    launch = processes.read_launch(Launch)
-    logs.configure(launch.logs)
-    processes.end_with_parent(lambda: shutil.rmtree(launch.directory, ignore_errors=True))
-    connection = _Connection(launch)
-    threading.Thread(target=_beat, args=(launch,), name="heartbeat", daemon=True).start()
+    child_process.ignore_signals()
+    task = child_process.read_task(EngineTask)
+    logs.configure(task.logs)
+    child_process.end_with_parent(lambda: shutil.rmtree(task.directory, ignore_errors=True))
+    connection = _Connection(task)
+    threading.Thread(target=_beat, args=(task,), name="heartbeat", daemon=True).start()
     try:
         try:
             core = create_core(
-                launch.config,
+                task.config,
                 lambda what, share: connection.send(Loading(what, share)),
-                lambda reason: _last_words(launch, reason),
+                lambda reason: _last_words(task, reason),
             )
         except PilotfishError as error:  # the settings' or the files' fault: a traceback says no more
             logger.error("the engine cannot start: %s", error)
-            connection.send(Failed(_one_line(error)))
+            connection.send(Failed(one_line(error)))
             return 1
         # What is loaded stays: keep it out of every later collection, which would stall a step for long.
         gc.collect()
@@ -122,11 +100,11 @@ def run(create_core: CreateCore) -> int:
         _serve(core, connection)
     except RankError as error:  # another process's fault, whose log has the traceback if there is one
         logger.error("the engine failed: %s", error)
-        connection.send(Failed(_one_line(error)))
+        connection.send(Failed(one_line(error)))
         return 1
     except Exception as error:
         logger.exception("the engine failed")
-        connection.send(Failed(_one_line(error)))
+        connection.send(Failed(one_line(error)))
         return 1
     finally:
         connection.close()
@@ -195,17 +173,17 @@ class _Connection:
     text. What can pile up is bounded by what the requests in flight may still generate, a few tens of bytes per token.
     """
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, task: EngineTask) -> None:
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(ToEngine).decode
         self._context = zmq.Context()
         self._reader = self._context.socket(zmq.PULL)
         self._reader.set_hwm(0)
-        self._reader.bind(launch.to_engine)
+        self._reader.bind(task.to_engine)
         self._writer = self._context.socket(zmq.PUSH)
         self._writer.set_hwm(0)
         self._writer.linger = LINGER_MS
-        self._writer.connect(launch.from_engine)
+        self._writer.connect(task.from_engine)
 
     def send(self, message: FromEngine) -> None:
         self._writer.send(self._encode(message))
@@ -227,32 +205,25 @@ class _Connection:
         self._context.term()
 
 
-def _beat(launch: Launch) -> None:
+def _beat(task: EngineTask) -> None:
     """Tell the client that this process runs, until it ends; a thread's task. The socket is this thread's own."""
-    interval = processes.beat_seconds(launch.config.rank_timeout)
+    interval = child_process.heartbeat_seconds(task.config.rank_timeout)
     message = msgspec.msgpack.encode(Alive())
     with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
         socket.linger = 0
-        socket.connect(launch.from_engine)
+        socket.connect(task.from_engine)
         while True:
             socket.send(message)
             time.sleep(interval)
 
 
-def _last_words(launch: Launch, reason: str) -> None:
+def _last_words(task: EngineTask, reason: str) -> None:
     """See LastWords."""
     with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
         socket.linger = LINGER_MS
-        socket.connect(launch.from_engine)
+        socket.connect(task.from_engine)
         socket.send(msgspec.msgpack.encode(Failed(reason)))
     os._exit(1)
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).strip().partition("\n")[0]
-    if isinstance(error, PilotfishError):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _create_core(config: EngineConfig, progress: Progress, last_words: LastWords) -> Core:

@@ -1,11 +1,34 @@
-"""What crosses between the API process and the engine process: msgspec structs in MessagePack over pyzmq."""
+"""Messages between the server process and the engine process: msgspec structs in MessagePack over pyzmq."""
 
 from __future__ import annotations
 
 import msgspec
 
+from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.request import Delta, EngineInfo, Request
 from pilotfish.engine.stats import StepStats
+from pilotfish.logs import Logs
+
+
+class EngineTask(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine process is started with.
+
+    Each side binds the socket that it reads and connects the one that it writes: a connected PUSH socket queues at
+    once, so nothing that is sent waits for the other side to be there.
+    """
+
+    config: EngineConfig
+    directory: str
+    """Folder that is private to the process and its parent, and holds their sockets."""
+    logs: Logs = Logs()
+
+    @property
+    def to_engine(self) -> str:
+        return f"ipc://{self.directory}/engine"
+
+    @property
+    def from_engine(self) -> str:
+        return f"ipc://{self.directory}/client"
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):

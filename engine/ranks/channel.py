@@ -1,6 +1,5 @@
-"""The pass channel: what rank 0 tells all other ranks in order, orders at the start and then the batch of every pass.
-The other channel, of starting, watching and ending, is `engine.ranks.watch`'s and `link`'s.
-"""
+"""The pass channel: what the leader tells all followers in order, orders at the start and then the batch of every pass.
+The control channel's ends are `watch` and `link`."""
 
 from __future__ import annotations
 
@@ -13,35 +12,24 @@ import numpy as np
 import zmq
 
 from pilotfish.engine.execution.batch import HostBatch
-from pilotfish.engine.ranks.control_messages import (
-    KEY_BYTES,
-    ORDER,
-    PASS,
-    Allocate,
-    Header,
-    Measure,
-    Meet,
-    Order,
-    Welcome,
-)
+from pilotfish.engine.ranks.wire import KEY_BYTES, ORDER, PASS, Allocate, Header, Measure, Meet, Order, Welcome
 from pilotfish.errors import RankError
 
 _OrderType = TypeVar("_OrderType", Meet, Measure, Allocate)
 
 
 class PassChannel:
-    """From rank 0 to all others, in order: orders, and batches as they are packed. What is published goes to whoever
-    has subscribed to this engine's key, so `wait_for` them first."""
+    """The leader's end. What is published goes to whoever has subscribed to this engine's key, so `wait_for` them
+    first."""
 
     def __init__(self, endpoint: str) -> None:
-        """Listens at `endpoint`, as for zmq's bind. Raises zmq.ZMQError if it cannot."""
+        """Listen at `endpoint`, as for zmq's bind. Raises zmq.ZMQError where that cannot be."""
         self.key = os.urandom(KEY_BYTES)
-        self._encode = msgspec.msgpack.Encoder().encode
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.XPUB)
         self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)  # every subscription, not only the first to a key
         self._socket.ipv6 = True
-        self._socket.set_hwm(0)  # nothing is dropped; what can pile up is a pass or two, for which rank 0 waits
+        self._socket.set_hwm(0)  # nothing is dropped; what can pile up is a pass or two, for which the leader waits
         self._socket.linger = 0
         try:
             self._socket.bind(endpoint)
@@ -61,21 +49,19 @@ class PassChannel:
             check()
 
     def order(self, order: Order) -> None:
-        self._socket.send_multipart([Header(self.key, ORDER).pack(), self._encode(order)])
+        self._socket.send_multipart([Header(self.key, ORDER).pack(), msgspec.msgpack.encode(order)])
 
     def broadcast(self, model: int, number: int, host: HostBatch) -> None:
-        header = Header(self.key, PASS, model, number, host.shape)
-        self._socket.send_multipart([header.pack(), host.buffer.data])
+        self._socket.send_multipart([Header(self.key, PASS, model, number, host.shape).pack(), host.buffer.data])
 
     def close(self) -> None:
         self._context.destroy(linger=0)
 
 
 class PassReader:
-    """This rank's end of the pass channel."""
+    """A follower's end."""
 
     def __init__(self, welcome: Welcome) -> None:
-        self._decode = msgspec.msgpack.Decoder(Order).decode
         self._socket = zmq.Context().socket(zmq.SUB)
         self._socket.ipv6 = True
         self._socket.set_hwm(0)
@@ -86,7 +72,7 @@ class PassReader:
     def expect(self, kind: type[_OrderType]) -> _OrderType:
         """Wait for the next message, which must be this order."""
         _, data = self._socket.recv_multipart()
-        order = self._decode(data)
+        order = msgspec.msgpack.decode(data, type=Order)
         if not isinstance(order, kind):
             raise RankError(f"rank 0 sent {type(order).__name__} where {kind.__name__} was due")
         return order

@@ -9,11 +9,12 @@ from typing import Protocol
 
 import torch
 
+from pilotfish.checkpoints.catalog import Progress
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.execution.batch import HostBatch
 from pilotfish.engine.execution.buckets import DRAFT_LENGTHS, span_lengths
 from pilotfish.engine.execution.graphs import graph_backend, graph_memory, graph_plan
-from pilotfish.engine.execution.loader import Platform, Progress, load_model
+from pilotfish.engine.execution.loader import Platform, load_model
 from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.layers.communicator import Communicator
 from pilotfish.engine.memory import kv_cache
@@ -21,7 +22,12 @@ from pilotfish.engine.memory.free import free_memory
 from pilotfish.engine.memory.usage import MemoryMeter
 from pilotfish.engine.models.model import Model
 from pilotfish.engine.ranks.channel import PassReader
-from pilotfish.engine.ranks.control_messages import (
+from pilotfish.engine.ranks.devices import assign_device
+from pilotfish.engine.ranks.launch import WorkerTask
+from pilotfish.engine.ranks.link import Link
+from pilotfish.engine.ranks.topology import Topology
+from pilotfish.engine.ranks.torch_group import TorchGroup, collective_seconds, connect, join_store
+from pilotfish.engine.ranks.wire import (
     Allocate,
     Beat,
     Header,
@@ -30,15 +36,10 @@ from pilotfish.engine.ranks.control_messages import (
     Measure,
     Measured,
     Meet,
-    Place,
     Prepared,
     RankLoading,
     Welcome,
 )
-from pilotfish.engine.ranks.lead import collective_seconds, settle
-from pilotfish.engine.ranks.link import Link
-from pilotfish.engine.ranks.torch_group import TorchGroup, connect, join_store
-from pilotfish.engine.ranks.worker import State, WorkerLaunch
 from pilotfish.engine.speculation.drafters.registry import find
 from pilotfish.errors import RankError
 
@@ -119,18 +120,19 @@ class DividedModels:
         return list(runners)
 
 
-def serve(launch: WorkerLaunch, welcome: Welcome, link: Link, state: State, load: Load = DividedModels) -> None:
+def follow(task: WorkerTask, welcome: Welcome, link: Link, load: Load = DividedModels) -> None:
     """Take part, for as long as this process lives. Raises what stands in the way."""
-    place = Place(launch.rank, launch.config.tensor_parallel_size, launch.config.nnodes)
-    config, device = settle(launch.config, place)
+    topology = Topology.of(task.config, task.rank)
+    config, device = assign_device(task.config, topology)
     orders = PassReader(welcome)
     link.send(Joined(device.type))
     orders.expect(Meet)
-    store = join_store(welcome.store_host, welcome.store_port, place.size, collective_seconds(config))
-    comm = connect(store, place.rank, place.size, device, welcome.store_host, collective_seconds(config))
-    memory = MemoryMeter(str(device), place.rank)
+    timeout = collective_seconds(config.rank_timeout)
+    store = join_store(welcome.store_host, welcome.store_port, topology.size, timeout)
+    comm = connect(store, task.rank, topology.size, device, welcome.store_host, timeout)
+    memory = MemoryMeter(str(device), task.rank)
     following = _Following(comm, memory)
-    state.beat = following.beat
+    link.beat = following.beat
     part = load(config, comm, lambda what, share: link.send(RankLoading(what, share)))
     link.send(Loaded())
     orders.expect(Measure)

@@ -1,6 +1,5 @@
-"""Link: the end of the control channel that belongs to a rank above 0, or to the parent of another host's ranks. A
-thread of its own sends beats and hears rank 0's, whatever the process's main thread waits for. No torch.
-"""
+"""Link: the end of the control channel that belongs to a worker, or to the parent of another host's workers. A thread
+of its own sends beats and hears the leader's, whatever the process's main thread waits for. No torch."""
 
 from __future__ import annotations
 
@@ -15,9 +14,9 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
+from pilotfish.engine.child_process import PatientClock, heartbeat_seconds
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.process.child import PatientClock, beat_seconds
-from pilotfish.engine.ranks.control_messages import Beat, End, FromLead, Hello, RankFailed, ToLead, Welcome
+from pilotfish.engine.ranks.wire import Beat, End, FromLeader, Hello, RankFailed, ToLeader, Welcome
 from pilotfish.errors import RankError
 
 logger = logging.getLogger(__name__)
@@ -29,25 +28,19 @@ LINGER_MS = 1000
 
 
 class Link:
-    """Speaks with rank 0 from when it is made until `close`. `beat` makes the next beat.
+    """Speaks with the leader from when it is made until `close`.
 
-    `on_end` is called, in the link's thread, when rank 0 says that the engine ends (with its reason, "" for none), or
-    when it has been silent for too long.
+    `on_end` is called, in the link's thread, when the leader says that the engine ends (with its reason, "" for none),
+    or when it has been silent for too long.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        rank: int,
-        endpoint: str,
-        beat: Callable[[], Beat],
-        on_end: Callable[[str], None],
-    ) -> None:
+    def __init__(self, config: EngineConfig, rank: int, endpoint: str, on_end: Callable[[str], None]) -> None:
+        self.beat: Callable[[], Beat] = Beat
+        """Makes the next beat; called in the link's thread."""
         self._config = config
         self._endpoint = endpoint
-        self._beat = beat
         self._on_end = on_end
-        self._outbox: queue.SimpleQueue[ToLead] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[ToLeader] = queue.SimpleQueue()
         self._welcome: queue.SimpleQueue[Welcome] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._outbox.put(Hello(rank, sockets.gethostname(), os.getpid(), config))
@@ -55,7 +48,7 @@ class Link:
         self._thread.start()
 
     def wait_welcome(self) -> Welcome:
-        """Wait for rank 0 to be there and to take this process in. Raises RankError if it does not come."""
+        """Wait for the leader to be there and to take this process in. Raises RankError if it does not come."""
         began = time.monotonic()
         while time.monotonic() - began < JOIN_SECONDS:
             try:
@@ -64,11 +57,11 @@ class Link:
                 logger.info("waiting for rank 0 at %s", self._endpoint)
         raise RankError(f"rank 0 was not to be found at {self._endpoint} within {JOIN_SECONDS:.0f} s")
 
-    def send(self, message: ToLead) -> None:
+    def send(self, message: ToLeader) -> None:
         self._outbox.put(message)
 
     def fail(self, error: str, consequence: bool = False) -> None:
-        """Tell rank 0 why this process ends, and see the message off."""
+        """Tell the leader why this process ends, and see the message off."""
         self.send(RankFailed(error, consequence))
         self.close()
 
@@ -79,14 +72,14 @@ class Link:
 
     def _run(self) -> None:
         encode = msgspec.msgpack.Encoder().encode
-        decode = msgspec.msgpack.Decoder(FromLead).decode
+        decode = msgspec.msgpack.Decoder(FromLeader).decode
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
             socket.linger = LINGER_MS
             socket.ipv6 = True
             socket.set_hwm(0)
             socket.connect(self._endpoint)
             timeout, clock = self._config.rank_timeout, PatientClock()
-            interval = beat_seconds(timeout)
+            interval = heartbeat_seconds(timeout)
             heard, due = None, 0.0
             while True:
                 closing = self._closing.is_set()
@@ -96,7 +89,7 @@ class Link:
                     return
                 now = clock.now()
                 if heard is not None and now >= due:
-                    socket.send(encode(self._beat()))
+                    socket.send(encode(self.beat()))
                     due = now + interval
                 if heard is not None and now - heard > timeout:
                     self._on_end(f"rank 0 was silent for {now - heard:.0f} s")

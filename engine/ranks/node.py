@@ -1,7 +1,8 @@
-"""The part of a host other than node 0: it holds ranks, and ends with the engine. No torch, no model, no HTTP.
+"""A node: the process of a host other than node 0, which holds that host's ranks and ends with the engine. No torch, no
+model, no HTTP.
 
-Its ranks speak with rank 0 themselves. This process starts them, tells rank 0 how one of them ended, which rank 0
-cannot see from its own host, and hears from rank 0 when the engine ends.
+Its ranks speak with the leader themselves. This process starts them, tells the leader how one of them ended, which the
+leader cannot see from its own host, and hears from the leader when the engine ends.
 """
 
 from __future__ import annotations
@@ -14,24 +15,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pilotfish.engine.child_process import how_it_ended
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.process.child import how_it_ended
-from pilotfish.engine.ranks.control_messages import Beat, Died, addresses_of, control_endpoint, ranks_of
+from pilotfish.engine.ranks.launch import WORKER_COMMAND, end_workers, start_worker
 from pilotfish.engine.ranks.link import Link
-from pilotfish.engine.ranks.worker import WORKER_COMMAND, end_workers, start_worker
+from pilotfish.engine.ranks.topology import addresses_of, control_endpoint, ranks_of
+from pilotfish.engine.ranks.wire import Died
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
 REASON_SECONDS = 5.0
-"""How long rank 0 may take to say why the engine ends, once a rank of this host has ended."""
+"""How long the leader may take to say why the engine ends, once a rank of this host has ended."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
 class _Ended:
-    """Rank 0 says that the engine ends, or is silent; `reason` is "" where the engine was stopped."""
+    """The leader says that the engine ends, or is silent; `reason` is "" where the engine was stopped."""
 
     reason: str
 
@@ -55,7 +57,7 @@ def run_node(config: EngineConfig, command: Sequence[str] = WORKER_COMMAND) -> i
     endpoint, ranks = control_endpoint(config), ranks_of(config)
     events: _Events = queue.SimpleQueue()
     handlers = {number: signal.signal(number, lambda number, _: events.put(_Signalled(number))) for number in SIGNALS}
-    link = Link(config, -1, endpoint, Beat, lambda reason: events.put(_Ended(reason)))
+    link = Link(config, -1, endpoint, lambda reason: events.put(_Ended(reason)))
     workers = {rank: start_worker(config, rank, endpoint, None, command) for rank in ranks}
     name = f"node {config.node_rank} (ranks {', '.join(map(str, ranks))})"
     logger.info("%s: meeting node 0 at %s", name, endpoint.removeprefix("tcp://"))

@@ -1,5 +1,5 @@
-"""A Communicator over torch.distributed: gloo on the CPU, NCCL on CUDA. Who the ranks are and where they run is
-`engine.ranks.lead`'s; here they have found one store already.
+"""A Communicator over torch.distributed: gloo on the CPU, NCCL on CUDA. The ranks have found one store already, which
+`leader` serves.
 
 The process groups are made by hand, not through `torch.distributed.init_process_group`, whose group is one for the
 whole process: a process may have several engines, one after the other or side by side.
@@ -22,6 +22,12 @@ from pilotfish.errors import CollectiveError, ConfigError
 
 NCCL_TIMEOUT = timedelta(hours=1)
 """A collective may wait for as long as a rank computes; who hangs is found out by the watch, which knows more."""
+
+
+def collective_seconds(rank_timeout: float) -> float:
+    """How long a collective on the CPU may wait for the others: so long that the watch, which knows more, comes
+    first."""
+    return max(30.0, 2 * rank_timeout)
 
 
 class TorchGroup:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilotfish.engine.request import EngineInfo, RankMemory
+from pilotfish.engine.memory.usage import RankMemory
+from pilotfish.engine.request import EngineInfo
 from pilotfish.engine.stats import StepStats, by_position
 from pilotfish.server.metrics import PHASES, POSITIONS, Metrics
 

@@ -16,7 +16,7 @@ import openai
 import psutil
 import pytest
 
-from pilotfish.engine.process.child import environment
+from pilotfish.engine.child_process import environment
 from tests.support.ports import free_port
 from tests.support.running_server import MODEL, RunningServer
 

@@ -12,13 +12,13 @@ import time
 
 from pilotfish.engine.execution.batch import HostBatch
 from pilotfish.engine.ranks import worker
-from pilotfish.engine.ranks.control_messages import Welcome
+from pilotfish.engine.ranks.launch import WorkerTask
 from pilotfish.engine.ranks.link import Link
-from pilotfish.engine.ranks.worker import State, WorkerLaunch
+from pilotfish.engine.ranks.wire import Welcome
 from pilotfish.errors import ModelError
 
 
-def serve(launch: WorkerLaunch, welcome: Welcome, link: Link, state: State) -> None:
+def follow(task: WorkerTask, welcome: Welcome, link: Link) -> None:
     from pilotfish.engine.execution.graphs import EagerGraphs
     from pilotfish.engine.ranks import follower
 
@@ -30,13 +30,13 @@ def serve(launch: WorkerLaunch, welcome: Welcome, link: Link, state: State) -> N
 
         def allocate(self, num_blocks: int, max_model_len: int) -> list[follower.Runner]:
             runners = super().allocate(num_blocks, max_model_len)
-            return [Stuck()] if sys.argv[1] == "hang" and launch.rank == 2 else runners
+            return [Stuck()] if sys.argv[1] == "hang" and task.rank == 2 else runners
 
     if sys.argv[1] == "capture":
         follower.graph_backend = lambda *_: EagerGraphs  # type: ignore[assignment]
     if sys.argv[1] == "exit":
         os._exit(7)
-    follower.serve(launch, welcome, link, state, Part)
+    follower.follow(task, welcome, link, Part)
 
 
 class Stuck:
@@ -45,4 +45,4 @@ class Stuck:
 
 
 if __name__ == "__main__":
-    worker._exit(worker.run(serve))
+    worker.main(follow)

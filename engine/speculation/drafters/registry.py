@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pilotfish.checkpoints.catalog import DRAFTS, ModelFiles, resolve
+from pilotfish.checkpoints.catalog import DRAFTS, ModelFiles, Progress, resolve
 from pilotfish.engine.weights.hf_config import is_eagle3
 from pilotfish.errors import ConfigError
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from pilotfish.engine.layers.communicator import Communicator
     from pilotfish.engine.models.model import Model
     from pilotfish.engine.speculation.drafters.drafter import Drafter, LoadedDraft
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, slots=True)

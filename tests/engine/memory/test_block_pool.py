@@ -14,10 +14,12 @@ from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.errors import ConfigError
 
-Text = tuple[int, ...]
+Text = tuple[bytes | int | None, ...]
+"""A root and tokens."""
 
 TOKENS = st.integers(0, 1)
 PICK = st.integers(0, 99)
+ROOTS = st.sampled_from([None, None, b"one adapter", b"another"])
 
 
 @dataclass(eq=False)
@@ -26,15 +28,20 @@ class Running:
 
     table: BlockTable
     tokens: list[int]
+    root: bytes | None = None
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     offered: int = 0
     """Blocks that others were told of, or had already."""
 
+    def text(self, stop: int, tokens: list[int] | None = None) -> Text:
+        """What blocks that hold the first `stop` tokens are known by."""
+        return (self.root, *(tokens or self.tokens)[:stop])
+
 
 class PoolMachine(RuleBasedStateMachine):
-    """The model knows a block by the whole text up to its end, and writes that text where the engine would write keys
-    and values: whatever is shared must have been computed from exactly the text that claims it."""
+    """The model knows a block by its table's root and the whole text up to its end, and writes these where the engine
+    would write keys and values: whatever is shared must have been computed from exactly the text that claims it."""
 
     @initialize(
         num_blocks=st.integers(1, 10), block_size=st.integers(1, 3), prefix_caching=st.sampled_from([True, True, False])
@@ -52,17 +59,17 @@ class PoolMachine(RuleBasedStateMachine):
 
     # What sequences do
 
-    @rule(prompt=st.lists(TOKENS, min_size=1, max_size=10))
-    def admit(self, prompt: list[int]) -> None:
-        sequence = Running(BlockTable(self.pool), prompt)
+    @rule(prompt=st.lists(TOKENS, min_size=1, max_size=10), root=ROOTS)
+    def admit(self, prompt: list[int], root: bytes | None) -> None:
+        sequence = Running(BlockTable(self.pool, root), prompt, root)
         self.running.append(sequence)
         self.claim(sequence)
 
     @precondition(lambda self: self.running)
-    @rule(pick=PICK, extra=st.lists(TOKENS, max_size=4))
-    def admit_again(self, pick: int, extra: list[int]) -> None:
+    @rule(pick=PICK, extra=st.lists(TOKENS, max_size=4), root=ROOTS)
+    def admit_again(self, pick: int, extra: list[int], root: bytes | None) -> None:
         """Another client continues a text that is running."""
-        self.admit([*self.picked(pick).tokens, *extra])
+        self.admit([*self.picked(pick).tokens, *extra], root)
 
     @precondition(lambda self: self.running)
     @rule(pick=PICK, rows=st.integers(1, 8))
@@ -119,7 +126,7 @@ class PoolMachine(RuleBasedStateMachine):
     def claim(self, sequence: Running) -> None:
         found: list[int] = []
         while self.caching and (stop := (len(found) + 1) * self.size) < len(sequence.tokens):
-            block = self.found.get(tuple(sequence.tokens[:stop]))
+            block = self.found.get(sequence.text(stop))
             if block is None:
                 break
             found.append(block)
@@ -133,7 +140,7 @@ class PoolMachine(RuleBasedStateMachine):
                 self.cached.remove(block)
             self.references[block] = self.references.get(block, 0) + 1
         for position, slot in enumerate(sequence.table.slots(0, sequence.computed)):
-            assert self.written[int(slot)] == tuple(sequence.tokens[: position + 1])
+            assert self.written[int(slot)] == sequence.text(position + 1)
 
     def reserve(self, sequence: Running, length: int) -> bool:
         missing = max(0, -(-length // self.size) - len(sequence.blocks))
@@ -164,7 +171,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert slot == block * self.size + position % self.size
             assert self.references[block] == 1
             assert block not in shareable
-            self.written[int(slot)] = tuple(tokens[: position + 1])
+            self.written[int(slot)] = sequence.text(position + 1, tokens)
 
     def commit(self, sequence: Running, computed: int) -> None:
         sequence.computed = computed
@@ -172,7 +179,7 @@ class PoolMachine(RuleBasedStateMachine):
         if self.caching:
             # Newly full blocks alone: one whose text another block had, which was evicted since, is not offered again.
             for index in range(sequence.offered, computed // self.size):
-                self.found.setdefault(tuple(sequence.tokens[: (index + 1) * self.size]), sequence.blocks[index])
+                self.found.setdefault(sequence.text((index + 1) * self.size), sequence.blocks[index])
                 sequence.offered = index + 1
 
     def release(self, sequence: Running) -> None:
@@ -213,7 +220,7 @@ class PoolMachine(RuleBasedStateMachine):
                 (index,) = {index for index, _ in held}
                 stop = (index + 1) * self.size
                 assert all(sequence.computed >= stop for _, sequence in held)
-                assert len({tuple(sequence.tokens[:stop]) for _, sequence in held}) == 1
+                assert len({sequence.text(stop) for _, sequence in held}) == 1
 
     @invariant()
     def findable_blocks_hold_their_text(self) -> None:

@@ -19,14 +19,14 @@ import psutil
 import pytest
 from msgspec.structs import replace
 
+from pilotfish.engine.child_process import PatientClock, environment
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.execution.graphs import EagerGraphs
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.params import SamplingParams
-from pilotfish.engine.process.child import PatientClock, environment
-from pilotfish.engine.ranks.control_messages import Beat, Welcome
 from pilotfish.engine.ranks.link import Link
 from pilotfish.engine.ranks.watch import Watch
+from pilotfish.engine.ranks.wire import Welcome
 from pilotfish.errors import ConfigError, EngineDeadError, RankError
 from tests.support.paths import ROOT, SUPPORT
 
@@ -279,7 +279,7 @@ def test_a_rank_that_hangs_in_a_pass_is_told_from_those_that_wait_for_it(
 
 
 def _with_worker(behaviour: str) -> Callable[..., Any]:
-    from pilotfish.engine.ranks.lead import start_ranks
+    from pilotfish.engine.ranks.leader import start_ranks
 
     def start(*arguments: Any) -> Any:
         return start_ranks(*arguments, command=[*FAKE_WORKER, behaviour])
@@ -321,6 +321,6 @@ def test_a_host_that_comes_when_the_engine_has_ended_is_told_why(tmp_path: Path)
     endpoint = f"ipc://{tmp_path}/control"
     told: queue.SimpleQueue[str] = queue.SimpleQueue()
     watch = Watch(config, endpoint, Welcome(b"", "", "", 0), lambda: None)
-    threading.Timer(0.3, lambda: Link(replace(config, node_rank=1), -1, endpoint, Beat, told.put)).start()
+    threading.Timer(0.3, lambda: Link(replace(config, node_rank=1), -1, endpoint, told.put)).start()
     watch.close("no memory is left")
     assert told.get(timeout=10) == "no memory is left"

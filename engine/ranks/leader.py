@@ -1,68 +1,38 @@
-"""Rank 0's side of tensor parallelism: it starts the ranks of its host, meets all of them, and gives every pass to them
-before it computes its own part. Who watches them is `engine.ranks.watch`; what the others do is `follower`.
-"""
+"""The leader's side of tensor parallelism: rank 0 starts the ranks of its host, meets all of them, and gives every pass
+to them before it computes its own shard. `watch` watches them; what they do is in `follower`."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-import socket as sockets
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import msgspec
 import torch
 import zmq
 
+from pilotfish.checkpoints.catalog import Progress
+from pilotfish.engine.child_process import LastWords
 from pilotfish.engine.config import EngineConfig, cache_share
 from pilotfish.engine.execution.batch import HostBatch, Span, pack
 from pilotfish.engine.execution.graphs import GraphPlan
-from pilotfish.engine.execution.loader import Progress, thread_count
 from pilotfish.engine.execution.runner import ModelRunner
+from pilotfish.engine.memory.usage import RankMemory
 from pilotfish.engine.models.features import FeatureTap
 from pilotfish.engine.models.model import Model
 from pilotfish.engine.ranks.channel import PassChannel
-from pilotfish.engine.ranks.control_messages import (
-    Allocate,
-    Joined,
-    Loaded,
-    Measure,
-    Measured,
-    Meet,
-    Place,
-    Prepared,
-    Welcome,
-    addresses_of,
-    bracketed,
-    control_endpoint,
-    ranks_of,
-)
-from pilotfish.engine.ranks.torch_group import TorchGroup, connect, serve_store
-from pilotfish.engine.ranks.watch import LastWords, Watch
-from pilotfish.engine.ranks.worker import WORKER_COMMAND, end_workers, start_worker
-from pilotfish.engine.request import RankMemory
+from pilotfish.engine.ranks.devices import assign_device
+from pilotfish.engine.ranks.launch import WORKER_COMMAND, end_workers, start_worker
+from pilotfish.engine.ranks.topology import Topology, bracketed, control_endpoint, listening_address, ranks_of
+from pilotfish.engine.ranks.torch_group import TorchGroup, collective_seconds, connect, serve_store
+from pilotfish.engine.ranks.watch import Watch
+from pilotfish.engine.ranks.wire import Allocate, Joined, Loaded, Measure, Measured, Meet, Prepared, Welcome
 from pilotfish.errors import CollectiveError, ConfigError
 
 logger = logging.getLogger(__name__)
-
-
-def settle(config: EngineConfig, place: Place) -> tuple[EngineConfig, torch.device]:
-    """Where a rank computes: on its host's GPU of its number, or on its share of the cores. Returns the settings with
-    this rank's threads, and the device. Raises ConfigError for a host with fewer GPUs than ranks."""
-    if config.device != "cpu" and torch.cuda.is_available():
-        there = torch.cuda.device_count()
-        if there < place.local_size:
-            raise ConfigError(
-                f"tensor_parallel_size is {place.size} on {place.nnodes} host(s), which takes {place.local_size} GPUs "
-                f"of each, but torch sees {there} on {sockets.gethostname()}"
-            )
-        torch.cuda.set_device(place.local_rank)
-        return config, torch.device("cuda", place.local_rank)
-    threads = config.num_threads or max(1, thread_count(config) // place.local_size)
-    return msgspec.structs.replace(config, num_threads=threads), torch.device("cpu")
 
 
 class Ranks:
@@ -71,6 +41,7 @@ class Ranks:
     def __init__(
         self,
         config: EngineConfig,
+        topology: Topology,
         comm: TorchGroup,
         device: torch.device,
         watch: Watch,
@@ -84,8 +55,7 @@ class Ranks:
         self._channel = channel
         self._local = local
         self._led = 0
-        self._memory: dict[int, RankMemory] = {}
-        self._place = Place(0, config.tensor_parallel_size, config.nnodes)
+        self._topology = topology
 
     def reported(self, progress: Progress) -> Progress:
         """`progress` that tells of the slowest rank. Calling it raises RankError once the engine has failed."""
@@ -99,7 +69,7 @@ class Ranks:
     def block_count(self, block_bytes: int, free: int, progress: Progress) -> int:
         """KV blocks that fit on every rank, once all are loaded. `block_bytes`: of a block on rank 0, over all its
         caches; `free`: bytes that rank 0 could allocate."""
-        self._watch.wait_for(Loaded, lambda: progress(f"waiting for {self._watch.waited_for(Loaded)}", 0.0))
+        self._watch.wait_for(Loaded, lambda ranks: progress(f"waiting for {ranks}", 0.0))
         self._channel.order(Measure())
         measured = [Measured(free, block_bytes), *self._watch.wait_for(Measured)]
         config = self.config
@@ -109,8 +79,8 @@ class Ranks:
             share = cache_share(config.kv_cache_share, on_gpu=True)
             return min(int(share * each.free) // each.block_bytes for each in measured)
         counts = []
-        for first in range(0, len(measured), self._place.local_size):  # the ranks of a host share its memory
-            host = measured[first : first + self._place.local_size]
+        for first in range(0, len(measured), self._topology.local_size):  # the ranks of a host share its memory
+            host = measured[first : first + self._topology.local_size]
             memory = int(cache_share(config.kv_cache_share, on_gpu=False) * min(each.free for each in host))
             counts.append(memory // sum(each.block_bytes for each in host))
         return min(counts)
@@ -120,21 +90,20 @@ class Ranks:
         self._channel.order(Allocate(num_blocks, max_model_len))
 
     def wait_prepared(self) -> None:
-        self._memory = {each.memory.rank: each.memory for each in self._watch.wait_for(Prepared)}
+        self._watch.wait_for(Prepared)
 
-    def lead(self, runner: ModelRunner) -> LeadRunner:
+    def lead(self, runner: ModelRunner) -> LeaderRunner:
         """`runner`, whose passes all ranks compute. Divided models are led in the order in which ranks load them."""
         self._led += 1
-        return LeadRunner(runner, self._led - 1, self._channel, self._watch)
+        return LeaderRunner(runner, self._led - 1, self._channel, self._watch)
 
     def check(self) -> None:
         """Raise RankError if a rank has failed: what has been computed since is not to be used."""
         self._watch.check()
 
     def memory(self) -> tuple[RankMemory, ...]:
-        """Of the ranks above 0, as they have said last."""
-        self._memory |= {memory.rank: memory for memory in self._watch.memory()}
-        return tuple(self._memory[rank] for rank in sorted(self._memory))
+        """What the ranks above 0 have said last."""
+        return self._watch.memory()
 
     def close(self, error: str = "") -> None:
         """End all ranks; `error` tells other hosts why, if not because the engine was stopped. May be called again."""
@@ -144,7 +113,7 @@ class Ranks:
         self._channel.close()
 
 
-class LeadRunner:
+class LeaderRunner:
     """Rank 0's runner of a divided model: as ModelRunner, and each pass goes to the other ranks first. Raises RankError
     from `run` and `run_batch` when a rank has failed."""
 
@@ -227,24 +196,6 @@ class _Local:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def collective_seconds(config: EngineConfig) -> float:
-    """How long a collective on the CPU may wait for the others: so long that the watch, who knows more, comes first."""
-    return max(30.0, 2 * config.rank_timeout)
-
-
-def _interface(master: str) -> str:
-    """What to listen on to be reached at `master`: that address where it is one of this machine's, else all of them, as
-    where it is the name of a service in front of it."""
-    for address in addresses_of(master):
-        family = sockets.AF_INET6 if ":" in address else sockets.AF_INET
-        try:
-            with sockets.create_server((address, 0), family=family):
-                return bracketed(address)
-        except OSError:
-            continue
-    return "*"
-
-
 def start_ranks(
     config: EngineConfig,
     progress: Progress,
@@ -256,11 +207,11 @@ def start_ranks(
     `last_words` end this process where its main thread cannot. Raises ConfigError for what this host cannot do,
     RankError for a rank that does not come.
     """
-    place = Place(0, config.tensor_parallel_size, config.nnodes)
-    settled, device = settle(config, place)
+    topology = Topology.of(config, 0)
+    own_config, device = assign_device(config, topology)
     master = config.master_addr if config.nnodes > 1 else None
-    interface = _interface(master) if master is not None else ""
-    store = serve_store(master or "127.0.0.1", place.size)
+    interface = listening_address(master) if master is not None else ""
+    store = serve_store(master or "127.0.0.1", topology.size)
     local = _Local(tempfile.mkdtemp(prefix="pilotfish-"), [])
     comm: list[TorchGroup] = []
     channel = watch = None
@@ -292,19 +243,20 @@ def start_ranks(
         for rank in ranks_of(config)[1:]:
             local.workers.append(start_worker(config, rank, endpoint, local.directory, command))
             watch.adopt(rank, local.workers[-1])
-        joined = watch.wait_for(Joined, lambda: progress(f"waiting for {watch.waited_for(Joined)}", 0.0))
+        joined = watch.wait_for(Joined, lambda ranks: progress(f"waiting for {ranks}", 0.0))
         for rank, each in enumerate(joined, start=1):
             if each.device != device.type:
                 raise ConfigError(f"rank {rank} computes on {each.device}, rank 0 on {device.type}: set device")
-        channel.wait_for(place.size - 1, watch.check)
+        channel.wait_for(topology.size - 1, watch.check)
         channel.order(Meet())
         try:
-            comm.append(connect(store, 0, place.size, device, welcome.store_host, collective_seconds(config)))
+            timeout = collective_seconds(config.rank_timeout)
+            comm.append(connect(store, 0, topology.size, device, welcome.store_host, timeout))
         except CollectiveError:
             raise watch.why() from None
         watch.counts(lambda: comm[0].entered)
-        logger.info("%d ranks on %d host(s), %s", place.size, place.nnodes, comm[0].name)
-        return Ranks(settled, comm[0], device, watch, channel, local)
+        logger.info("%d ranks on %d host(s), %s", topology.size, topology.nnodes, comm[0].name)
+        return Ranks(own_config, topology, comm[0], device, watch, channel, local)
     except BaseException as error:
         if watch is not None:
             watch.close(str(error) or type(error).__name__)

@@ -1,4 +1,4 @@
-"""What the processes of an engine have in common: how they are started, told their task, and end with their parent.
+"""Child processes of an engine: how they are started, told their task, watched, and end with their parent.
 
 A child reads one line of JSON from its standard input, which its parent then holds open for as long as it lives: end of
 file there means that the parent has gone, however it went.
@@ -16,38 +16,47 @@ from typing import TypeVar
 
 import msgspec
 
-Launch = TypeVar("Launch")
+T = TypeVar("T")
 
-BEAT_SECONDS = 1.0
-"""At least so often does a process that is watched say that it lives."""
+LastWords = Callable[[str], None]
+"""Tells the client why the engine ends, and ends the process at once: for a thread that finds the main one stuck."""
+
+HEARTBEAT_SECONDS = 1.0
+"""Longest time between two signs of life of a process that is watched."""
 
 
 def command_of(module: str) -> tuple[str, ...]:
-    """How a module of this package is run as a process."""
-    # -P: the folder that a user happens to stand in is not where `engine`, or anything that it imports, comes from.
+    """The command that runs a module of this package as a process."""
+    # -P: the folder that a user happens to stand in is not where `pilotfish`, or anything that it imports, comes from.
     return (sys.executable, "-P", "-m", module)
 
 
 def environment() -> dict[str, str]:
-    """Of a child: it imports from where this process does, whether or not the package is installed."""
+    """The environment of a child, which imports from where this process does, whether or not the package is
+    installed."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
 
 
 def ignore_signals() -> None:
-    """Ctrl-C reaches every process of the terminal, and a service manager's SIGTERM every process of the service. Both
-    are the server's to hear, to drain, and then to stop its engine."""
+    """Ignore SIGINT and SIGTERM. Ctrl-C reaches every process of the terminal, and a service manager's SIGTERM every
+    process of the service; both are the server's to act on: it drains, and then stops its engine."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-def read_launch(kind: type[Launch]) -> Launch:
-    """What this process was started with."""
+def read_task(kind: type[T]) -> T:
+    """Read what this process was started with."""
     with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:
         return msgspec.json.decode(stdin.readline(), type=kind)
 
 
+def encode_task(task: msgspec.Struct) -> bytes:
+    """What a parent writes for `read_task`."""
+    return msgspec.json.encode(task) + b"\n"
+
+
 def end_with_parent(clean: Callable[[], object] = lambda: None) -> None:
-    """End this process, wherever it is, once the parent's end of standard input is closed; `clean` comes first."""
+    """End this process, wherever it is, once the parent's end of standard input is closed; `clean` is called first."""
 
     def watch() -> None:
         # Not through sys.stdin: a daemon thread that holds its lock would crash the interpreter's own shutdown.
@@ -60,7 +69,8 @@ def end_with_parent(clean: Callable[[], object] = lambda: None) -> None:
 
 
 def how_it_ended(code: int) -> str:
-    """What became of a process, after its name. `code`: its exit status, or the negative number of a signal."""
+    """Describe the end of a process, to follow its name. `code`: its exit status, or the negative number of a
+    signal."""
     if code >= 0:
         return f"ended by itself with exit code {code}; its log says why"
     try:
@@ -71,9 +81,9 @@ def how_it_ended(code: int) -> str:
     return f"was ended by {name}{hint}"
 
 
-def beat_seconds(timeout: float) -> float:
-    """How often it says so, if it may be silent for `timeout` seconds."""
-    return min(BEAT_SECONDS, timeout / 5)
+def heartbeat_seconds(timeout: float) -> float:
+    """Seconds between two heartbeats of a process that may be silent for `timeout` seconds."""
+    return min(HEARTBEAT_SECONDS, timeout / 5)
 
 
 class PatientClock:
@@ -83,7 +93,7 @@ class PatientClock:
     `most`: seconds between two readings that count in full; of a longer time so much is counted.
     """
 
-    def __init__(self, most: float = 2 * BEAT_SECONDS) -> None:
+    def __init__(self, most: float = 2 * HEARTBEAT_SECONDS) -> None:
         self._most = most
         self._last = time.monotonic()
         self._time = 0.0

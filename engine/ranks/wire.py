@@ -1,0 +1,154 @@
+"""Messages between the ranks' processes, beside the tensors: msgspec structs in MessagePack on the control channel and
+for orders; a fixed header and a packed batch for a pass. The package's docstring tells who sends them."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import msgspec
+
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.execution.batch_layout import BatchShape
+from pilotfish.engine.memory.usage import RankMemory
+
+# Control channel, to the leader.
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """A worker is there, or (rank -1) a process that holds the workers of another host."""
+
+    rank: int
+    host: str
+    pid: int
+    config: EngineConfig
+
+
+class Joined(msgspec.Struct, frozen=True, tag="joined"):
+    """The rank listens to the pass channel."""
+
+    device: str
+    """Type of the device that it computes on."""
+
+
+class RankLoading(msgspec.Struct, frozen=True, tag="loading"):
+    """How far a rank's start-up is, as in `engine.process.messages.Loading`."""
+
+    what: str
+    share: float
+
+
+class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
+    """The rank's weights are loaded."""
+
+
+class Measured(msgspec.Struct, frozen=True, tag="measured"):
+    """The memory that a rank has for KV caches, and needs."""
+
+    free: int
+    """Bytes that could be allocated now."""
+    block_bytes: int
+    """Bytes of one block of all the rank's KV caches."""
+
+
+class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
+    """The rank's caches are allocated and its passes captured: it waits for passes."""
+
+    memory: RankMemory
+
+
+class Beat(msgspec.Struct, frozen=True, tag="beat"):
+    """A sign of life; from a follower, how far it is."""
+
+    passes: int = 0
+    """Passes that it has begun."""
+    collectives: int = 0
+    """Collectives that it has entered."""
+    memory: RankMemory | None = None
+
+
+class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The rank cannot start or go on, and ends."""
+
+    error: str
+    consequence: bool = False
+    """It failed in a collective: most likely another rank is the cause."""
+
+
+class Died(msgspec.Struct, frozen=True, tag="died"):
+    """A rank of another host has ended; its parent says so."""
+
+    rank: int
+    code: int
+    """Exit status, or the negative number of a signal."""
+
+
+# Control channel, from the leader.
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """The process belongs to the engine, and finds here what else it needs to take part."""
+
+    key: bytes
+    """What messages on this engine's pass channel begin with."""
+    passes: str
+    """ZeroMQ endpoint of the pass channel."""
+    store_host: str
+    store_port: int
+
+
+class End(msgspec.Struct, frozen=True, tag="end"):
+    """End at once."""
+
+    error: str = ""
+    """Why, or "" where the engine was stopped."""
+
+
+# Pass channel, from the leader.
+
+
+class Meet(msgspec.Struct, frozen=True, tag="meet"):
+    """All ranks listen: connect with each other, and load."""
+
+
+class Measure(msgspec.Struct, frozen=True, tag="measure"):
+    """Answer with Measured."""
+
+
+class Allocate(msgspec.Struct, frozen=True, tag="allocate"):
+    """Allocate the KV caches, capture graphs, and answer with Prepared."""
+
+    num_blocks: int
+    """Blocks for sequences."""
+    max_model_len: int
+
+
+ToLeader = Hello | Joined | RankLoading | Loaded | Measured | Prepared | Beat | RankFailed | Died
+FromLeader = Welcome | Beat | End
+Order = Meet | Measure | Allocate
+
+KEY_BYTES = 8
+ORDER, PASS = 0, 1
+_NO_BATCH = BatchShape(0, 0, 0, 0)
+_HEADER = struct.Struct(f"<{KEY_BYTES}sBBxxI{len(BatchShape._fields)}I")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The first frame of a message on the pass channel; the second is an Order, or a batch's buffer."""
+
+    key: bytes
+    kind: int
+    model: int = 0
+    """Whose pass it is: 0 for the target, then the sharded draft models."""
+    number: int = 0
+    """Number of the pass, counted from 1: a gap is a lost message."""
+    shape: BatchShape = _NO_BATCH
+
+    def pack(self) -> bytes:
+        return _HEADER.pack(self.key, self.kind, self.model, self.number, *self.shape)
+
+    @staticmethod
+    def unpack(data: bytes) -> Header:
+        key, kind, model, number, *shape = _HEADER.unpack(data)
+        return Header(key, kind, model, number, BatchShape(*shape))
