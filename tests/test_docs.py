@@ -183,6 +183,29 @@ def test_files_that_are_named_exist(page: Path) -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_layout_in_design_is_the_repositorys() -> None:
+    """Every file and folder of the tree exists, and every folder of code is in it."""
+    tree = re.findall(r"^    ( *)([\w./, ]+?)(?:   .*)?$", layout_section(), re.MULTILINE)
+    listed: set[str] = set()
+    parents: list[str] = []
+    for indent, names in tree:
+        depth = len(indent) // 2
+        for name in names.split(", "):
+            path = "".join(parents[:depth]) + name
+            assert (ROOT / path).exists(), path
+            listed.add(path)
+            parents[depth:] = [name]
+    assert len(listed) > 30
+    rooms = [ROOT / room for room in ("server", "tools", "engine", "text", "checkpoints")]
+    folders = {folder for room in rooms for folder in (room, *room.iterdir()) if (folder / "__init__.py").exists()}
+    assert {f"{folder.relative_to(ROOT)}/" for folder in folders} <= listed
+
+
+def layout_section() -> str:
+    page = (ROOT / "docs" / "design.md").read_text()
+    return page[page.index("## Layout") : page.index("## Processes")]
+
+
 @pytest.mark.parametrize("name", ["smollm2-135m"])  # all of them: tests/tools/planner/test_configs.py
 def test_configs_can_be_read(name: str) -> None:
     assert read({"config": str(ROOT / "configs" / f"{name}.yaml")}).engine.model == name
