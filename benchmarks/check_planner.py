@@ -103,7 +103,7 @@ def make_bench(
         rounds=1,
         params=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, seed=0),
     )
-    shape = read_shape(name).shape
+    shape = read_shape(name)
     return Bench(benchmark, llm, PlannedModel(name=name, shape=shape, dtype="float32", kv_dtype="float32"))
 
 

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from pilotfish.checkpoints.catalog import resolve
 from pilotfish.engine.llm import LLM
+from pilotfish.engine.models.checkpoint import read_config
 from pilotfish.engine.params import SamplingParams
-from pilotfish.engine.weights import read_config
 from pilotfish.server.cli.command import positives
 from pilotfish.tools.bench.arms import arms_of
 from pilotfish.tools.bench.runner import Benchmark, check, run, warm_up

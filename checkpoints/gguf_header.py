@@ -16,6 +16,7 @@ from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
+from pilotfish.checkpoints.values import Values
 from pilotfish.errors import ModelError
 
 LONGEST_LIST = 256
@@ -23,8 +24,8 @@ LONGEST_LIST = 256
 
 
 @dataclass(frozen=True, slots=True)
-class TensorPlace:
-    """A tensor in the file. `shape` is in torch's order (GGUF's own is the reverse)."""
+class StoredTensor:
+    """Where a tensor lies in the file. `shape` is in torch's order (GGUF's own is the reverse)."""
 
     name: str
     kind: GGMLQuantizationType
@@ -35,15 +36,28 @@ class TensorPlace:
 
 @dataclass(frozen=True, slots=True)
 class Header:
+    path: Path
     metadata: dict[str, Any]
-    tensors: dict[str, TensorPlace]
+    tensors: dict[str, StoredTensor]
+    """By their names."""
+
+    @property
+    def architecture(self) -> Any:
+        """A string in every valid file; None where the file does not say."""
+        return self.metadata.get("general.architecture")
+
+    @property
+    def values(self) -> Values:
+        """The metadata of the file's architecture."""
+        return Values(self.path, self.metadata, f"{self.architecture}.")
 
 
 def read_header(path: Path) -> Header:
-    """Raises ModelError for what is not a GGUF file of version 2 or 3 in little-endian order, or is cut short."""
+    """Read the header. Raises ModelError for a file that is not GGUF version 2 or 3 in little-endian order, or cut
+    short."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Parser(data).header()
+            return Header(path, *_Parser(data).header())
     except (OSError, ValueError, struct.error, IndexError) as error:  # ValueError: empty, bad UTF-8, an unknown type
         raise ModelError(f"cannot read {path} as a GGUF file: {error}") from error
 
@@ -74,7 +88,8 @@ class _Parser:
         self._data = data
         self._at = 0
 
-    def header(self) -> Header:
+    def header(self) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+        """Metadata and tensors."""
         if self._data[:4] != b"GGUF":
             raise ValueError("it does not start with 'GGUF'")
         self._at = 4
@@ -88,20 +103,20 @@ class _Parser:
             value = self._value(GGUFValueType(self._number("I")))
             if value is not None:
                 metadata[name] = value
-        places = [self._tensor() for _ in range(tensor_count)]
+        found = [self._tensor() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
         start = -(-self._at // alignment) * alignment
         tensors = {}
-        for name, kind, shape, offset in places:
+        for name, kind, shape, offset in found:
             block, size = GGML_QUANT_SIZES[kind]
             count = prod(shape)
             if count % block:
                 raise ValueError(f"tensor {name!r} of shape {shape} is not made of blocks of {block}")
-            tensors[name] = TensorPlace(name, kind, shape, start + offset, count // block * size)
+            tensors[name] = StoredTensor(name, kind, shape, start + offset, count // block * size)
         end = max((tensor.offset + tensor.size for tensor in tensors.values()), default=start)
         if end > len(self._data):
             raise ValueError(f"it has {len(self._data)} bytes, but its header describes {end}: it was cut short")
-        return Header(metadata, tensors)
+        return metadata, tensors
 
     def _tensor(self) -> tuple[str, GGMLQuantizationType, tuple[int, ...], int]:
         name = self._string()

@@ -30,3 +30,13 @@ def eos_token_ids(folder: Path) -> tuple[int, ...]:
             if ids is not None:
                 return tuple(ids) if isinstance(ids, list) else (ids,)
     return ()
+
+
+EAGLE3_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3Speculator", "Eagle3DraftModel")
+
+
+def is_eagle3(folder: Path) -> bool:
+    """Returns whether a folder's config.json is an EAGLE-3 head's. Raises ModelError if there is none to be read."""
+    raw = read_json(folder / "config.json")
+    named = any(name in EAGLE3_ARCHITECTURES for name in raw.get("architectures") or ())
+    return named or raw.get("speculators_model_type") == "eagle3"

@@ -22,6 +22,7 @@ from pilotfish.engine.memory import kv_cache
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.free import free_memory
 from pilotfish.engine.memory.usage import RankMemory
+from pilotfish.engine.models.checkpoint import read_config
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.layout import check_divides
 from pilotfish.engine.models.model import Model
@@ -39,7 +40,6 @@ from pilotfish.engine.speculation.drafters.registry import (
 )
 from pilotfish.engine.speculation.speculator import Speculator
 from pilotfish.engine.verification.coupled import CoupledVerifier, RejectionVerifier, Verifier
-from pilotfish.engine.weights import read_config
 from pilotfish.errors import ConfigError
 
 
@@ -80,7 +80,7 @@ def build(config: EngineConfig, progress: Progress, last_words: LastWords | None
     # Once, and not by all ranks of this host at the same time.
     files = resolve(config.model, progress, config.load_format != "dummy")
     find(config.drafter, files.name, progress)
-    check_divides(read_config(files), config.tensor_parallel_size, False, "tensor_parallel_size", files.name)
+    check_divides(read_config(files), config.tensor_parallel_size, model=files.name)
     ranks = start_ranks(config, progress, last_words)
     try:
         return _build(ranks.config, ranks.reported(progress), ranks)

@@ -70,7 +70,7 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FlashAttn]:
         calls: list[str] = []
         for name, module in modules(capability, calls).items():
             monkeypatch.setitem(sys.modules, name, None if name in without else module)
-        monkeypatch.setattr("pilotfish.engine.execution.loader.compute_capability", lambda device: capability)
+        monkeypatch.setattr("pilotfish.engine.execution.platform.compute_capability", lambda device: capability)
         return FlashAttn(capability, calls)
 
     return install

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from pilotfish.engine.models.config import ModelConfig
-from pilotfish.engine.weights.names import expected_shapes
+from pilotfish.engine.models.registry import expected_shapes
 
 
 def config_of(shape: ModelConfig) -> dict[str, Any]:
-    """Return a plain Llama's shape as the fields of a config.json: what `engine.weights.hf_config` reads, reversed."""
+    """Return a plain Llama's shape as the fields of a config.json: what `engine.models.llama` reads, reversed."""
     config = {
         "model_type": "llama",
         "vocab_size": shape.vocab_size,

@@ -1,8 +1,10 @@
-"""ModelConfig: a decoder's shape, whichever file format it came from. Read by `engine.weights`, used by the models."""
+"""ModelConfig: a decoder's shape, whichever file format it came from. Families read it, models are built from it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from pilotfish.engine.weights.quantization import Quantization
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,19 +22,11 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fp8Config:
-    """A checkpoint's matrices are in float8_e4m3fn, each with a `weight_scale`, but for some."""
-
-    unquantized: tuple[str, ...] = ()
-    """Modules left as they were: names, parts of names, or "re:" and a regular expression."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The shape of a decoder: the Llama family's (Llama, SmolLM2, Mistral, Qwen2, Qwen3) or Gemma 3's."""
+    """The shape of a decoder."""
 
     architecture: str
-    """A key of `engine.models.registry.MODELS`: "llama", "mistral", "qwen2", "qwen3", "gemma3"."""
+    """The name by which `engine.models.registry` finds the family: "llama", "qwen2", "gemma3", ..."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -62,28 +56,28 @@ class ModelConfig:
     bos_token_id: int | None = None
     dtype: str = "float32"
     """The checkpoint's own ("float32", "bfloat16", "float16")."""
-    fp8: Fp8Config | None = None
-    """None: the checkpoint has plain weights."""
+    quantization: Quantization | None = None
+    """The checkpoint's; None: it has plain weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Eagle3Config:
-    """The shape of an EAGLE-3 draft (arXiv 2503.01840)."""
+    """The shape of an EAGLE-3 head (arXiv 2503.01840)."""
 
     decoder: ModelConfig
     """Its one layer; `vocab_size` is the target's."""
     draft_vocab_size: int
     target_hidden_size: int
     feature_layers: tuple[int, ...]
-    """Whose inputs it reads, as `FeatureTap` numbers them; empty: `default_feature_layers` of the target."""
+    """The target's layers whose inputs it reads, as `FeatureTap` numbers them; empty: `default_feature_layers`."""
     norm_before_residual: bool = False
-    """The residual stream goes on from the normed hidden state, not from the hidden state itself."""
+    """The residual connection adds the normed hidden state, not the hidden state itself."""
 
     def features_of(self, target: ModelConfig) -> tuple[int, ...]:
-        """The target's layers that this draft reads."""
+        """The target's layers that this head reads."""
         return self.feature_layers or default_feature_layers(target.num_layers)
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
-    """A low, a middle and a high layer: those that the public EAGLE-3 drafts were trained on unless they say others."""
+    """A low, a middle and a high layer: those that the public EAGLE-3 heads were trained on unless they say others."""
     return (2, num_layers // 2, num_layers - 3)

@@ -1,57 +1,27 @@
 """DecoderModel: the one model class of all decoder-only families: token embedding, decoder layers, final norm, head.
 
 It is written once against `Kernels`, `AttentionBackend` and `Decoder`, and knows no sequences, only rows and their
-batch. What the numbers of a `ModelConfig` do not say of a family is in its `DecoderFamily`, one file per family.
+batch. What the numbers of a `ModelConfig` do not say of a family is in its `Family`, one file per family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from pilotfish.engine.kernels.protocol import Kernels, PreparedLinear
+from pilotfish.engine.kernels.protocol import Kernels
 from pilotfish.engine.layers.attention.backend import AttentionBackend, AttentionBatch, AttentionParams, LayerCache
 from pilotfish.engine.layers.choose import choose_decoder
 from pilotfish.engine.layers.communicator import ALONE, Communicator
-from pilotfish.engine.layers.decoder import DecoderLayer, LayerShape
+from pilotfish.engine.layers.decoder import LayerShape
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.features import FeatureTap
 from pilotfish.engine.models.layout import Layout
+from pilotfish.engine.models.registry import family_of
 from pilotfish.engine.models.rope import cos_sin_table
-from pilotfish.engine.models.weight_store import WeightStore
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """The weights of one layer in a WeightStore, by their names within the layer."""
-
-    store: WeightStore
-    prefix: str
-    norm_offset: float
-
-    def linear(self, name: str) -> PreparedLinear:
-        return self.store.linear(self.prefix + name)
-
-    def norm(self, name: str) -> torch.Tensor:
-        return norm_weight(self.store.tensor(f"{self.prefix}{name}.weight"), self.norm_offset)
-
-
-def norm_weight(stored: torch.Tensor, offset: float) -> torch.Tensor:
-    """What a norm multiplies by. A sum is float32, since it would lose most of a bfloat16 weight's digits."""
-    return offset + stored.float() if offset else stored
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderFamily:
-    layer: Callable[[LayerWeights, ModelConfig, AttentionParams, torch.Tensor], DecoderLayer]
-    """Makes a layer of its weights, the model's config, the layer's attention and its table of `cos_sin_table`."""
-    norm_offset: float = 0.0
-    """Norms multiply by this plus their stored weight."""
-    scaled_embedding: bool = False
-    """Token embeddings are multiplied by sqrt(hidden_size)."""
+from pilotfish.engine.models.weight_store import LayerWeights, WeightStore
 
 
 class DecoderModel:
@@ -64,7 +34,6 @@ class DecoderModel:
 
     def __init__(
         self,
-        family: DecoderFamily,
         config: ModelConfig,
         kernels: Kernels[Any],
         attention: AttentionBackend,
@@ -77,17 +46,17 @@ class DecoderModel:
         self.comm = comm
         self.layout = Layout(config, comm.rank, comm.size)
         self._kernels = kernels
-        store = WeightStore(self.layout, kernels, device)
+        family = family_of(config.architecture)
+        store = WeightStore(self.layout.tensors(), kernels, device, self.layout.vocab_part)
         for name, tensor in weights:
             store.add(name, tensor)
         self.embedding = store.linear("model.embed_tokens")
         self.head = self.embedding if config.tie_embeddings else store.linear("lm_head")
-        norm = store.tensor("model.norm.weight")
-        self._norm = norm_weight(norm, family.norm_offset)
+        self._norm = store.norm("model.norm.weight")
         self.embedding_scale: torch.Tensor | None = None
         if family.scaled_embedding:
             # A tensor, since models are trained with the root rounded to their dtype (25.25, not 25.298, in bfloat16).
-            self.embedding_scale = torch.full((), config.hidden_size**0.5, dtype=norm.dtype, device=device)
+            self.embedding_scale = torch.full((), config.hidden_size**0.5, dtype=store.dtype, device=device)
 
         scale = config.attention_scale or config.head_dim**-0.5
         tables = {
@@ -98,11 +67,7 @@ class DecoderModel:
         nearby = AttentionParams(scale, config.sliding_window), tables[config.local_rope or config.rope]
         sliding = config.sliding_layers or (config.sliding_window is not None,) * config.num_layers
         layers = [
-            family.layer(
-                LayerWeights(store, f"model.layers.{i}.", family.norm_offset),
-                config,
-                *(nearby if slides else everywhere),
-            )
+            family.layer(LayerWeights(store, f"model.layers.{i}."), config, *(nearby if slides else everywhere))
             for i, slides in enumerate(sliding)
         ]
         shape = LayerShape(self.layout.num_heads, self.layout.num_kv_heads, config.head_dim, config.rms_norm_eps)

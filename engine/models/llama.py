@@ -1,21 +1,51 @@
-"""The Llama family's decoder: Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen3, told apart by their ModelConfig alone.
+"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen3, told apart by their ModelConfig alone.
 
 (arXiv 2302.13971, 2307.09288, 2407.21783; Qwen2's biases 2407.10671; Qwen3's norms of query and key 2505.09388.)
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from pilotfish.engine.layers.attention.backend import AttentionParams
-from pilotfish.engine.layers.decoder import DecoderLayer, DenseMlp
+from pilotfish.checkpoints.huggingface import eos_token_ids
+from pilotfish.checkpoints.values import Values
 from pilotfish.engine.models.config import ModelConfig
-from pilotfish.engine.models.decoder_model import DecoderFamily, LayerWeights
+from pilotfish.engine.models.family import Family
+from pilotfish.engine.models.readers import hf_dtype, hf_rope
+from pilotfish.engine.models.tensors import attention, embedding, final, gated_mlp, norm
+from pilotfish.engine.weights.tensors import Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from pilotfish.engine.layers.attention.backend import AttentionParams
+    from pilotfish.engine.layers.decoder import DecoderLayer
+    from pilotfish.engine.models.weight_store import LayerWeights
+
+_DEFAULT_KV_HEADS: dict[str, int | None] = {"llama": None, "mistral": 8, "qwen2": 32, "qwen3": 32}
+_DEFAULT_HEAD_DIM = {"qwen3": 128}
+_DEFAULT_MAX_POSITION = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 
 
-def _layer(
+def tensors(config: ModelConfig) -> Iterator[Tensor]:
+    yield from embedding(config)
+    for i in range(config.num_layers):
+        hf, gguf = f"model.layers.{i}.", f"blk.{i}."
+        # llama.cpp's converter permutes the rows of Llama's own query and key, and not of Qwen's.
+        paired_rows = config.head_dim if config.architecture == "llama" else 0
+        yield norm(f"{hf}input_layernorm", f"{gguf}attn_norm", config.hidden_size)
+        yield from attention(config, f"{hf}self_attn.", gguf, paired_rows=paired_rows)
+        yield norm(f"{hf}post_attention_layernorm", f"{gguf}ffn_norm", config.hidden_size)
+        yield from gated_mlp(config, f"{hf}mlp.", gguf)
+    yield from final(config)
+
+
+def layer(
     weights: LayerWeights, config: ModelConfig, attention: AttentionParams, cos_sin: torch.Tensor
 ) -> DecoderLayer:
+    from pilotfish.engine.layers.decoder import DecoderLayer, DenseMlp
+
     return DecoderLayer(
         input_norm=weights.norm("input_layernorm"),
         qkv=weights.linear("self_attn.qkv_proj"),
@@ -29,4 +59,63 @@ def _layer(
     )
 
 
-LLAMA = DecoderFamily(_layer)
+def read_hf(values: Values) -> ModelConfig:
+    kind = values.get("model_type")
+    if kind not in FAMILY.model_types:
+        raise values.error(f"model_type is {kind!r}, but must be one of {', '.join(FAMILY.model_types)}")
+    if (activation := values.get("hidden_act", "silu")) != "silu":
+        raise values.error(f"hidden_act is {activation!r}, but the engine knows 'silu'")
+    hidden, heads = values.size("hidden_size"), values.size("num_attention_heads")
+    layers = values.size("num_hidden_layers")
+    attention_bias = kind in ("llama", "qwen3") and bool(values.get("attention_bias", False))
+    return ModelConfig(
+        architecture=kind,
+        vocab_size=values.size("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=values.size("intermediate_size"),
+        num_layers=layers,
+        num_heads=heads,
+        # transformers: null means as many as heads, absent means the class's own default
+        num_kv_heads=values.get("num_key_value_heads", _DEFAULT_KV_HEADS[kind]) or heads,
+        head_dim=values.get("head_dim", _DEFAULT_HEAD_DIM.get(kind)) or hidden // heads,
+        max_position=values.get("max_position_embeddings", _DEFAULT_MAX_POSITION[kind]),
+        rms_norm_eps=values.get("rms_norm_eps", 1e-6),
+        rope=hf_rope(values),
+        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+        qkv_bias=kind == "qwen2" or attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=kind == "llama" and bool(values.get("mlp_bias", False)),
+        qk_norm=kind == "qwen3",
+        sliding_window=_sliding_window(values, layers),
+        eos_token_ids=eos_token_ids(values.path.parent),
+        bos_token_id=values.get("bos_token_id"),
+        dtype=hf_dtype(values),
+    )
+
+
+def _sliding_window(values: Values, layers: int) -> int | None:
+    """Mistral's holds for all layers; Qwen's only where it is switched on, and there may be layers without."""
+    kind, window = values.get("model_type"), values.get("sliding_window", 4096)  # transformers' default
+    kinds = set(values.get("layer_types") or ())
+    if kind == "llama" or window is None:
+        return None
+    if kind in ("qwen2", "qwen3"):
+        if not values.get("use_sliding_window", False):
+            return None
+        if not kinds:
+            first = values.get("max_window_layers", 28)
+            kinds = {"full_attention" if i < first else "sliding_attention" for i in range(layers)}
+    if kinds == {"full_attention"}:
+        return None
+    if len(kinds) > 1:
+        raise values.error("some layers have a sliding window and some have none, which the engine does not know")
+    return int(window)
+
+
+FAMILY = Family(
+    model_types=("llama", "mistral", "qwen2", "qwen3"),
+    gguf_architectures=("llama", "qwen2", "qwen3"),  # Mistral's models are "llama" in this format
+    read_hf=read_hf,
+    tensors=tensors,
+    layer=layer,
+)

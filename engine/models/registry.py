@@ -1,54 +1,42 @@
-"""Which class computes which architecture."""
+"""The families of models that the engine knows. A new one is a file beside this one and an entry of FAMILIES."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Iterable
+from math import prod
 
-import torch
-
-from pilotfish.engine.kernels.protocol import Kernels
-from pilotfish.engine.layers.attention.backend import AttentionBackend
-from pilotfish.engine.layers.communicator import ALONE, Communicator
+from pilotfish.engine.models import gemma3, llama
 from pilotfish.engine.models.config import ModelConfig
-from pilotfish.engine.models.decoder_model import DecoderFamily, DecoderModel
-from pilotfish.engine.models.gemma3 import GEMMA3
-from pilotfish.engine.models.llama import LLAMA
-from pilotfish.engine.models.model import Model
+from pilotfish.engine.models.family import Family
+from pilotfish.engine.weights.tensors import Tensor, by_name
 from pilotfish.errors import ModelError
 
-
-class ModelClass(Protocol):
-    """Makes a rank's part of a model, of the whole model's shape and the part's weights, which are consumed one by one;
-    positions go up to `max_positions`.
-
-    Raises ModelError if `weights` lack a tensor, ConfigError for a shape that does not divide over the ranks.
-    """
-
-    def __call__(
-        self,
-        config: ModelConfig,
-        kernels: Kernels[Any],
-        attention: AttentionBackend,
-        weights: Iterable[tuple[str, torch.Tensor]],
-        max_positions: int,
-        device: torch.device,
-        comm: Communicator = ALONE,
-    ) -> Model: ...
+FAMILIES: list[Family] = [llama.FAMILY, gemma3.FAMILY]
 
 
-MODELS: Mapping[str, DecoderFamily] = {
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-    "gemma3": GEMMA3,
-}
+def family_of(architecture: str) -> Family:
+    """The family of a ModelConfig's `architecture`. Raises ModelError for one that is not known."""
+    for family in FAMILIES:
+        if architecture in (*family.model_types, *family.gguf_architectures):
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    raise ModelError(f"the architecture is {architecture!r}, but the engine has {known}")
 
 
-def model_class(architecture: str) -> ModelClass:
-    """The class for a ModelConfig's `architecture`. Raises ModelError for one that is not known."""
-    if architecture not in MODELS:
-        raise ModelError(f"the architecture is {architecture!r}, but the engine has {', '.join(MODELS)}")
-    return partial(DecoderModel, MODELS[architecture])
+def tensors_of(config: ModelConfig) -> dict[str, Tensor]:
+    """Every tensor of a model by its name, in the order of the computation. A tied head is not among them."""
+    return by_name(family_of(config.architecture).tensors(config))
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor by its name, in the order of the computation. A tied head is not among them."""
+    return {name: tensor.shape for name, tensor in tensors_of(config).items()}
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of the whole model; a tied head counts once."""
+    return count(tensors_of(config).values())
+
+
+def count(tensors: Iterable[Tensor]) -> int:
+    return sum(prod(tensor.shape) for tensor in tensors)

@@ -2,87 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pilotfish.engine.kernels.protocol import Kernels, PreparedLinear
-from pilotfish.engine.models.layout import Layout
+from pilotfish.engine.weights.quantization import SCALE, scheme_of
+from pilotfish.engine.weights.tensors import Tensor
 from pilotfish.errors import ModelError
-
-_FUSED = {
-    "self_attn.q_proj": ("self_attn.qkv_proj", 0, 3),
-    "self_attn.k_proj": ("self_attn.qkv_proj", 1, 3),
-    "self_attn.v_proj": ("self_attn.qkv_proj", 2, 3),
-    "mlp.gate_proj": ("mlp.gate_up_proj", 0, 2),
-    "mlp.up_proj": ("mlp.gate_up_proj", 1, 2),
-}
-
-_VOCABULARIES = ("model.embed_tokens", "lm_head")
 
 
 class WeightStore:
-    """Collects named tensors, fuses and lays out the matrices. Names are Hugging Face's, less the last part.
+    """Collects the parts of `tensors` that one rank has, fuses and lays out the matrices, as the tensors declare it.
 
-    The tensors are the parts that `layout` gives to its rank.
+    padded_rows: what matrices whose rows run over the vocabulary are padded to with rows of zeros; 0: they are not.
     """
 
-    def __init__(self, layout: Layout, kernels: Kernels[Any], device: torch.device) -> None:
-        self._kernels, self._device, self._layout = kernels, device, layout
-        self._tensors: dict[str, torch.Tensor] = {}  # norms and biases
-        self._parts: dict[str, dict[int, torch.Tensor]] = {}
+    def __init__(
+        self, tensors: Mapping[str, Tensor], kernels: Kernels[Any], device: torch.device, padded_rows: int = 0
+    ) -> None:
+        self._declared, self._kernels, self._device, self._padded_rows = tensors, kernels, device, padded_rows
+        self.dtype = torch.get_default_dtype()
+        """Of the weights that are not quantized, as far as they have been added."""
+        self._norms: dict[str, torch.Tensor] = {}
+        self._parts: dict[str, torch.Tensor] = {}  # of matrices and biases, and scales, that are not laid out yet
         self._linears: dict[str, PreparedLinear] = {}
-        config, first = layout.config, layout.rank == 0
-        self._biased = {
-            "self_attn.qkv_proj": config.qkv_bias,
-            "self_attn.o_proj": config.output_bias and first,  # one rank adds the bias of what is summed over all
-            "mlp.gate_up_proj": config.mlp_bias,
-            "mlp.down_proj": config.mlp_bias and first,
-        }
+        self._names: dict[str, list[str]] = {}  # of the tensors that each matrix is made of
+        for name, tensor in tensors.items():
+            if tensor.linear is not None:
+                self._names.setdefault(tensor.linear, []).append(name)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        tensor = tensor.to(self._device)
-        module, _, kind = name.rpartition(".")
-        if kind == "weight" and tensor.ndim == 1:
-            self._tensors[name] = tensor
+        """Take a tensor under its declared name, or the scales of one, in any order."""
+        declared, tensor = self._declared[name.removesuffix(SCALE)], tensor.to(self._device)
+        if declared.linear is None:
+            self._norms[name], self.dtype = tensor, tensor.dtype
             return
-        if module in _VOCABULARIES:
-            tensor = _padded(tensor, self._layout.vocab_part)
-        path, index, count = _fused_place(module)
-        parts = self._parts.setdefault(f"{path}.{kind}", {})
-        parts[index] = tensor
-        biased = next((wanted for end, wanted in self._biased.items() if path.endswith(end)), False)
-        kinds = ["weight", "bias"] if biased else ["weight"]
-        if any(part.dtype == torch.float8_e4m3fn for part in self._parts.get(f"{path}.weight", {}).values()):
-            kinds.append("weight_scale")
-        if all(len(self._parts.get(f"{path}.{k}", ())) == count for k in kinds):
-            fused = {k: _joined(self._parts.pop(f"{path}.{k}")) for k in kinds}
-            try:
-                prepared = self._kernels.prepare_linear(fused["weight"], fused.get("bias"), fused.get("weight_scale"))
-            except ValueError as error:
-                raise ModelError(f"the model's {path!r} cannot be computed with: {error}") from error
-            self._linears[path] = prepared
+        if declared.axes[0] == "vocabulary" and self._padded_rows:
+            tensor = _padded(tensor, self._padded_rows)
+        self._parts[name] = tensor
+        names = self._names[declared.linear]
+        weights = [each for each in names if self._declared[each].kind == "weight"]
+        scales = [each + SCALE for each in weights if each in self._parts and scheme_of(self._parts[each].dtype)]
+        if not all(each in self._parts for each in (*names, *scales)):
+            return
+        if scales and len(scales) < len(weights):
+            raise ModelError(
+                f"of the model's {declared.linear!r} only {', '.join(scales)} are quantized, but not the rest"
+            )
+        biases = [each for each in names if each not in weights]
+        weight, bias, scale = (self._joined(each) for each in (weights, biases, scales))
+        assert weight is not None
+        try:
+            self._linears[declared.linear] = self._kernels.prepare_linear(weight, bias, scale)
+        except ValueError as error:
+            raise ModelError(f"the model's {declared.linear!r} cannot be computed with: {error}") from error
 
-    def tensor(self, name: str) -> torch.Tensor:
-        if name not in self._tensors:
+    def _joined(self, names: list[str]) -> torch.Tensor | None:
+        parts = [self._parts.pop(name) for name in names]
+        return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
+
+    def norm(self, name: str) -> torch.Tensor:
+        """What a norm multiplies by. A sum is float32, since it would lose most of a bfloat16 weight's digits."""
+        if name not in self._norms:
             raise ModelError(f"the model's files have no tensor {name!r}")
-        return self._tensors.pop(name)
+        offset, weight = self._declared[name].norm_offset, self._norms.pop(name)
+        return offset + weight.float() if offset else weight
 
     def linear(self, path: str) -> PreparedLinear:
+        """The matrix that the tensors of that path make."""
         if path not in self._linears:
-            there = sorted(name for name in self._parts if name.startswith(path + "."))
+            there = sorted(name for name in self._parts if self._declared[name.removesuffix(SCALE)].linear == path)
             raise ModelError(
                 f"the model's files lack tensors of {path!r}" + (f"; only parts of {there} are there" if there else "")
             )
         return self._linears.pop(path)
 
 
-def _fused_place(module: str) -> tuple[str, int, int]:
-    """Where a matrix lies: (path of the fused one, its index in it, how many there are)."""
-    for end, (fused, index, count) in _FUSED.items():
-        if module.endswith(end):
-            return module.removesuffix(end) + fused, index, count
-    return module, 0, 1
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """The weights of one layer in a WeightStore, by their names within the layer."""
+
+    store: WeightStore
+    prefix: str
+
+    def linear(self, name: str) -> PreparedLinear:
+        return self.store.linear(self.prefix + name)
+
+    def norm(self, name: str) -> torch.Tensor:
+        return self.store.norm(f"{self.prefix}{name}.weight")
 
 
 def _padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
@@ -92,7 +102,3 @@ def _padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     padded = tensor.new_zeros(rows, *tensor.shape[1:])
     padded[: len(tensor)] = tensor
     return padded
-
-
-def _joined(parts: dict[int, torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat([parts[i] for i in range(len(parts))])

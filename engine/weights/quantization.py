@@ -1,44 +1,116 @@
-"""Weights in fp8: from a checkpoint's tensors to plain ones and back. What fp8 is, is `engine.kernels.fp8`'s."""
+"""Quantized weights: the schemes there are, and which of a model's matrices they take. No torch until there are
+tensors.
+
+In a sequence of tensors a quantized matrix is followed by its scales, under the matrix's name and SCALE: (out_features,
+1) float32, matrix times scale being the weight.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from pilotfish.engine.weights import fp8, int8
+from pilotfish.engine.weights.scheme import Scheme
+from pilotfish.engine.weights.tensors import Tensor
+from pilotfish.errors import ModelError
 
-from pilotfish.engine.kernels.fp8 import FP8, dequantize, quantize_rows
-from pilotfish.engine.weights.hf_quantization import is_quantizable
+if TYPE_CHECKING:
+    import torch
+
+SCHEMES: Mapping[str, Scheme] = {scheme.name: scheme for scheme in (fp8.SCHEME, int8.SCHEME)}
 
 SCALE = "_scale"
-"""What the name of a weight's scales ends in after the weight's own name: (out_features, 1) float32, weight times scale
-being the matrix. In a sequence of tensors the scales come right after their weight."""
+"""Ends the name of a weight's scales, after the weight's own name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How a model's matrices are quantized, in its checkpoint or once they are loaded."""
+
+    scheme: str
+    """A key of SCHEMES."""
+    unquantized: tuple[str, ...] = ()
+    """Modules left as they were: names, parts of names, or "re:" and a regular expression."""
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether the tensor is quantized: a matrix of a layer, and not of one of the modules `unquantized`."""
+        if not tensor.quantizable:
+            return False
+        return not any(_names(pattern, tensor.module) for pattern in self.unquantized)
+
+
+def _names(pattern: str, module: str) -> bool:
+    """compressed-tensors: a name, or "re:" and what a name begins with; transformers: also a part of a name's path."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], module) is not None
+    return f".{pattern}." in f".{module}."
+
+
+def scheme_of(dtype: torch.dtype) -> Scheme | None:
+    """The scheme whose numbers have this dtype; None: it is one of plain weights."""
+    return next((scheme for scheme in SCHEMES.values() if scheme.dtype == dtype), None)
 
 
 def dequantized(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """The same weights with every matrix in `dtype`, and no scales among them."""
-    waiting: tuple[str, torch.Tensor] | None = None
+    waiting: tuple[str, torch.Tensor, Scheme] | None = None
     for name, tensor in weights:
-        if tensor.dtype == FP8:
-            waiting = name, tensor
+        scheme = scheme_of(tensor.dtype)
+        if scheme is not None:
+            waiting = name, tensor, scheme
         elif waiting is not None and name == waiting[0] + SCALE:
-            yield waiting[0], dequantize(waiting[1], tensor, dtype)
+            yield waiting[0], waiting[2].dequantize(waiting[1], tensor, dtype)
             waiting = None
         else:
             yield name, tensor
 
 
 def quantized(
-    weights: Iterable[tuple[str, torch.Tensor]], unquantized: tuple[str, ...], device: torch.device
+    weights: Iterable[tuple[str, torch.Tensor]],
+    tensors: Mapping[str, Tensor],
+    quantization: Quantization,
+    device: torch.device,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same weights with the layers' matrices in fp8, each followed by its scales, computed on `device`.
-
-    Embedding, head and norms stay as they are, matrices of the modules `unquantized` (see `Fp8Config`), too, and what
-    is in fp8 already.
-    """
+    """The same weights, with the matrices that `quantization` takes quantized on `device`, each followed by its scales.
+    What is quantized by the same scheme already stays as it is."""
+    scheme = SCHEMES[quantization.scheme]
     for name, tensor in weights:
-        if tensor.dtype == FP8 or not is_quantizable(name, unquantized):
+        if tensor.dtype == scheme.dtype or name not in tensors or not quantization.takes(tensors[name]):
             yield name, tensor
             continue
-        weight, scale = quantize_rows(tensor.to(device))  # a row of a weight is an output channel
-        yield name, weight
+        matrix, scale = scheme.quantize(tensor.to(device))  # a row of a weight is an output channel
+        yield name, matrix
         yield name + SCALE, scale
+
+
+def read_quantization(path: Path, raw: Mapping[str, Any]) -> Quantization | None:
+    """What `raw`, the config.json at `path`, says of its weights; None: they are plain. Raises ModelError for schemes
+    that the engine does not know."""
+    found = raw.get("quantization_config") or raw.get("compression_config")
+    if not found:
+        return None
+    try:
+        for scheme in SCHEMES.values():
+            modules = scheme.modules_left(found)
+            if modules is not None:
+                return Quantization(scheme.name, modules)
+        what = _described(found)
+    except ValueError as error:
+        what = str(error)
+    known = ", ".join(scheme.checkpoints for scheme in SCHEMES.values() if scheme.checkpoints)
+    raise ModelError(
+        f"{path}: the weights are quantized ({what}), but the engine knows {known}, plain weights, and GGUF files"
+    )
+
+
+def _described(found: Mapping[str, Any]) -> str:
+    method = found.get("quant_method")
+    if method != "compressed-tensors":
+        return repr(method)
+    groups = [group.get("weights") or {} for group in (found.get("config_groups") or {}).values()]
+    kinds = [f"{each.get('num_bits')}-bit {each.get('type')} by {each.get('strategy')}" for each in groups]
+    return f"compressed-tensors with weights of {' and '.join(kinds)}"

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
@@ -23,29 +22,21 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pilotfish.engine.models.config import ModelConfig
-from pilotfish.engine.weights.hf_quantization import IGNORED_TENSORS
-from pilotfish.engine.weights.names import HEAD, Part, check_names, check_shape, expected_shapes, shape_of, whole
-from pilotfish.engine.weights.quantization import FP8, SCALE
+from pilotfish.engine.weights.quantization import SCALE, SCHEMES, Quantization, scheme_of
 from pilotfish.engine.weights.read_ahead import Job, read_ahead
+from pilotfish.engine.weights.tensors import Part, Tensor, check_names, check_shape, shape_of
 from pilotfish.errors import ModelError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 THREADS = 4
-"""That read at a time."""
+"""Threads that read."""
 FILES = 4
-"""That are read at a time, where there are as many."""
+"""Files that are read at a time, where there are as many."""
 READ_AHEAD = 1 << 30
 """Most bytes that are read and not yet taken; less if the files are small."""
 CHUNK = 4 << 20
 """Bytes that pass through the host at a time, for each thread, on their way to another device or dtype."""
-
-_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Old checkpoints hold the rotary frequencies, which follow from the configuration."""
-
-_SIGHT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
-"""The part of Gemma 3 that sees images, which the engine does not use."""
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -61,18 +52,18 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "C64": torch.complex64,
     "BOOL": torch.bool,
 }
-"""By the names that the format has for them."""
+"""torch's dtypes by the format's names."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Stored:
     """Where a tensor lies."""
 
     path: Path
     file: int
     """Descriptor of the open file."""
     name: str
-    """In the file."""
+    """Its name in the file."""
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
@@ -81,69 +72,76 @@ class Place:
 
 def iter_weights(
     folder: Path,
-    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
     dtype: torch.dtype,
-    parts: Mapping[str, Part] | None = None,
-    device: torch.device | None = None,
+    parts: Mapping[str, Part],
+    device: torch.device,
+    *,
+    name_of: Callable[[str], str | None],
+    quantization: Quantization | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """See `engine.weights.iter_weights`. Several files are read at a time. What is read ahead of the caller, with what
-    it was given last, is less than a quarter of the largest file, or a single tensor beside that last one; and what is
-    on another device than the CPU is not on the host any more."""
+    """See `engine.models.checkpoint.iter_weights`. Several files are read at a time. What is read ahead of the caller,
+    with what it was given last, is less than a quarter of the largest file, or a single tensor beside that last one;
+    and what is on another device than the CPU is not on the host any more.
+
+    name_of: the declared name of a stored tensor, or None for one that is not used.
+    """
     with ExitStack() as stack:
-        places: dict[str, Place] = {}
+        found: dict[str, Stored] = {}
         sizes = []
         for path in _shards(folder):
-            stored = _open(path, stack)
+            for stored in _open(path, stack):
+                if (name := name_of(stored.name)) is not None:
+                    found[name] = stored
             sizes.append(path.stat().st_size)
-            places |= {_text_name(place.name): place for place in stored if not _SIGHT.match(place.name)}
-        shapes = expected_shapes(config)
-        scales = _check(folder, config, places, shapes)
-        wanted = {name: whole(shape) for name, shape in shapes.items()} if parts is None else parts
-        jobs = [
-            _job(name, part, places, name + SCALE in scales, dtype, device or torch.device("cpu"))
-            for name, part in _side_by_side(wanted, places)
-        ]
+        _check(folder, tensors, found, quantization)
+        jobs = [_job(name, part, found, dtype, device) for name, part in _side_by_side(parts, found)]
         limit = min(READ_AHEAD, max(sizes) // 4)
         with closing(read_ahead(jobs, THREADS, limit)) as results:
-            for tensors in results:
-                yield from tensors
+            for weights in results:
+                yield from weights
 
 
 def _check(
-    folder: Path, config: ModelConfig, places: Mapping[str, Place], shapes: Mapping[str, tuple[int, ...]]
-) -> set[str]:
-    """Raise ModelError unless the tensors are those of the configuration. Returns the names of scales among them."""
-    ignored = {name for name in places if _BUFFER.fullmatch(name)}
-    if config.tie_embeddings:
-        ignored.add(HEAD)
-    scales = set()
-    if config.fp8 is not None:
-        ignored |= {name for name in places if name.endswith(tuple(f".{end}" for end in IGNORED_TENSORS))}
-        scales = {name + SCALE for name in shapes} & places.keys()
-    check_names(folder, places.keys() - ignored - scales, shapes.keys())
-    for name, shape in shapes.items():
-        place = places[name]
-        check_shape(place.path, name, place.shape, shape)
-        if not place.dtype.is_floating_point:
-            raise ModelError(f"{place.path}: tensor {name!r} is {place.dtype}, but must be a floating-point one")
-        if (place.dtype == FP8) != (name + SCALE in scales):
-            raise ModelError(f"{place.path}: tensor {name!r} is {place.dtype}, {_SCALES[place.dtype != FP8]}")
-        if name + SCALE in scales and prod(places[name + SCALE].shape) not in (1, shape[0]):
+    folder: Path, tensors: Mapping[str, Tensor], found: Mapping[str, Stored], quantization: Quantization | None
+) -> None:
+    """Raise ModelError unless the tensors found are those declared, with scales beside those that are quantized."""
+    unused, scales = set(), set()
+    if quantization is not None:
+        ends = tuple(f".{end}" for end in SCHEMES[quantization.scheme].unused)
+        unused = {name for name in found if name.endswith(ends)}
+        scales = {name + SCALE for name in tensors} & found.keys()
+    check_names(folder, found.keys() - unused - scales, tensors.keys())
+    for name, tensor in tensors.items():
+        stored, scheme = found[name], scheme_of(found[name].dtype)
+        check_shape(stored.path, name, stored.shape, tensor.shape)
+        known = quantization is not None and scheme is SCHEMES[quantization.scheme]
+        if not stored.dtype.is_floating_point and not known:
+            raise ModelError(f"{stored.path}: tensor {name!r} is {stored.dtype}, but must be a floating-point one")
+        if scheme is not None and name + SCALE not in scales:
             raise ModelError(
-                f"{places[name + SCALE].path}: tensor {name + SCALE!r} has shape {places[name + SCALE].shape}, but "
-                f"must have a scale for each of {shape[0]} output channels, or one for all"
+                f"{stored.path}: tensor {name!r} is {stored.dtype}, but has no weight_scale, which {scheme.name} "
+                "weights need"
             )
-    return scales
+        if name + SCALE not in scales:
+            continue
+        if scheme is None and quantization is not None:
+            raise ModelError(
+                f"{stored.path}: tensor {name!r} is {stored.dtype}, but has a weight_scale, which only "
+                f"{quantization.scheme} weights need"
+            )
+        if prod((scale := found[name + SCALE]).shape) not in (1, tensor.shape[0]):
+            raise ModelError(
+                f"{scale.path}: tensor {name + SCALE!r} has shape {scale.shape}, but must have a scale for each of "
+                f"{tensor.shape[0]} output channels, or one for all"
+            )
 
 
-_SCALES = ("but has no weight_scale, which fp8 weights need", "but has a weight_scale, which only fp8 weights need")
-
-
-def _side_by_side(parts: Mapping[str, Part], places: Mapping[str, Place]) -> Iterator[tuple[str, Part]]:
+def _side_by_side(parts: Mapping[str, Part], found: Mapping[str, Stored]) -> Iterator[tuple[str, Part]]:
     """The same parts, FILES files' in turns: those of a file in the order of `parts`."""
     by_file: dict[int, deque[str]] = {}
     for name in parts:
-        by_file.setdefault(places[name].file, deque()).append(name)
+        by_file.setdefault(found[name].file, deque()).append(name)
     files = iter(by_file.values())
     open_files = deque(islice(files, FILES))
     while open_files:
@@ -154,43 +152,43 @@ def _side_by_side(parts: Mapping[str, Part], places: Mapping[str, Place]) -> Ite
 
 
 def _job(
-    name: str, part: Part, places: Mapping[str, Place], scaled: bool, dtype: torch.dtype, device: torch.device
+    name: str, part: Part, found: Mapping[str, Stored], dtype: torch.dtype, device: torch.device
 ) -> Job[list[tuple[str, torch.Tensor]]]:
-    """Reads the part of a tensor, and of its scales if it has any."""
-    place = places[name]
-    kept = place.dtype if scaled else dtype
+    """Reads the part of a tensor, and of its scales if it is quantized."""
+    stored, scale = found[name], found.get(name + SCALE)
+    kept = dtype if scale is None else stored.dtype
 
     def run() -> list[tuple[str, torch.Tensor]]:
-        tensors = [(name, _read(place, part, kept, device))]
-        if scaled:
-            tensors.append((name + SCALE, _read_scale(places[name + SCALE], part[0], device)))
-        return tensors
+        weights = [(name, _read(stored, part, kept, device))]
+        if scale is not None:
+            weights.append((name + SCALE, _read_scale(scale, part[0], device)))
+        return weights
 
     return Job(run, prod(shape_of(part)) * kept.itemsize)
 
 
-def _read_scale(place: Place, rows: slice, device: torch.device) -> torch.Tensor:
+def _read_scale(stored: Stored, rows: slice, device: torch.device) -> torch.Tensor:
     """(rows, 1) float32, from a scale for each output channel or one for all."""
-    count = prod(place.shape)
-    flat = Place(place.path, place.file, place.name, place.dtype, (count,), place.offset)
+    count = prod(stored.shape)
+    flat = Stored(stored.path, stored.file, stored.name, stored.dtype, (count,), stored.offset)
     scale = _read(flat, (slice(0, 1) if count == 1 else rows,), torch.float32, device)
     return scale.view(-1, 1).expand(rows.stop - rows.start, 1)
 
 
-def _read(place: Place, part: Part, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _read(stored: Stored, part: Part, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """That part of a vector or matrix, in `dtype` on `device`."""
     tensor = torch.empty(shape_of(part), dtype=dtype, device=device)
     if not tensor.numel():
         return tensor
-    if device.type == "cpu" and dtype == place.dtype:
-        _fill(_bytes(tensor), place, part)
+    if device.type == "cpu" and dtype == stored.dtype:
+        _fill(_bytes(tensor), stored, part)
         return tensor
-    step = max(1, CHUNK * len(tensor) // (tensor.numel() * place.dtype.itemsize))  # rows
-    buffer = torch.empty_like(tensor[:step], dtype=place.dtype, device="cpu", pin_memory=device.type == "cuda")
+    step = max(1, CHUNK * len(tensor) // (tensor.numel() * stored.dtype.itemsize))  # rows
+    buffer = torch.empty_like(tensor[:step], dtype=stored.dtype, device="cpu", pin_memory=device.type == "cuda")
     for start in range(0, len(tensor), step):
         chunk = buffer[: len(tensor) - start]
         rows = slice(part[0].start + start, part[0].start + start + len(chunk))
-        _fill(_bytes(chunk), place, (rows, *part[1:]))
+        _fill(_bytes(chunk), stored, (rows, *part[1:]))
         tensor[start : start + step].copy_(chunk)
     return tensor
 
@@ -200,34 +198,27 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
 
 
-def _fill(memory: memoryview, place: Place, part: Part) -> None:
+def _fill(memory: memoryview, stored: Stored, part: Part) -> None:
     """Read that part of a vector or matrix, row by row if it is not whole rows."""
-    size = place.dtype.itemsize
-    rows, width = part[0], prod(place.shape[1:]) * size
-    if len(part) == 1 or shape_of(part[1:]) == place.shape[1:]:
-        _read_exactly(place, memory, place.offset + rows.start * width)
+    size = stored.dtype.itemsize
+    rows, width = part[0], prod(stored.shape[1:]) * size
+    if len(part) == 1 or shape_of(part[1:]) == stored.shape[1:]:
+        _read_exactly(stored, memory, stored.offset + rows.start * width)
         return
     start, length = part[1].start * size, (part[1].stop - part[1].start) * size
     for i in range(rows.stop - rows.start):
-        _read_exactly(place, memory[i * length : (i + 1) * length], place.offset + (rows.start + i) * width + start)
+        _read_exactly(stored, memory[i * length : (i + 1) * length], stored.offset + (rows.start + i) * width + start)
 
 
-def _read_exactly(place: Place, memory: memoryview, offset: int) -> None:
+def _read_exactly(stored: Stored, memory: memoryview, offset: int) -> None:
     while len(memory):
         try:
-            count = os.preadv(place.file, [memory], offset)
+            count = os.preadv(stored.file, [memory], offset)
         except OSError as error:
-            raise ModelError(f"cannot read {place.path}: {error}") from error
+            raise ModelError(f"cannot read {stored.path}: {error}") from error
         if count == 0:
-            raise ModelError(f"{place.path} ends within tensor {place.name!r}: it was cut short")
+            raise ModelError(f"{stored.path} ends within tensor {stored.name!r}: it was cut short")
         memory, offset = memory[count:], offset + count
-
-
-def _text_name(stored: str) -> str:
-    """The name that a tensor of a model's text part has where the model has no other part."""
-    if stored.startswith("model.language_model."):
-        return "model." + stored.removeprefix("model.language_model.")
-    return stored.removeprefix("language_model.")
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -244,7 +235,7 @@ def _shards(folder: Path) -> list[Path]:
     raise ModelError(f"{folder} has neither {SINGLE} nor {INDEX}: the engine reads safetensors files (or GGUF) only")
 
 
-def _open(path: Path, stack: ExitStack) -> list[Place]:
+def _open(path: Path, stack: ExitStack) -> list[Stored]:
     """The tensors of a file, which stays open as long as `stack`."""
     try:
         with safe_open(path, framework="numpy"):  # checks that the header describes the file
@@ -258,6 +249,6 @@ def _open(path: Path, stack: ExitStack) -> list[Place]:
     if unknown := {entry["dtype"] for entry in header.values()} - _DTYPES.keys():
         raise ModelError(f"{path} has tensors of {', '.join(sorted(unknown))}, which the engine does not know")
     return [
-        Place(path, file, name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        Stored(path, file, name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
     ]

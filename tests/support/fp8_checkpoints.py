@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pilotfish.engine.kernels.fp8 import FP8, quantize_rows
-from pilotfish.engine.weights.hf_quantization import is_quantizable
+from pilotfish.engine.models.checkpoint import read_hf_config
+from pilotfish.engine.models.registry import tensors_of
+from pilotfish.engine.weights.fp8 import quantize
+from pilotfish.engine.weights.quantization import Quantization
 
 FBGEMM = {
     "quant_method": "fbgemm_fp8",
@@ -45,15 +47,17 @@ def publish(source: Path, target: Path, layout: str) -> tuple[Path, Path]:
     """A checkpoint in that layout, and its twin with the same matrices, rounded, as plain float32 weights."""
     config, strategy = LAYOUTS[layout]
     unquantized = config.get("modules_to_not_convert") or config.get("ignore") or config["ignored_layers"]
+    quantization = Quantization("fp8", tuple(unquantized))
+    declared = tensors_of(read_hf_config(source))
     tensors, plain = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
         tensors[name] = plain[name] = tensor
-        if not is_quantizable(name, tuple(unquantized)):
+        if name not in declared or not quantization.takes(declared[name]):
             continue
-        weight, scale = quantize_rows(tensor)
+        weight, scale = quantize(tensor)
         if strategy == "tensor":
             scale = (tensor.abs().amax() / 448).reshape(1)
-            weight = (tensor / scale).to(FP8)
+            weight = (tensor / scale).to(torch.float8_e4m3fn)
         tensors[name] = weight
         tensors[name + "_scale"] = scale if layout != "compressed-channel" else scale.bfloat16()
         if layout == "auto-fp8":

@@ -6,7 +6,7 @@ computed once for each row of the target's, a vocabulary of its own, and matrice
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,12 +14,21 @@ from pathlib import Path
 from safetensors import safe_open
 
 from pilotfish.checkpoints.catalog import ModelFiles
+from pilotfish.checkpoints.huggingface import is_eagle3
 from pilotfish.engine.models.config import Eagle3Config, ModelConfig
-from pilotfish.engine.weights.eagle3_config import SAFETENSORS, expected_shapes, plain_name, read_config
-from pilotfish.engine.weights.hf_config import is_eagle3
-from pilotfish.tools.planner.models import BYTES, SCALE_BYTES, Matrix, PlannedModel, locate
-
-EMBEDDING, HEAD, FUSION = "embed_tokens.weight", "lm_head.weight", "fc.weight"
+from pilotfish.engine.models.eagle3_checkpoint import (
+    EMBEDDING,
+    FUSION,
+    SAFETENSORS,
+    declared_name,
+    optional,
+    read_config,
+    tensors_of,
+)
+from pilotfish.engine.models.registry import count
+from pilotfish.engine.weights.quantization import SCHEMES
+from pilotfish.engine.weights.tensors import Tensor
+from pilotfish.tools.planner.models import BYTES, Matrix, PlannedModel, locate, matrix_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +36,12 @@ class PlannedHead:
     name: str
     config: Eagle3Config
     dtype: str
-    """Of activations, and of the weights that are not in int8."""
+    """The dtype of activations, and of weights that are not quantized."""
     kv_dtype: str
     shared: tuple[str, ...]
-    """Of EMBEDDING and HEAD, those that it takes from its target."""
-    int8: tuple[str, ...] = ()
-    """The tensors that stay in int8, with a scale for each row."""
+    """Those of EMBEDDING and HEAD that it takes from its target."""
+    quantized: tuple[tuple[str, str], ...] = ()
+    """The names of tensors that stay quantized, with their schemes."""
 
     @property
     def shape(self) -> ModelConfig:
@@ -45,33 +54,38 @@ class PlannedHead:
     @property
     def params(self) -> int:
         """Those of its own."""
-        return sum(prod(shape) for name, shape in expected_shapes(self.config).items() if name not in self.shared)
+        return count(tensor for tensor in self._tensors() if tensor.name not in self.shared)
 
     @property
     def fusion(self) -> Matrix:
-        outputs, inputs = expected_shapes(self.config)[FUSION]
-        return Matrix(FUSION, outputs, inputs, self.dtype_of(FUSION))
+        return self._matrix(tensors_of(self.config)[FUSION])
 
     def dtype_of(self, name: str) -> str:
-        return "int8" if name in self.int8 else self.dtype
+        return dict(self.quantized).get(name, self.dtype)
 
     def matrices(self, ranks: int = 1) -> Iterator[Matrix]:
         """Of a pass of the layer, then the head; the first GPU's, whatever `ranks` says."""
-        for name, shape in expected_shapes(self.config).items():
-            if len(shape) == 2 and name not in (EMBEDDING, FUSION):
-                yield Matrix(name, shape[0], shape[1], self.dtype_of(name))
+        for tensor in self._tensors():
+            if tensor.linear is not None and tensor.kind == "weight" and tensor.name not in (EMBEDDING, FUSION):
+                yield self._matrix(tensor)
 
     def weight_bytes(self, target: PlannedModel, ranks: int) -> int:
         """On the first GPU. A target over several `ranks` has no whole embedding or head there to share: they come
         on top."""
         total = 0
-        for name, shape in expected_shapes(self.config).items():
-            if name in self.shared:
-                total += prod(shape) * BYTES[target.dtype] * (ranks > 1)
-            else:
-                dtype = self.dtype_of(name)
-                total += prod(shape) * BYTES[dtype] + (shape[0] * SCALE_BYTES if dtype == "int8" else 0)
+        for tensor in self._tensors():
+            rows, columns = tensor.shape[0], prod(tensor.shape[1:])
+            if tensor.name not in self.shared:
+                total += matrix_bytes(rows, columns, self.dtype_of(tensor.name))
+            elif ranks > 1:
+                total += matrix_bytes(rows, columns, target.dtype)
         return total
+
+    def _tensors(self) -> Iterable[Tensor]:
+        return tensors_of(self.config).values()
+
+    def _matrix(self, tensor: Tensor) -> Matrix:
+        return Matrix(tensor.name, tensor.shape[0], tensor.shape[1], self.dtype_of(tensor.name))
 
     def kv_bytes_per_token(self, ranks: int = 1) -> int:
         """Keys and values of its layer, on the first GPU."""
@@ -91,15 +105,17 @@ def find_head(model: str) -> ModelFiles | None:
 def read_head(files: ModelFiles, name: str, dtype: str, kv_dtype: str, notes: list[str]) -> PlannedHead:
     """`notes`: told what is assumed where config.json is all that there is. Raises ModelError."""
     config = read_config(files.path)
-    optional = {EMBEDDING, *([HEAD] if config.draft_vocab_size == config.decoder.vocab_size else [])}
+    shared = optional(config)
     stored = _stored(files.path / SAFETENSORS)
     if stored is None:
         notes.append(f"{name}: its weights are not here to be looked at: planned with its target's embedding")
-        optional = {EMBEDDING}
-        stored = {}
-    int8 = tuple(sorted(tensor for tensor, kind in stored.items() if kind == "I8")) if dtype == "float32" else ()
-    shared = tuple(sorted(optional - stored.keys()))
-    return PlannedHead(name=name, config=config, dtype=dtype, kv_dtype=kv_dtype, shared=shared, int8=int8)
+        shared, stored = {EMBEDDING}, {}
+    kinds = {scheme.safetensors: scheme for scheme in SCHEMES.values() if dtype in scheme.dtypes}
+    quantized = tuple(sorted((tensor, kinds[kind].name) for tensor, kind in stored.items() if kind in kinds))
+    shared -= stored.keys()
+    return PlannedHead(
+        name=name, config=config, dtype=dtype, kv_dtype=kv_dtype, shared=tuple(sorted(shared)), quantized=quantized
+    )
 
 
 def _stored(path: Path) -> dict[str, str] | None:
@@ -107,4 +123,4 @@ def _stored(path: Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
     with safe_open(path, framework="numpy") as file:
-        return {plain_name(name): file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        return {declared_name(name): file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118

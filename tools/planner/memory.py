@@ -8,6 +8,7 @@ import msgspec
 
 from pilotfish.engine.config import cache_share
 from pilotfish.engine.execution.buckets import DRAFT_LENGTHS, GRAPH_SHARE, batch_sizes, buckets, span_lengths
+from pilotfish.engine.weights.quantization import SCHEMES
 from pilotfish.tools.planner.devices import DEVICES, Device
 from pilotfish.tools.planner.heads import PlannedHead
 from pilotfish.tools.planner.models import BYTES, PlannedModel
@@ -146,8 +147,9 @@ def remedies(setup: Setup) -> list[Remedy]:
     The first of each kind."""
     found = []
     kinds: list[tuple[str, Setup]] = [("as configured", setup)]
-    if "fp8" in setup.device.flops and setup.with_fp8() != setup:
-        kinds.append(("fp8 weights", setup.with_fp8()))
+    for scheme in SCHEMES.values():
+        if scheme.arithmetic in setup.device.flops and setup.quantized(scheme.name) != setup:
+            kinds.append((f"{scheme.name} weights", setup.quantized(scheme.name)))
     if setup.draft_models:
         kept = tuple(draft for draft in setup.drafts if draft.model is None)
         kinds.append(("without draft models", replace(setup, drafts=kept)))

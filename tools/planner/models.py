@@ -9,18 +9,24 @@ from math import prod
 from pathlib import Path
 
 from pilotfish.checkpoints.catalog import CATALOG, ModelFiles, resolve
+from pilotfish.engine.models.checkpoint import read_config
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.layout import Layout, num_kv_heads
-from pilotfish.engine.weights import read_config
-from pilotfish.engine.weights.hf_quantization import is_quantizable
-from pilotfish.engine.weights.names import expected_shapes, shape_of
+from pilotfish.engine.models.registry import parameter_count, tensors_of
+from pilotfish.engine.models.tensors import HEAD
+from pilotfish.engine.weights.quantization import SCHEMES, Quantization
+from pilotfish.engine.weights.tensors import Tensor, shape_of
 from pilotfish.errors import ModelError
-from pilotfish.tools.planner.published import Published, find
+from pilotfish.tools.planner.published import find
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
-"""Of one number."""
-SCALE_BYTES = 4
-"""An fp8 or int8 matrix has a float32 scale for each output channel."""
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, **{scheme.name: scheme.bytes for scheme in SCHEMES.values()}}
+"""Bytes of one number, by its dtype or its scheme of quantization."""
+
+
+def matrix_bytes(rows: int, columns: int, dtype: str) -> int:
+    """Bytes of a matrix in a dtype or a scheme of quantization, scales included."""
+    scheme = SCHEMES.get(dtype)
+    return rows * columns * BYTES[dtype] if scheme is None else scheme.size_bytes(rows, columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,7 @@ class Matrix:
 
     @property
     def bytes(self) -> int:
-        return self.params * BYTES[self.dtype] + (self.outputs * SCALE_BYTES if self.dtype in ("fp8", "int8") else 0)
+        return matrix_bytes(self.outputs, self.inputs, self.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +52,11 @@ class PlannedModel:
     name: str
     shape: ModelConfig
     dtype: str
-    """Of activations, and of the weights that are not in fp8: "float32", "bfloat16" or "float16"."""
+    """The dtype of activations and of weights that are not quantized: "float32", "bfloat16" or "float16"."""
     kv_dtype: str
-    """Those, or "fp8"."""
-    fp8_except: tuple[str, ...] | None = None
-    """As in `Published`."""
+    """The dtype of the KV cache: one of those, or "fp8"."""
+    quantization: Quantization | None = None
+    """How its matrices would be quantized, whatever its checkpoint has."""
 
     @property
     def logit_size(self) -> int:
@@ -59,27 +65,27 @@ class PlannedModel:
     @property
     def params(self) -> int:
         """Parameters of the whole model; a tied head counts once."""
-        return sum(prod(shape) for shape in expected_shapes(self.shape).values())
+        return parameter_count(self.shape)
 
-    def dtype_of(self, name: str) -> str:
-        """Of the weight of that name."""
-        in_fp8 = self.fp8_except is not None and is_quantizable(name, self.fp8_except)
-        return "fp8" if in_fp8 else self.dtype
+    def dtype_of(self, tensor: Tensor) -> str:
+        """The dtype, or the scheme of quantization, that a tensor would have."""
+        quantization = self.quantization
+        return quantization.scheme if quantization is not None and quantization.takes(tensor) else self.dtype
 
     def matrices(self, ranks: int = 1) -> Iterator[Matrix]:
         """One rank's, in the order of the computation: the layers', then the head (tied or not)."""
+        tensors = tensors_of(self.shape)
         for name, shape in rank_shapes(self.shape, ranks).items():
-            if is_quantizable(name):
-                yield Matrix(name, shape[0], shape[1], self.dtype_of(name))
-        yield Matrix("lm_head.weight", Layout(self.shape, 0, ranks).vocab_part, self.shape.hidden_size, self.dtype)
+            if tensors[name].quantizable:
+                yield Matrix(name, shape[0], shape[1], self.dtype_of(tensors[name]))
+        yield Matrix(HEAD, Layout(self.shape, 0, ranks).vocab_part, self.shape.hidden_size, self.dtype)
 
     def weight_bytes(self, ranks: int = 1) -> int:
         """Bytes of weights on one of `ranks` tensor-parallel ranks."""
-        total = 0
-        for name, shape in rank_shapes(self.shape, ranks).items():
-            dtype = self.dtype_of(name)
-            total += prod(shape) * BYTES[dtype] + (shape[0] * SCALE_BYTES if dtype == "fp8" else 0)
-        return total
+        tensors, shapes = tensors_of(self.shape), rank_shapes(self.shape, ranks)
+        return sum(
+            matrix_bytes(shape[0], prod(shape[1:]), self.dtype_of(tensors[name])) for name, shape in shapes.items()
+        )
 
     def kv_bytes_per_token(self, ranks: int = 1) -> int:
         """Keys and values of a token, all layers, on one rank."""
@@ -104,7 +110,7 @@ def rank_shapes(shape: ModelConfig, ranks: int) -> dict[str, tuple[int, ...]]:
     return {name: shape_of(part) for name, part in Layout(shape, 0, ranks).parts().items()}
 
 
-def read_shape(model: str) -> Published:
+def read_shape(model: str) -> ModelConfig:
     """The shape of a model named as `pilotfish serve` takes it: from `published` if it is there, else from its files.
 
     A hub's name that is not published here is looked for in the local cache only: planning downloads nothing. Raises
@@ -115,9 +121,7 @@ def read_shape(model: str) -> Published:
         published = find(model)
         assert published is not None
         return published
-    shape = read_config(files)
-    quantization = shape.fp8
-    return Published(shape, None if quantization is None else tuple(quantization.unquantized))
+    return read_config(files)
 
 
 def locate(model: str) -> ModelFiles | None:

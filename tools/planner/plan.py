@@ -116,7 +116,7 @@ def make_plan(
         device_source=setup.device.source,
         tensor_parallel_size=setup.ranks,
         draft_tensor_parallel_size=setup.draft_ranks,
-        dtype=setup.target.dtype if setup.target.fp8_except is None else "fp8",
+        dtype=setup.target.dtype if setup.target.quantization is None else setup.target.quantization.scheme,
         parameters=setup.target.params,
         context=context,
         memory=memory,

@@ -7,22 +7,13 @@ section 6.2) for what Meta's fp8 checkpoint leaves in bfloat16; SmolLM2 arXiv 25
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 from pilotfish.engine.models.config import ModelConfig, RopeConfig
+from pilotfish.engine.weights.quantization import Quantization
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
-    """A shape, and how the checkpoint keeps its matrices."""
-
-    shape: ModelConfig
-    fp8_except: tuple[str, ...] | None = None
-    """None: plain weights in the shape's dtype. Else the layers' matrices are float8_e4m3, but for the modules whose
-    names have one of these as a part of their path (or begin with it, after "re:", as a regular expression)."""
-
-
-def find(name: str) -> Published | None:
+def find(name: str) -> ModelConfig | None:
     """By the hub's name ("meta-llama/Llama-3.1-8B-Instruct"), with or without the organisation, instruct or base, in
     any case; None for one that is not here."""
     plain = name.rpartition("/")[2].lower()
@@ -59,56 +50,54 @@ def _llama3(
 
 _LLAMA_405B = _llama3(16384, 53248, 126, 128, 128)
 
-PUBLISHED: Mapping[str, Published] = {
-    "llama-3.1-8b": Published(_llama3(4096, 14336, 32, 32, 128)),
-    "llama-3.1-70b": Published(_llama3(8192, 28672, 80, 64, 128)),
-    "llama-3.1-405b": Published(_LLAMA_405B),
+PUBLISHED: Mapping[str, ModelConfig] = {
+    "llama-3.1-8b": _llama3(4096, 14336, 32, 32, 128),
+    "llama-3.1-70b": _llama3(8192, 28672, 80, 64, 128),
+    "llama-3.1-405b": _LLAMA_405B,
     # Self-attention everywhere, and all of the first and the last layer, stay in bfloat16.
-    "llama-3.1-405b-fp8": Published(_LLAMA_405B, ("self_attn", "layers.0", "layers.125")),
-    "llama-3.2-1b": Published(_llama3(2048, 8192, 16, 32, 64, scaling=32.0, tied=True)),
-    "llama-3.2-3b": Published(_llama3(3072, 8192, 28, 24, 128, scaling=32.0, tied=True)),
-    "smollm2-135m": Published(
-        ModelConfig(
-            architecture="llama",
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_layers=30,
-            num_heads=9,
-            num_kv_heads=3,
-            head_dim=64,
-            max_position=8192,
-            rms_norm_eps=1e-5,
-            rope=RopeConfig(theta=100000.0),
-            tie_embeddings=True,
-            eos_token_ids=(2,),
-            bos_token_id=1,
-            dtype="bfloat16",
-        )
+    "llama-3.1-405b-fp8": replace(
+        _LLAMA_405B, quantization=Quantization("fp8", ("self_attn", "layers.0", "layers.125"))
     ),
-    "gemma-3-270m": Published(
-        ModelConfig(
-            architecture="gemma3",
-            vocab_size=262144,
-            hidden_size=640,
-            intermediate_size=2048,
-            num_layers=18,
-            num_heads=4,
-            num_kv_heads=1,
-            head_dim=256,
-            max_position=32768,
-            rms_norm_eps=1e-6,
-            rope=RopeConfig(theta=1e6),
-            local_rope=RopeConfig(theta=1e4),
-            tie_embeddings=True,
-            qk_norm=True,
-            sliding_window=512,
-            sliding_layers=tuple((layer + 1) % 6 != 0 for layer in range(18)),
-            attention_scale=256.0**-0.5,
-            sandwich_norms=True,
-            eos_token_ids=(1,),
-            bos_token_id=2,
-            dtype="bfloat16",
-        )
+    "llama-3.2-1b": _llama3(2048, 8192, 16, 32, 64, scaling=32.0, tied=True),
+    "llama-3.2-3b": _llama3(3072, 8192, 28, 24, 128, scaling=32.0, tied=True),
+    "smollm2-135m": ModelConfig(
+        architecture="llama",
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        max_position=8192,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(theta=100000.0),
+        tie_embeddings=True,
+        eos_token_ids=(2,),
+        bos_token_id=1,
+        dtype="bfloat16",
+    ),
+    "gemma-3-270m": ModelConfig(
+        architecture="gemma3",
+        vocab_size=262144,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_layers=18,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=256,
+        max_position=32768,
+        rms_norm_eps=1e-6,
+        rope=RopeConfig(theta=1e6),
+        local_rope=RopeConfig(theta=1e4),
+        tie_embeddings=True,
+        qk_norm=True,
+        sliding_window=512,
+        sliding_layers=tuple((layer + 1) % 6 != 0 for layer in range(18)),
+        attention_scale=256.0**-0.5,
+        sandwich_norms=True,
+        eos_token_ids=(1,),
+        bos_token_id=2,
+        dtype="bfloat16",
     ),
 }

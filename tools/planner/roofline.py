@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from math import log2
 
+from pilotfish.engine.models.tensors import HEAD
+from pilotfish.engine.weights.quantization import SCHEMES
 from pilotfish.tools.planner.devices import Device
 from pilotfish.tools.planner.heads import PlannedHead
 from pilotfish.tools.planner.models import BYTES, Matrix, PlannedModel
@@ -154,15 +156,14 @@ def _product(device: Device, dtype: str, params: int, size: int, rows: int) -> f
 
 
 def _rate_dtype(model: PlannedModel | PlannedHead, dtype: str) -> str:
-    """Return the dtype that a matrix is multiplied in: int8 is widened on the way."""
-    return model.dtype if dtype == "int8" else dtype
+    """The dtype in which a matrix is multiplied: one of some schemes of quantization is widened on the way."""
+    return (SCHEMES[dtype].arithmetic or model.dtype) if dtype in SCHEMES else dtype
 
 
 @lru_cache(maxsize=256)
 def _matrices(model: PlannedModel | PlannedHead, ranks: int) -> tuple[tuple[tuple[bool, str, int, int], int], ...]:
     """The matrices of a pass, alike ones together: ((is it the head, dtype, params, bytes), how many)."""
     found = Counter(
-        (each.name == "lm_head.weight", _rate_dtype(model, each.dtype), each.params, each.bytes)
-        for each in model.matrices(ranks)
+        (each.name == HEAD, _rate_dtype(model, each.dtype), each.params, each.bytes) for each in model.matrices(ranks)
     )
     return tuple(found.items())

@@ -10,6 +10,7 @@ from typing import Literal
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.models.layout import MAX_RANKS, what_does_not_divide
 from pilotfish.engine.speculation.drafters.registry import lookup_names
+from pilotfish.engine.weights.quantization import SCHEMES, Quantization
 from pilotfish.errors import ConfigError
 from pilotfish.tools.planner.devices import Device
 from pilotfish.tools.planner.heads import PlannedHead, find_head, read_head
@@ -67,13 +68,14 @@ class Setup:
         """The same over so many GPUs."""
         return replace(self, ranks=ranks, draft_ranks=self.draft_ranks if self.draft_ranks == 1 else ranks)
 
-    def with_fp8(self) -> Setup:
-        """The same with all models' matrices in fp8; heads stay as they are."""
+    def quantized(self, scheme: str) -> Setup:
+        """The same with all models' matrices quantized by that scheme unless they are quantized already; EAGLE-3 heads
+        stay as they are."""
         drafts = tuple(
-            replace(draft, model=_in_fp8(draft.model)) if isinstance(draft.model, PlannedModel) else draft
+            replace(draft, model=_quantized(draft.model, scheme)) if isinstance(draft.model, PlannedModel) else draft
             for draft in self.drafts
         )
-        return replace(self, target=_in_fp8(self.target), drafts=drafts)
+        return replace(self, target=_quantized(self.target, scheme), drafts=drafts)
 
 
 def make_setup(settings: EngineConfig, device: Device, draft_ranks: int = 1) -> Setup:
@@ -108,7 +110,7 @@ def ranks_that_divide(setup: Setup) -> list[int]:
 
 
 def _obstacles(model: PlannedModel, ranks: int) -> list[str]:
-    return what_does_not_divide(model.shape, ranks, fp8=model.fp8_except is not None)
+    return what_does_not_divide(model.shape, ranks, model.quantization.scheme if model.quantization else None)
 
 
 def _check(setup: Setup) -> None:
@@ -164,31 +166,38 @@ def _draft(
         return _planned(model, name, settings, device, notes)
     dtype = settings.dtype
     if dtype == "auto":  # as its target computes
-        dtype = "float32" if device.threads else read_shape(settings.model).shape.dtype  # type: ignore[assignment]
+        dtype = "float32" if device.threads else read_shape(settings.model).dtype  # type: ignore[assignment]
     kv_dtype = dtype if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype
     return read_head(files, name, dtype, kv_dtype, notes)
 
 
 def _planned(model: str, name: str, settings: EngineConfig, device: Device, notes: list[str]) -> PlannedModel:
-    published = read_shape(model)
-    shape, fp8_except = published.shape, published.fp8_except
+    shape = read_shape(model)
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "float32" if device.threads else shape.dtype  # type: ignore[assignment]
     if dtype not in device.flops:
         raise ConfigError(f"dtype is {dtype!r}, but {device.name} computes in {', '.join(device.flops)}")
-    if settings.quantization == "fp8" and "fp8" not in device.flops:
-        raise ConfigError(f"quantization is 'fp8', but {device.name} computes in {', '.join(device.flops)}")
-    if settings.quantization == "none":
-        fp8_except = None
-    elif settings.quantization == "fp8" and fp8_except is None:
-        fp8_except = ()
-    elif fp8_except is not None and "fp8" not in device.flops:
-        notes.append(f"{name or model} has fp8 weights, which {device.name} does not compute with: planned in {dtype}")
-        fp8_except = None
+    quantization, setting = shape.quantization, settings.quantization
+    if setting in SCHEMES and not _computes(device, setting, dtype):
+        raise ConfigError(f"quantization is {setting!r}, but {device.name} computes in {', '.join(device.flops)}")
+    if setting == "none":
+        quantization = None
+    elif setting in SCHEMES:
+        quantization = quantization or Quantization(setting)
+    elif quantization is not None and not _computes(device, quantization.scheme, dtype):
+        notes.append(
+            f"{name or model} has {quantization.scheme} weights, which {device.name} does not compute with: planned in "
+            f"{dtype}"
+        )
+        quantization = None
     kv_dtype = dtype if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype
-    return PlannedModel(name=name or model, shape=shape, dtype=dtype, kv_dtype=kv_dtype, fp8_except=fp8_except)
+    return PlannedModel(name=name or model, shape=shape, dtype=dtype, kv_dtype=kv_dtype, quantization=quantization)
 
 
-def _in_fp8(model: PlannedModel) -> PlannedModel:
-    return model if model.fp8_except is not None else replace(model, fp8_except=())
+def _computes(device: Device, scheme: str, dtype: str) -> bool:
+    return (SCHEMES[scheme].arithmetic or dtype) in device.flops
+
+
+def _quantized(model: PlannedModel, scheme: str) -> PlannedModel:
+    return model if model.quantization is not None else replace(model, quantization=Quantization(scheme))

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from pilotfish.engine.kernels.fp8 import FP8_CAPABILITY, quantize_rows
 from pilotfish.engine.kernels.native import VECTOR, NativeKernels, load_library
 from pilotfish.engine.kernels.protocol import Kernels
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.models.rope import cos_sin_table
+from pilotfish.engine.weights.fp8 import SCHEME
 from pilotfish.tools.selftest.check import Check, Finding, Skip
 from pilotfish.tools.selftest.precision import Worst, units
 from pilotfish.tools.selftest.reference import ReferenceKernels
@@ -159,10 +159,10 @@ class _Operators:
 
     def fp8(self) -> Pairs:
         capability = self.subject.platform.needs.capability
-        if capability is not None and capability < FP8_CAPABILITY:
-            raise Skip(f"products in fp8 need compute capability 8.9, and this is {capability[0]}.{capability[1]}")
+        if reason := SCHEME.why_not(capability):
+            raise Skip(f"fp8 {reason}")
         for inputs, outputs in self._matrices():
-            weight, scale = quantize_rows(self.subject.random(outputs, inputs, seed=6) * inputs**-0.5)
+            weight, scale = SCHEME.quantize(self.subject.random(outputs, inputs, seed=6) * inputs**-0.5)
             prepared = self.kernels.prepare_linear(weight.to(self.device), None, scale.to(self.device))
             exact = self.reference.prepare_linear(weight, None, scale)
             for rows in self.rows:

@@ -13,17 +13,18 @@ import torch
 from pilotfish.checkpoints.catalog import ModelFiles
 from pilotfish.engine.device import synchronize
 from pilotfish.engine.execution.batch import Span
-from pilotfish.engine.execution.loader import Platform, computes_in_fp8, load_model
+from pilotfish.engine.execution.loader import load_model
+from pilotfish.engine.execution.platform import Platform
 from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.kernels.protocol import Kernels
 from pilotfish.engine.layers.attention.backend import AttentionBackend
 from pilotfish.engine.memory import kv_cache
 from pilotfish.engine.memory.free import free_memory
+from pilotfish.engine.models.checkpoint import iter_weights
 from pilotfish.engine.models.config import ModelConfig
-from pilotfish.engine.models.registry import model_class
-from pilotfish.engine.weights import iter_weights
-from pilotfish.engine.weights.names import expected_shapes
-from pilotfish.engine.weights.quantization import dequantized, quantized
+from pilotfish.engine.models.decoder_model import DecoderModel
+from pilotfish.engine.models.registry import parameter_count, tensors_of
+from pilotfish.engine.weights.quantization import Quantization, dequantized, quantized
 from pilotfish.tools.selftest import small
 from pilotfish.tools.selftest.check import Check, Finding, Skip
 from pilotfish.tools.selftest.reference import ReferenceAttention, ReferenceKernels
@@ -77,7 +78,7 @@ def _own(subject: Subject) -> Finding:
         raise Skip("load_format is 'dummy', whose weights are other ones on each device")
     if config.tensor_parallel_size > 1:
         raise Skip("the model is divided: see the group 'parallel'")
-    parameters = sum(torch.Size(size).numel() for size in expected_shapes(shape).values())
+    parameters = parameter_count(shape)
     wanted_memory = 4 * parameters + (4 << 30)
     if (free := free_memory(torch.device("cpu"))) < wanted_memory:
         raise Skip(
@@ -93,7 +94,7 @@ def _own(subject: Subject) -> Finding:
 
 
 def _in_fp8(subject: Subject) -> bool:
-    return computes_in_fp8(subject.config, subject.shape, subject.platform.needs.capability)
+    return subject.scheme == "fp8"
 
 
 def tokens(shape: ModelConfig) -> list[int]:
@@ -127,10 +128,11 @@ def reference(
     attention: AttentionBackend = ReferenceAttention()
     weights = iter_weights(files, shape, rounded)
     if fp8:
-        weights = quantized(weights, shape.fp8.unquantized if shape.fp8 else (), cpu)
-    elif shape.fp8 is not None:
+        quantization = shape.quantization or Quantization("fp8")
+        weights = quantized(weights, tensors_of(shape), quantization, cpu)
+    elif shape.quantization is not None:
         weights = dequantized(weights, rounded)
-    model = model_class(shape.architecture)(shape, kernels, attention, weights, count, cpu)
+    model = DecoderModel(shape, kernels, attention, weights, count, cpu)
     size = -(-count // 16) * 16
     runner = ModelRunner(model, kv_cache.allocate(shape, attention, 1, size, dtype, cpu), size, cpu)
     return runner.run([Span(ids, 0, [0], logit_rows=count)])

@@ -8,13 +8,12 @@ from functools import cached_property, partial
 from itertools import chain
 
 import msgspec
-import torch
 
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.memory.free import free_memory
+from pilotfish.engine.models.registry import parameter_count
 from pilotfish.engine.params import SamplingParams
-from pilotfish.engine.weights.names import expected_shapes
 from pilotfish.tools.bench.arms import VANILLA, Arm
 from pilotfish.tools.bench.compare import BOUNDS, differences_of, texts_of
 from pilotfish.tools.selftest.all_reduce import AllReduceTest, Figures, measure_all_reduce
@@ -117,8 +116,8 @@ class _Pair:
         config, shape = self.subject.config, self.subject.shape
         if config.load_format == "dummy":
             raise Skip("load_format is 'dummy', whose weights are others on each rank")
-        width = 1 if shape.fp8 is not None else self.subject.platform.dtype.itemsize
-        wanted = width * sum(torch.Size(size).numel() for size in expected_shapes(shape).values()) * 1.1
+        width = 1 if shape.quantization is not None else self.subject.platform.dtype.itemsize
+        wanted = width * parameter_count(shape) * 1.1
         if (free := free_memory(self.subject.device)) < wanted:
             have, need = free / 2**30, wanted / 2**30
             raise Skip(f"one rank has no room for the model: {have:.1f} GiB are free, and it takes about {need:.1f}")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pilotfish.engine.kernels.fp8 import FP8, LARGEST
 from pilotfish.engine.layers.attention.backend import AttentionBatch, AttentionParams, LayerCache
+from pilotfish.engine.weights.fp8 import LARGEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +48,15 @@ class ReferenceKernels:
         wide = weight.to(self.dtype)
         if scale is not None:
             wide = wide * scale.to(self.dtype)
-        return ReferenceLinear(wide, None if bias is None else bias.to(self.dtype), weight.dtype == FP8)
+        return ReferenceLinear(wide, None if bias is None else bias.to(self.dtype), weight.dtype == torch.float8_e4m3fn)
 
     def linear(self, x: torch.Tensor, weight: ReferenceLinear, residual: torch.Tensor | None = None) -> torch.Tensor:
         x = x.to(self.dtype)
         if weight.fp8:
             # In float32, as it is defined: a number at the edge of a step must fall to the same side.
             scale = x.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
-            x = (x.float() / scale).clamp(-LARGEST, LARGEST).to(FP8).to(self.dtype) * scale.to(self.dtype)
+            rounded = (x.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+            x = rounded.to(self.dtype) * scale.to(self.dtype)
         y = x @ weight.weight.T
         if weight.bias is not None:
             y = y + weight.bias

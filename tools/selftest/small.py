@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from pilotfish.engine.weights.hf_config import read_config
-from pilotfish.engine.weights.names import expected_shapes
+from pilotfish.engine.models.checkpoint import read_hf_config
+from pilotfish.engine.models.registry import expected_shapes
 from pilotfish.tools.checkpoint import config_of, write_model
 from pilotfish.tools.planner.published import PUBLISHED
 
@@ -61,7 +61,7 @@ def write(folder: Path, kind: str, *, dtype: str = "float32", ranks: int = 1, se
         "eos_token_id": 0,
         "dtype": dtype,
     }
-    shape = read_config(write_model(path, fields | KINDS[kind]))
+    shape = read_hf_config(write_model(path, fields | KINDS[kind]))
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         name: _tensor(name, size, torch.randn(size, generator=generator), kind).to(getattr(torch, dtype))
@@ -72,7 +72,7 @@ def write(folder: Path, kind: str, *, dtype: str = "float32", ranks: int = 1, se
 
 def write_llama_8b(folder: Path) -> Path:
     """Write the published config.json of Llama-3.1-8B alone, for `load_format` "dummy"; returns its folder."""
-    return write_model(folder / "llama-3.1-8b", config_of(PUBLISHED["llama-3.1-8b"].shape))
+    return write_model(folder / "llama-3.1-8b", config_of(PUBLISHED["llama-3.1-8b"]))
 
 
 def _tensor(name: str, size: tuple[int, ...], noise: torch.Tensor, kind: str) -> torch.Tensor:

@@ -18,11 +18,12 @@ from pilotfish.engine.build import Engine, build
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.device import on_device
 from pilotfish.engine.execution.batch import Span
+from pilotfish.engine.execution.platform import choose_quantization
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.memory.free import free_memory
+from pilotfish.engine.models.checkpoint import read_config
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.params import SamplingParams
-from pilotfish.engine.weights import read_config
 from pilotfish.tools.planner.devices import DEVICES, Device
 from pilotfish.tools.planner.models import PlannedModel
 from pilotfish.tools.selftest import small
@@ -137,15 +138,12 @@ class _Model:
     @property
     def planned(self) -> PlannedModel:
         info, fp8 = self.engine.info, self.subject.platform.cache_dtype == torch.float8_e4m3fn
-        unquantized = (
-            (self.shape.fp8.unquantized if self.shape.fp8 else ()) if self.config.quantization == "fp8" else None
-        )
         return PlannedModel(
             name=info.model,
             shape=self.shape,
             dtype=info.dtype,
             kv_dtype="fp8" if fp8 else info.dtype,
-            fp8_except=unquantized,
+            quantization=choose_quantization(self.config, self.shape, self.subject.platform.needs.capability),
         )
 
     def bandwidth(self) -> Finding:

@@ -14,10 +14,10 @@ import torch
 from pilotfish.checkpoints.catalog import resolve
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.device import synchronize
-from pilotfish.engine.execution.loader import Platform, choose_platform, computes_in_fp8
+from pilotfish.engine.execution.platform import Platform, choose_platform, choose_quantization
+from pilotfish.engine.models.checkpoint import read_config
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.layout import check_divides
-from pilotfish.engine.weights import read_config
 from pilotfish.errors import ConfigError
 from pilotfish.tools.selftest import small
 from pilotfish.tools.selftest.run import SelfTest
@@ -60,10 +60,15 @@ class Subject:
         if nodes > 1:
             raise ConfigError(f"nnodes is {nodes}, but the self-test checks one host at a time: run it on each")
         if self.test.own_model:
-            fp8 = computes_in_fp8(config, self.shape, platform.needs.capability)
-            check_divides(self.shape, ranks, fp8, model=config.model)
+            check_divides(self.shape, ranks, self.scheme, model=config.model)
         if platform.device.type == "cuda" and ranks > (there := torch.cuda.device_count()):
             raise ConfigError(f"tensor_parallel_size is {ranks}, but torch sees {there} GPUs here")
+
+    @property
+    def scheme(self) -> str | None:
+        """The scheme by which the model's matrices are quantized once they are loaded; None: they are not."""
+        found = choose_quantization(self.config, self.shape, self.platform.needs.capability)
+        return None if found is None else found.scheme
 
     @property
     def device(self) -> torch.device:

@@ -26,7 +26,7 @@ from pilotfish.tools.training.layer import (
 
 
 class Eagle3Draft(nn.Module):
-    """Parameters have the last names of `engine.weights.eagle3`'s tensors."""
+    """Parameters have the last names of `engine.models.eagle3_checkpoint`'s tensors."""
 
     input_layernorm: nn.Parameter
     hidden_norm: nn.Parameter

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from pilotfish.engine.models.config import Eagle3Config, ModelConfig
+from pilotfish.engine.weights import int8
 from pilotfish.tools.checkpoint import config_of, write_model
 from pilotfish.tools.training.batches import Batch
 from pilotfish.tools.training.eagle3 import Eagle3Draft
 from pilotfish.tools.training.layer import MATRICES, stored_name
 from pilotfish.tools.training.losses import draft_loss
-from pilotfish.tools.training.quantize import quantize_rows
 from pilotfish.tools.training.settings import Objective
 from pilotfish.tools.training.student import Tally, Teacher
 
@@ -85,14 +85,15 @@ class Eagle3Student(nn.Module):
         tally.add(torch.stack(correct))
 
     def export(self, folder: Path, trained: dict[str, Any]) -> None:
-        """Write the public SafeAILab layout, matrices in int8 with a scale a row (see `engine.weights.eagle3`)."""
+        """Write the public SafeAILab layout, matrices in int8 with a scale a row (see `models.eagle3_checkpoint`)."""
         tensors = {}
         for name, weight in self.draft.named_parameters():
             stored = name if name in ("fc", "norm", "lm_head") else f"midlayer.{MATRICES.get(name, '')}{name}"
             if weight.dim() == 1:
                 tensors[f"{stored}.weight"] = weight.detach().half()
             else:
-                tensors[f"{stored}.weight"], tensors[f"{stored}.weight_scale"] = quantize_rows(weight.detach())
+                values, scale = int8.quantize(weight.detach())
+                tensors[f"{stored}.weight"], tensors[f"{stored}.weight_scale"] = values, scale.flatten()
         ids = self.teacher.target_ids
         tensors["d2t"] = (ids - torch.arange(len(ids))).int()
         own = {

@@ -16,8 +16,8 @@ from pilotfish.engine.build import build
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.execution.loader import thread_count
 from pilotfish.engine.llm import LLM
+from pilotfish.engine.models.checkpoint import iter_weights, read_config
 from pilotfish.engine.models.config import Eagle3Config, ModelConfig, RopeConfig
-from pilotfish.engine.weights import iter_weights, read_config
 from pilotfish.errors import ConfigError
 from pilotfish.tools.training.eagle3_student import Eagle3Student
 from pilotfish.tools.training.features import PASS_ROWS, FeatureStore, write_features

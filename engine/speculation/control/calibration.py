@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.models.registry import parameter_count
 from pilotfish.engine.speculation.control.controller import Controller
 from pilotfish.engine.speculation.control.cost import RowCost
 from pilotfish.engine.speculation.drafters.drafter import ModelDrafter
-from pilotfish.engine.weights.names import expected_shapes
 
 CALIBRATED = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 """Rows of the passes that are timed at start: as many as decoding and verification have."""
@@ -48,7 +47,7 @@ def _context_share(model: ModelConfig) -> float:
     """What a token of context costs, as a share of a pass over one row, if both are but memory to be read. Of a draft
     of the target's kind it is about the same; what it really is will be learned."""
     cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    return cached / sum(math.prod(shape) for shape in expected_shapes(model).values())
+    return cached / parameter_count(model)
 
 
 def _timed(attempt: Callable[[int], object], counts: list[int]) -> dict[int, float]:

@@ -24,6 +24,7 @@ from pilotfish.engine.layers.attention.backend import LayerCache
 from pilotfish.engine.layers.communicator import Communicator
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
+from pilotfish.engine.models import eagle3_checkpoint
 from pilotfish.engine.models.config import Eagle3Config, ModelConfig
 from pilotfish.engine.models.eagle3 import Eagle3Model
 from pilotfish.engine.models.features import FeatureRows
@@ -32,7 +33,6 @@ from pilotfish.engine.sampling.sampler import argmax
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, DraftRequest, check_vocabulary
 from pilotfish.engine.speculation.drafters.growth import GrowingDraft, Growth
-from pilotfish.engine.weights import eagle3
 from pilotfish.errors import ConfigError
 
 MOST_PENDING = 256
@@ -85,11 +85,11 @@ def load(
     comm: Communicator,
 ) -> LoadedHead:
     """See `registry.load_draft`."""
-    shape = eagle3.read_config(files.path)
+    shape = eagle3_checkpoint.read_config(files.path)
     check_draft(platform, name, shape.decoder, config)
     check_vocabulary(name, shape.decoder, target.config)
     _check_features(name, shape, target.config)
-    weights = eagle3.read_weights(files.path, shape, platform.dtype)
+    weights = eagle3_checkpoint.read_weights(files.path, shape, platform.dtype)
     embedding, head = (part not in weights for part in ("embed_tokens.weight", "lm_head.weight"))
     if embedding and shape.decoder.hidden_size != target.config.hidden_size:
         raise ConfigError(f"drafter {name!r} has no embedding of its own, and the target's is of another size")

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pilotfish.checkpoints.catalog import DRAFTS, ModelFiles, Progress, resolve
-from pilotfish.engine.weights.hf_config import is_eagle3
+from pilotfish.checkpoints.huggingface import is_eagle3
 from pilotfish.errors import ConfigError
 
 if TYPE_CHECKING:

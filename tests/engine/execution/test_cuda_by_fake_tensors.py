@@ -18,18 +18,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.runner import ModelRunner
-from pilotfish.engine.kernels.fp8 import fp8_linear, prepare_fp8, quantize_rows
+from pilotfish.engine.kernels.fp8 import fp8_linear, prepare_fp8
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers.attention.backend import AttentionBackend
 from pilotfish.engine.layers.attention.torch import TorchAttention
 from pilotfish.engine.layers.communicator import ALONE, Communicator
 from pilotfish.engine.memory import kv_cache
+from pilotfish.engine.models.checkpoint import read_hf_config
 from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.models.decoder_model import DecoderModel
 from pilotfish.engine.models.layout import Layout
-from pilotfish.engine.models.registry import model_class
-from pilotfish.engine.weights.hf_config import read_config
-from pilotfish.engine.weights.names import shape_of
-from pilotfish.engine.weights.quantization import quantized
+from pilotfish.engine.models.registry import tensors_of
+from pilotfish.engine.weights.fp8 import quantize
+from pilotfish.engine.weights.quantization import Quantization, quantized
+from pilotfish.engine.weights.tensors import shape_of
 from tests.support.fake_cuda import BACKENDS, CUDA
 from tests.support.tiny import KINDS
 
@@ -63,9 +65,9 @@ def run(
 ) -> None:
     weights = weights_of(Layout(config, comm.rank, comm.size), torch.bfloat16)
     if fp8:
-        weights = quantized(weights, (), CUDA)
+        weights = quantized(weights, tensors_of(config), Quantization("fp8"), CUDA)
     with torch.inference_mode():
-        model = model_class(config.architecture)(config, TorchKernels(), backend, weights, 256, CUDA, comm)
+        model = DecoderModel(config, TorchKernels(), backend, weights, 256, CUDA, comm)
     size = backend.block_size
     caches = kv_cache.allocate(config, backend, 8, size, cache_dtype, CUDA, comm.size)
     runner = ModelRunner(model, caches, size, CUDA)
@@ -80,7 +82,7 @@ def run(
 
 @pytest.fixture(scope="session")
 def shapes(tiny: Callable[[str], Path]) -> dict[str, ModelConfig]:
-    return {kind: read_config(tiny(kind)) for kind in KINDS}
+    return {kind: read_hf_config(tiny(kind)) for kind in KINDS}
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
@@ -121,7 +123,7 @@ def test_this_would_be_noticed(shapes):
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 64, 48), (5, 128, 16), (300, 64, 64)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_scaled_mm_is_called_by_cudas_rules(rows, inner, columns, dtype):
-    weight, scale = quantize_rows(torch.empty(columns, inner, device=CUDA))
+    weight, scale = quantize(torch.empty(columns, inner, device=CUDA))
     prepared = prepare_fp8(weight, torch.empty(columns, dtype=dtype, device=CUDA), scale)
     y = fp8_linear(torch.empty(rows, inner, dtype=dtype, device=CUDA), prepared)
     assert (y.shape, y.dtype, y.device) == ((rows, columns), dtype, CUDA)

@@ -23,10 +23,11 @@ from pilotfish.engine.layers.attention.backend import AttentionBackend
 from pilotfish.engine.memory import kv_cache
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
+from pilotfish.engine.models.checkpoint import read_hf_config
 from pilotfish.engine.models.config import Eagle3Config, ModelConfig
+from pilotfish.engine.models.decoder_model import DecoderModel
 from pilotfish.engine.models.eagle3 import Eagle3Model, SharedWeights
 from pilotfish.engine.models.features import FeatureRows, FeatureTap
-from pilotfish.engine.models.registry import model_class
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import Request
 from pilotfish.engine.sampling.logit_spans import LogitSpan
@@ -35,7 +36,6 @@ from pilotfish.engine.speculation.drafters.draft_model import DraftModelDrafter
 from pilotfish.engine.speculation.drafters.drafter import Draft, DraftRequest
 from pilotfish.engine.speculation.drafters.eagle3 import Eagle3Drafter
 from pilotfish.engine.verification.coupled import CoupledVerifier, RejectionVerifier
-from pilotfish.engine.weights.hf_config import read_config
 from tests.support.fake_cuda import BACKENDS, CUDA, on_cuda
 from tests.support.tiny import KINDS
 
@@ -121,7 +121,8 @@ def shapes(tiny: Callable[[str], Path]) -> dict[str, tuple[ModelConfig, dict[str
     found = {}
     for kind in KINDS:
         with safe_open(tiny(kind) / "model.safetensors", "pt") as file:
-            found[kind] = read_config(tiny(kind)), {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            shape = read_hf_config(tiny(kind))
+            found[kind] = shape, {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     return found
 
 
@@ -129,7 +130,7 @@ def make_runner(shape: tuple[ModelConfig, dict[str, list[int]]], backend: Attent
     config, sizes = shape
     weights = ((name, torch.empty(size, dtype=torch.bfloat16)) for name, size in sizes.items())
     with torch.inference_mode():
-        model = model_class(config.architecture)(config, TorchKernels(), backend, weights, 256, CUDA)
+        model = DecoderModel(config, TorchKernels(), backend, weights, 256, CUDA)
     caches = kv_cache.allocate(config, backend, 9, backend.block_size, torch.bfloat16, CUDA)
     return ModelRunner(model, caches, backend.block_size, CUDA)
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
@@ -24,12 +24,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pilotfish.checkpoints.catalog import ModelFiles, resolve
+from pilotfish.engine.models.checkpoint import iter_weights, read_config
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.layout import Layout
-from pilotfish.engine.weights import dummy, iter_weights, read_config, safetensors
-from pilotfish.engine.weights.names import expected_shapes
+from pilotfish.engine.models.registry import expected_shapes, tensors_of
+from pilotfish.engine.weights import dummy, safetensors
 from pilotfish.engine.weights.quantization import SCALE
 from pilotfish.engine.weights.read_ahead import Job, read_ahead
+from pilotfish.engine.weights.tensors import Part, whole_parts
 from pilotfish.errors import ModelError
 from pilotfish.tools.planner.published import PUBLISHED
 from tests.support.fp8_checkpoints import LAYOUTS, publish
@@ -43,6 +45,17 @@ SHAPE = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 12,
 
 def shape(kind: str, size: int) -> dict[str, int]:
     return SHAPE | {"num_key_value_heads": 1 if kind == "gemma3" else {2: 4, 3: 3, 4: 2}[size]}
+
+
+def folder_files(folder: Path) -> ModelFiles:
+    return ModelFiles(folder.name, "huggingface", folder)
+
+
+def random_weights(
+    config: ModelConfig, dtype: torch.dtype, parts: Mapping[str, Part] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    tensors = tensors_of(config)
+    return dummy.iter_weights(tensors, dtype, torch.device("cpu"), whole_parts(tensors) if parts is None else parts)
 
 
 def assert_slices(files: ModelFiles, size: int, dtype: torch.dtype) -> None:
@@ -109,12 +122,12 @@ def test_gguf_dequantizes_only_rows_that_are_wanted(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("kind", ["llama-biased", "gemma3"])
 def test_random_weights_are_slices_of_the_whole_ones(tmp_path: Path, kind: str) -> None:
     config = read_config(resolve(str(make_tiny(kind, tmp_path / "model", **shape(kind, 4)))))
-    whole = dict(dummy.iter_weights(config, torch.float32, torch.device("cpu")))
+    whole = dict(random_weights(config, torch.float32))
     assert not torch.equal(whole["model.layers.0.mlp.up_proj.weight"], whole["model.layers.0.mlp.gate_proj.weight"])
     assert {name: tuple(tensor.shape) for name, tensor in whole.items()} == expected_shapes(config)
     for rank in range(4):
         parts = Layout(config, rank, 4).parts()
-        found = dict(dummy.iter_weights(config, torch.float32, torch.device("cpu"), parts))
+        found = dict(random_weights(config, torch.float32, parts))
         assert found.keys() == parts.keys()
         assert all(torch.equal(tensor, whole[name][parts[name]]) for name, tensor in found.items())
 
@@ -125,7 +138,7 @@ def test_random_weights_are_slices_of_the_whole_ones(tmp_path: Path, kind: str) 
 def write_checkpoint(folder: Path, config: ModelConfig, shards: int) -> Path:
     """Random weights in bfloat16, in files of about the same size, in the order of the computation."""
     folder.mkdir()
-    weights = list(dummy.iter_weights(config, torch.bfloat16, torch.device("cpu")))
+    weights = list(random_weights(config, torch.bfloat16))
     total, done = sum(tensor.nbytes for _, tensor in weights), 0
     files: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
     for name, tensor in weights:
@@ -144,7 +157,7 @@ def write_checkpoint(folder: Path, config: ModelConfig, shards: int) -> Path:
 @pytest.fixture(scope="module")
 def smollm2_sized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M's shapes in 4 files, 269 MB together."""
-    return write_checkpoint(tmp_path_factory.mktemp("loading") / "model", PUBLISHED["smollm2-135m"].shape, 4)
+    return write_checkpoint(tmp_path_factory.mktemp("loading") / "model", PUBLISHED["smollm2-135m"], 4)
 
 
 Reads = dict[str, list[tuple[int, int]]]
@@ -172,10 +185,10 @@ def bytes_asked_of_the_system() -> int:
 
 def test_all_ranks_together_read_each_byte_once(smollm2_sized: Path, reads: Reads) -> None:
     """But for norms, which are everywhere. Counted read by read, and by the system."""
-    config = PUBLISHED["smollm2-135m"].shape
+    config = PUBLISHED["smollm2-135m"]
     before = bytes_asked_of_the_system()
     for rank in range(3):
-        for _ in safetensors.iter_weights(smollm2_sized, config, torch.bfloat16, Layout(config, rank, 3).parts()):
+        for _ in iter_weights(folder_files(smollm2_sized), config, torch.bfloat16, Layout(config, rank, 3).parts()):
             pass
     asked = bytes_asked_of_the_system() - before
     norms = sum(size[0] for name, size in expected_shapes(config).items() if "norm" in name) * 2
@@ -224,12 +237,12 @@ def resident(path: Path) -> float:
 
 
 def test_several_files_are_read_at_a_time_each_in_the_order_of_the_computation(smollm2_sized: Path) -> None:
-    config = PUBLISHED["smollm2-135m"].shape
+    config = PUBLISHED["smollm2-135m"]
     places = {}
     for path in smollm2_sized.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             places |= dict.fromkeys(file.keys(), path.name)
-    names = [name for name, _ in safetensors.iter_weights(smollm2_sized, config, torch.bfloat16)]
+    names = [name for name, _ in iter_weights(folder_files(smollm2_sized), config, torch.bfloat16)]
     assert len({places[name] for name in names[:4]}) == 4
     order = list(expected_shapes(config))
     for file in set(places.values()):
@@ -241,6 +254,8 @@ PEAK = """
 import sys
 from pathlib import Path
 import torch
+from pilotfish.checkpoints.catalog import ModelFiles
+from pilotfish.engine.models.checkpoint import iter_weights
 from pilotfish.engine.models.layout import Layout
 from pilotfish.tools.planner.published import PUBLISHED
 from pilotfish.engine.weights import safetensors
@@ -248,12 +263,13 @@ from pilotfish.engine.weights import safetensors
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 
-config = PUBLISHED["smollm2-135m"].shape
+config = PUBLISHED["smollm2-135m"]
+files = ModelFiles("", "huggingface", Path(sys.argv[1]))
 rank, size = int(sys.argv[2]), int(sys.argv[3])
 torch.empty(1).to(torch.bfloat16)
 Path("/proc/self/clear_refs").write_text("5")
 before = peak()
-for _ in safetensors.iter_weights(Path(sys.argv[1]), config, torch.bfloat16, Layout(config, rank, size).parts()):
+for _ in iter_weights(files, config, torch.bfloat16, Layout(config, rank, size).parts()):
     pass  # as if it were on its device now
 print(peak() - before)
 """
@@ -279,7 +295,7 @@ def test_a_file_that_becomes_shorter_is_named(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(safetensors, "_open", cut)
     with pytest.raises(ModelError, match=r"model\.safetensors ends within tensor .*: it was cut short"):
-        list(safetensors.iter_weights(folder, config, torch.float32))
+        list(iter_weights(folder_files(folder), config, torch.float32))
 
 
 # Reading ahead

@@ -9,8 +9,8 @@ from pilotfish.engine.execution.batch import Span, flatten
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers.attention.backend import AttentionParams
 from pilotfish.engine.layers.attention.native import NativeAttention
+from pilotfish.engine.weights import int8
 from pilotfish.tools.selftest.reference import ReferenceAttention, ReferenceKernels
-from pilotfish.tools.training.quantize import quantize_rows
 
 CPU = torch.device("cpu")
 EXACT = ReferenceKernels()
@@ -43,8 +43,7 @@ def test_linear(kernels, rows, columns, size):
 @pytest.mark.parametrize(("columns", "size"), [(16, 16), (40, 64), (577, 96), (112, 1536)])
 def test_int8_linear(kernels, rows, columns, size):
     x, bias, residual = random(rows, size), random(columns, seed=2), random(rows, columns)
-    values, scale = quantize_rows(random(columns, size, seed=1))
-    scale = scale.unsqueeze(1)
+    values, scale = int8.quantize(random(columns, size, seed=1))
     prepared = kernels.prepare_linear(values, bias, scale)
     wanted = EXACT.linear(x, EXACT.prepare_linear(values, bias, scale), residual).float()
     got = kernels.linear(x, prepared, residual)

@@ -27,7 +27,10 @@ from pilotfish.engine.layers.fused_decoder import FusedDecoder
 from pilotfish.engine.layers.operator_decoder import OperatorDecoder
 from pilotfish.engine.models.config import Eagle3Config, ModelConfig, RopeConfig
 from pilotfish.engine.models.eagle3 import Eagle3Model, SharedWeights
+from pilotfish.engine.models.eagle3_checkpoint import optional, tensors_of
 from pilotfish.engine.models.features import FeatureTap
+from pilotfish.engine.weights.int8 import quantize
+from pilotfish.engine.weights.quantization import SCALE
 from tests.support.parity import BLOCKS, OTHERS, runner_of
 from tests.support.tiny import KINDS
 
@@ -101,7 +104,7 @@ def test_a_heads_layer(int8: bool, qk_norm: bool, norm_before_residual: bool) ->
     kernels, attention = NativeKernels(), NativeAttention(NativeKernels())
     embedding = kernels.prepare_linear(torch.randn(64, 48))
     shared = SharedWeights(embedding, embedding)
-    model = Eagle3Model(config, kernels, attention, random_weights(int8), 128, CPU, torch.float32, shared)
+    model = Eagle3Model(config, kernels, attention, random_weights(config, int8), 128, CPU, torch.float32, shared)
     assert isinstance(model.decoder, FusedDecoder)
 
     def run(hidden: torch.Tensor) -> tuple[list[torch.Tensor], LayerCache]:
@@ -125,22 +128,18 @@ def test_a_heads_layer(int8: bool, qk_norm: bool, norm_before_residual: bool) ->
     assert same(cache.values, other.values)
 
 
-def random_weights(int8: bool) -> dict[str, torch.Tensor]:
-    shapes = {"fc": (48, 144), "layer.self_attn.q_proj": (64, 96), "layer.self_attn.o_proj": (48, 64)}
-    shapes |= {f"layer.self_attn.{name}_proj": (32, 96) for name in "kv"}
-    shapes |= {f"layer.mlp.{name}_proj": (96, 48) for name in ("gate", "up")} | {"layer.mlp.down_proj": (48, 96)}
+def random_weights(config: Eagle3Config, int8: bool) -> dict[str, torch.Tensor]:
     weights = {}
-    for name, shape in shapes.items():
-        weight = torch.randn(shape) / shape[1] ** 0.5
+    for name, tensor in tensors_of(config).items():
+        if name in optional(config):
+            continue
+        if tensor.linear is None:
+            weights[name] = torch.ones(48) if name == "norm.weight" else torch.rand(tensor.shape) + 0.5
+            continue
+        weights[name] = torch.randn(tensor.shape) / tensor.shape[1] ** 0.5
         if int8:
-            scale = weight.abs().amax(1, keepdim=True) / 127
-            weights[f"{name}.weight_scale"], weight = scale, (weight / scale).round().to(torch.int8)
-        weights[f"{name}.weight"] = weight
-    for name, size in {"input_layernorm": 48, "hidden_norm": 48, "post_attention_layernorm": 48}.items():
-        weights[f"layer.{name}.weight"] = torch.rand(size) + 0.5
-    for name in "qk":
-        weights[f"layer.self_attn.{name}_norm.weight"] = torch.rand(16) + 0.5
-    return weights | {"norm.weight": torch.ones(48)}
+            weights[name], weights[name + SCALE] = quantize(weights[name])
+    return weights
 
 
 # Layers that the fused decoder does not know

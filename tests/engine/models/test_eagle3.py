@@ -8,15 +8,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pilotfish.checkpoints.huggingface import is_eagle3
 from pilotfish.engine.execution.batch import Span, flatten
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers.attention.torch import TorchAttention
+from pilotfish.engine.models import eagle3_checkpoint
+from pilotfish.engine.models.checkpoint import read_hf_config
 from pilotfish.engine.models.config import Eagle3Config, ModelConfig, RopeConfig, default_feature_layers
 from pilotfish.engine.models.eagle3 import Eagle3Model, SharedWeights
-from pilotfish.engine.weights import eagle3, hf_config
+from pilotfish.engine.weights import int8
 from pilotfish.errors import ModelError
 from pilotfish.tools.training.eagle3 import Eagle3Draft
-from pilotfish.tools.training.quantize import quantize_rows
 
 VOCAB, DRAFT_VOCAB, HIDDEN, TARGET_HIDDEN = 96, 32, 64, 64
 CPU = torch.device("cpu")
@@ -100,11 +102,11 @@ def test_a_public_layout_tensor_by_tensor(name: str, tmp_path: Path) -> None:
     config, prefix, pickled = LAYOUTS[name]
     stored = random_tensors(prefix)
     folder = write(tmp_path / "draft", config, stored, pickled)
-    assert hf_config.is_eagle3(folder)
+    assert is_eagle3(folder)
     with pytest.raises(ModelError, match="is an EAGLE-3 head"):
-        hf_config.read_config(folder)
-    shape = eagle3.read_config(folder)
-    read = eagle3.read_weights(folder, shape, torch.float32)
+        read_hf_config(folder)
+    shape = eagle3_checkpoint.read_config(folder)
+    read = eagle3_checkpoint.read_weights(folder, shape, torch.float32)
 
     assert shape.draft_vocab_size == DRAFT_VOCAB
     assert (shape.decoder.hidden_size, shape.decoder.num_heads, shape.decoder.num_kv_heads) == (HIDDEN, 4, 2)
@@ -126,8 +128,8 @@ def test_a_draft_with_an_embedding_and_the_target_s_vocabulary(tmp_path: Path) -
         del stored[name]
     config = {key: value for key, value in SAFEAILAB.items() if key != "draft_vocab_size"}
     folder = write(tmp_path / "draft", config, stored)
-    shape = eagle3.read_config(folder)
-    read = eagle3.read_weights(folder, shape, torch.float32)
+    shape = eagle3_checkpoint.read_config(folder)
+    read = eagle3_checkpoint.read_weights(folder, shape, torch.float32)
     assert shape.draft_vocab_size == VOCAB
     assert torch.equal(read["embed_tokens.weight"], stored["embed_tokens.weight"])
     assert "lm_head.weight" not in read
@@ -157,16 +159,16 @@ def test_what_cannot_be_read_is_named(change: Any, said: str, tmp_path: Path) ->
     change(config, tensors)
     folder = write(tmp_path / "draft", config, tensors)
     with pytest.raises(ModelError, match=said.replace(".", r"\.")):
-        eagle3.read_weights(folder, eagle3.read_config(folder), torch.float32)
+        eagle3_checkpoint.read_weights(folder, eagle3_checkpoint.read_config(folder), torch.float32)
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SAFEAILAB))
     with pytest.raises(ModelError, match=r"model\.safetensors nor pytorch_model\.bin"):
-        eagle3.read_weights(tmp_path, eagle3.read_config(tmp_path), torch.float32)
+        eagle3_checkpoint.read_weights(tmp_path, eagle3_checkpoint.read_config(tmp_path), torch.float32)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json"):
-        hf_config.is_eagle3(tmp_path)
+        is_eagle3(tmp_path)
 
 
 def test_int8_rows_are_within_half_a_step(tmp_path: Path) -> None:
@@ -174,14 +176,14 @@ def test_int8_rows_are_within_half_a_step(tmp_path: Path) -> None:
     quantized = dict(stored)
     for name, tensor in stored.items():
         if tensor.ndim == 2:
-            quantized[name], quantized[f"{name}_scale"] = quantize_rows(tensor)
+            quantized[name], quantized[f"{name}_scale"] = int8.quantize(tensor)
     folder = write(tmp_path / "draft", SAFEAILAB, quantized)
-    read = eagle3.read_weights(folder, eagle3.read_config(folder), torch.float32)
+    read = eagle3_checkpoint.read_weights(folder, eagle3_checkpoint.read_config(folder), torch.float32)
     for name in ("fc.weight", "lm_head.weight"):
         scale = read[f"{name}_scale"]
         assert read[name].dtype == torch.int8
         assert (read[name] * scale - stored[name]).abs().le(scale * 0.5001).all()
-    halves = eagle3.read_weights(folder, eagle3.read_config(folder), torch.bfloat16)
+    halves = eagle3_checkpoint.read_weights(folder, eagle3_checkpoint.read_config(folder), torch.bfloat16)
     assert "fc.weight_scale" not in halves
     torch.testing.assert_close(halves["fc.weight"].float(), stored["fc.weight"], atol=0.02, rtol=0.02)
 

@@ -32,10 +32,10 @@ from pilotfish.engine.execution.loader import load_model
 from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.memory import kv_cache
+from pilotfish.engine.models.checkpoint import iter_weights, read_config
 from pilotfish.engine.models.config import ModelConfig, RopeConfig
-from pilotfish.engine.models.registry import MODELS, model_class
+from pilotfish.engine.models.registry import FAMILIES, family_of
 from pilotfish.engine.params import SamplingParams
-from pilotfish.engine.weights import iter_weights, read_config
 from pilotfish.errors import ModelError
 from tests.support.parity import KernelsName, in_pieces, logits_of, runner_of
 from tests.support.tiny import build_model, make_tiny
@@ -162,13 +162,11 @@ def test_gguf_that_is_wrong_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_architecture_that_can_be_read_can_be_computed() -> None:
-    from pilotfish.engine.weights.gguf import ARCHITECTURES
-    from pilotfish.engine.weights.hf_config import MODEL_TYPES
-
-    assert set(ARCHITECTURES) <= set(MODELS)
-    assert {kind.removesuffix("_text") for kind in MODEL_TYPES} == set(MODELS)
+    for family in FAMILIES:
+        for name in (*family.model_types, *family.gguf_architectures):
+            assert family_of(name) is family
     with pytest.raises(ModelError, match="'mamba', but the engine has llama"):
-        model_class("mamba")
+        family_of("mamba")
 
 
 # What comes out

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pilotfish.engine.models.config import ModelConfig, RopeConfig
 from pilotfish.engine.models.layout import Layout, check_divides, num_kv_heads, what_does_not_divide
-from pilotfish.engine.weights.names import expected_shapes, shape_of
+from pilotfish.engine.models.registry import expected_shapes
+from pilotfish.engine.weights.tensors import shape_of
 from pilotfish.errors import ConfigError
 from pilotfish.tools.planner.published import PUBLISHED
 
@@ -97,24 +98,24 @@ def test_one_rank_has_everything(config: ModelConfig) -> None:
     assert {name: shape_of(part) for name, part in Layout(config).parts().items()} == expected_shapes(config)
 
 
-@given(config=configs(), size=st.integers(2, 8), fp8=st.booleans())
-def test_a_refusal_names_the_setting_and_sizes_that_do_work(config: ModelConfig, size: int, fp8: bool) -> None:
-    if not what_does_not_divide(config, size, fp8):
-        check_divides(config, size, fp8)
+@given(config=configs(), size=st.integers(2, 8), scheme=st.sampled_from([None, "fp8"]))
+def test_a_refusal_names_the_setting_and_sizes_that_do_work(config: ModelConfig, size: int, scheme: str | None) -> None:
+    if not what_does_not_divide(config, size, scheme):
+        check_divides(config, size, scheme)
         return
     with pytest.raises(ConfigError, match=f"^some_size is {size}, but of toy .*: 1.* would do$") as caught:
-        check_divides(config, size, fp8, "some_size", "toy")
+        check_divides(config, size, scheme, "some_size", "toy")
     would = [int(n) for n in str(caught.value).rpartition(": ")[2].removesuffix(" would do").split(", ")]
     assert size not in would
     for n in would:
-        check_divides(config, n, fp8)
+        check_divides(config, n, scheme)
         Layout(config, n - 1, n)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parts_of_published_models_are_equal_over_ranks(name: str) -> None:
     """Weights of each rank, in parameters: the same but for padding, norms being everywhere."""
-    config = PUBLISHED[name].shape
+    config = PUBLISHED[name]
     for size in range(1, 17):
         if not what_does_not_divide(config, size):
             counts = {
@@ -124,7 +125,7 @@ def test_parts_of_published_models_are_equal_over_ranks(name: str) -> None:
 
 
 def test_the_last_part_of_a_vocabulary_is_shorter_or_empty() -> None:
-    config = PUBLISHED["llama-3.1-8b"].shape  # 128256 tokens
+    config = PUBLISHED["llama-3.1-8b"]  # 128256 tokens
     assert [Layout(config, rank, 16).vocabulary for rank in (0, 15)] == [slice(0, 8016), slice(120240, 128256)]
     odd = ModelConfig(
         architecture="llama",

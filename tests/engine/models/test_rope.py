@@ -11,9 +11,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pilotfish.checkpoints.catalog import resolve
+from pilotfish.engine.models.checkpoint import read_config
 from pilotfish.engine.models.config import RopeConfig
 from pilotfish.engine.models.rope import cos_sin_table, inverse_frequencies
-from pilotfish.engine.weights import read_config
 from pilotfish.errors import ModelError
 from tests.support.tiny import KINDS, build_model
 

@@ -24,10 +24,10 @@ from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.loader import load_model
 from pilotfish.engine.kernels.native import load_library
 from pilotfish.engine.layers.communicator import ALONE, Communicator
+from pilotfish.engine.models import eagle3_checkpoint
 from pilotfish.engine.models.eagle3 import Eagle3Model
 from pilotfish.engine.models.features import FeatureTap
 from pilotfish.engine.speculation.drafters.registry import Source, kind_of, load_draft
-from pilotfish.engine.weights import eagle3
 from pilotfish.errors import ConfigError
 from tests.support.fp8_checkpoints import LAYOUTS, publish
 from tests.support.parity import BLOCKS, OTHERS, KernelsName, in_pieces, logits_of, runner_of
@@ -266,10 +266,10 @@ def test_an_eagle3_head_on_rank_0_has_the_targets_whole_embedding_and_head(
     config = decoder | sizes | {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 512}
     (tmp_path / "head").mkdir()
     (tmp_path / "head" / "config.json").write_text(json.dumps(config))
-    tensors = eagle3.expected_shapes(eagle3.read_config(tmp_path / "head"))
+    tensors = eagle3_checkpoint.tensors_of(eagle3_checkpoint.read_config(tmp_path / "head"))
     own = {
-        name: torch.randn(size)
-        for name, size in tensors.items()
+        name: torch.randn(tensor.shape)
+        for name, tensor in tensors.items()
         if name not in ("embed_tokens.weight", "lm_head.weight")
     }
     save_file(own, tmp_path / "head" / "model.safetensors")

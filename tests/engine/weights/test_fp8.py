@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.loader import load_model
-from pilotfish.engine.kernels.fp8 import FP8, Fp8Linear, fp8_linear, prepare_fp8, quantize_rows
-from pilotfish.engine.weights.hf_config import read_config
+from pilotfish.engine.kernels.fp8 import Fp8Linear, fp8_linear, prepare_fp8
+from pilotfish.engine.models.checkpoint import read_hf_config
+from pilotfish.engine.weights.fp8 import quantize
 from pilotfish.errors import ConfigError, ModelError
 from tests.support.fp8_checkpoints import LAYOUTS, compressed, publish
 from tests.support.parity import BLOCKS, in_pieces, runner_of
@@ -39,8 +40,8 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_rows_are_rounded_to_three_bits_behind_the_leading_one(rows, size, seed, exponent):
     """Each number to within 1/16 of itself, or of the least that its row's scale can tell apart."""
     x = random(rows, size, seed=seed) * 10.0**exponent
-    quantized, scale = quantize_rows(x)
-    assert (quantized.dtype, scale.dtype, tuple(scale.shape)) == (FP8, torch.float32, (rows, 1))
+    quantized, scale = quantize(x)
+    assert (quantized.dtype, scale.dtype, tuple(scale.shape)) == (torch.float8_e4m3fn, torch.float32, (rows, 1))
     error = (quantized.float() * scale - x).abs()
     assert (error <= x.abs() / 16 * (1 + 1e-5) + scale * 2.0**-10).all()
     if x.abs().amax(1).min() > 1e-9:
@@ -48,12 +49,12 @@ def test_rows_are_rounded_to_three_bits_behind_the_leading_one(rows, size, seed,
 
 
 def test_rows_of_zeros_stay_zeros():
-    quantized, scale = quantize_rows(torch.zeros(2, 16))
+    quantized, scale = quantize(torch.zeros(2, 16))
     assert torch.equal(quantized.float() * scale, torch.zeros(2, 16))
 
 
 def prepared(columns: int, inner: int, bias: bool = False) -> Fp8Linear:
-    weight, scale = quantize_rows(random(columns, inner, seed=1))
+    weight, scale = quantize(random(columns, inner, seed=1))
     return prepare_fp8(weight, random(columns, seed=2) if bias else None, scale)
 
 
@@ -61,7 +62,7 @@ def prepared(columns: int, inner: int, bias: bool = False) -> Fp8Linear:
 def test_reference_equals_torchs_scaled_mm(rows, inner, columns):
     """The very call that CUDA gets, as torch computes it on the CPU: bfloat16 of the same numbers."""
     x, weight = random(rows, inner), prepared(columns, inner)
-    quantized, scale = quantize_rows(x)
+    quantized, scale = quantize(x)
     wanted = torch._scaled_mm(
         quantized, weight.weight.t(), scale_a=scale, scale_b=weight.scale, out_dtype=torch.bfloat16
     )
@@ -79,7 +80,7 @@ def test_product_is_close_to_the_plain_one_and_rows_do_not_know_of_each_other():
 
 
 def test_sizes_that_cuda_cannot_take_are_refused():
-    weight, scale = quantize_rows(random(24, 64))
+    weight, scale = quantize(random(24, 64))
     with pytest.raises(ValueError, match="multiples of 16, and the weight's are 24 by 64"):
         prepare_fp8(weight, None, scale)
 
@@ -132,7 +133,7 @@ def test_other_schemes_are_refused(tiny: Tiny, tmp_path: Path, config: dict, mes
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": config}))
     with pytest.raises(ModelError, match=message):
-        read_config(folder)
+        read_hf_config(folder)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pilotfish.checkpoints.catalog import ModelFiles, resolve
 from pilotfish.checkpoints.gguf_header import read_header
-from pilotfish.engine.weights import iter_weights, read_config
+from pilotfish.engine.models.checkpoint import iter_weights, read_config
 from pilotfish.errors import ModelError
 from tests.support.tiny import KINDS, build_model, make_tiny
 from tests.support.tiny_gguf import gguf_name, interleaved, write_gguf
@@ -299,14 +299,22 @@ def test_smollm2_reads_as_transformers_reads_it(smollm2: ModelFiles, smollm2_ref
     assert not wanted
 
 
-def test_configuration_is_read_without_torch(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("form", ["huggingface", "gguf"])
+def test_shape_and_tensors_are_known_without_torch(tiny: Tiny, tmp_path: Path, kind: str, form: str) -> None:
+    """Frequency factors, which are a tensor, included."""
+    path = tiny(kind)
+    if form == "gguf":
+        factors = [1.0] * (16 if kind == "gemma3" else 8)
+        path = write_gguf(build_model(kind), tmp_path / "model.gguf", rope_factors=factors)
     program = (
         "import sys\n"
-        "from pilotfish.engine.weights import read_config\n"
+        "from pilotfish.engine.models.checkpoint import read_config\n"
+        "from pilotfish.engine.models.layout import Layout\n"
         "from pilotfish.checkpoints.catalog import resolve\n"
-        "read_config(resolve(sys.argv[1]))\n"
+        "Layout(read_config(resolve(sys.argv[1])), 1, 2).parts()\n"
         "print('torch' in sys.modules)\n"
     )
-    command = [sys.executable, "-c", program, str(tiny_llama)]
+    command = [sys.executable, "-c", program, str(path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout == "False\n"

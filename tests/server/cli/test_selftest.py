@@ -28,8 +28,8 @@ from pilotfish.engine.layers.attention.native import NativeAttention
 from pilotfish.engine.layers.attention.torch import TorchAttention
 from pilotfish.engine.layers.decoder import DecoderLayer
 from pilotfish.engine.layers.fused_decoder import FusedDecoder
+from pilotfish.engine.models.checkpoint import read_hf_config
 from pilotfish.engine.sampling import processors
-from pilotfish.engine.weights.hf_config import read_config
 from pilotfish.server.cli import main as cli
 from pilotfish.server.cli import selftest
 from pilotfish.server.cli.selftest import report
@@ -527,18 +527,18 @@ def test_the_report_says_what_failed_and_why_others_were_not_done() -> None:
 
 
 def test_llama_8b_is_as_published(tmp_path: Path) -> None:
-    assert read_config(small.write_llama_8b(tmp_path)) == PUBLISHED["llama-3.1-8b"].shape
+    assert read_hf_config(small.write_llama_8b(tmp_path)) == PUBLISHED["llama-3.1-8b"]
 
 
-@pytest.mark.parametrize("name", [name for name, model in PUBLISHED.items() if model.shape.architecture == "llama"])
+@pytest.mark.parametrize("name", [name for name, model in PUBLISHED.items() if model.architecture == "llama"])
 def test_a_written_config_describes_the_same_shape(name: str, tmp_path: Path) -> None:
-    shape = PUBLISHED[name].shape
-    assert read_config(write_model(tmp_path, config_of(shape))) == shape
+    shape = PUBLISHED[name]
+    assert read_hf_config(write_model(tmp_path, config_of(shape))) == shape
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8])
 def test_small_models_divide(ranks: int, tmp_path: Path) -> None:
-    shape = read_config(small.write(tmp_path, "llama", ranks=ranks))
+    shape = read_hf_config(small.write(tmp_path, "llama", ranks=ranks))
     for size in (shape.num_heads, shape.num_kv_heads, shape.intermediate_size // 16):
         assert size % ranks == 0
 

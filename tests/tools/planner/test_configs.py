@@ -8,7 +8,7 @@ import pytest
 
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.models.layout import what_does_not_divide
-from pilotfish.engine.weights.names import expected_shapes
+from pilotfish.engine.models.registry import expected_shapes
 from pilotfish.server.cli.plan import planned_config
 from pilotfish.server.cli.settings import load, read_yaml
 from pilotfish.tools.planner.devices import find_device

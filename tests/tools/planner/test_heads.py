@@ -13,7 +13,7 @@ import torch
 
 from pilotfish.checkpoints.catalog import DRAFTS, resolve
 from pilotfish.engine.memory import kv_cache
-from pilotfish.engine.weights import eagle3
+from pilotfish.engine.models import eagle3_checkpoint
 from pilotfish.errors import ConfigError, ModelError
 from pilotfish.server.cli import main as cli
 from pilotfish.tools.planner.devices import Device
@@ -40,8 +40,8 @@ def head_of(setup: Setup) -> PlannedHead:
 def test_bytes_are_the_engines(setup_of: SetupOf, target: str, name: str, dtype: str) -> None:
     setup = setup_of("h100", 1, model=target, drafter=(name,), dtype=dtype)
     head, files = head_of(setup), resolve(name)
-    shape = eagle3.read_config(files.path)
-    tensors = eagle3.read_weights(files.path, shape, getattr(torch, dtype))
+    shape = eagle3_checkpoint.read_config(files.path)
+    tensors = eagle3_checkpoint.read_weights(files.path, shape, getattr(torch, dtype))
     tensors.pop("target_ids", None)
     memory = plan_memory(setup)
     assert memory.draft_weights == {name: sum(tensor.nbytes for tensor in tensors.values())}
@@ -61,7 +61,7 @@ def test_a_pass_reads_the_layer_and_the_head_once(setup_of: SetupOf) -> None:
         setup.device, kernel_seconds=0.0, row_bandwidth=1e30, logit_seconds=0.0, draft_seconds=0.0
     )
     read = device.bandwidth * device.bandwidth_share
-    shapes = eagle3.expected_shapes(head.config)
+    shapes = {name: tensor.shape for name, tensor in eagle3_checkpoint.tensors_of(head.config).items()}
     matrices = {key: prod(shape) for key, shape in shapes.items() if len(shape) == 2 and key != EMBEDDING}
     assert sum(matrix.params for matrix in head.matrices()) + head.fusion.params == sum(matrices.values())
     context = 512
@@ -107,7 +107,7 @@ def test_over_several_gpus_it_is_whole_on_the_first(setup_of: SetupOf) -> None:
     ((_, first),) = plan_memory(three).draft_weights.items()
     assert first == one + embedding
     assert three.ranks_of(head) == 1
-    assert three.with_fp8().drafts == three.drafts
+    assert three.quantized("fp8").drafts == three.drafts
 
 
 def test_one_made_for_another_target_is_refused(setup_of: SetupOf, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pilotfish.checkpoints.catalog import ModelFiles
+from pilotfish.engine.models.checkpoint import read_config
 from pilotfish.engine.models.layout import what_does_not_divide
-from pilotfish.engine.weights import read_config
-from pilotfish.engine.weights.names import expected_shapes
+from pilotfish.engine.models.registry import expected_shapes, tensors_of
+from pilotfish.engine.weights.quantization import Quantization
 from pilotfish.errors import ModelError
 from pilotfish.tools.planner.models import PlannedModel, rank_shapes, read_shape
 from pilotfish.tools.planner.published import PUBLISHED, find
@@ -32,10 +33,12 @@ KNOWN = {  # the number of parameters, rounded as on each model's page of the Hu
 
 
 def planned(name: str) -> PlannedModel:
-    published = PUBLISHED[name]
-    return PlannedModel(
-        name=name, shape=published.shape, dtype="bfloat16", kv_dtype="bfloat16", fp8_except=published.fp8_except
-    )
+    shape = PUBLISHED[name]
+    return PlannedModel(name=name, shape=shape, dtype="bfloat16", kv_dtype="bfloat16", quantization=shape.quantization)
+
+
+def dtype_of(model: PlannedModel, name: str) -> str:
+    return model.dtype_of(tensors_of(model.shape)[name])
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -64,21 +67,23 @@ def test_metas_fp8_checkpoint_leaves_attention_and_the_ends_in_bfloat16() -> Non
     plain = 2 * 128256 * 16384 + 126 * attention + 2 * mlp + (2 * 126 + 1) * 16384
     assert model.weight_bytes() == 2 * plain + 124 * mlp + scales
     assert 480e9 < model.weight_bytes() < 490e9  # the checkpoint's known size, 486 GB
-    assert {model.dtype_of(f"model.layers.{i}.mlp.up_proj.weight") for i in (0, 125)} == {"bfloat16"}
-    assert {model.dtype_of(f"model.layers.{i}.mlp.up_proj.weight") for i in (1, 10, 100, 124)} == {"fp8"}
+    assert {dtype_of(model, f"model.layers.{i}.mlp.up_proj.weight") for i in (0, 125)} == {"bfloat16"}
+    assert {dtype_of(model, f"model.layers.{i}.mlp.up_proj.weight") for i in (1, 10, 100, 124)} == {"fp8"}
 
 
 def test_modules_that_stay_unquantized_may_be_named_by_a_pattern() -> None:
-    model = replace(planned("llama-3.1-8b"), fp8_except=("lm_head", r"re:.*\.self_attn\.[qk]_proj"))
+    model = replace(
+        planned("llama-3.1-8b"), quantization=Quantization("fp8", ("lm_head", r"re:.*\.self_attn\.[qk]_proj"))
+    )
     names = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
-    assert [model.dtype_of(f"model.layers.3.{name}.weight") for name in names] == ["bfloat16", "fp8", "fp8"]
-    assert model.dtype_of("model.embed_tokens.weight") == "bfloat16"
+    assert [dtype_of(model, f"model.layers.3.{name}.weight") for name in names] == ["bfloat16", "fp8", "fp8"]
+    assert dtype_of(model, "model.embed_tokens.weight") == "bfloat16"
 
 
 def test_a_folder_counts_more_than_its_name(tiny_llama: Path, tmp_path: Path) -> None:
     folder = tmp_path / "Llama-3.1-8B-Instruct"
     folder.symlink_to(tiny_llama)
-    assert read_shape(str(folder)).shape.hidden_size == 64
+    assert read_shape(str(folder)).hidden_size == 64
 
 
 @pytest.mark.parametrize(
@@ -99,7 +104,7 @@ def test_names_under_which_models_are_known(name: str, key: str) -> None:
 def test_a_model_that_is_not_published_here_is_read_from_its_folder_or_the_cache(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert read_shape(str(tiny_llama)).shape == read_config(ModelFiles("tiny", "huggingface", tiny_llama))
+    assert read_shape(str(tiny_llama)) == read_config(ModelFiles("tiny", "huggingface", tiny_llama))
     assert find("someone/llama-3.1-8b-finetuned") is None
     with pytest.raises(ModelError, match="is not in the Hugging Face cache"):
         read_shape("someone/no-such-model")
@@ -110,10 +115,7 @@ def test_a_model_that_is_not_published_here_is_read_from_its_folder_or_the_cache
     (hub / "models--someone--tuned" / "refs" / "main").write_text("abc")
     (snapshot / "config.json").write_text((tiny_llama / "config.json").read_text())
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
-    assert (
-        read_shape("someone/tuned").shape.hidden_size
-        == json.loads((snapshot / "config.json").read_text())["hidden_size"]
-    )
+    assert read_shape("someone/tuned").hidden_size == json.loads((snapshot / "config.json").read_text())["hidden_size"]
 
 
 @pytest.mark.real_model
@@ -121,8 +123,8 @@ def test_a_model_that_is_not_published_here_is_read_from_its_folder_or_the_cache
 def test_published_shapes_are_those_of_the_catalogues_files(name: str) -> None:
     from pilotfish.checkpoints.catalog import resolve
 
-    assert expected_shapes(read_config(resolve(name))) == expected_shapes(PUBLISHED[name].shape)
-    ours, theirs = PUBLISHED[name].shape, read_config(resolve(name))
+    assert expected_shapes(read_config(resolve(name))) == expected_shapes(PUBLISHED[name])
+    ours, theirs = PUBLISHED[name], read_config(resolve(name))
     for field in ("num_heads", "num_kv_heads", "head_dim", "max_position", "sliding_window", "tie_embeddings"):
         assert getattr(ours, field) == getattr(theirs, field), field
 
@@ -130,7 +132,7 @@ def test_published_shapes_are_those_of_the_catalogues_files(name: str) -> None:
 @given(name=st.sampled_from(sorted(PUBLISHED)), ranks=st.integers(1, 16))
 def test_a_split_model_has_every_weight_and_no_more(name: str, ranks: int) -> None:
     """Over all ranks each split tensor adds up to the whole; what is replicated is small or said so."""
-    shape = PUBLISHED[name].shape
+    shape = PUBLISHED[name]
     if what_does_not_divide(shape, ranks):
         with pytest.raises(ValueError):
             rank_shapes(shape, ranks)
@@ -156,12 +158,12 @@ def test_two_ranks_halve_the_weights_per_gpu() -> None:
 
 
 def test_what_does_not_divide_is_said_with_its_size() -> None:
-    shape = PUBLISHED["smollm2-135m"].shape
+    shape = PUBLISHED["smollm2-135m"]
     assert what_does_not_divide(shape, 3) == []
     reasons = what_does_not_divide(shape, 2)
     assert any("num_heads (9)" in reason for reason in reasons)
     assert any("num_kv_heads (3)" in reason for reason in reasons)
-    assert what_does_not_divide(PUBLISHED["gemma-3-270m"].shape, 4) == []  # one key-value head: replicated
+    assert what_does_not_divide(PUBLISHED["gemma-3-270m"], 4) == []  # one key-value head: replicated
 
 
 def test_a_sliding_window_limits_what_is_seen() -> None:

@@ -14,11 +14,11 @@ from pilotfish.checkpoints.catalog import resolve
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.weights import int8
 from pilotfish.errors import ConfigError
 from pilotfish.tools.training import loop
 from pilotfish.tools.training.losses import draft_loss
 from pilotfish.tools.training.pipeline import Callbacks, train_draft
-from pilotfish.tools.training.quantize import quantize_rows
 from pilotfish.tools.training.settings import OBJECTIVES, TrainSettings
 from pilotfish.tools.training.student import Tally
 from pilotfish.tools.training.text import Conversation, TextStore
@@ -180,6 +180,6 @@ def test_text_store(tmp_path: Path) -> None:
 
 def test_quantized_rows() -> None:
     weight = torch.randn(7, 20, generator=torch.Generator().manual_seed(0))
-    values, scale = quantize_rows(weight)
+    values, scale = int8.quantize(weight)
     assert values.abs().amax(1).eq(127).all()
-    assert (values * scale.unsqueeze(1) - weight).abs().le(scale.unsqueeze(1) * 0.5001).all()
+    assert (values * scale - weight).abs().le(scale * 0.5001).all()

@@ -1,0 +1,151 @@
+"""Platform: where and how a model computes, chosen from the settings and what this machine has."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.device import compute_capability
+from pilotfish.engine.kernels.native import VECTOR, NativeKernels, load_library
+from pilotfish.engine.kernels.protocol import Kernels
+from pilotfish.engine.kernels.torch import TorchKernels
+from pilotfish.engine.layers.attention.backend import AttentionBackend
+from pilotfish.engine.layers.attention.choose import AttentionNeeds, choose_attention, why_not
+from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.weights.quantization import SCHEMES, Quantization
+from pilotfish.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """Where and how a model computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    kernels: Kernels[Any]
+    attention: AttentionBackend
+    needs: AttentionNeeds
+    """What the attention backend was chosen for, with the block size that it settled on."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block of the KV cache."""
+        return self.needs.block_size
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return self.needs.cache_dtype
+
+    @property
+    def kernels_name(self) -> str:
+        """The kernels' name, and the attention backend's where it is not theirs."""
+        return self.kernels.name + (f"+{self.attention.name}" if self.attention.name != self.kernels.name else "")
+
+
+def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) -> Platform:
+    """Choose where `model`, sharded over `ranks`, will compute, and set up its threads.
+
+    Raises ConfigError where the settings ask for what this machine or model cannot do.
+    """
+    device = _choose_device(config)
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else model.dtype  # type: ignore[assignment]
+    dtype = getattr(torch, name)
+    kernels: NativeKernels | TorchKernels = TorchKernels()
+    reason = _why_not_native(device, dtype, model, config, ranks)
+    if config.kernels == "native" and reason:
+        raise ConfigError(f"kernels is 'native', but {reason}")
+    if config.kernels == "torch" or reason:
+        if reason and config.kernels == "auto" and device.type == "cpu":
+            logger.warning("running on torch's operators: %s", reason)
+        torch.set_num_threads(thread_count(config))
+    else:
+        kernels = NativeKernels()
+        kernels.set_threads(thread_count(config))
+        # What is left to torch is small, and its threads, which spin, would only be in the way of the kernels' own.
+        torch.set_num_threads(1)
+    needs = AttentionNeeds(
+        device=device,
+        capability=compute_capability(device),
+        dtype=dtype,
+        cache_dtype=torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype,
+        head_dim=model.head_dim,
+        block_size=config.block_size,
+    )
+    native = kernels if isinstance(kernels, NativeKernels) else None
+    attention = choose_attention(config.attention_backend, needs, native)
+    platform = Platform(
+        device, dtype, kernels, attention, replace(needs, block_size=config.block_size or attention.block_size)
+    )
+    logger.info("attention: %s, blocks of %d tokens", attention.name, platform.block_size)
+    return platform
+
+
+def _choose_device(config: EngineConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch sees no CUDA device here")
+    if config.device != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _why_not_native(
+    device: torch.device, dtype: torch.dtype, model: ModelConfig, config: EngineConfig, ranks: int
+) -> str | None:
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"the native kernels compute in float32 on the CPU, not in {dtype} on {device}"
+    scheme = SCHEMES.get(config.quantization)
+    if scheme is not None and "native" not in scheme.kernels:
+        return f"the native kernels compute in float32, not with weights in {scheme.name}"
+    inner = "intermediate_size" if ranks == 1 else "intermediate_size on each rank"
+    sizes = {"hidden_size": model.hidden_size, inner: model.intermediate_size // ranks, "head_dim": model.head_dim}
+    for what, size in sizes.items():
+        if size % VECTOR:
+            return f"the model's {what} ({size}) is not a multiple of {VECTOR}"
+    if config.block_size % VECTOR:
+        return f"block_size ({config.block_size}) is not a multiple of {VECTOR}"
+    if load_library() is None:
+        return "the native kernels were not built (no C compiler at installation)"
+    return None
+
+
+def check_draft(platform: Platform, name: str, model: ModelConfig, config: EngineConfig, ranks: int = 1) -> None:
+    """Raise ConfigError where a draft model, sharded over `ranks`, cannot compute as the target does."""
+    reason = why_not(platform.attention.name, replace(platform.needs, head_dim=model.head_dim))
+    if reason:
+        raise ConfigError(f"drafter {name!r}: {reason}; attention_backend names another one for both models")
+    if platform.kernels.name == "native":
+        reason = _why_not_native(platform.device, platform.dtype, model, config, ranks)
+        if reason:
+            raise ConfigError(f"drafter {name!r}: {reason}; kernels 'torch' serves both models")
+
+
+def choose_quantization(
+    config: EngineConfig, model: ModelConfig, capability: tuple[int, int] | None
+) -> Quantization | None:
+    """How the layers' matrices are quantized once they are loaded, on a device of this compute capability (None: the
+    CPU). Raises ConfigError for a scheme that it cannot compute with."""
+    stored, setting = model.quantization, config.quantization
+    if setting in SCHEMES:
+        if reason := SCHEMES[setting].why_not(capability):
+            raise ConfigError(f"quantization is {setting!r}, which {reason}")
+        return Quantization(setting, stored.unquantized if stored is not None else ())
+    if setting == "none" or stored is None:
+        return None
+    return stored if SCHEMES[stored.scheme].is_native(capability) else None
+
+
+def thread_count(config: EngineConfig) -> int:
+    if config.num_threads:
+        return config.num_threads
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,94 @@
+"""From a model's files to its ModelConfig and its tensors: the family declares them, a format's reader reads them.
+
+No torch until weights are read: the planner and the server's process come here, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pilotfish.checkpoints.catalog import ModelFiles
+from pilotfish.checkpoints.gguf_header import read_header
+from pilotfish.checkpoints.huggingface import is_eagle3, read_json
+from pilotfish.checkpoints.values import Values
+from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.models.registry import FAMILIES, family_of, tensors_of
+from pilotfish.engine.models.tensors import HEAD
+from pilotfish.engine.weights.quantization import read_quantization
+from pilotfish.engine.weights.tensors import Part, whole_parts
+from pilotfish.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def read_config(files: ModelFiles) -> ModelConfig:
+    """The model's shape. Raises ModelError for files that cannot be read or a model that the engine does not know."""
+    if files.format == "gguf":
+        header = read_header(files.path)
+        for family in FAMILIES:
+            if header.architecture in family.gguf_architectures:
+                return family.read_gguf(header)
+        known = ", ".join(name for family in FAMILIES for name in family.gguf_architectures)
+        raise ModelError(f"{files.path}: the architecture is {header.architecture!r}, but the engine knows {known}")
+    return read_hf_config(files.path)
+
+
+def read_hf_config(folder: Path) -> ModelConfig:
+    """The shape that a Hugging Face folder's config.json describes. Raises ModelError."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    if is_eagle3(folder):
+        raise ModelError(f"{folder} is an EAGLE-3 head, which drafts for a model and is none by itself")
+    for family in FAMILIES:
+        if raw.get("model_type") in family.model_types:
+            return replace(family.read_hf(Values(path, raw)), quantization=read_quantization(path, raw))
+    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    raise ModelError(f"{path}: model_type is {raw.get('model_type')!r}, but the engine knows {known}")
+
+
+def iter_weights(
+    files: ModelFiles,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    parts: Mapping[str, Part] | None = None,
+    device: torch.device | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor under Hugging Face's name, in `dtype`, one at a time, in the order of the computation as far as they
+    lie in one file.
+
+    parts: the parts of tensors that are wanted, for instance a rank's (see `Layout.parts`); no more is read where the
+    format allows it. None: all tensors, whole. device: where files are read straight to; None: the CPU.
+
+    A quantized checkpoint's matrices come as they are, each followed by its scales (see `weights.quantization`).
+    A tied head is left out. Raises ModelError if a tensor is missing, is not one of this model's, or has another shape
+    than `config` gives it, wanted or not.
+    """
+    tensors = tensors_of(config)
+    wanted = whole_parts(tensors) if parts is None else parts
+    if files.format == "gguf":
+        from pilotfish.engine.weights import gguf
+
+        return gguf.iter_weights(files.path, tensors, dtype, wanted)
+    import torch
+
+    from pilotfish.engine.weights import safetensors
+
+    family = family_of(config.architecture)
+
+    def name_of(stored: str) -> str | None:
+        name = family.declared_name(stored)
+        return None if name == HEAD and config.tie_embeddings else name
+
+    return safetensors.iter_weights(
+        files.path,
+        tensors,
+        dtype,
+        wanted,
+        device or torch.device("cpu"),
+        name_of=name_of,
+        quantization=config.quantization,
+    )

@@ -1,0 +1,53 @@
+"""Family: all that the engine knows of the models of one family, which one file beside this one declares.
+
+A family's file imports no torch until it makes a layer: the planner and the server's process read declarations, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pilotfish.checkpoints.gguf_header import Header
+from pilotfish.checkpoints.values import Values
+from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.models.readers import gguf_config
+from pilotfish.engine.weights.tensors import Tensor
+
+if TYPE_CHECKING:
+    import torch
+
+    from pilotfish.engine.layers.attention.backend import AttentionParams
+    from pilotfish.engine.layers.decoder import DecoderLayer
+    from pilotfish.engine.models.weight_store import LayerWeights
+
+_ROTARY_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+"""Old checkpoints hold the rotary frequencies, which follow from the configuration."""
+
+
+def declared_name(stored: str) -> str | None:
+    """The declared name of a tensor of a Hugging Face folder, or None for one that is not used."""
+    return None if _ROTARY_BUFFER.fullmatch(stored) else stored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    model_types: tuple[str, ...]
+    """Values of `model_type` in config.json."""
+    gguf_architectures: tuple[str, ...]
+    """Values of `general.architecture` in GGUF files."""
+    read_hf: Callable[[Values], ModelConfig]
+    """Reads config.json. Raises ModelError for a model that the engine does not know. Defaults of fields that it leaves
+    out are those of transformers' configuration classes."""
+    read_gguf: Callable[[Header], ModelConfig] = gguf_config
+    """Reads a GGUF file's header, likewise."""
+    tensors: Callable[[ModelConfig], Iterable[Tensor]]
+    """Declares every tensor of a model, in the order of the computation; a tied head is not among them."""
+    declared_name: Callable[[str], str | None] = declared_name
+    """The declared name of a tensor of a Hugging Face folder, or None for one that is not used."""
+    layer: Callable[[LayerWeights, ModelConfig, AttentionParams, torch.Tensor], DecoderLayer]
+    """Makes a layer of its weights, the model's config, the layer's attention and its table of `cos_sin_table`."""
+    scaled_embedding: bool = False
+    """Token embeddings are multiplied by sqrt(hidden_size)."""

@@ -1,0 +1,114 @@
+"""The vocabulary in which families declare their tensors, from the parts that decoders have in common. No torch.
+
+Sharding follows Megatron-LM (arXiv 1909.08053): rows of query, key, value, gate and up, columns of the output and down
+projections, whose results are summed over the ranks; a bias goes with its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.weights.tensors import Axis, Tensor
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def norm(name: str, gguf: str, size: int, offset: float = 0.0) -> Tensor:
+    """A norm's weight, (size,), which multiplies by offset + weight."""
+    return Tensor(name=f"{name}.weight", shape=(size,), gguf=f"{gguf}.weight", axes=(None,), norm_offset=offset)
+
+
+def linear(
+    name: str,
+    gguf: str,
+    shape: tuple[int, int],
+    *,
+    rows: Axis | None = None,
+    columns: Axis | None = None,
+    bias: bool = False,
+    fused: str | None = None,
+    quantizable: bool = True,
+    paired_rows: int = 0,
+) -> Iterator[Tensor]:
+    """A matrix, (out_features, in_features), sharded by its `rows` or its `columns`, and its bias if it has one.
+
+    fused: the module path of the matrix that it is fused into; None: it stands alone.
+    """
+    path = fused or name
+    yield Tensor(
+        name=f"{name}.weight",
+        shape=shape,
+        gguf=f"{gguf}.weight",
+        axes=(rows, columns),
+        linear=path,
+        quantizable=quantizable,
+        paired_rows=paired_rows,
+    )
+    if bias:
+        yield Tensor(
+            name=f"{name}.bias",
+            shape=shape[:1],
+            gguf=f"{gguf}.bias",
+            axes=(rows,),
+            linear=path,
+            first_rank_only=columns is not None,
+            paired_rows=paired_rows,
+        )
+
+
+def embedding(config: ModelConfig) -> Iterator[Tensor]:
+    shape = config.vocab_size, config.hidden_size
+    yield from linear("model.embed_tokens", "token_embd", shape, rows="vocabulary", quantizable=False)
+
+
+def attention(
+    config: ModelConfig, hf: str, gguf: str, *, inputs: int = 0, norm_offset: float = 0.0, paired_rows: int = 0
+) -> Iterator[Tensor]:
+    """A layer's attention; `hf` and `gguf` are the prefixes of its names. inputs: in_features of query, key and value;
+    0: hidden_size."""
+    hidden, queries = config.hidden_size, config.num_heads * config.head_dim
+    keys = config.num_kv_heads * config.head_dim
+    heads: tuple[tuple[str, int, Axis, int], ...] = (
+        ("q", queries, "heads", paired_rows),
+        ("k", keys, "kv_heads", paired_rows),
+        ("v", keys, "kv_heads", 0),
+    )
+    for letter, size, rows, pairs in heads:
+        yield from linear(
+            f"{hf}{letter}_proj",
+            f"{gguf}attn_{letter}",
+            (size, inputs or hidden),
+            rows=rows,
+            bias=config.qkv_bias,
+            fused=f"{hf}qkv_proj",
+            paired_rows=pairs,
+        )
+    if config.qk_norm:
+        for letter in "qk":
+            yield norm(f"{hf}{letter}_norm", f"{gguf}attn_{letter}_norm", config.head_dim, norm_offset)
+    names = f"{hf}o_proj", f"{gguf}attn_output"
+    yield from linear(*names, (hidden, queries), columns="heads", bias=config.output_bias)
+
+
+def gated_mlp(config: ModelConfig, hf: str, gguf: str) -> Iterator[Tensor]:
+    """A layer's dense MLP; `hf` and `gguf` are the prefixes of its names."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    for name in ("gate", "up"):
+        yield from linear(
+            f"{hf}{name}_proj",
+            f"{gguf}ffn_{name}",
+            (inner, hidden),
+            rows="inner",
+            bias=config.mlp_bias,
+            fused=f"{hf}gate_up_proj",
+        )
+    yield from linear(f"{hf}down_proj", f"{gguf}ffn_down", (hidden, inner), columns="inner", bias=config.mlp_bias)
+
+
+def final(config: ModelConfig, norm_offset: float = 0.0) -> Iterator[Tensor]:
+    """The norm after the last layer, and the head unless it is tied to the embedding."""
+    yield norm("model.norm", "output_norm", config.hidden_size, norm_offset)
+    if not config.tie_embeddings:
+        shape = config.vocab_size, config.hidden_size
+        yield from linear("lm_head", "output", shape, rows="vocabulary", quantizable=False)

@@ -1,0 +1,91 @@
+"""Tensor: what a model family declares of each of its tensors; and parts of tensors. No torch.
+
+A declaration says everything that reading, sharding, quantizing and planning need to know of a tensor. Families make
+theirs with the vocabulary of `engine.models.tensors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pilotfish.errors import ModelError
+
+Part = tuple[slice, ...]
+"""A contiguous part of a tensor: for each of its dimensions a range, with start and stop."""
+
+Axis = Literal["heads", "kv_heads", "inner", "vocabulary"]
+"""What a sharded dimension runs over: query heads and key-value heads (`head_dim` entries each), the MLP's inner size,
+or the vocabulary. `engine.models.layout` says which of them each rank has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tensor:
+    name: str
+    """Hugging Face's name."""
+    shape: tuple[int, ...]
+    """Of the whole tensor: (size,) or (out_features, in_features)."""
+    gguf: str
+    """GGUF's name."""
+    axes: tuple[Axis | None, ...]
+    """For each dimension what it is sharded by over tensor-parallel ranks; None: it is not."""
+    linear: str | None = None
+    """The prepared matrix that it becomes a part of, by its module path: tensors with the same path are fused, their
+    rows in the order of their declaration. None: a norm."""
+    first_rank_only: bool = False
+    """Only rank 0 has it: a bias that is added to a sum over the ranks."""
+    quantizable: bool = False
+    """Quantization may take it: it is a matrix of a layer."""
+    norm_offset: float = 0.0
+    """A norm multiplies by this plus its weight. GGUF files hold the sum."""
+    paired_rows: int = 0
+    """Rows of a head that GGUF files hold in the order (x0, y0, x1, y1, ...), the pairs that are rotated together,
+    where Hugging Face has (x0, x1, ..., y0, y1, ...); 0: both have the same order."""
+
+    @property
+    def module(self) -> str:
+        """The name without its last component, "weight" or "bias"."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def kind(self) -> str:
+        """The last component of the name: "weight" or "bias"."""
+        return self.name.rpartition(".")[2]
+
+
+def whole(shape: tuple[int, ...]) -> Part:
+    """The part that is the entire tensor."""
+    return tuple(slice(0, size) for size in shape)
+
+
+def whole_parts(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+    return {name: whole(tensor.shape) for name, tensor in tensors.items()}
+
+
+def shape_of(part: Part) -> tuple[int, ...]:
+    return tuple(each.stop - each.start for each in part)
+
+
+def by_name(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def check_names(where: object, found: Collection[str], expected: Collection[str]) -> None:
+    """Raise ModelError unless the tensors `found` in `where` are those `expected`."""
+    if missing := [name for name in expected if name not in found]:
+        raise ModelError(f"{where} lacks {_listed(missing)}")
+    if unknown := [name for name in found if name not in expected]:
+        raise ModelError(f"{where} has {_listed(sorted(unknown))}, which a model of this configuration has not")
+
+
+def check_shape(where: object, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Raise ModelError unless the tensor has the shape that the configuration gives it."""
+    if found != wanted:
+        raise ModelError(f"{where}: tensor {name!r} has shape {found}, but the configuration makes it {wanted}")
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:5])
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"tensor{'s' if len(names) > 1 else ''} {shown}{rest}"
