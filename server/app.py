@@ -1,23 +1,28 @@
-"""The FastAPI application: routes, middleware and errors around a Service. Who runs it is `server.serve`."""
+"""The FastAPI application: routes, middleware and errors around a Service. `server.serve` runs it."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from starlette.responses import Response
 from starlette.routing import Route
 
 from pilotfish import __version__
 from pilotfish.engine.process.client import AsyncEngine
 from pilotfish.server.auth import ApiKeys
 from pilotfish.server.config import ServerConfig
-from pilotfish.server.errors import install_handlers
+from pilotfish.server.encoding import describe, returns
+from pilotfish.server.generation.flow import Endpoint, generate
 from pilotfish.server.metrics import Metrics
-from pilotfish.server.middleware import BodyLimit, RequestContext
-from pilotfish.server.routes import chat, completions, health, metrics, models, tokenization
-from pilotfish.server.service import Service
-from pilotfish.server.tracing import Tracing
+from pilotfish.server.middleware import BodyLimit, RequestContext, install_handlers
+from pilotfish.server.protocol.models import Model, ModelList
+from pilotfish.server.protocol.tokenization import Detokenized, Tokenized
+from pilotfish.server.routes import ENDPOINTS, health, metrics, models, tokenization
+from pilotfish.server.service import Service, ServiceDependency
+from pilotfish.server.telemetry.tracing import Tracing
 from pilotfish.text.tokenizer import Tokenizer
 
 
@@ -28,12 +33,13 @@ def create_app(
     stats: Metrics,
     names: tuple[str, ...],
     tracing: Tracing | None = None,
+    endpoints: Sequence[Endpoint[Any]] = ENDPOINTS,
 ) -> FastAPI:
-    """An application that serves `engine`, which its caller has made with `on_stats=stats.step`, and has started: so it
-    can load while the rest is set up. `names`: what clients may call the model. `tracing` is its caller's to close.
+    """An application that serves `engine`, which the caller has made with `on_stats=stats.step` and has started, so
+    that it loads while the rest is set up. `names` are what clients may call the model; the caller closes `tracing`.
 
-    It answers while the engine loads (see /ready). When it is shut down, it stops the engine.
-    `app.state.service.gate` closes it to new requests, and knows when the last is done.
+    It answers while the engine loads (see /ready), and stops the engine when it is shut down.
+    `app.state.service.gate` closes it to new requests, and knows when the last one is done.
     """
 
     @asynccontextmanager
@@ -45,14 +51,29 @@ def create_app(
 
     app = FastAPI(title="Pilotfish", version=__version__, lifespan=lifespan)
     app.state.service = Service(engine, tokenizer, config, stats, names)
-    routers = [module.router for module in (completions, chat, models, tokenization, health, metrics)]
+    routers = [module.router for module in (models, tokenization, health, metrics)]
+    for endpoint in endpoints:
+        add_endpoint(app, endpoint)
     for router in routers:
         app.include_router(router)
+    describe(app, [*(endpoint.response_type for endpoint in endpoints), Model, ModelList, Tokenized, Detokenized])
     install_handlers(app)
     # The last added is the outermost.
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
     app.add_middleware(ApiKeys, keys=config.keys())
     every = [route for router in (app, *routers) for route in router.routes]
-    routes = frozenset(route.path for route in every if isinstance(route, Route) and "{" not in route.path)
-    app.add_middleware(RequestContext, metrics=stats, routes=routes, tracing=tracing)
+    paths = [route.path for route in every if isinstance(route, Route) and "{" not in route.path]
+    by_path = {endpoint.path: endpoint for endpoint in endpoints}
+    app.add_middleware(RequestContext, metrics=stats, routes=paths, endpoints=by_path, tracing=tracing)
     return app
+
+
+def add_endpoint(app: FastAPI, endpoint: Endpoint[Any]) -> None:
+    """Add the route of an endpoint that generates text."""
+
+    async def create(body: Any, request: Request, service: ServiceDependency) -> Response:
+        return await generate(endpoint, body, request, service)
+
+    create.__name__ = endpoint.name
+    create.__annotations__["body"] = endpoint.request_type
+    app.add_api_route(endpoint.path, create, methods=["POST"], **returns(endpoint.response_type))

@@ -1,22 +1,21 @@
-"""Errors as OpenAI sends them: {"error": {"message", "type", "param", "code"}} with the right status.
-
-`ApiError` is what a route raises; `as_api_error` turns what the engine raises into one. Nothing of an internal error
-reaches a client but the id to look for in the log.
+"""The API's errors: `ApiError` is what a route raises, `as_api_error` turns every other exception into one, and an
+`ErrorForm` is the JSON that it becomes. A client learns nothing of an internal error but the id to look for in the log.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from pilotfish.errors import EngineDeadError, EngineNotReadyError, ParameterError
+from pilotfish.server.encoding import json_response
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +27,21 @@ STOPPING_RETRY_SECONDS = 10
 QUEUE_RETRY_SECONDS = 1
 
 
+class ErrorFields(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct):
+    """An error as OpenAI sends it."""
+
+    error: ErrorFields
+
+
 class ApiError(Exception):
-    """An answer other than 200. `retry_after`: whole seconds after which it is worth another try."""
+    """A response other than 200. `retry_after` is in whole seconds."""
 
     def __init__(
         self,
@@ -49,19 +61,24 @@ class ApiError(Exception):
         self.code = code
         self.retry_after = retry_after
 
-    @property
-    def body(self) -> bytes:
-        # What is quoted from a request may have lone surrogates, which UTF-8 cannot carry.
-        message, param = (
-            text and text.encode("utf-8", "backslashreplace").decode() for text in (self.message, self.param)
-        )
-        fields = {"message": message, "type": self.type, "param": param, "code": self.code}
-        return msgspec.json.encode({"error": fields})
-
-    @property
-    def response(self) -> Response:
+    def response(self, form: ErrorForm) -> Response:
         headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
-        return Response(self.body, self.status, headers, media_type="application/json")
+        return json_response(form(self), self.status, headers)
+
+
+ErrorForm = Callable[[ApiError], msgspec.Struct]
+"""Makes the JSON object that a client is sent of an error."""
+
+
+def openai_error(error: ApiError) -> ErrorBody:
+    return ErrorBody(
+        ErrorFields(encodable(error.message), error.type, error.param and encodable(error.param), error.code)
+    )
+
+
+def encodable(text: str) -> str:
+    """`text` with lone surrogates, which a quoted request may have and UTF-8 cannot carry, spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def bad_parameter(param: str, message: str, code: str | None = "invalid_value") -> ApiError:
@@ -71,14 +88,14 @@ def bad_parameter(param: str, message: str, code: str | None = "invalid_value") 
 def model_not_found(name: str, served: tuple[str, ...]) -> ApiError:
     known = " or ".join(repr(known) for known in served)
     return ApiError(
-        404, f"The model {name!r} does not exist: this server has {known}.", param="model", code="model_not_found"
+        404, f"The model {name!r} does not exist: this server serves {known}.", param="model", code="model_not_found"
     )
 
 
 def loading() -> ApiError:
     return ApiError(
         503,
-        "The model is still loading: try again shortly, or wait until /ready answers 200.",
+        "The model is still loading: try again shortly, or wait until /ready returns 200.",
         type=SERVER_ERROR,
         code="model_loading",
         retry_after=LOADING_RETRY_SECONDS,
@@ -90,7 +107,7 @@ def stopping(message: str = "The server is stopping.") -> ApiError:
 
 
 def cut_short() -> ApiError:
-    return stopping("The server is stopping, and could not wait for this answer any longer: it is not complete.")
+    return stopping("The server is stopping and ended this answer before it was complete.")
 
 
 def queue_full(in_flight: int, limit: int) -> ApiError:
@@ -110,14 +127,12 @@ def engine_dead(reason: str | None = None) -> ApiError:
 
 
 def internal(request_id: str) -> ApiError:
-    message = (
-        f"The server had an error while processing your request. Its log has more under the request id {request_id}."
-    )
+    message = f"The server had an error while processing your request. Look for request id {request_id} in its log."
     return ApiError(500, message, type=SERVER_ERROR, code="internal_error")
 
 
 def as_api_error(error: Exception, request_id: str) -> ApiError:
-    """What a client is told of `error`; what it must not be told is logged."""
+    """The error that a client is told of; one that it must not see is logged."""
     match error:
         case ApiError():
             return error
@@ -135,26 +150,8 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     return internal(request_id)
 
 
-def install_handlers(app: FastAPI) -> None:
-    """Let every error of a route that has a meaning come out in OpenAI's form; others are the middleware's."""
-
-    async def handle(request: Request, error: Exception) -> Response:
-        api_error = as_api_error(error, request.state.request_id)
-        request.state.error = api_error.code
-        if isinstance(error, HTTPException) and error.headers:
-            response = api_error.response
-            response.headers.update(error.headers)
-            return response
-        return api_error.response
-
-    for kind in (
-        ApiError, ParameterError, EngineNotReadyError, EngineDeadError, HTTPException, RequestValidationError,
-    ):  # fmt: skip
-        app.add_exception_handler(kind, handle)
-
-
 def parameter_name(location: tuple[str | int, ...]) -> str:
-    """("messages", 0, "content") as clients write it: messages[0].content."""
+    """Spells ("messages", 0, "content") as clients write it: messages[0].content."""
     name = ""
     for part in location:
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
@@ -164,7 +161,7 @@ def parameter_name(location: tuple[str | int, ...]) -> str:
 def _routing_error(error: HTTPException) -> ApiError:
     if error.status_code == 404:
         return ApiError(
-            404, "Unknown request URL: see the server's /docs for those that there are.", code="unknown_url"
+            404, "Unknown request URL: see the server's /docs for the endpoints that exist.", code="unknown_url"
         )
     if error.status_code == 405:
         return ApiError(405, "This URL does not take this method.", code="method_not_allowed")
@@ -175,7 +172,7 @@ def _routing_error(error: HTTPException) -> ApiError:
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:
-    """The first thing that pydantic found wrong, with the parameter's name and what would be right."""
+    """The first error that pydantic found, with the parameter's name and what would be right."""
     first: dict[str, Any] = error.errors()[0]
     kind, value, context = first["type"], first.get("input"), first.get("ctx", {})
     location = tuple(part for part in first["loc"] if part != "body")

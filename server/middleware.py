@@ -1,7 +1,7 @@
-"""Pure ASGI middleware: request ids, the last line of defence against exceptions, and the limit on a body's size.
+"""Request ids, errors as responses, and the limit on a body's size. API keys are in `server.auth`.
 
-Pure, because Starlette's BaseHTTPMiddleware puts a queue and a task between a route and its client, which costs time
-for every chunk of a stream and hides that the client has gone. API keys are in `server.auth`.
+Middleware is pure ASGI here: Starlette's BaseHTTPMiddleware puts a queue and a task between a route and its client,
+which costs time for every chunk of a stream and hides that the client has gone.
 """
 
 from __future__ import annotations
@@ -9,76 +9,86 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from collections.abc import Collection, Mapping
+from typing import Any
 
-from fastapi.exceptions import HTTPException
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pilotfish.errors import EngineDeadError, EngineNotReadyError, ParameterError
 from pilotfish.server.errors import ApiError, as_api_error
+from pilotfish.server.generation.facts import RequestFacts, facts_of
+from pilotfish.server.generation.flow import Endpoint
 from pilotfish.server.metrics import Metrics
-from pilotfish.server.request_log import log_request
-from pilotfish.server.tracing import Tracing
+from pilotfish.server.telemetry.request_log import log_request
+from pilotfish.server.telemetry.tracing import Tracing
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 CLIENT_GONE = 499
-"""The status of a request that nobody waits for any more, as nginx has it."""
+"""nginx's status for a request whose client has closed the connection."""
 OTHER_ROUTE = "other"
 MODELS_PATH = "/v1/models"
 MODEL_ROUTE = f"{MODELS_PATH}/{{id}}"
-GENERATION_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 
 
 class RequestContext:
-    """The outermost: gives each request an id (the client's own x-request-id, if it is sane), which every response
-    carries, and a time of arrival; answers 500 where a route raised what nobody expected; counts, logs and traces what
-    was answered. `routes` are the paths that there are.
-
-    `scope["state"]` has `request_id`, `arrival` (time.monotonic() seconds) and `admitted` (given to the engine, set by
-    `Service.note` with what else is to be told of a request); `error`, a code, where one was the answer.
+    """The outermost middleware. Gives each request its facts, with an id (the client's own x-request-id, if it is sane)
+    that every response carries; answers 500 where a route raised something unexpected; counts, logs and traces what was
+    answered. `routes` are the application's paths, `endpoints` those that generate text, by path.
     """
 
     def __init__(
-        self, app: ASGIApp, metrics: Metrics, routes: frozenset[str] = frozenset(), tracing: Tracing | None = None
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        routes: Collection[str],
+        endpoints: Mapping[str, Endpoint[Any]],
+        tracing: Tracing | None = None,
     ) -> None:
         self._app = app
         self._metrics = metrics
-        self._routes = routes
+        self._routes = frozenset(routes)
+        self._endpoints = endpoints
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        request_id = _request_id(Headers(scope=scope))
-        state = scope.setdefault("state", {})
-        state |= {"request_id": request_id, "arrival": time.monotonic(), "admitted": False}
+        facts = RequestFacts(_request_id(Headers(scope=scope)))
+        if (endpoint := self._endpoints.get(scope["path"])) is not None:
+            facts.error_form = endpoint.error_form
+        facts.put_into(scope)
         status = 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                MutableHeaders(scope=message)["x-request-id"] = facts.request_id
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
-            api_error = as_api_error(error, request_id)
-            state["error"] = api_error.code
+            api_error = facts.failed(as_api_error(error, facts.request_id))
             if status == 0:
-                await api_error.response(scope, receive, send_with_id)
+                await api_error.response(facts.error_form)(scope, receive, send_with_id)
         finally:
-            self._ended(scope, status or CLIENT_GONE)
+            self._ended(scope, facts, status or CLIENT_GONE)
 
-    def _ended(self, scope: Scope, status: int) -> None:
-        state, route, now = scope["state"], self._route(scope["path"]), time.monotonic()
-        if status >= 400 and not state["admitted"] and scope["path"] in GENERATION_PATHS:
+    def _ended(self, scope: Scope, facts: RequestFacts, status: int) -> None:
+        route, now = self._route(scope["path"]), time.monotonic()
+        if status >= 400 and facts.generation is None and scope["path"] in self._endpoints:
             self._metrics.refused()
         self._metrics.responded(route, status)
         trace_id = None
         if self._tracing is not None:
-            trace_id = self._tracing.record(scope, route, status, state["arrival"], now)
-        log_request(scope, status, now - state["arrival"], trace_id)
+            trace_id = self._tracing.record(scope, route, status, now)
+        log_request(scope, status, now - facts.arrival, trace_id)
 
     def _route(self, path: str) -> str:
         """The route's own path: a client's must not become a label."""
@@ -87,8 +97,24 @@ class RequestContext:
         return MODEL_ROUTE if path.startswith(f"{MODELS_PATH}/") else OTHER_ROUTE
 
 
+def install_handlers(app: FastAPI) -> None:
+    """Make every meaningful error of a route a response in the endpoint's form; others are RequestContext's."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        facts = facts_of(request.scope)
+        response = facts.failed(as_api_error(error, facts.request_id)).response(facts.error_form)
+        if isinstance(error, HTTPException) and error.headers:
+            response.headers.update(error.headers)
+        return response
+
+    for kind in (
+        ApiError, ParameterError, EngineNotReadyError, EngineDeadError, HTTPException, RequestValidationError,
+    ):  # fmt: skip
+        app.add_exception_handler(kind, handle)
+
+
 class BodyLimit:
-    """Refuses a body of more than `limit` bytes with status 413, before it is read if it says how long it is."""
+    """Refuses a body of more than `limit` bytes with status 413, before it is read if its length is declared."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
@@ -99,8 +125,8 @@ class BodyLimit:
             return await self._app(scope, receive, send)
         length = Headers(scope=scope).get("content-length", "")
         if length.isdigit() and int(length) > self._limit:
-            scope["state"]["error"] = self._refusal().code
-            return await self._refusal().response(scope, receive, send)
+            facts = facts_of(scope)
+            return await facts.failed(self._refusal()).response(facts.error_form)(scope, receive, send)
         received = 0
 
         async def counted() -> Message:
@@ -115,7 +141,7 @@ class BodyLimit:
         await self._app(scope, counted, send)
 
     def _refusal(self) -> ApiError:
-        message = f"The request's body is larger than the {self._limit} bytes that this server takes."
+        message = f"The request's body is larger than the {self._limit} bytes that this server accepts."
         return ApiError(413, message, code="body_too_large")
 
 

@@ -26,7 +26,7 @@ from pilotfish.server.app import create_app
 from pilotfish.server.config import ServerConfig
 from pilotfish.server.console import Console
 from pilotfish.server.metrics import Metrics
-from pilotfish.server.tracing import Tracing, open_tracing
+from pilotfish.server.telemetry.tracing import Tracing, open_tracing
 from pilotfish.text.tokenizer import Tokenizer, load_tokenizer
 
 KEEP_ALIVE_SECONDS = 75
@@ -135,7 +135,7 @@ class _Running:
         settings = uvicorn.Config(
             app,
             log_config=None,
-            access_log=False,  # pilotfish.server.request_log has more to say
+            access_log=False,  # server.telemetry.request_log has more to say
             ws="none",
             lifespan="on",
             server_header=False,

@@ -1,11 +1,10 @@
-"""Service: what the routes work with. One for each application, reached through FastAPI's dependencies."""
+"""Service: what the routes work with, one for each application. They reach it through FastAPI's dependencies."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
@@ -18,21 +17,19 @@ from pilotfish.errors import ParameterError
 from pilotfish.server.admission import Gate
 from pilotfish.server.config import ServerConfig
 from pilotfish.server.errors import ApiError, bad_parameter, engine_dead, loading, model_not_found, stopping
-from pilotfish.server.generation import Answer
 from pilotfish.server.metrics import Metrics
 from pilotfish.server.protocol.chat import Message
-from pilotfish.server.protocol.common import GenerationRequest
 from pilotfish.text.detokenizer import Vocabulary
 from pilotfish.text.tokenizer import Tokenizer
 
 LONG_TEXT = 8192
-"""Characters from which a text is tokenized in a thread: 1 ms or so, which streams would feel."""
+"""Texts of this many characters or more are tokenized in a thread: they take about 1 ms, which streams would feel."""
 STUCK_SECONDS = 60.0
-"""With requests in flight and no step for so long, the engine is not ready."""
+"""The engine is not ready once it has made no step for this long with requests in flight."""
 
 
 class Service:
-    """The engine, the tokenizer and everything between them and a route. `names`: what the model may be called."""
+    """The engine, the tokenizer and everything between them and a route. `names`: what clients may call the model."""
 
     def __init__(
         self,
@@ -64,12 +61,12 @@ class Service:
 
     @property
     def stuck(self) -> bool:
-        """There is work, but the engine has made no step for a long time."""
+        """Whether there is work, but the engine has made no step for a long time."""
         since = max(self.metrics.last_step, self.gate.busy_since)
         return self.gate.in_flight > 0 and time.monotonic() - since > STUCK_SECONDS
 
     def fingerprint(self, info: EngineInfo) -> str:
-        """OpenAI's system_fingerprint: as long as it is the same, the same seed gives the same text."""
+        """OpenAI's system_fingerprint: while it stays the same, the same seed gives the same text."""
         if not self._fingerprint:
             parts = (__version__, info.model, info.dtype, info.device, info.kernels, info.tensor_parallel_size)
             self._fingerprint = "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
@@ -81,18 +78,8 @@ class Service:
             raise model_not_found(name, self.names)
 
     def admit(self, count: int, info: EngineInfo, param: str) -> AbstractContextManager[None]:
-        """Let `count` sequences in (see `Gate.admit`)."""
+        """Admit `count` sequences (see `Gate.admit`)."""
         return self.gate.admit(count, info.max_num_seqs + self.config.max_queue, param)
-
-    def note(self, request: Request, identity: str, body: GenerationRequest, answers: Sequence[Answer]) -> None:
-        """A request is given to the engine: tell those who log, trace and count it."""
-        state = request.state
-        state.admitted = True
-        state.id, state.answers, state.body = identity, answers, body
-        state.model, state.stream = body.model, bool(body.stream)
-        if self.config.log_prompts:
-            prompts = {answer.prompt_index: answer.request.prompt_ids for answer in answers}.values()
-            state.prompts = [self.tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts]
 
     async def encode(self, text: str, param: str, add_special_tokens: bool) -> tuple[int, ...]:
         """Token ids of a text that the client sent as `param`."""
@@ -103,15 +90,11 @@ class Service:
         except ParameterError as error:
             raise ParameterError(param, error.message) from error
 
-    async def prediction(self, text: str | None) -> tuple[int, ...]:
-        """Token ids of what the client says that an answer will be: it stands in the middle of a text."""
-        return await self.encode(text, "prediction", add_special_tokens=False) if text else ()
-
     def render(
         self, messages: list[Message], add_generation_prompt: bool = True, variables: dict[str, Any] | None = None
     ) -> str:
-        """The prompt of a conversation. `variables` are for the model's chat template. Raises ParameterError if it
-        refuses them."""
+        """The prompt of a conversation. `variables` are for the model's chat template. Raises ParameterError if the
+        template refuses them."""
         for name in _TEMPLATE_ARGUMENTS.intersection(variables or {}):
             raise bad_parameter("chat_template_kwargs", f"chat_template_kwargs must not have {name!r}")
         plain = [{"role": _ROLES.get(message.role, message.role), "content": message.content} for message in messages]
@@ -122,9 +105,9 @@ class Service:
 
 
 _ROLES = {"developer": "system"}
-"""OpenAI's newer name, which templates of open models do not know."""
+"""OpenAI's newer names of roles, which the templates of open models do not know."""
 _TEMPLATE_ARGUMENTS = frozenset({"messages", "conversation", "chat_template", "add_generation_prompt", "tokenize"})
-"""What is not the client's to say."""
+"""Arguments of the template that are not the client's to set."""
 
 
 def check_length(param: str, length: int, info: EngineInfo) -> None:
@@ -139,7 +122,7 @@ def check_length(param: str, length: int, info: EngineInfo) -> None:
         )
 
 
-def get_service(request: Request) -> Service:
+async def get_service(request: Request) -> Service:  # async, since FastAPI gives others a thread
     service: Service = request.app.state.service
     return service
 

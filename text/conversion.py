@@ -1,7 +1,7 @@
-"""Building a tokenizer.json out of a GGUF file's vocabulary, or out of a slow tokenizer's files; kept in the cache.
+"""Builds a tokenizer.json from a GGUF file's vocabulary, or from a slow tokenizer's files, and keeps it in the cache.
 
-transformers knows how, but imports torch for it and takes seconds, so it happens once, in a child process
-(`python -m pilotfish.text.conversion SOURCE FOLDER`); the API process stays without torch.
+transformers does it, but needs torch and seconds: so it happens once, in a child process
+(`python -m pilotfish.text.conversion SOURCE FOLDER`), and the API process stays without torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pilotfish.checkpoints.catalog import ModelFiles, cache_folder
 from pilotfish.errors import ModelError
 
 REVISION = 1
-"""Raised when the conversion below changes, so that what an older one left in the cache is not used."""
+"""Incremented when the conversion below changes, so that results of an older one are not used."""
 
 SOURCES = ("tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -40,19 +40,19 @@ def converted_folder(files: ModelFiles) -> Path:
         if result.returncode != 0:
             lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
             raise ModelError(f"cannot convert the tokenizer of {files.path}: {lines[-1]}")
-        # Another process may have been faster: its folder is as good as this one.
+        # Another process may have been faster; its folder is as good as this one.
         with contextlib.suppress(OSError):
             os.rename(folder, target)
     return target
 
 
 def _environment() -> dict[str, str]:
-    """The child finds the same packages as this process does, whatever the working directory is."""
+    """The child's environment: it finds the same packages as this process, whatever the working directory is."""
     return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "HF_HUB_OFFLINE": "1"}
 
 
 def _fingerprint(files: ModelFiles) -> str:
-    """Changes with the files that a tokenizer is built from, and with what builds it."""
+    """A digest that changes with the files that a tokenizer is built from, and with what builds it."""
     sources = [files.path] if files.format == "gguf" else [files.path / name for name in SOURCES]
     digest = hashlib.sha256(f"{REVISION} {version('transformers')}".encode())
     for path in sources:
@@ -83,9 +83,9 @@ def convert(source: Path, folder: Path) -> None:
 
 
 def _add_special_tokens(tokenizer: Any, metadata: dict[str, Any]) -> None:
-    """Put begin- and end-of-text tokens around a text where the GGUF file asks for it, which transformers leaves out.
+    """Put begin- and end-of-text tokens around a text if the GGUF file asks for them, which transformers does not.
 
-    Where the file does not say, llama.cpp's defaults hold: a begin-of-text token for SentencePiece and Llama 3.
+    If the file does not say, llama.cpp's defaults apply: a begin-of-text token for SentencePiece and Llama 3.
     """
     from tokenizers.processors import TemplateProcessing
 

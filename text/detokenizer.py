@@ -1,7 +1,5 @@
-"""From token ids to the text of an answer, as it grows: incremental detokenization, stop strings, and which tokens'
-log-probabilities may be shown yet. The work for a token does not depend on how long the answer is.
-
-The tokenizer itself is `text.tokenizer`; JSON forms of log-probabilities are in `server.logprobs`.
+"""Incremental detokenization: the text of an answer as it grows, stop strings, and which tokens' log-probabilities may
+be shown yet. The work for a token does not depend on the length of the answer. The tokenizer is in `text.tokenizer`.
 """
 
 from __future__ import annotations
@@ -9,11 +7,9 @@ from __future__ import annotations
 import codecs
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
-
-from pilotfish.engine.request import TokenLogprobs
 
 
 class TokenBytes(Protocol):
@@ -24,24 +20,34 @@ class TokenBytes(Protocol):
     def token_bytes(self, id: int, /) -> bytes: ...
 
 
+class TokenLogprobs(Protocol):
+    """The log-probability of a token and of the likeliest ones at its position, as the engine gives them. They are only
+    passed on here."""
+
+    @property
+    def logprob(self) -> float: ...
+    @property
+    def top(self) -> tuple[tuple[int, float], ...]: ...
+
+
 class Vocabulary:
     """The bytes of each token, asked of the tokenizer once."""
 
     def __init__(self, tokenizer: TokenBytes) -> None:
         special = tokenizer.special_ids
         self.bytes_of: Callable[[int], bytes] = cache(tokenizer.token_bytes)
-        """What a token is spelled as, a special one too."""
+        """The bytes that spell a token, a special one included."""
         self.text_bytes_of: Callable[[int], bytes] = cache(
             lambda id_: b"" if id_ in special else tokenizer.token_bytes(id_)
         )
-        """What a token adds to a text that leaves special tokens out."""
+        """The bytes that a token adds to a text without special tokens: none for a special one."""
 
 
 class Detokenizer:
-    """Text from ids that come one after another: the same text as from all of them at once.
+    """Turns ids that come one after another into text: the same text as from all of them at once.
 
-    Bytes that are not a whole character yet are held back; bytes that cannot become one are U+FFFD, as in WHATWG's
-    "maximal subpart" replacement, which is Python's and the tokenizers library's, too.
+    Bytes that are not a whole character yet are held back; bytes that cannot become one turn into U+FFFD by WHATWG's
+    "maximal subpart" replacement, as in Python and the tokenizers library.
     """
 
     def __init__(self, vocabulary: Vocabulary, skip_special_tokens: bool = True) -> None:
@@ -49,15 +55,15 @@ class Detokenizer:
         self._held = b""
 
     def feed(self, ids: Iterable[int]) -> str:
-        """The characters that `ids` complete."""
+        """Add ids and return the characters that they complete."""
         return self._decode(b"".join(map(self._bytes_of, ids)), False)
 
     def finish(self) -> str:
-        """What was held back, now that nothing follows."""
+        """Return what was held back, now that nothing follows."""
         return self._decode(b"", True)
 
     def breaks(self, id_: int) -> bool:
-        """Whether `id_` does not go on with what is held back, which then becomes a U+FFFD before it."""
+        """Whether `id_` does not continue what is held back, which then becomes a U+FFFD before it."""
         first = self._bytes_of(id_)[:1]
         if not self._held or not first:
             return False
@@ -73,9 +79,9 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Finds the first stop string in a text that comes in parts, and holds back what may yet become one.
+    """Finds the first stop string in a text that comes in parts, and holds back what may still become one.
 
-    Among several that one part completes, the one that begins first counts (of those the shortest).
+    If one part completes several, the one that begins first counts; among those, the shortest.
     """
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
@@ -84,13 +90,13 @@ class StopStrings:
         self._held = ""
 
     def feed(self, text: str, armed: bool = True) -> tuple[str, bool]:
-        """The text that may be shown, and whether it ends here. Not armed: a stop string that `text` completes does
-        not count, now or later."""
+        """Add text; return the text that may be shown, and whether it ends here. Unless `armed`, a stop string that
+        `text` completes does not count, now or later."""
         if not self._stops:
             return text, False
         window = self._held + text
         if armed:
-            # What began before and is complete already was not to count: a match must end in the new part.
+            # A stop string that was complete before did not count: a match must end in the new part.
             found = [
                 (at, len(stop))
                 for stop in self._stops
@@ -105,13 +111,13 @@ class StopStrings:
         return window[:shown], False
 
     def finish(self) -> str:
-        """What was held back, now that nothing follows."""
+        """Return what was held back, now that nothing follows."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
+    """The length of the longest suffix of `text` that is a proper prefix of `stop`."""
     at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
     while at >= 0:
         if stop.startswith(text[at:]):
@@ -122,28 +128,29 @@ def _overlap(text: str, stop: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TokenEntry:
-    """A token whose log-probability was asked for. `offset`: characters of text before it. `logprobs` is None for the
-    first token of a prompt, which nothing predicts."""
+    """A token whose log-probability was asked for."""
 
     token_id: int
     offset: int
+    """Characters of text before it."""
     logprobs: TokenLogprobs | None
+    """None for the first token of a prompt, which nothing predicts."""
 
 
 @dataclass(slots=True)
 class Piece:
-    """What an answer's text has grown by, and the entries of the tokens that begin in it."""
+    """The text that an answer has grown by, and the entries of the tokens that begin in it."""
 
     text: str
-    entries: list[TokenEntry] = field(default_factory=list)
+    entries: Sequence[TokenEntry] = ()
     finish_reason: str | None = None
-    """With an answer's last piece: "stop" or "length"."""
+    """In the last piece of an answer: "stop" or "length"."""
 
 
 class AnswerText:
-    """One answer: token ids in, in any portions; text out, the same whatever the portions were.
+    """The text of one answer. Its token ids come in any portions, and the text is the same whatever they are.
 
-    `offset` is where the answer's text begins (after an echoed prompt), in characters. Stop strings do not count until
+    `offset` is where the answer's text begins (after an echoed prompt), in characters. Stop strings do not count before
     `min_tokens` tokens are there. `tokens` counts up to and including the one that completed a stop string.
     """
 
@@ -165,7 +172,7 @@ class AnswerText:
         self._waiting: deque[TokenEntry] = deque()
         self.tokens = 0
         self.stopped = False
-        """A stop string has ended it."""
+        """Whether a stop string has ended it."""
 
     def feed(
         self,
@@ -175,7 +182,7 @@ class AnswerText:
         last: bool = False,
         stop_token: bool = False,
     ) -> Piece:
-        """Add tokens. `last`: nothing follows; `stop_token`: the last of `ids` counts, but is not part of the text."""
+        """Add tokens. `last`: nothing follows; `stop_token`: the last of `ids` counts, but adds no text."""
         spelled = ids[:-1] if stop_token else ids
         if self._plain and logprobs is None:
             self.tokens += len(ids)
@@ -205,7 +212,7 @@ class AnswerText:
         return shown
 
     def _ripe(self, all_of_them: bool) -> list[TokenEntry]:
-        """Entries of tokens whose text has begun to be shown: the others could give a stop string away."""
+        """The entries of tokens whose text has begun to be shown: others could reveal a stop string."""
         entries = []
         while self._waiting and (all_of_them or self._waiting[0].offset < self._shown):
             entries.append(self._waiting.popleft())

@@ -1,12 +1,9 @@
-"""The model's tokenizer and chat template, for the API process: text to ids, ids to text, messages to a prompt.
+"""The model's tokenizer and chat template: text to ids, ids to text, messages to a prompt.
 
-No torch is imported here. transformers' own fast tokenizer class does the work, as it needs no torch for a folder with
-a tokenizer.json and loads in about a second, import included (`tokenizers` and jinja2 alone: 0.2 s, but then special
-tokens and the template's surroundings would be ours to keep in step). Building a tokenizer out of a GGUF file, or out
-of a folder with only a slow tokenizer's files, does need torch and seconds: `text.conversion` does that
-once, in a child process, and what it saves in the cache folder is loaded from then on.
-
-Incremental detokenization and stop strings are in `text.detokenizer`.
+transformers' fast tokenizer class does the work: for a folder with a tokenizer.json it needs no torch, and loads in
+about a second, import included. (`tokenizers` and jinja2 alone take 0.2 s, but then special tokens and the template's
+environment would have to be kept in step here.) Building a tokenizer from a GGUF file or from a slow tokenizer's files
+does need torch and takes seconds: `text.conversion` does it once, in a child process, and caches the result.
 """
 
 from __future__ import annotations
@@ -30,14 +27,14 @@ class Tokenizer:
     """A fast tokenizer with its chat template. Safe to use from several threads at once."""
 
     chat_template: str | None
-    """The jinja2 template of a conversation (the default one if the model has several); None: not a chat model."""
+    """The jinja2 template of a conversation, the default one if the model has several; None: not a chat model."""
     special_ids: frozenset[int]
-    """Tokens that `decode` leaves out: those that the tokenizer marks as special."""
+    """Tokens that the tokenizer marks as special, which `decode` leaves out."""
     eos_token_ids: frozenset[int]
-    """Tokens that end an answer: those of generation_config.json or config.json, and the tokenizer's own eos_token."""
+    """Tokens that end an answer: those in generation_config.json or config.json, and the tokenizer's own eos_token."""
     bos_token_id: int | None
     vocab_size: int
-    """One more than the highest token id. The model's own vocabulary may be padded to more."""
+    """One more than the highest token id; the model's own vocabulary may be padded to more."""
 
     def __init__(self, inner: PreTrainedTokenizerFast, eos_ids: Sequence[int] = ()) -> None:
         self._inner = inner
@@ -56,8 +53,8 @@ class Tokenizer:
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. With `add_special_tokens` the model's begin-of-text token is put before it, if it wants
-        one; pass False for what `apply_chat_template` returned, which has it already.
+        """Token ids of `text`. With `add_special_tokens`, the begin-of-text token is put before it if there is one;
+        pass False for what `apply_chat_template` returned, which has it already.
 
         Special tokens that are spelled out in the text become those tokens. Raises ParameterError("prompt") for text
         that is not valid Unicode.
@@ -68,17 +65,17 @@ class Tokenizer:
             raise ParameterError("prompt", "the prompt is not valid Unicode text (it has a lone surrogate)") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; bytes that are not (yet) valid UTF-8 become U+FFFD, ids without a token nothing."""
+        """The text of `ids`. Bytes that are not valid UTF-8 become U+FFFD; ids without a token are left out."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token(self, id: int) -> str:
-        """The text of one token as it stands inside a text (a leading space is kept, a special token is spelled out);
-        U+FFFD stands for bytes that are only part of a character: see `token_bytes`."""
+        """The text of one token inside a text: a leading space is kept, a special token spelled out. U+FFFD stands for
+        bytes that are only part of a character (see `token_bytes`)."""
         return self.token_bytes(id).decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
-        """The exact UTF-8 bytes that a token adds to a text, which may be part of a character; b"" for an id that is
-        only padding of the model's vocabulary."""
+        """The exact UTF-8 bytes that a token adds to a text, which may be part of a character; b"" for an id that only
+        pads the model's vocabulary."""
         if id in self._added:
             return self._added[id].encode()
         token = self._backend.id_to_token(id)
@@ -93,8 +90,8 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
-        """The prompt of a conversation: messages as OpenAI writes them, content as text. To be encoded with
-        add_special_tokens=False. `kwargs` are the template's own (tools, enable_thinking, ...).
+        """The prompt of a conversation: messages as OpenAI writes them, with text as content. Encode it with
+        add_special_tokens=False. `kwargs` are the template's own variables (tools, enable_thinking, ...).
 
         Raises ParameterError("messages") if the model has no chat template or its template refuses the messages.
         """
@@ -116,15 +113,15 @@ class Tokenizer:
 
 
 def load_tokenizer(files: ModelFiles) -> Tokenizer:
-    """The tokenizer of a model's files. The first time for a GGUF file takes some seconds (see above), later under one.
+    """The tokenizer of a model's files. Raises ModelError if there is none or it cannot be read.
 
-    Raises ModelError if there is none or it cannot be read.
+    The first time takes seconds for a GGUF file (see above).
     """
     folder = files.path
     if files.format == "gguf" or not (folder / "tokenizer.json").is_file():
         folder = converted_folder(files)
     verbosity = transformers_logging.get_verbosity()
-    # It warns of every tokenizer_class but its own, though tokenizer.json says all there is to know.
+    # It warns of every tokenizer_class but its own, though tokenizer.json holds everything that is needed.
     transformers_logging.set_verbosity_error()
     try:
         inner = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
@@ -136,7 +133,7 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
 
 
 def _kinds_of_decoder(backend: Backend) -> tuple[bool, bool]:
-    """Whether tokens are spelled in GPT-2's byte alphabet, and whether "<0xAB>" is a byte."""
+    """Whether tokens are spelled in GPT-2's byte alphabet, and whether "<0xAB>" stands for a byte."""
     if backend.decoder is None:
         return False, False
     state = json.loads(backend.decoder.__getstate__())
@@ -145,7 +142,7 @@ def _kinds_of_decoder(backend: Backend) -> tuple[bool, bool]:
 
 
 def _byte_alphabet() -> dict[str, bytes]:
-    """GPT-2's spelling of bytes: printable characters of Latin-1 stand for themselves, the others for U+0100 and on."""
+    """GPT-2's spelling of bytes: Latin-1's printable characters are themselves, the others U+0100 and on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     spelled = {chr(byte): bytes([byte]) for byte in printable}

@@ -1,21 +1,23 @@
-"""The body of POST /v1/chat/completions."""
+"""Request and response of POST /v1/chat/completions."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
+import msgspec
+from msgspec import UNSET, UnsetType
 from pydantic import Field, PlainValidator, field_validator
 
 from pilotfish.server.protocol.common import ApiModel, GenerationRequest, Unsupported, unsupported, wrong
+from pilotfish.server.protocol.usage import Response, Timings, Usage
 
 MAX_TOP_LOGPROBS = 20
 
 Role = Literal["system", "developer", "user", "assistant"]
-ROLES = ("system", "developer", "user", "assistant")
 
 
 def _content(value: Any) -> str:
-    """Text, or text parts, which are joined by newlines."""
+    """Returns the text, or the text parts joined by newlines."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
@@ -34,18 +36,21 @@ def _content(value: Any) -> str:
 def _role(value: Any) -> Role:
     if value in ("tool", "function"):
         raise unsupported(f"is {value!r}, but this server does not support tools")
-    for role in ROLES:
+    roles: tuple[Role, ...] = get_args(Role)
+    for role in roles:
         if value == role:
-            return role  # type: ignore[return-value]
-    raise wrong(f"is {value!r}, but must be one of {', '.join(map(repr, ROLES))}")
+            return role
+    raise wrong(f"is {value!r}, but must be one of {', '.join(map(repr, roles))}")
 
 
 class Message(ApiModel):
+    """One message of a conversation."""
+
     role: Annotated[Role, PlainValidator(_role, json_schema_input_type=Role)]
     content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[dict[str, str]])]
     name: str | None = None
 
-    # What OpenAI's client sends back of an answer: null or empty, as long as there are no tools.
+    # OpenAI's client sends these back with an answer: null or empty, as long as there are no tools.
     refusal: Unsupported = None
     tool_calls: Unsupported = None
     function_call: Unsupported = None
@@ -56,7 +61,7 @@ class Message(ApiModel):
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: int | None = None
-    """As max_tokens, which OpenAI calls deprecated. Default: what the context has room for."""
+    """The newer name of max_tokens. Default: all that the context has room for."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
     response_format: Any = None
@@ -65,7 +70,7 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] | None = None
     """Values for the model's chat template, such as {"enable_thinking": false}."""
 
-    # Known to OpenAI, and without effect on the text here.
+    # OpenAI's fields that have no effect on the text here.
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -102,3 +107,64 @@ class ChatRequest(GenerationRequest):
         if value not in (None, "none", "auto"):
             raise unsupported("is not supported by this server, which has no tools: leave it out")
         return value
+
+
+class TopLogprob(msgspec.Struct):
+    """A token, its log-probability and its UTF-8 bytes, which may be a part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the answer, beside the likeliest tokens at its position, likeliest first."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class ChatMessage(msgspec.Struct, kw_only=True):
+    role: str = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+
+
+class ChatCompletion(Response):
+    choices: list[ChatChoice]
+    usage: Usage
+    timings: Timings
+
+
+class ChatDelta(msgspec.Struct):
+    """What a chunk adds to a message: the first chunk has its role, the last nothing."""
+
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    refusal: UnsetType | None = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class ChatChunk(Response):
+    choices: tuple[ChatChunkChoice, ...]
+    usage: Usage | UnsetType | None = UNSET
+    """In the last chunk of a stream with include_usage; null in the others of such a stream."""
+    timings: Timings | UnsetType = UNSET
+    """In the last chunk."""

@@ -1,7 +1,7 @@
-"""What completions and chat have in common in their requests, and the checks that pydantic's own types do not make.
+"""The fields that completions and chat share, and the checks that pydantic's own types do not make.
 
 Types are strict: "0.7" is not a number. Fields that neither OpenAI nor Pilotfish knows are refused. Bounds of sampling
-parameters are the engine's (`engine.params`); here are those of what the engine never sees.
+parameters are the engine's (`engine.params`); those of what the engine never sees are here.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class ApiModel(BaseModel):
 
 
 def wrong(problem: str) -> PydanticCustomError:
-    """A parameter's value is wrong: `problem` follows its name in the message."""
+    """Returns the error for a parameter's wrong value: `problem` follows its name in the message."""
     return PydanticCustomError("invalid_parameter", "{problem}", {"problem": problem})
 
 
 def unsupported(problem: str) -> PydanticCustomError:
-    """A parameter asks for what this server cannot do (yet)."""
+    """Returns the error for a parameter that asks for what this server cannot do (yet)."""
     return PydanticCustomError("unsupported_parameter", "{problem}", {"problem": problem})
 
 
@@ -67,7 +67,7 @@ def _neutral(value: Any) -> None:
 
 
 def _prediction(value: Any) -> str | None:
-    """The predicted text; parts of it follow each other without anything between them."""
+    """Returns the predicted text; its parts are joined without anything between them."""
     if value is None:
         return None
     form = 'must be an object such as {"type": "content", "content": "the text that is expected"}'
@@ -90,14 +90,14 @@ Stops = Annotated[tuple[str, ...], PlainValidator(_stops, json_schema_input_type
 LogitBias = Annotated[dict[int, float], PlainValidator(_logit_bias, json_schema_input_type=dict[str, float] | None)]
 Prediction = Annotated[str | None, PlainValidator(_prediction, json_schema_input_type=dict[str, Any] | None)]
 Unsupported = Annotated[Any, AfterValidator(_neutral)]
-"""A field that OpenAI knows and this server does not: only null or something empty will do."""
+"""A field of OpenAI's that this server does not support: only null or an empty value is accepted."""
 Choices = Annotated[int | None, Field(ge=1, le=MAX_CHOICES)]
 
 
 class StreamOptions(ApiModel):
     include_usage: bool = False
     include_obfuscation: bool | None = None
-    """Against those who watch the network; OpenAI's own servers pad chunks. Here it has no effect."""
+    """Accepted without effect: OpenAI's own servers pad chunks against observers of the network."""
 
 
 class GenerationRequest(ApiModel):
@@ -112,15 +112,15 @@ class GenerationRequest(ApiModel):
     max_tokens: int | None = None
     n: Choices = None
     seed: int | None = None
-    """The same seed gives the same text, whatever else the server does meanwhile."""
+    """The same seed gives the same text, whatever else the server does at the time."""
     stop: Stops = ()
     prediction: Prediction = None
-    """What the answer will be, or nearly: drafted from, so that it comes sooner. Never changes the text."""
+    """The text that the answer is expected to be: it is drafted from, and never changes the answer."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
 
-    # What other servers of open models take, by the names that are usual there.
+    # Extensions, by the names that other servers of open models use.
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -131,10 +131,11 @@ class GenerationRequest(ApiModel):
     skip_special_tokens: bool = True
 
     speculation: str | None = None
-    """Pilotfish's own: "auto", a drafter's name, or "off"; null: the server's default. Never changes the text."""
+    """Pilotfish's own: "auto", "off" or a drafter's name; null: the server's default. Never changes the text."""
 
     @property
     def choices(self) -> int:
+        """Answers to each prompt."""
         return self.n or 1
 
     @property

@@ -1,12 +1,15 @@
-"""The body of POST /v1/completions."""
+"""Request and response of POST /v1/completions."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
+import msgspec
+from msgspec import UNSET, UnsetType
 from pydantic import Field, PlainValidator
 
 from pilotfish.server.protocol.common import GenerationRequest, Prompt, Unsupported, wrong
+from pilotfish.server.protocol.usage import Response, Timings, Usage
 
 MAX_LOGPROBS = 5
 """OpenAI's limit for completions; chat's is 20."""
@@ -14,7 +17,7 @@ MAX_BEST_OF = 128
 
 
 def _prompts(value: Any) -> list[Prompt]:
-    """A string, strings, ids or lists of ids: always a list of prompts."""
+    """Returns a list of prompts, whichever of the four forms was sent."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
@@ -39,4 +42,36 @@ class CompletionRequest(GenerationRequest):
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
     suffix: Unsupported = None
     add_special_tokens: bool = True
-    """Whether the tokenizer puts its begin-of-text token before a prompt that is text."""
+    """Put the tokenizer's begin-of-text token before a prompt that is text."""
+
+
+class CompletionLogprobs(msgspec.Struct):
+    """An item for each token. A token that is a part of a character is spelled "bytes:\\xe2\\x82"."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(msgspec.Struct):
+    """A choice of a whole response, or what a chunk adds to it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+
+
+class Completion(Response):
+    choices: list[CompletionChoice]
+    usage: Usage
+    timings: Timings
+
+
+class CompletionChunk(Response):
+    choices: tuple[CompletionChoice, ...]
+    usage: Usage | UnsetType | None = UNSET
+    """In the last chunk of a stream with include_usage; null in the others of such a stream."""
+    timings: Timings | UnsetType = UNSET
+    """In the last chunk."""

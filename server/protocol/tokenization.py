@@ -1,9 +1,10 @@
-"""The bodies of POST /tokenize and /detokenize, in vLLM's form."""
+"""Requests and responses of POST /tokenize and /detokenize, in vLLM's form."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from pydantic import model_validator
 
 from pilotfish.server.protocol.chat import Message
@@ -32,3 +33,15 @@ class TokenizeRequest(ApiModel):
 class DetokenizeRequest(ApiModel):
     model: str | None = None
     tokens: list[int]
+
+
+class Tokenized(msgspec.Struct):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+    """The tokens as text, with return_token_strs."""
+
+
+class Detokenized(msgspec.Struct):
+    prompt: str

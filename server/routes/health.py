@@ -1,12 +1,12 @@
-"""GET /health, /ready and /version: for whoever watches the server. No API key is needed."""
+"""GET /health, /ready and /version, for probes and operators. No API key is needed."""
 
 from __future__ import annotations
 
-import msgspec
 from fastapi import APIRouter
 from starlette.responses import Response
 
 from pilotfish import __version__
+from pilotfish.server.encoding import json_response
 from pilotfish.server.errors import ApiError
 from pilotfish.server.service import ServiceDependency
 
@@ -23,13 +23,13 @@ async def health(service: ServiceDependency) -> Response:
 
 @router.get("/ready")
 async def ready(service: ServiceDependency) -> Response:
-    """200 while requests are taken and steps are made."""
+    """200 while requests are taken and the engine makes steps."""
     try:
         service.ready()
     except ApiError as error:
         return _status(503, error.code or "unavailable", error.message, error.retry_after)
     if service.stuck:
-        return _status(503, "stuck", "There are requests, but the engine makes no steps.")
+        return _status(503, "stuck", "There are requests in flight, but the engine makes no steps.")
     return _status(200, "ready")
 
 
@@ -40,5 +40,4 @@ async def version() -> dict[str, str]:
 
 def _status(status: int, word: str, reason: str | None = None, retry_after: int | None = None) -> Response:
     headers = {} if retry_after is None else {"retry-after": str(retry_after)}
-    body = {"status": word} if reason is None else {"status": word, "reason": reason}
-    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
+    return json_response({"status": word} if reason is None else {"status": word, "reason": reason}, status, headers)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
+from starlette.responses import Response
 
+from pilotfish.server.encoding import json_response, returns
 from pilotfish.server.errors import bad_parameter
-from pilotfish.server.protocol.responses import Detokenized, Tokenized
-from pilotfish.server.protocol.tokenization import DetokenizeRequest, TokenizeRequest
+from pilotfish.server.protocol.tokenization import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from pilotfish.server.service import ServiceDependency
 
 router = APIRouter()
 
 
-@router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, service: ServiceDependency) -> Tokenized:
+@router.post("/tokenize", **returns(Tokenized))
+async def tokenize(body: TokenizeRequest, service: ServiceDependency) -> Response:
     """The ids of a prompt, or of a conversation as /v1/chat/completions would give it to the model."""
     info = service.ready()
     service.check_model(body.model)
@@ -23,20 +24,17 @@ async def tokenize(body: TokenizeRequest, service: ServiceDependency) -> Tokeniz
     else:
         ids = await service.encode(body.prompt or "", "prompt", body.add_special_tokens is not False)
     strings = [service.tokenizer.token(id_) for id_ in ids] if body.return_token_strs else None
-    return {
-        "count": len(ids),
-        "max_model_len": info.max_model_len,
-        "tokens": list(ids),
-        "token_strs": strings,
-    }
+    return json_response(Tokenized(len(ids), info.max_model_len, list(ids), strings))
 
 
-@router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, service: ServiceDependency) -> Detokenized:
+@router.post("/detokenize", **returns(Detokenized))
+async def detokenize(body: DetokenizeRequest, service: ServiceDependency) -> Response:
     """The text of ids, special tokens included."""
     info = service.ready()
     service.check_model(body.model)
     for id_ in body.tokens:
         if not 0 <= id_ < info.vocab_size:
-            raise bad_parameter("tokens", f"tokens has {id_}, but must have ids between 0 and {info.vocab_size - 1}")
-    return {"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+            raise bad_parameter(
+                "tokens", f"tokens has {id_}, but token ids must be between 0 and {info.vocab_size - 1}"
+            )
+    return json_response(Detokenized(service.tokenizer.decode(body.tokens, skip_special_tokens=False)))

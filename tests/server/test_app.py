@@ -18,12 +18,11 @@ from pilotfish.checkpoints.catalog import ModelFiles
 from pilotfish.engine.request import Delta, Request, TokenLogprobs
 from pilotfish.errors import EngineDeadError
 from pilotfish.logs import JsonFormatter
-from pilotfish.server.app import create_app
 from pilotfish.server.config import ServerConfig
-from pilotfish.server.metrics import Metrics
 from pilotfish.text.tokenizer import Tokenizer, load_tokenizer
 from tests.support.paths import ROOT
-from tests.support.scripted_engine import INFO, Script, ScriptedEngine, say
+from tests.support.scripted_app import ScriptedApp
+from tests.support.scripted_engine import INFO, Script, say
 
 
 @pytest.fixture(scope="session")
@@ -31,31 +30,11 @@ def tokenizer(tiny_llama: Path) -> Tokenizer:
     return load_tokenizer(ModelFiles("tiny", "huggingface", tiny_llama))
 
 
-class Client:
-    """An application with its scripted engine, and an HTTP client on it."""
-
-    def __init__(self, tokenizer: Tokenizer, script: Script, config: ServerConfig) -> None:
-        self.engine = ScriptedEngine(script)
-        self.metrics = Metrics()
-        self.app = create_app(self.engine, tokenizer, config, self.metrics, ("tiny",))  # type: ignore[arg-type]
-        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test", timeout=10)
-
-    async def complete(self, **body: Any) -> httpx.Response:
-        return await self.http.post("/v1/completions", json={"model": "tiny", "prompt": "a", **body})
-
-    async def chat(self, **body: Any) -> httpx.Response:
-        messages = [{"role": "user", "content": "a"}]
-        return await self.http.post("/v1/chat/completions", json={"model": "tiny", "messages": messages, **body})
-
-    def metric(self, name: str, **labels: str) -> float:
-        return self.metrics.registry.get_sample_value(name, labels) or 0.0
-
-
 @pytest.fixture
 def serving(tokenizer: Tokenizer) -> Callable[..., Any]:
     @asynccontextmanager
-    async def opened(script: Script = lambda request: say(request, [1]), **config: Any) -> AsyncIterator[Client]:
-        made = Client(tokenizer, script, ServerConfig(**config))
+    async def opened(script: Script = lambda request: say(request, [1]), **config: Any) -> AsyncIterator[ScriptedApp]:
+        made = ScriptedApp(script, ServerConfig(**config), tokenizer)
         async with made.http:
             yield made
 

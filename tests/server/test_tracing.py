@@ -16,7 +16,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from pilotfish.errors import ConfigError
-from pilotfish.server.tracing import open_tracing, traces_url
+from pilotfish.server.telemetry.tracing import open_tracing, traces_url
 from tests.support.running_server import MODEL, PROMPT, RunningServer
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from pilotfish.checkpoints.catalog import ModelFiles
 from pilotfish.engine.request import TokenLogprobs
-from pilotfish.server.logprobs import completion_logprobs
 from pilotfish.text.detokenizer import AnswerText, Detokenizer, TokenEntry, Vocabulary
 from pilotfish.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -153,14 +152,3 @@ def test_a_stop_token_counts_but_is_no_text(logprobs: list[TokenLogprobs] | None
     piece = answer.feed([0, 1, 9], logprobs, last=True, stop_token=True)
     assert (piece.text, answer.tokens, answer.stopped) == ("ab", 3, False)
     assert [entry.token_id for entry in piece.entries] == ([] if logprobs is None else [0, 1])
-
-
-def test_part_of_a_character_is_spelled_in_bytes_and_infinity_has_a_number() -> None:
-    first = TokenLogprobs(5, float("-inf"), ((7, -0.25), (5, float("-inf"))))
-    form = completion_logprobs([TokenEntry(7, 0, None), TokenEntry(5, 1, first)], VOCABULARY)
-    assert form == {
-        "tokens": ["é", "bytes:\\xc3"],
-        "token_logprobs": [None, -9999.0],
-        "top_logprobs": [None, {"é": -0.25, "bytes:\\xc3": -9999.0}],
-        "text_offset": [0, 1],
-    }

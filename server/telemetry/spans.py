@@ -1,8 +1,8 @@
 """OpenTelemetry spans of requests, sent by OTLP over HTTP. Needs the extra pilotfish[otel].
 
-A request's spans are made when it has been answered, with the times that were noted on its way: tracing costs a stream
-nothing while it runs. Names and attributes follow OpenTelemetry's semantic conventions for HTTP servers and for
-generative AI (gen_ai.*); what these do not know is called pilotfish.*.
+A request's spans are made once it has been answered, from the times that were noted on its way, so tracing costs a
+stream nothing while it runs. Names and attributes follow OpenTelemetry's semantic conventions for HTTP servers and for
+generative AI (gen_ai.*); attributes that these do not define are called pilotfish.*.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from starlette.types import Scope
 
 from pilotfish import __version__
 from pilotfish.server.auth import OPEN_PATHS
-from pilotfish.server.generation import Answer
-from pilotfish.server.protocol.chat import ChatRequest
-from pilotfish.server.protocol.common import GenerationRequest
-from pilotfish.server.request_log import account
+from pilotfish.server.generation.answer import Answer
+from pilotfish.server.generation.facts import GenerationFacts, facts_of
+from pilotfish.server.telemetry.request_log import summary_of
 
 FLUSH_MS = 3000
-"""How long the last spans may take to leave when the server ends."""
+"""Time that sending the last spans may take when the server ends."""
 
-_ACCOUNT = ("drafter", "drafted_tokens", "accepted_tokens", "cached_tokens", "queue_ms", "ttft_ms", "tokens_per_second")
+_SUMMARY = ("drafter", "drafted_tokens", "accepted_tokens", "cached_tokens", "queue_ms", "ttft_ms", "tokens_per_second")
 
 
 class SpanTracing:
-    """See `server.tracing.Tracing`. `url` None: where OTEL_EXPORTER_OTLP_* say; `exporter`: another way out, for tests.
+    """Tracing by OpenTelemetry (see `server.telemetry.tracing.Tracing`). `url` None: as OTEL_EXPORTER_OTLP_* say;
+    `exporter` replaces OTLP, for tests.
 
     Sampler, resource, batches, headers and propagators are set by OpenTelemetry's own environment variables.
     """
@@ -49,24 +49,23 @@ class SpanTracing:
         self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter(endpoint=url)))
         self._tracer = self._provider.get_tracer("pilotfish", __version__)
 
-    def record(self, scope: Scope, route: str, status: int, began: float, ended: float) -> str | None:
+    def record(self, scope: Scope, route: str, status: int, ended: float) -> str | None:
         if scope["path"] in OPEN_PATHS:
             return None
-        clock = _Clock()
-        state = scope["state"]
+        clock, facts = _Clock(), facts_of(scope)
         span = self._tracer.start_span(
             f"{scope['method']} {route}",
             context=extract(dict(Headers(scope=scope))),
             kind=SpanKind.SERVER,
-            start_time=clock(began),
+            start_time=clock(facts.arrival),
             attributes=_http_attributes(scope, route, status),
         )
         if span.is_recording():
-            if state.get("answers"):
-                span.set_attributes(_generation_attributes(state))
-                for answer in state["answers"]:
+            if facts.generation is not None:
+                span.set_attributes(_generation_attributes(facts.generation))
+                for answer in facts.generation.answers:
                     _answer_spans(self._tracer, span, answer, clock)
-            error = state.get("error") or (str(status) if status >= 500 else None)
+            error = facts.error or (str(status) if status >= 500 else None)
             if error is not None:
                 span.set_attribute("error.type", error)
             if status >= 500 or (error is not None and status < 400):
@@ -81,7 +80,7 @@ class SpanTracing:
 
 
 class _Clock:
-    """From time.monotonic() seconds to nanoseconds since 1970."""
+    """Converts time.monotonic() seconds to nanoseconds since 1970."""
 
     def __init__(self) -> None:
         self._offset = time.time_ns() - time.monotonic_ns()
@@ -91,7 +90,7 @@ class _Clock:
 
 
 def _answer_spans(tracer: Tracer, parent: Span, answer: Answer, clock: _Clock) -> None:
-    """queue, prefill and decode: as many of them as there were."""
+    """Make the spans queue, prefill and decode, as many of them as there were."""
     arrival, last = answer.request.arrival, answer.last_token
     stages: list[tuple[str, float, float, dict[str, int]]] = []
     if answer.scheduled is not None:
@@ -117,34 +116,32 @@ def _http_attributes(scope: Scope, route: str, status: int) -> dict[str, Any]:
         "url.path": scope["path"],
         "url.scheme": scope.get("scheme", "http"),
         "http.response.status_code": status,
-        "pilotfish.request_id": scope["state"]["request_id"],
+        "pilotfish.request_id": facts_of(scope).request_id,
     }
     if scope.get("client"):
         attributes["client.address"] = scope["client"][0]
     return attributes
 
 
-def _generation_attributes(state: dict[str, Any]) -> dict[str, Any]:
-    body: GenerationRequest = state["body"]
-    answers: list[Answer] = state["answers"]
-    told = account(state)
-    params = answers[0].request.params
+def _generation_attributes(generation: GenerationFacts) -> dict[str, Any]:
+    summary, spec = summary_of(generation), generation.spec
+    params = generation.answers[0].request.params
     attributes: dict[str, Any] = {
-        "gen_ai.operation.name": "chat" if isinstance(body, ChatRequest) else "text_completion",
+        "gen_ai.operation.name": generation.operation,
         "gen_ai.provider.name": "pilotfish",
-        "gen_ai.request.model": body.model,
-        "gen_ai.response.model": body.model,
-        "gen_ai.response.id": state["id"],
-        "gen_ai.request.choice.count": len(answers),
+        "gen_ai.request.model": spec.model,
+        "gen_ai.response.model": spec.model,
+        "gen_ai.response.id": generation.id,
+        "gen_ai.request.choice.count": len(generation.answers),
         "gen_ai.request.max_tokens": params.max_tokens,
         "gen_ai.request.temperature": params.temperature,
         "gen_ai.request.top_p": params.top_p,
-        "gen_ai.request.seed": body.seed,
-        "gen_ai.request.frequency_penalty": body.frequency_penalty,
-        "gen_ai.request.presence_penalty": body.presence_penalty,
-        "gen_ai.usage.input_tokens": told["prompt_tokens"],
-        "gen_ai.usage.output_tokens": told["tokens"],
-        "gen_ai.response.finish_reasons": [answer.finish_reason or answer.outcome or "abort" for answer in answers],
+        "gen_ai.request.seed": spec.params.seed,  # the client's; that of `params` may be drawn
+        "gen_ai.request.frequency_penalty": params.frequency_penalty or None,
+        "gen_ai.request.presence_penalty": params.presence_penalty or None,
+        "gen_ai.usage.input_tokens": summary["prompt_tokens"],
+        "gen_ai.usage.output_tokens": summary["tokens"],
+        "gen_ai.response.finish_reasons": [answer.end for answer in generation.answers],
     }
-    attributes |= {f"pilotfish.{name}": told[name] for name in _ACCOUNT}
+    attributes |= {f"pilotfish.{name}": summary[name] for name in _SUMMARY}
     return {name: value for name, value in attributes.items() if value is not None}

@@ -1,5 +1,5 @@
-"""Whether requests are traced, and where to. The spans themselves are made in `server.trace_spans`, which needs the
-extra pilotfish[otel]; this module does not.
+"""Whether requests are traced, and where traces are sent. The spans are made in `server.telemetry.spans`, which needs
+the extra pilotfish[otel]; this module does not.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ _TRACES_PATH = "/v1/traces"
 
 
 class Tracing(Protocol):
-    def record(self, scope: Scope, route: str, status: int, began: float, ended: float) -> str | None:
-        """A request has been answered; `began` and `ended` are time.monotonic() seconds. Returns the id of its trace,
-        None if it is not sampled."""
+    """Records requests as traces."""
+
+    def record(self, scope: Scope, route: str, status: int, ended: float) -> str | None:
+        """Record a request that was answered at `ended`, in time.monotonic() seconds. Returns the id of its trace; None
+        if it is not sampled."""
         ...
 
     def close(self) -> None:
-        """Send what has not been sent; takes a few seconds at most."""
+        """Send what has not been sent yet; this takes a few seconds at most."""
         ...
 
 
 def open_tracing(endpoint: str | None) -> Tracing | None:
-    """Tracing to an OTLP receiver: `endpoint`, or what OpenTelemetry's own variables name; None if neither does.
+    """Tracing to an OTLP receiver: `endpoint`, or the one that OpenTelemetry's own variables name; None without either.
 
-    Raises ConfigError for an endpoint that is no URL, or where the extra is not installed (a variable alone, which may
-    be there for other programs, is then only warned of).
+    Raises ConfigError for an endpoint that is not a URL, or if the extra is not installed; a variable alone, which may
+    be meant for other programs, then only leads to a warning.
     """
     named = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none":
@@ -43,7 +45,7 @@ def open_tracing(endpoint: str | None) -> Tracing | None:
         return None
     url = None if endpoint is None else traces_url(endpoint)
     try:
-        from pilotfish.server.trace_spans import SpanTracing
+        from pilotfish.server.telemetry.spans import SpanTracing
     except ImportError as error:
         message = f"OpenTelemetry is not installed ({error}): pip install 'pilotfish[otel]'"
         if endpoint is not None:
@@ -54,7 +56,8 @@ def open_tracing(endpoint: str | None) -> Tracing | None:
 
 
 def traces_url(endpoint: str) -> str:
-    """Where spans go, from an OTLP receiver's address as OTEL_EXPORTER_OTLP_ENDPOINT has it. Raises ConfigError."""
+    """The URL to send spans to, from an OTLP receiver's address as OTEL_EXPORTER_OTLP_ENDPOINT has it. Raises
+    ConfigError."""
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ConfigError(

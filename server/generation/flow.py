@@ -1,0 +1,213 @@
+"""The course of a request that generates text, whichever its endpoint is; and `Endpoint`, what one brings to it.
+
+An endpoint is its request type, its response types and an adapter between them and this (see `server.routes.chat`).
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import msgspec
+from fastapi import Request
+from starlette.responses import Response
+
+from pilotfish.engine.request import EngineInfo, check_request, fan_out
+from pilotfish.engine.request import Request as EngineRequest
+from pilotfish.server.encoding import json_response
+from pilotfish.server.errors import ErrorForm, openai_error
+from pilotfish.server.generation.answer import Answer
+from pilotfish.server.generation.events import DONE, Chunks, ClientGoneError, EventStream, until_disconnect
+from pilotfish.server.generation.facts import GenerationFacts, RequestFacts, facts_of
+from pilotfish.server.generation.follow import Pieces, follow_all
+from pilotfish.server.generation.spec import GenerationSpec, fit
+from pilotfish.server.generation.usage import timings_of, usage_of
+from pilotfish.server.protocol.common import Prompt
+from pilotfish.server.protocol.usage import Timings, Usage
+from pilotfish.server.service import Service, check_length
+from pilotfish.text.detokenizer import AnswerText, Detokenizer, Piece, Vocabulary
+
+Body = TypeVar("Body", bound="RequestBody")
+
+
+class RequestBody(Protocol):
+    """What the flow reads of a request type."""
+
+    @property
+    def model(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Reply(Generic[Body]):
+    """A response on its way: what was asked, and the answers."""
+
+    body: Body
+    spec: GenerationSpec
+    answers: Sequence[Answer]
+    vocabulary: Vocabulary
+    id: str
+    created: int
+    """Seconds since 1970."""
+    fingerprint: str
+
+    def head(self, object_: str) -> tuple[str, str, int, str, str]:
+        """The fields of `protocol.usage.Response`."""
+        return self.id, object_, self.created, self.spec.model, self.fingerprint
+
+    def usage(self) -> Usage:
+        return usage_of(self.answers)
+
+    def timings(self) -> Timings:
+        return timings_of(self.answers)
+
+
+class Endpoint(ABC, Generic[Body]):
+    """An endpoint that generates text."""
+
+    name: ClassVar[str]
+    path: ClassVar[str]
+    request_type: ClassVar[type[Any]]
+    response_type: ClassVar[type[msgspec.Struct]]
+    id_prefix: ClassVar[str]
+    operation: ClassVar[str]
+    """OpenTelemetry's gen_ai.operation.name."""
+    prompt_param: ClassVar[str]
+    """The field that errors about the prompt name."""
+    end_of_stream: ClassVar[bytes] = DONE
+    error_form: ErrorForm = staticmethod(openai_error)
+
+    @abstractmethod
+    def spec(self, body: Body) -> GenerationSpec:
+        """What is asked for. Raises ApiError 400 for fields that contradict each other."""
+
+    @abstractmethod
+    def prompts(self, body: Body, service: Service) -> Sequence[Prompt]:
+        """`spec.prompts` prompts, each as text or as token ids."""
+
+    @abstractmethod
+    def whole(self, reply: Reply[Body], pieces: Sequence[Piece]) -> msgspec.Struct:
+        """The response of a request that is not streamed; `pieces` are the whole answers, in the order of
+        `reply.answers`."""
+
+    @abstractmethod
+    def chunks(self, reply: Reply[Body]) -> Chunks:
+        """What makes the events of a request that is streamed."""
+
+
+async def generate(endpoint: Endpoint[Body], body: Body, request: Request, service: Service) -> Response:
+    """Answer a request. Raises ApiError, and what the engine raises, until a stream begins."""
+    info = service.ready()
+    service.check_model(body.model)
+    spec = endpoint.spec(body)
+    facts = facts_of(request.scope)
+    identity = f"{endpoint.id_prefix}{uuid.uuid4().hex}"
+    with ExitStack() as admission:
+        param = "n" if spec.answers > 1 else endpoint.prompt_param
+        admission.enter_context(service.admit(spec.sequences, info, param))
+        answers: list[Answer] = []
+        for prompt in endpoint.prompts(body, service):
+            answers += await _answers(service, info, endpoint.prompt_param, spec, identity, prompt, len(answers), facts)
+        reply = Reply(body, spec, answers, service.vocabulary, identity, int(time.time()), service.fingerprint(info))
+        facts.generation = GenerationFacts(identity, endpoint.operation, spec, answers, _prompts(service, answers))
+        pieces = follow_all(service.engine, answers, service.metrics)
+        if spec.stream:
+            return EventStream(endpoint.chunks(reply), pieces, admission.pop_all(), endpoint.end_of_stream)
+        try:
+            whole = await until_disconnect(request.receive, _collect(answers, pieces))
+        except ClientGoneError:
+            return Response(status_code=499)
+    return json_response(endpoint.whole(reply, whole))
+
+
+async def _answers(
+    service: Service,
+    info: EngineInfo,
+    param: str,
+    spec: GenerationSpec,
+    identity: str,
+    prompt: Prompt,
+    first_index: int,
+    facts: RequestFacts,
+) -> list[Answer]:
+    """The answers to one prompt, yet to be asked of the engine."""
+    prompt_index = first_index // spec.answers
+    ids = await service.encode(prompt, param, spec.add_special_tokens) if isinstance(prompt, str) else tuple(prompt)
+    check_length(param, len(ids), info)
+    params = fit(spec, len(ids), info)
+    prediction = await service.encode(spec.prediction, "prediction", False) if spec.prediction else ()
+    asked = EngineRequest(
+        id=identity if spec.prompts == 1 else f"{identity}-{prompt_index}",
+        prompt_ids=ids,
+        params=params,
+        speculation=spec.speculation,
+        prediction_ids=prediction,
+        arrival=facts.arrival,
+    )
+    check_request(asked, info)
+    seed = params.seed if params.seed is not None else service.engine.draw_seed()
+    answers: list[Answer] = []
+    for one in fan_out(asked, spec.answers, seed):
+        detokenizer = Detokenizer(service.vocabulary, spec.skip_special_tokens)
+        echo, offsets = _echo(service, spec, prompt, ids, detokenizer) if spec.echo else ("", [])
+        text = AnswerText(
+            detokenizer,
+            spec.stop,
+            include_stop=spec.include_stop,
+            min_tokens=params.min_tokens,
+            offset=len(echo),
+        )
+        answers.append(
+            Answer(
+                index=first_index + len(answers),
+                prompt_index=prompt_index,
+                request=one,
+                text=text,
+                echo=echo,
+                echo_offsets=offsets,
+                only_echo=spec.only_echo,
+                show_logprobs=spec.show_logprobs,
+            )
+        )
+    return answers
+
+
+def _echo(
+    service: Service, spec: GenerationSpec, prompt: Prompt, ids: tuple[int, ...], detokenizer: Detokenizer
+) -> tuple[str, list[int]]:
+    """A prompt's text and the offset of each token in it. A prompt of ids may end within a character: its answer then
+    goes on from there, by `detokenizer`. A prompt of text is echoed as it was sent, whatever the tokenizer makes of it.
+    """
+    spelling = Detokenizer(service.vocabulary, spec.skip_special_tokens) if isinstance(prompt, str) else detokenizer
+    parts = [spelling.feed((id_,)) for id_ in ids]
+    offsets = list(accumulate(map(len, parts[:-1]), initial=0))
+    return prompt if isinstance(prompt, str) else "".join(parts), offsets
+
+
+def _prompts(service: Service, answers: Sequence[Answer]) -> list[str] | None:
+    """The prompts' texts, if the server's log may have them."""
+    if not service.config.log_prompts:
+        return None
+    prompts = {answer.prompt_index: answer.request.prompt_ids for answer in answers}.values()
+    return [service.tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts]
+
+
+async def _collect(answers: Sequence[Answer], pieces: Pieces) -> list[Piece]:
+    """The whole answers, each as one piece."""
+    parts: list[list[Piece]] = [[] for _ in answers]
+    async with aclosing(pieces):
+        async for answer, piece in pieces:
+            parts[answer.index].append(piece)
+    return [
+        Piece(
+            "".join(piece.text for piece in own),
+            [entry for piece in own for entry in piece.entries],
+            own[-1].finish_reason,
+        )
+        for own in parts
+    ]

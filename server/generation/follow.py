@@ -1,0 +1,92 @@
+"""Answers on their way from the engine: pieces of text as they come, of one answer or of several at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from pilotfish.engine.process.client import AsyncEngine
+from pilotfish.errors import EngineDeadError
+from pilotfish.server.errors import SERVER_ERROR, ApiError, cut_short
+from pilotfish.server.generation.answer import Answer
+from pilotfish.server.metrics import Metrics, Outcome
+from pilotfish.text.detokenizer import Piece
+
+Pieces = AsyncGenerator[tuple[Answer, Piece], None]
+"""Pieces, each with the answer that it is of."""
+
+
+def follow_all(engine: AsyncEngine, answers: Sequence[Answer], metrics: Metrics) -> Pieces:
+    """The pieces of several answers as they come. If one fails, or this is closed, all of them end."""
+    if len(answers) == 1:  # every chunk goes through here: no task, no queue
+        return follow(engine, answers[0], metrics)
+    return _merge(engine, answers, metrics)
+
+
+async def follow(engine: AsyncEngine, answer: Answer, metrics: Metrics) -> Pieces:
+    """The pieces of one answer; the last has a finish_reason. The request has left the engine by then, and also if
+    this is closed or cancelled. Raises what `AsyncEngine.generate` does, and ApiError for a request that the engine
+    has given up.
+    """
+    outcome: Outcome = "error"
+    last = None
+    try:
+        async with aclosing(engine.generate(answer.request)) as deltas:
+            async for delta in deltas:
+                match delta.finish_reason:
+                    case "abort":
+                        outcome = "abort"
+                        raise cut_short()
+                    case "error":
+                        message = delta.error or "The engine could not finish this request."
+                        raise ApiError(500, message, type=SERVER_ERROR, code="engine_error")
+                piece = answer.take(delta, metrics)
+                if piece.finish_reason is not None:
+                    last = piece
+                    break
+                yield answer, piece
+        if last is None:
+            raise EngineDeadError("the engine ended a request without saying why")
+        outcome = "length" if answer.finish_reason == "length" else "stop"
+    except (asyncio.CancelledError, GeneratorExit):
+        outcome = "abort"
+        raise
+    finally:
+        answer.outcome = outcome
+        metrics.ended(
+            outcome,
+            time.monotonic() - answer.request.arrival,
+            answer.decode_rate,
+            drafter=answer.drafter,
+            prompt_tokens=len(answer.request.prompt_ids),
+            tokens=answer.tokens,
+        )
+    yield answer, last
+
+
+async def _merge(engine: AsyncEngine, answers: Sequence[Answer], metrics: Metrics) -> Pieces:
+    queue: asyncio.Queue[tuple[Answer, Piece] | Exception] = asyncio.Queue()
+
+    async def put_all(answer: Answer) -> None:
+        try:
+            async with aclosing(follow(engine, answer, metrics)) as pieces:
+                async for item in pieces:
+                    queue.put_nowait(item)
+        except Exception as error:  # raised where it can be caught, below
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(put_all(answer)) for answer in answers]
+    try:
+        unfinished = len(answers)
+        while unfinished:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            unfinished -= item[1].finish_reason is not None
+            yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

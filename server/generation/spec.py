@@ -1,0 +1,120 @@
+"""GenerationSpec: what a request asks for, in terms that all endpoints share. An endpoint makes it of its own request
+type; `fit` then turns it into the engine's SamplingParams for a prompt of a certain length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from msgspec.structs import replace
+
+from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.request import EngineInfo
+from pilotfish.errors import ParameterError
+from pilotfish.server.errors import bad_parameter
+from pilotfish.server.protocol.common import GenerationRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSpec:
+    """What a request asks for, but for the prompts themselves."""
+
+    model: str
+    params: SamplingParams
+    """As asked: not checked yet, and without max_tokens."""
+    max_tokens: int | None = None
+    """None: all that the context has room for after the prompt."""
+    max_tokens_param: str = "max_tokens"
+    """The client's name for max_tokens."""
+    stream: bool = False
+    prompts: int = 1
+    answers: int = 1
+    """Answers to generate for each prompt."""
+    stop: Sequence[str] = ()
+    include_stop: bool = False
+    """Show the stop string that ended an answer."""
+    add_special_tokens: bool = False
+    """Put the tokenizer's begin-of-text token before a prompt that is text."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the answers' texts."""
+    echo: bool = False
+    """Put the prompt before each answer."""
+    only_echo: bool = False
+    """Show the prompt alone."""
+    show_logprobs: bool = True
+    """False: log-probabilities are asked of the engine, if at all, only to rank answers."""
+    speculation: str | None = None
+    prediction: str | None = None
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that the engine decodes for it."""
+        return self.prompts * self.answers
+
+
+_SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "logit_bias", "min_tokens", "ignore_eos", "seed",
+)  # fmt: skip
+"""Fields of GenerationRequest that SamplingParams has by the same name; None is a field's default."""
+
+
+def spec_of(
+    body: GenerationRequest, *, logprobs: int | None = None, prompt_logprobs: int | None = None, **own: Any
+) -> GenerationSpec:
+    """The spec of a request of OpenAI's kind; `own` are fields that the endpoint says itself.
+
+    Raises ApiError 400 for fields that contradict each other.
+    """
+    given = {name: value for name in _SAMPLING if (value := getattr(body, name)) is not None}
+    params = SamplingParams(
+        **given,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+    )
+    shared = {
+        "max_tokens": body.max_tokens,
+        "answers": body.choices,
+        "stream": bool(body.stream),
+        "stop": body.stop,
+        "include_stop": body.include_stop_str_in_output,
+        "skip_special_tokens": body.skip_special_tokens,
+        "speculation": body.speculation,
+        "prediction": body.prediction,
+    }
+    spec = GenerationSpec(model=body.model, params=params, **shared | own)
+    if body.stream_options is not None and not spec.stream:
+        raise bad_parameter("stream_options", "stream_options is only allowed with stream: true")
+    if spec.prediction is not None and spec.sequences > 1:
+        raise bad_parameter(
+            "prediction",
+            f"prediction is only allowed with a single answer, but this request asks for {spec.sequences}: leave it "
+            "out, or ask for 1",
+        )
+    return spec
+
+
+def fit(spec: GenerationSpec, prompt_tokens: int, info: EngineInfo) -> SamplingParams:
+    """Checked parameters for a prompt of that many tokens: max_tokens is cut to what the context has room for.
+
+    Raises ParameterError with the client's name for the parameter at fault.
+    """
+    room = info.max_model_len - prompt_tokens
+    # A larger top_k means the same, and need not fit into a message.
+    params = replace(
+        spec.params,
+        max_tokens=room if spec.max_tokens is None else spec.max_tokens,
+        top_k=min(spec.params.top_k, info.vocab_size),
+    )
+    try:
+        params.check()
+    except ParameterError as error:
+        if error.param != "max_tokens":
+            raise
+        message = error.message.replace("max_tokens", spec.max_tokens_param, 1)
+        raise ParameterError(spec.max_tokens_param, message) from error
+    limit = min(params.max_tokens, room)
+    return replace(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit))

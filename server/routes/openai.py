@@ -1,0 +1,44 @@
+"""What the streams of OpenAI's completions and chat have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+from msgspec import UNSET
+
+from pilotfish.server.generation.flow import Reply
+from pilotfish.server.protocol.chat import ChatChunk
+from pilotfish.server.protocol.common import GenerationRequest
+from pilotfish.server.protocol.completions import CompletionChunk
+
+Body = TypeVar("Body", bound=GenerationRequest)
+Chunk = TypeVar("Chunk", ChatChunk, CompletionChunk)
+
+
+class OpenAIChunks(Generic[Body, Chunk]):
+    """Chunks with one choice each, and usage and timings at the end: in the last chunk, or, with include_usage, in one
+    of their own."""
+
+    def __init__(self, reply: Reply[Body], chunk_type: type[Chunk], object_: str) -> None:
+        self.reply = reply
+        self._make: Callable[..., Chunk] = chunk_type
+        self._head = reply.head(object_)
+        self._usage = None if reply.body.include_usage else UNSET
+        self._unfinished = len(reply.answers)
+
+    def begin(self) -> Sequence[Chunk]:
+        return ()
+
+    def chunk(self, choice: Any) -> Chunk:
+        """The chunk of a choice; of the last one, if `choice` has a finish_reason and no other choice is unfinished."""
+        if choice.finish_reason is not None:
+            self._unfinished -= 1
+            if not self._unfinished and self._usage is UNSET:
+                return self._make(*self._head, (choice,), UNSET, self.reply.timings())
+        return self._make(*self._head, (choice,), self._usage)
+
+    def end(self) -> Sequence[Chunk]:
+        if self._usage is None:
+            return [self._make(*self._head, (), self.reply.usage(), self.reply.timings())]
+        return ()

@@ -1,0 +1,67 @@
+"""The log's line for each request: what was asked, how it ended and how fast. It has no text of prompts or answers, but
+for the prompts with `--log-prompts`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from starlette.types import Scope
+
+from pilotfish.logs import fields
+from pilotfish.server.auth import OPEN_PATHS
+from pilotfish.server.generation.facts import GenerationFacts, facts_of
+from pilotfish.server.generation.usage import timings_of, usage_of
+
+logger = logging.getLogger("server.requests")
+
+
+def log_request(scope: Scope, status: int, seconds: float, trace_id: str | None = None) -> None:
+    """Log a request that was answered `seconds` after it came in. Probes are logged at level debug alone, their 503s
+    included, since they come time and again."""
+    facts, path = facts_of(scope), scope["path"]
+    level = logging.DEBUG if path in OPEN_PATHS and status in (200, 503) else logging.INFO
+    if not logger.isEnabledFor(level):
+        return
+    client = scope.get("client")
+    known = fields(
+        request_id=facts.request_id,
+        trace_id=trace_id,
+        client=client[0] if client else None,
+        method=scope["method"],
+        path=path,
+        status=status,
+        error=facts.error,
+        duration_ms=round(seconds * 1000, 3),
+        **(summary_of(facts.generation) if facts.generation is not None else {}),
+    )
+    logger.log(level, "%s %s: %d", scope["method"], _printable(path), status, extra=known)
+
+
+def summary_of(generation: GenerationFacts) -> dict[str, Any]:
+    """What the answers of a request came to, by the names of `Timings` where they are the same."""
+    answers, spec = generation.answers, generation.spec
+    usage, timings = usage_of(answers), timings_of(answers)
+    return {
+        "id": generation.id,
+        "model": spec.model,
+        "stream": spec.stream,
+        "answers": len(answers),
+        "finish_reason": ",".join(sorted({answer.end for answer in answers})),
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": timings.cached_tokens,
+        "tokens": usage.completion_tokens,
+        "queue_ms": timings.queue_ms,
+        "ttft_ms": timings.ttft_ms,
+        "tokens_per_second": timings.tokens_per_second,
+        "drafter": timings.drafter,
+        "drafted_tokens": timings.drafted_tokens,
+        "accepted_tokens": timings.accepted_tokens,
+        "acceptance": round(timings.accepted_tokens / timings.drafted_tokens, 3) if timings.drafted_tokens else None,
+        "prompts": generation.prompts,
+    }
+
+
+def _printable(path: str) -> str:
+    """The path without control characters, which a terminal could take for commands, and cut to 200 characters."""
+    return path.encode("unicode_escape").decode()[:200]
