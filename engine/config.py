@@ -27,97 +27,107 @@ LoadFormat = Literal["auto", "dummy"]
 
 
 CACHE_SHARES = {"cpu": 0.05, "gpu": 0.9}
-"""What `kv_cache_share` 0 stands for."""
+"""The shares that `kv_cache_share` 0 stands for."""
 
 
 def cache_share(kv_cache_share: float, on_gpu: bool) -> float:
-    """The setting's value, or what it stands for where a model computes."""
+    """The share itself, or if it is 0, the default for the device that the model runs on."""
     return kv_cache_share or CACHE_SHARES["gpu" if on_gpu else "cpu"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an engine is started with. Every field has a default but `model`'s is the catalogue's small one.
+    """What an engine is started with. Each field's docstring is the help text of its flag.
 
     Raises ConfigError from `check()`; msgspec raises ValidationError for a value of the wrong type.
     """
 
     model: str = "smollm2-135m"
-    """A catalogue name, a Hugging Face folder, a .gguf file, or a hub name."""
+    """Model to serve: a name from the built-in catalogue, a Hugging Face folder, a .gguf file, or a name on the Hugging
+    Face hub (org/name)."""
     dtype: DType = "auto"
-    """Of weights and KV cache. auto: float32 on the CPU, the checkpoint's own on a GPU."""
+    """Data type of the weights and the KV cache. auto: float32 on the CPU, the checkpoint's own on a GPU."""
     device: DeviceName = "auto"
-    """auto: the GPU if there is one."""
+    """Device to run on. auto: CUDA if there is a device."""
     kernels: KernelsName = "auto"
-    """native: this package's own CPU kernels, bit-equal for every batch and span; torch: torch's operators."""
+    """Kernels to use. native: Pilotfish's own CPU kernels, which are batch-invariant; torch: torch's operators; auto:
+    native where they can be used."""
     attention_backend: AttentionName = "auto"
-    """flash4, flash2: flash-attn's kernels; native, torch: as for `kernels`. auto: the best that this machine has."""
+    """Attention kernels to use. flash4, flash2: flash-attn's; native, torch: as for `kernels`; auto: the best ones that
+    this machine has."""
     quantization: QuantizationName = "auto"
-    """Of the layers' matrices. fp8: quantized at loading unless the checkpoint is; none: never; auto: as the checkpoint
-    has them where the GPU can compute with them, otherwise in `dtype`."""
+    """Quantization of the layer weights. fp8: quantized at load time, unless the checkpoint is already; none: never;
+    auto: as the checkpoint has them where the GPU computes in fp8, otherwise in `dtype`."""
     load_format: LoadFormat = "auto"
-    """auto: the model's own weights; dummy: random ones of the same shapes, for benchmarks, from config.json alone."""
+    """Weights to load. auto: the model's own; dummy: random weights of the same shapes, for benchmarks, from
+    config.json alone."""
     num_threads: NotNegative = 0
-    """CPU threads of each engine process; 0: the cores that it may use, divided by the ranks of this host."""
+    """CPU threads of each engine process; 0: the cores that it may use, divided by the number of ranks on this host."""
     tensor_parallel_size: Positive = 1
-    """GPUs, or processes on a CPU, that share a model: its ranks."""
+    """Number of GPUs, or of processes on a CPU, that a model is sharded over: its ranks."""
     draft_tensor_parallel_size: Positive = 1
-    """1: draft models lie whole on rank 0; the same as tensor_parallel_size: they are divided as the target is."""
+    """Ranks that draft models are sharded over. 1: they are whole on rank 0; otherwise the same as
+    tensor_parallel_size."""
     nnodes: Positive = 1
-    """Hosts that the ranks are on, the same number on each: start the same command on each, but for node_rank."""
+    """Number of hosts that the ranks are on, the same number of ranks on each."""
     node_rank: NotNegative = 0
-    """Which of them this host is. Node 0 has rank 0 and serves; the others only hold ranks."""
+    """Index of this host: start the same command on each host except for this. Node 0 has rank 0 and serves HTTP; the
+    others only hold ranks."""
     master_addr: str | None = None
-    """Address of node 0, as all nodes reach it; needed with nnodes."""
+    """Address of node 0, as all nodes reach it. Required with nnodes."""
     master_port: Port = 29500
     """Port of node 0 where the ranks of several hosts meet."""
     rank_timeout: Annotated[float, Meta(gt=0)] = 60.0
-    """Seconds that a rank may be silent, or stuck in a pass that the others wait in, before the engine ends with its
-    name; also rank 0 itself while requests are in flight."""
+    """Seconds that a rank may be silent, or stuck in a pass that the others wait for, before the engine ends with an
+    error that names it; also for rank 0 itself while requests are in flight."""
     enforce_eager: bool = False
     """Launch every kernel of every pass by itself, even where passes could be captured as CUDA graphs."""
     cuda_graph_memory: NotNegative = 0
-    """Bytes that captured graphs may take on a GPU; 0: a twentieth of what is free once the weights are loaded."""
+    """Maximum memory for captured CUDA graphs on a GPU, in bytes; 0: a twentieth of the memory that is free once the
+    weights are loaded."""
 
     max_model_len: NotNegative = 0
-    """Most tokens of prompt and answer together; 0: the model's own limit, or less if the KV cache is smaller."""
+    """Maximum number of tokens of prompt and answer together; 0: the model's own limit, or what the KV cache holds if
+    that is less."""
     max_num_seqs: Positive = 32
-    """Most sequences that run in one step; the others wait."""
+    """Maximum number of sequences that run in one step; the others wait."""
     max_batch_tokens: Positive = 128
-    """Token rows of one step: what is left of it by the decoding sequences goes to prefill chunks."""
+    """Maximum number of token rows in a step; decoding sequences come first, prefill chunks take the rest."""
     block_size: NotNegative = 0
-    """Tokens in a KV-cache block. 0: the attention backend's own choice."""
+    """Tokens in a block of the KV cache; 0: the attention backend's own choice."""
     kv_cache_dtype: CacheDType = "auto"
-    """auto: the same as `dtype`; fp8: float8_e4m3fn, half of bfloat16's memory, where the attention backend allows it.
-    """
+    """Data type of the KV cache. auto: the same as `dtype`; fp8: float8_e4m3fn, half the memory of bfloat16, where the
+    attention backend supports it."""
     kv_cache_memory: NotNegative = 0
-    """Bytes of the KV cache; 0: `kv_cache_share` of the memory that is free once the weights are loaded."""
+    """Size of the KV cache in bytes; 0: by `kv_cache_share`."""
     kv_cache_share: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    """See kv_cache_memory. 0: 0.05 on the CPU, whose memory others want, too, and 0.9 on a GPU."""
+    """Share of the memory that is free once the weights are loaded to use for the KV cache. 0: 0.05 on the CPU, whose
+    memory other programs need, too, and 0.9 on a GPU."""
     prefix_caching: bool = True
-    """Keep the KV cache of finished requests, as long as there is room, for prompts that begin as they did."""
+    """Keep the KV cache of finished requests, as long as there is room, for prompts that start with the same tokens."""
 
     drafter: tuple[str, ...] = ()
-    """Who may draft: "ngram", "suffix", or a draft model with the target's vocabulary, named as `model` is, or as
-    NAME=MODEL to choose what requests call it. Give it several times for several; not at all: what goes with the
+    """Drafter to load: ngram, suffix, or a draft model or EAGLE-3 head with the target's vocabulary, in the same forms
+    as `model`; NAME=MODEL chooses the name that requests use. Repeatable; without any, the drafters that suit the
     target."""
     speculation: str = "auto"
-    """What a request gets that does not say: auto, which chooses among the drafters at every step; none; or a drafter's
-    name."""
+    """Default for requests that do not set `speculation`: auto, which chooses among the drafters at every step; none;
+    or a drafter's name."""
     num_draft_tokens: Positive = 8
-    """Most tokens drafted for a sequence in one step."""
+    """Maximum number of tokens drafted for a sequence in one step."""
     adaptive_drafts: bool = True
-    """Draft by whom and as many tokens as promises the highest goodput, down to none; false: always as many as can be,
-    by the first drafter that has any."""
+    """Let the controller choose the drafter and the number of draft tokens with the highest predicted goodput, down to
+    none; off: always as many as possible, by the first drafter that has any."""
     ngram_max: Positive = 4
-    """Longest suffix that the n-gram drafter looks up; it falls back to shorter ones down to `ngram_min`."""
+    """Length of the longest suffix that the n-gram drafter looks up; it falls back to shorter ones, down to
+    `ngram_min`."""
     ngram_min: Positive = 1
-    """Shortest suffix that it looks up."""
+    """Length of the shortest suffix that the n-gram drafter looks up."""
     verification: Verification = "coupled"
-    """coupled: the same seed gives the same text with any drafter or none; rejection: more drafted tokens are accepted,
-    but the text of a sampled answer depends on what was drafted."""
+    """How drafts are verified. coupled: the same seed gives the same text with any drafter or none; rejection: more
+    draft tokens are accepted, but the text of a sampled answer depends on the drafts."""
 
     seed: NotNegative | None = None
-    """Where requests without a seed get theirs from; None: from the operating system."""
+    """Seed from which requests without one get theirs; by default from the operating system."""
 
     def check(self) -> EngineConfig:
         """Return self, or raise ConfigError for settings that contradict each other.

@@ -1,5 +1,5 @@
-"""ServerConfig: every setting of the HTTP server, one schema for flags, YAML and code. The engine's are in
-`engine.config`. Sizes are bytes, times seconds.
+"""ServerConfig: every setting of the HTTP server, in one schema for flags, YAML and code. Sizes are bytes, times
+seconds. The engine's settings are in `engine.config`.
 """
 
 from __future__ import annotations
@@ -16,39 +16,44 @@ from pilotfish.logs import LogFormat, LogLevel
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the engine is served. Raises ConfigError from `check()`; msgspec raises ValidationError for wrong types."""
+    """How the engine is served. Each field's docstring is the help text of its flag.
+
+    `check` raises ConfigError; msgspec raises ValidationError for values of wrong types.
+    """
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all of this machine's."""
+    """Address to listen on; 0.0.0.0 for all addresses of the machine."""
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
-    """Port to listen on; 0 for any that is free."""
+    """Port to listen on; 0: any free one."""
     api_key: tuple[str, ...] = ()
-    """A key that clients must send as "Authorization: Bearer KEY"; give it several times for several keys. The
-    environment variable PILOTFISH_API_KEY is one more."""
+    """A key that clients must send as "Authorization: Bearer KEY". Repeatable; the environment variable
+    PILOTFISH_API_KEY adds one more."""
     api_key_file: str | None = None
-    """A file with more keys, one a line."""
+    """A file with more API keys, one per line."""
     served_model_name: tuple[str, ...] = ()
-    """What clients call the model, instead of its own name; give it several times for several names."""
+    """Name that clients use for the model, instead of its own. Repeatable."""
     chat_template: str | None = None
-    """A file with a jinja2 chat template to use instead of the model's own."""
+    """A file with a Jinja2 chat template, instead of the model's own."""
 
     max_queue: NotNegative = 256
-    """Most sequences that may wait beside the max_num_seqs that run; more are refused with status 429."""
+    """Maximum number of sequences that wait in addition to the max_num_seqs that run; more are refused with status
+    429."""
     max_body_bytes: Positive = 8 * 2**20
-    """Largest request body; a larger one is refused with status 413."""
+    """Maximum size of a request's body; larger ones are refused with status 413."""
     drain_timeout: Annotated[float, Meta(ge=0)] = 30.0
-    """Seconds that running requests may take to finish after SIGTERM or Ctrl-C; those left then end with an error."""
+    """Seconds that running requests have to finish after SIGTERM or Ctrl-C; the remaining ones then end with an
+    error."""
     log_level: LogLevel = "info"
-    """Least serious messages to log; info has a line for each request, but none for probes."""
+    """Lowest level of messages to log. info has a line for each request, but none for probes."""
     log_format: LogFormat = "text"
-    """text, for people, or json, an object a line."""
+    """Format of the log. text: for people; json: one object per line."""
     log_prompts: bool = False
-    """Write prompts' texts into the log, with the request's line."""
+    """Log the prompts' texts with each request's line."""
     otlp_endpoint: str | None = None
     """Send a trace of each request to this OTLP receiver, such as http://127.0.0.1:4318. Needs pilotfish[otel]."""
 
     def check(self) -> ServerConfig:
-        """Return self, or raise ConfigError for settings that cannot work."""
+        """Return self. Raises ConfigError for settings that cannot work."""
         for name, values in (("api_key", self.api_key), ("served_model_name", self.served_model_name)):
             if not all(value.strip() for value in values):
                 raise ConfigError(f"{name} is empty: give it a value, or leave it out")
@@ -56,8 +61,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return self
 
     def keys(self) -> tuple[str, ...]:
-        """All API keys, those of api_key_file as it is now included. Raises ConfigError for a file that cannot be read
-        or has none: nobody means a server that is open to all by naming it."""
+        """All API keys, those in api_key_file included, which is read now. Raises ConfigError for a file that cannot be
+        read or has no keys: naming it can hardly be meant to open the server to all."""
         if self.api_key_file is None:
             return self.api_key
         try:
@@ -66,5 +71,5 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(f"cannot read the keys in api_key_file {self.api_key_file}: {error}") from error
         keys = tuple(line.strip() for line in text.splitlines() if line.strip())
         if not keys:
-            raise ConfigError(f"api_key_file {self.api_key_file} has no keys: it must have one a line")
+            raise ConfigError(f"api_key_file {self.api_key_file} has no keys: it must have one per line")
         return (*self.api_key, *keys)
