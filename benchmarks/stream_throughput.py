@@ -30,7 +30,7 @@ from pilotfish.engine.request import Delta, EngineInfo, Request, TokenLogprobs
 from pilotfish.server.app import create_app
 from pilotfish.server.config import ServerConfig
 from pilotfish.server.metrics import Metrics
-from pilotfish.server.serve import _loop_factory
+from pilotfish.server.serve import loop_factory
 
 VOCABULARY = 1000
 MODEL = "instant"
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--serve", type=int, metavar="PORT", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve is not None:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(serve(args.serve))
         return
     for endpoint in args.endpoint or PATHS:

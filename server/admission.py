@@ -1,4 +1,4 @@
-"""Who may come in: at most so many sequences at once, and nobody any more once the server is stopping."""
+"""Admission control: a limit on the sequences in flight, and no more requests once the server is stopping."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pilotfish.server.errors import bad_parameter, queue_full, stopping
 
 
 class Gate:
-    """Counts the sequences in flight, from before they are given to the engine until their client has its answer."""
+    """Counts the sequences in flight, from before they are given to the engine until their client has the answer."""
 
     def __init__(self) -> None:
         self.in_flight = 0
@@ -23,8 +23,8 @@ class Gate:
 
     @contextmanager
     def admit(self, count: int, limit: int, param: str) -> Iterator[None]:
-        """Let `count` sequences in until the block is left. Raises ApiError 429 if there were more than `limit` then,
-        503 if the gate is closed, 400 (for `param`) if `count` alone is more.
+        """Admit `count` sequences until the block is left. Raises ApiError 429 if more than `limit` would be in
+        flight then, 503 if the gate is closed, 400 (for `param`) if `count` alone exceeds `limit`.
         """
         if self.closed:
             raise stopping()

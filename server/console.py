@@ -1,5 +1,5 @@
-"""What is said while the server starts and stops: a few lines for people, with progress where someone is watching; or
-the same as messages of the log, where that is for programs.
+"""The lines that are shown while the server starts and stops: for people, with progress on a terminal, or as messages
+of the log where that is meant for programs.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pilotfish.logs import fields
 logger = logging.getLogger("pilotfish.server.console")
 
 _QUIET_SECONDS = 2.0
-"""Where progress cannot stay on its line, it gets a new one only so often."""
+"""Minimum interval between lines of progress where it cannot be shown in place."""
 
 
 class Console:
-    """Writes to standard error, or to `stream`; on a terminal, progress stays on its line. `as_log`: to the log."""
+    """Writes to standard error, or to `stream`, with progress in place on a terminal; with `as_log`, to the log."""
 
     def __init__(self, stream: TextIO | None = None, *, as_log: bool = False) -> None:
         self._stream = stream or sys.stderr
@@ -30,17 +30,17 @@ class Console:
         self._began = self._phase_began = self._last_line = time.monotonic()
 
     def line(self, text: str = "") -> None:
-        """A line of its own."""
+        """Show a line."""
         self._end_progress()
         self._say(text)
 
     def error(self, text: str) -> None:
-        """A line that says what went wrong."""
+        """Show a line that says what went wrong."""
         self._end_progress()
         self._say(text, logging.ERROR)
 
     def progress(self, what: str, share: float) -> None:
-        """`what` is done to a share of 0 to 1; the share of something that cannot be measured stays 0."""
+        """Show that `what` is done to a share of 0 to 1; a share that cannot be measured stays 0."""
         percent = int(share * 100)
         if what != self._what:
             self._end_progress()
@@ -56,7 +56,7 @@ class Console:
             self._say(f"  {what}: {percent}%", percent=percent)
 
     def ready(self, info: EngineInfo, url: str, name: str, needs_key: bool) -> None:
-        """The server takes requests: where, and how to send the first."""
+        """Show that the server takes requests, its address, and how to send a first request."""
         how = f"{info.dtype} on {info.device} ({info.kernels} kernels), drafters {', '.join(info.drafters)}"
         how += "" if info.default_drafter == "auto" else f" (by default {info.default_drafter})"
         capacity = f"{info.max_model_len} tokens of context, {info.num_blocks * info.block_size} in the KV cache"
@@ -75,7 +75,7 @@ class Console:
         self._last_line = time.monotonic()
 
     def _end_progress(self) -> None:
-        """What was going on is done: how long it took stays to be read."""
+        """Show how long the last progress took, now that it is done."""
         if not self._what:
             return
         seconds = time.monotonic() - self._phase_began

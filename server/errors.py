@@ -54,31 +54,25 @@ class ApiError(Exception):
         retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status = status
-        self.message = message
-        self.type = type
-        self.param = param
-        self.code = code
-        self.retry_after = retry_after
+        self.message, self.param = _encodable(message), None if param is None else _encodable(param)
+        self.status, self.type, self.code, self.retry_after = status, type, code, retry_after
 
     def response(self, form: ErrorForm) -> Response:
         headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
         return json_response(form(self), self.status, headers)
 
 
+def _encodable(text: str) -> str:
+    """`text` with its lone surrogates, which a quoted request may have and UTF-8 cannot carry, spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 ErrorForm = Callable[[ApiError], msgspec.Struct]
-"""Makes the JSON object that a client is sent of an error."""
+"""Makes the JSON object that a client is sent for an error."""
 
 
 def openai_error(error: ApiError) -> ErrorBody:
-    return ErrorBody(
-        ErrorFields(encodable(error.message), error.type, error.param and encodable(error.param), error.code)
-    )
-
-
-def encodable(text: str) -> str:
-    """`text` with lone surrogates, which a quoted request may have and UTF-8 cannot carry, spelled out."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return ErrorBody(ErrorFields(error.message, error.type, error.param, error.code))
 
 
 def bad_parameter(param: str, message: str, code: str | None = "invalid_value") -> ApiError:

@@ -78,7 +78,9 @@ class Metrics:
         """time.monotonic() of the last report of a step."""
         self._model = ""
         own: dict[str, Any] = {"namespace": "pilotfish", "registry": registry}
-        counter, gauge, histogram = partial(Counter, **own), partial(Gauge, **own), partial(Histogram, **own)
+        counter: Callable[..., Counter] = partial(Counter, **own)
+        gauge: Callable[..., Gauge] = partial(Gauge, **own)
+        histogram: Callable[..., Histogram] = partial(Histogram, **own)
         versions = {"version": __version__, "python": platform.python_version(), "torch": version("torch")}
         Info("build", "Versions of Pilotfish, Python and torch.", **own).info(versions)
 

@@ -1,4 +1,4 @@
-"""Runs the server: model files, the port, the engine, uvicorn, and a graceful end. The command: `server.cli.main`."""
+"""Runs the server: model files, the port, the engine, uvicorn, and a graceful shutdown."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pilotfish.text.tokenizer import Tokenizer, load_tokenizer
 
 KEEP_ALIVE_SECONDS = 75
 CLOSE_SECONDS = 5
-"""How long connections may take to close once the last answer is written."""
+"""Time that connections have to close once the last answer is written."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -54,14 +54,13 @@ def serve(engine_config: EngineConfig, config: ServerConfig, console: Console) -
     with _bound(config) as listener:
         files = resolve(engine_config.model, console.progress, weights)
         check_speculation(engine_config.speculation, find(engine_config.drafter, files.name, console.progress))
-        names = config.served_model_name or (files.name,)
-        running = _Running(engine_config, config, console, files, names, template, tracing)
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(running.run(listener))
+        run = _Run(engine_config, config, console, files, template, tracing)
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            return runner.run(run.run(listener))
 
 
 def _hold_ranks(config: EngineConfig, console: Console, weights: bool) -> int:
-    """What there is to do on a host other than node 0: no HTTP, no tokenizer."""
+    """Run a host other than node 0, which has neither HTTP nor a tokenizer."""
     files = resolve(config.model, console.progress, weights)
     if config.draft_tensor_parallel_size > 1:
         find(config.drafter, files.name, console.progress)
@@ -77,8 +76,8 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _Running:
-    """One run of the server."""
+class _Run:
+    """One run of the server, from its start to its exit status."""
 
     def __init__(
         self,
@@ -86,14 +85,13 @@ class _Running:
         config: ServerConfig,
         console: Console,
         files: ModelFiles,
-        names: tuple[str, ...],
         chat_template: str | None,
         tracing: Tracing | None,
     ) -> None:
         self._config = config
         self._console = console
         self._files = files
-        self._names = names
+        self._names = config.served_model_name or (files.name,)
         self._chat_template = chat_template
         self._tracing = tracing
         self._metrics = Metrics()
@@ -101,9 +99,9 @@ class _Running:
             engine_config, on_stats=self._metrics.step, on_loading=console.progress, logs=logs_of(config)
         )
         self._server: _Server | None = None
-        self._stopping: asyncio.Task[None] | None = None
         self._gate: Gate | None = None
         self._asked = asyncio.Event()
+        """Set when the server has been asked to stop."""
         self._forced = False
         self._status = 0
 
@@ -132,7 +130,7 @@ class _Running:
     async def _serve(self, tokenizer: Tokenizer, listener: socket.socket) -> None:
         app = create_app(self._engine, tokenizer, self._config, self._metrics, self._names, self._tracing)
         self._gate = app.state.service.gate
-        settings = uvicorn.Config(
+        uvicorn_config = uvicorn.Config(
             app,
             log_config=None,
             access_log=False,  # server.telemetry.request_log has more to say
@@ -143,7 +141,7 @@ class _Running:
             timeout_graceful_shutdown=CLOSE_SECONDS,
             backlog=2048,
         )
-        self._server = _Server(settings)
+        self._server = _Server(uvicorn_config)
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         announcement = asyncio.create_task(self._announce(url))
@@ -156,7 +154,7 @@ class _Running:
             await asyncio.gather(announcement, drain, return_exceptions=True)
 
     async def _announce(self, url: str) -> None:
-        """Say when the model is loaded. An engine that cannot start is the end of the server."""
+        """Announce that the model is loaded. An engine that cannot start ends the server."""
         try:
             info = await self._engine.wait_ready()
         except EngineDeadError as error:
@@ -170,7 +168,7 @@ class _Running:
         self._console.ready(info, url, self._names[0], bool(self._config.api_key or self._config.api_key_file))
 
     def _on_signal(self, number: int) -> None:
-        """The first signal asks for a graceful end, the second for one at once."""
+        """The first signal asks for a graceful shutdown, the second for an immediate one."""
         if self._gate is not None:
             self._gate.close()  # from here on /ready and new requests are answered with 503
         if not self._asked.is_set():
@@ -179,13 +177,15 @@ class _Running:
         self._console.line("Stopping now")
         self._forced = True
         self._status = 128 + number
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what is cut off has nothing to say that helps
+        logging.getLogger("uvicorn.error").setLevel(
+            logging.CRITICAL
+        )  # its complaints on cut connections do not help
         self._engine.kill()
         if self._server is not None:
             self._server.should_exit = self._server.force_exit = True
 
     async def _drain_when_asked(self) -> None:
-        """Take no more requests, let those that run finish, then let uvicorn end."""
+        """Take no more requests, let the running ones finish, then stop uvicorn."""
         await self._asked.wait()
         assert self._gate is not None
         assert self._server is not None
@@ -204,8 +204,8 @@ class _Running:
         self._server.should_exit = True
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's, where there is one: it is for Linux and macOS alone."""
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's event loop if it is installed, which it is on Linux and macOS alone."""
     try:
         import uvloop
     except ImportError:
@@ -215,7 +215,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 @contextlib.contextmanager
 def _bound(config: ServerConfig) -> Iterator[socket.socket]:
-    """A socket on the host and port of the settings: one that is taken is found out before a model is loaded."""
+    """A socket bound to the configured host and port, so that a port in use is found before a model is loaded."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -237,12 +237,12 @@ def _read_template(path: str | None) -> str | None:
 
 
 def logs_of(config: ServerConfig) -> Logs:
-    """How this process and the engine's log."""
+    """How this process and the engine's log messages."""
     return Logs(format=config.log_format, level=config.log_level)
 
 
 def configure_logging(config: ServerConfig) -> None:
-    """One line for each message, to standard error; libraries say what they do only if something is wrong with it."""
+    """Log one line for each message to standard error; libraries log only warnings and errors."""
     logs.configure(logs_of(config))
     for name in ("uvicorn.error", "httpx", "huggingface_hub", "asyncio", "opentelemetry", "urllib3"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))

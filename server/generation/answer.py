@@ -10,26 +10,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pilotfish.engine.request import Delta, Request
+from pilotfish.server.generation.spec import GenerationSpec
 from pilotfish.server.metrics import NO_DRAFTER, Metrics, Outcome
 from pilotfish.text.detokenizer import AnswerText, Piece, TokenEntry
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False)
 class Answer:
     """One answer to one prompt. Times are time.monotonic() seconds."""
 
     index: int
     """Its position among all answers of the request."""
     prompt_index: int
+    spec: GenerationSpec
     request: Request
     text: AnswerText
     echo: str = ""
-    """The prompt's text, which the first piece begins with."""
+    """The prompt's text, until the first piece has it."""
     echo_offsets: Sequence[int] = ()
     """For each token of an echoed prompt, the characters before it."""
-    only_echo: bool = False
-    """The answer ends before its first token."""
-    show_logprobs: bool = True
 
     finish_reason: str | None = None
     outcome: Outcome | None = None
@@ -77,14 +76,14 @@ class Answer:
         any piece the last."""
         if delta.scheduled is not None:
             self.scheduled, self.cached_tokens = delta.scheduled, delta.cached_prompt_tokens
-        if self.only_echo:
+        if self.spec.only_echo:
             piece = Piece("", finish_reason="length")
         else:
             text = self.text
             before = text.tokens
             piece = text.feed(
                 delta.token_ids,
-                delta.logprobs if self.show_logprobs else None,
+                delta.logprobs if self.spec.show_logprobs else None,
                 last=delta.finish_reason is not None,
                 stop_token=delta.stop_token is not None,
             )
@@ -98,7 +97,7 @@ class Answer:
 
     def _put_echo_before(self, piece: Piece, delta: Delta) -> None:
         piece.text, self.echo = self.echo + piece.text, ""
-        if delta.prompt_logprobs is not None and self.show_logprobs:
+        if delta.prompt_logprobs is not None and self.spec.show_logprobs:
             prompt = map(TokenEntry, self.request.prompt_ids, self.echo_offsets, delta.prompt_logprobs)
             piece.entries = [*prompt, *piece.entries]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
 from fastapi import Request
@@ -24,7 +24,7 @@ from pilotfish.server.encoding import json_response
 from pilotfish.server.errors import ErrorForm, openai_error
 from pilotfish.server.generation.answer import Answer
 from pilotfish.server.generation.events import DONE, Chunks, ClientGoneError, EventStream, until_disconnect
-from pilotfish.server.generation.facts import GenerationFacts, RequestFacts, facts_of
+from pilotfish.server.generation.facts import GenerationFacts, facts_of
 from pilotfish.server.generation.follow import Pieces, follow_all
 from pilotfish.server.generation.spec import GenerationSpec, fit
 from pilotfish.server.generation.usage import timings_of, usage_of
@@ -33,14 +33,7 @@ from pilotfish.server.protocol.usage import Timings, Usage
 from pilotfish.server.service import Service, check_length
 from pilotfish.text.detokenizer import AnswerText, Detokenizer, Piece, Vocabulary
 
-Body = TypeVar("Body", bound="RequestBody")
-
-
-class RequestBody(Protocol):
-    """What the flow reads of a request type."""
-
-    @property
-    def model(self) -> str: ...
+Body = TypeVar("Body")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +96,21 @@ class Endpoint(ABC, Generic[Body]):
 async def generate(endpoint: Endpoint[Body], body: Body, request: Request, service: Service) -> Response:
     """Answer a request. Raises ApiError, and what the engine raises, until a stream begins."""
     info = service.ready()
-    service.check_model(body.model)
     spec = endpoint.spec(body)
+    service.check_model(spec.model)
     facts = facts_of(request.scope)
     identity = f"{endpoint.id_prefix}{uuid.uuid4().hex}"
     with ExitStack() as admission:
         param = "n" if spec.answers > 1 else endpoint.prompt_param
         admission.enter_context(service.admit(spec.sequences, info, param))
         answers: list[Answer] = []
-        for prompt in endpoint.prompts(body, service):
-            answers += await _answers(service, info, endpoint.prompt_param, spec, identity, prompt, len(answers), facts)
+        for i, prompt in enumerate(endpoint.prompts(body, service)):
+            name = identity if spec.prompts == 1 else f"{identity}-{i}"
+            asked = await _ask(service, info, spec, endpoint.prompt_param, prompt, name, facts.arrival)
+            seed = service.engine.draw_seed() if asked.params.seed is None else asked.params.seed
+            for one in fan_out(asked, spec.answers, seed):
+                text, echo, offsets = _text(service, spec, prompt, asked)
+                answers.append(Answer(len(answers), i, spec, one, text, echo, offsets))
         reply = Reply(body, spec, answers, service.vocabulary, identity, int(time.time()), service.fingerprint(info))
         facts.generation = GenerationFacts(identity, endpoint.operation, spec, answers, _prompts(service, answers))
         pieces = follow_all(service.engine, answers, service.metrics)
@@ -125,68 +123,43 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
     return json_response(endpoint.whole(reply, whole))
 
 
-async def _answers(
-    service: Service,
-    info: EngineInfo,
-    param: str,
-    spec: GenerationSpec,
-    identity: str,
-    prompt: Prompt,
-    first_index: int,
-    facts: RequestFacts,
-) -> list[Answer]:
-    """The answers to one prompt, yet to be asked of the engine."""
-    prompt_index = first_index // spec.answers
+async def _ask(
+    service: Service, info: EngineInfo, spec: GenerationSpec, param: str, prompt: Prompt, name: str, arrival: float
+) -> EngineRequest:
+    """The engine's request for one prompt, which the client sent as `param`. It is checked, but not sent yet."""
     ids = await service.encode(prompt, param, spec.add_special_tokens) if isinstance(prompt, str) else tuple(prompt)
     check_length(param, len(ids), info)
-    params = fit(spec, len(ids), info)
-    prediction = await service.encode(spec.prediction, "prediction", False) if spec.prediction else ()
     asked = EngineRequest(
-        id=identity if spec.prompts == 1 else f"{identity}-{prompt_index}",
+        id=name,
         prompt_ids=ids,
-        params=params,
+        params=fit(spec, len(ids), info),
         speculation=spec.speculation,
-        prediction_ids=prediction,
-        arrival=facts.arrival,
+        prediction_ids=await service.encode(spec.prediction, "prediction", False) if spec.prediction else (),
+        arrival=arrival,
     )
     check_request(asked, info)
-    seed = params.seed if params.seed is not None else service.engine.draw_seed()
-    answers: list[Answer] = []
-    for one in fan_out(asked, spec.answers, seed):
-        detokenizer = Detokenizer(service.vocabulary, spec.skip_special_tokens)
-        echo, offsets = _echo(service, spec, prompt, ids, detokenizer) if spec.echo else ("", [])
-        text = AnswerText(
-            detokenizer,
-            spec.stop,
-            include_stop=spec.include_stop,
-            min_tokens=params.min_tokens,
-            offset=len(echo),
-        )
-        answers.append(
-            Answer(
-                index=first_index + len(answers),
-                prompt_index=prompt_index,
-                request=one,
-                text=text,
-                echo=echo,
-                echo_offsets=offsets,
-                only_echo=spec.only_echo,
-                show_logprobs=spec.show_logprobs,
-            )
-        )
-    return answers
+    return asked
 
 
-def _echo(
-    service: Service, spec: GenerationSpec, prompt: Prompt, ids: tuple[int, ...], detokenizer: Detokenizer
-) -> tuple[str, list[int]]:
-    """A prompt's text and the offset of each token in it. A prompt of ids may end within a character: its answer then
-    goes on from there, by `detokenizer`. A prompt of text is echoed as it was sent, whatever the tokenizer makes of it.
+def _text(
+    service: Service, spec: GenerationSpec, prompt: Prompt, asked: EngineRequest
+) -> tuple[AnswerText, str, Sequence[int]]:
+    """The text of an answer yet to come, the prompt to show before it, and the offsets of the prompt's tokens.
+
+    A prompt of ids may end within a character, which its answer then completes. A prompt of text is echoed as it was
+    sent, whatever the tokenizer makes of it.
     """
-    spelling = Detokenizer(service.vocabulary, spec.skip_special_tokens) if isinstance(prompt, str) else detokenizer
-    parts = [spelling.feed((id_,)) for id_ in ids]
-    offsets = list(accumulate(map(len, parts[:-1]), initial=0))
-    return prompt if isinstance(prompt, str) else "".join(parts), offsets
+    detokenizer = Detokenizer(service.vocabulary, spec.skip_special_tokens)
+    echo, offsets = "", list[int]()
+    if spec.echo:
+        own = Detokenizer(service.vocabulary, spec.skip_special_tokens) if isinstance(prompt, str) else detokenizer
+        parts = [own.feed((id_,)) for id_ in asked.prompt_ids]
+        offsets = list(accumulate(map(len, parts[:-1]), initial=0))
+        echo = prompt if isinstance(prompt, str) else "".join(parts)
+    text = AnswerText(
+        detokenizer, spec.stop, include_stop=spec.include_stop, min_tokens=asked.params.min_tokens, offset=len(echo)
+    )
+    return text, echo, offsets
 
 
 def _prompts(service: Service, answers: Sequence[Answer]) -> list[str] | None:
