@@ -177,9 +177,7 @@ class _Run:
         self._console.line("Stopping now")
         self._forced = True
         self._status = 128 + number
-        logging.getLogger("uvicorn.error").setLevel(
-            logging.CRITICAL
-        )  # its complaints on cut connections do not help
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # its complaints on cut connections do not help
         self._engine.kill()
         if self._server is not None:
             self._server.should_exit = self._server.force_exit = True
