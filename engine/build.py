@@ -39,7 +39,8 @@ from pilotfish.engine.speculation.drafters.registry import (
     priors,
 )
 from pilotfish.engine.speculation.speculator import Speculator
-from pilotfish.engine.verification.coupled import CoupledVerifier, RejectionVerifier, Verifier
+from pilotfish.engine.verification.choose import make_verifier
+from pilotfish.engine.verification.verifier import Verifier
 from pilotfish.errors import ConfigError
 
 
@@ -155,7 +156,6 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
         controller = make_controller(config, target.config, try_target, drafters, priors(sources), progress)
     lookups = make_lookups(sources, config)
     speculator = Speculator(lookups, drafters, config.num_draft_tokens, max_model_len, controller)
-    verifier = RejectionVerifier if config.verification == "rejection" else CoupledVerifier
     info = EngineInfo(
         model=files.name,
         vocab_size=target.config.vocab_size,
@@ -177,7 +177,7 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
         runner=target_runner,
         pool=BlockPool(num_blocks, config.block_size, config.prefix_caching),
         speculator=speculator,
-        verifier=verifier(eos_token_ids),
+        verifier=make_verifier(config.verification, eos_token_ids, platform.device),
         ranks=ranks,
     )
 

@@ -35,7 +35,7 @@ from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.feature_router import KeptRows
 from pilotfish.engine.speculation.speculator import StepDrafts
 from pilotfish.engine.stats import Committed, StepStats, request_stats, step_stats
-from pilotfish.engine.verification.coupled import Verdict
+from pilotfish.engine.verification.verifier import Verdict
 from pilotfish.errors import ParameterError
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probability (natural log) of a token and of the likeliest ones at its place, likeliest first."""
+    """Log-probability (natural log) of a token and of the likeliest ones at its position, likeliest first."""
 
     token_id: int
     logprob: float

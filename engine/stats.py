@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pilotfish.engine.scheduler import PlannedSpan, Scheduler, StepPlan
     from pilotfish.engine.sequence import Sequence
     from pilotfish.engine.speculation.control.candidates import Choice
-    from pilotfish.engine.verification.coupled import Verdict
+    from pilotfish.engine.verification.verifier import Verdict
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -32,14 +32,14 @@ def draw(adjusted: torch.Tensor, rows: Seq[LogitRow], chances: bool = False) -> 
         return tokens, chances_of(logits, tokens) if chances else adjusted.new_empty(0)
     sampled = [rows[i] for i in (*free, *cut)]
     params = [row.sequence.params for row in sampled]
-    every, greedy_at, greedy_places, at_, places, halves, temperatures, limits = arrays_to_device(
+    every, greedy_at, greedy_positions, at_, positions, halves, temperatures, limits = arrays_to_device(
         [
             np.array(at, dtype=np.int64),
             np.array([at[i] for i in greedy], dtype=np.int64),
             np.array(greedy, dtype=np.int64),
             np.array([row.at for row in sampled], dtype=np.int64),
             np.array([*free, *cut], dtype=np.int64),
-            key_halves([row_key(row.sequence.seed, row.place) for row in sampled]),
+            key_halves([row_key(row.sequence.seed, row.position) for row in sampled]),
             temperatures_of(params),
             limits_of(params[len(free) :]),
         ],
@@ -50,9 +50,9 @@ def draw(adjusted: torch.Tensor, rows: Seq[LogitRow], chances: bool = False) -> 
     if greedy:
         logits = adjusted.index_select(0, greedy_at)
         own = logits.argmax(1)
-        tokens.index_copy_(0, greedy_places, own)
+        tokens.index_copy_(0, greedy_positions, own)
         if chances:
-            found.index_copy_(0, greedy_places, chances_of(logits, own))
+            found.index_copy_(0, greedy_positions, chances_of(logits, own))
     scaled = scale_rows(adjusted.index_select(0, at_), temperatures)
     if cut:
         part = scaled[len(free) :]
@@ -60,9 +60,9 @@ def draw(adjusted: torch.Tensor, rows: Seq[LogitRow], chances: bool = False) -> 
         kept = kept_of_all(part, totals, limits)
         scaled = torch.cat((scaled[: len(free)], kept)) if free else kept
     drawn = gumbel_race(scaled, halves)
-    tokens.index_copy_(0, places, drawn)
+    tokens.index_copy_(0, positions, drawn)
     if chances:
-        found.index_copy_(0, places, chances_of(scaled, drawn))
+        found.index_copy_(0, positions, chances_of(scaled, drawn))
     return tokens, found
 
 

@@ -1,10 +1,10 @@
-"""Noise that is a function of where it is used: of a seed, a place in the sequence, a token id, and a stream.
+"""Noise that is a function of where it is used: of a seed, a position in the sequence, a token id, and a stream.
 
-There is no generator and no state: whoever asks for the noise at a place gets the same, in any batch and at any time.
-How tokens are drawn with it is in `sampler` and `engine.verification.coupled`.
+There is no generator and no state: the noise at a position is the same in any batch and at any time. How tokens
+are drawn with it is in `sampler` and `engine.verification`.
 
 Two counter-based mixes. A row's key is SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number
-generators", OOPSLA 2014) over seed, stream and place. The noise of its tokens is triple32, a 32-bit finalizer of
+generators", OOPSLA 2014) over seed, stream and position. The noise of its tokens is triple32, a 32-bit finalizer of
 hash-prospector (Wellons, https://github.com/skeeto/hash-prospector), over the token id, with one half of the row's key
 mixed in before the first multiplication and the other before the second: 32-bit words, because vector units multiply
 those several times as fast as 64-bit ones.
@@ -28,7 +28,7 @@ RESIDUAL = 2
 
 _MASK = 0xFFFFFFFFFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
-_STREAM = 0xD1B54A32D192ED03  # odd, and no multiple of _GOLDEN that a place or a request's seeds would reach
+_STREAM = 0xD1B54A32D192ED03  # odd, and no multiple of _GOLDEN that a position or a request's seeds would reach
 
 # triple32's multipliers, as signed words
 _TRIPLE_1 = 0xED5AD4BB - (1 << 32)
@@ -36,14 +36,14 @@ _TRIPLE_2 = 0xAC4C1B51 - (1 << 32)
 _TRIPLE_3 = 0x31848BAB
 
 
-def row_key(seed: int, place: int, stream: int = DRAW) -> int:
+def row_key(seed: int, position: int, stream: int = DRAW) -> int:
     """The key of a row of noise, 0 to 2**64 - 1.
 
-    seed: any 64 bits, signed or not; place: index, in tokens from the start of the prompt, of the token that is drawn.
+    seed: any 64 bits, signed or not; position: index, in tokens from the start of the prompt, of the token drawn.
     """
     key = _mix64(seed & _MASK)
     key = _mix64(key + (stream + 1) * _STREAM & _MASK)
-    return _mix64(key + (place + 1) * _GOLDEN & _MASK)
+    return _mix64(key + (position + 1) * _GOLDEN & _MASK)
 
 
 def uniform(key: int) -> float:

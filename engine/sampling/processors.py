@@ -84,7 +84,7 @@ def adjust(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] 
         params = span.sequence.params
         if not params.alters_logits:
             continue
-        early = min(params.min_tokens - (span.first_place - span.sequence.prompt_len), span.rows)
+        early = min(params.min_tokens - (span.first_position - span.sequence.prompt_len), span.rows)
         if not (params.logit_bias or params.depends_on_text or early > 0):
             continue
         logits = logits.float()
@@ -106,11 +106,11 @@ def _penalize(block: torch.Tensor, span: LogitSpan) -> None:
     params, prompt_len = span.sequence.params, span.sequence.prompt_len
     repetition = params.repetition_penalty
     start = 0 if repetition != 1.0 else prompt_len
-    text = [*span.sequence.tokens, *span.draft][start : span.first_place + span.rows - 1]
+    text = [*span.sequence.tokens, *span.draft][start : span.first_position + span.rows - 1]
     if not text:
         return
     unique, columns = np.unique(np.array(text), return_inverse=True)
-    known = span.first_place - start
+    known = span.first_position - start
     seen = np.zeros((span.rows, len(unique)), dtype=bool)
     seen[:, columns[:known]] = True
     counts = np.tile(np.bincount(columns[prompt_len - start : known], minlength=len(unique)), (span.rows, 1))
@@ -257,12 +257,12 @@ def kept_of_all(scaled: torch.Tensor, totals: torch.Tensor, limits: torch.Tensor
     `kept_ids`, up to rounding.
     """
     top_k, top_p, min_p = limits
-    places = torch.arange(scaled.shape[1], device=scaled.device)
+    positions = torch.arange(scaled.shape[1], device=scaled.device)
     ordered, order = scaled.sort(dim=1, descending=True, stable=True)
-    mass = ordered.double().exp_().masked_fill_(places >= top_k, 0.0)
+    mass = ordered.double().exp_().masked_fill_(positions >= top_k, 0.0)
     upto = mass.cumsum(1)
     total = torch.where(top_k < scaled.shape[1], upto[:, -1:], totals)
-    keep = (places < top_k) & (upto - mass < top_p * total) & (ordered >= min_p.log()) & (ordered > -math.inf)
+    keep = (positions < top_k) & (upto - mass < top_p * total) & (ordered >= min_p.log()) & (ordered > -math.inf)
     last = keep.sum(1, keepdim=True).sub_(1).clamp_(min=0)  # none is kept of a row of nan
-    lowest, place = ordered.gather(1, last), order.gather(1, last)
-    return scaled.masked_fill_((scaled < lowest) | ((scaled == lowest) & (places > place)), -math.inf)
+    lowest, position = ordered.gather(1, last), order.gather(1, last)
+    return scaled.masked_fill_((scaled < lowest) | ((scaled == lowest) & (positions > position)), -math.inf)

@@ -1,6 +1,6 @@
 """Drawing tokens: the likeliest for greedy rows, the position-keyed exponential race for the others.
 
-A row's token depends on the row's distribution, the sequence's seed and the place alone (promise 2 of the design;
+A row's token depends on the row's distribution, the sequence's seed and the position alone (promise 2 of the design;
 drafter-invariant speculative decoding, arXiv 2408.07978). What the distribution is, is `processors`' matter.
 """
 
@@ -47,11 +47,11 @@ def choose(adjusted: torch.Tensor, rows: Seq[LogitRow]) -> list[int]:
 
 
 def race(support: Support, stream: int = DRAW) -> list[int]:
-    """Draw a token for each row: argmax(logit - log E), E exponential noise of (seed, place, token id) in `stream`.
+    """Draw a token for each row: argmax(logit - log E), E exponential noise of (seed, position, token id) in `stream`.
 
     Logits being log w, the winner is token i with probability w_i / sum(w) (the Gumbel-max trick).
     """
-    keys = [row_key(row.sequence.seed, row.place, stream) for row in support.rows]
+    keys = [row_key(row.sequence.seed, row.position, stream) for row in support.rows]
     ids, logits = support.ids, support.logits
     per_chunk = max(1, _CHUNK // logits.shape[1]) if logits.device.type == "cpu" else len(keys)
     winners: list[int] = []

@@ -1,55 +1,122 @@
-"""Rejection verification's judgement without the host looking: one copy to the device, none back. For GPUs; what is
-decided is what `verify` decides on the CPU, up to rounding, and how is explained there."""
+"""Rejection verification, also called speculative sampling (arXiv 2211.17192 and 2302.01318)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from pilotfish.engine.device import on_device
 from pilotfish.engine.device.transfer import arrays_to_device
-from pilotfish.engine.sampling.logit_spans import LogitRow
+from pilotfish.engine.sampling.logit_spans import LogitRow, LogitSpan
 from pilotfish.engine.sampling.noise import ACCEPT, RESIDUAL, gumbel_race, key_halves, row_key, uniform
-from pilotfish.engine.sampling.processors import kept_of_all, limits_of, scale_rows, temperatures_of
+from pilotfish.engine.sampling.processors import Support, kept_of_all, limits_of, scale_rows, temperatures_of, truncate
+from pilotfish.engine.sampling.sampler import choose, race
+from pilotfish.engine.speculation.drafters.drafter import Draft
+from pilotfish.engine.verification.verifier import Verdict, verdicts
 
 
-def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """What is left of p once a token drawn from q is rejected, not normalized: max(0, p - q), (rows, tokens) each.
+class RejectionVerifier:
+    """Accepts a drafted token with probability min(1, p / q), and otherwise draws from what is left of p.
 
-    p itself where nothing is left: then p and q differ by rounding alone.
+    q is the distribution that the draft was drawn from, or 1 on its token. The tokens have the target's distribution,
+    but which they are depends on the draft: the same seed and the same drafts give the same text. `lazy` as in
+    CoupledVerifier; sync_free: judge all rows on the device, without the host reading numbers in between.
     """
-    left = (p - q).clamp_(min=0.0)
-    return torch.where(left.amax(1, keepdim=True) > 0.0, left, p)
+
+    def __init__(self, eos_token_ids: Seq[int], lazy: bool = True, sync_free: bool = False) -> None:
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._lazy = lazy
+        self._judge = _judge_sync_free if sync_free else _accept_or_redraw
+
+    @torch.inference_mode()
+    def verify(self, logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft]) -> list[Verdict]:
+        return verdicts(logits, spans, drafts, self._eos_token_ids, self._draw)
+
+    def _draw(
+        self, logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft], starts: list[int]
+    ) -> list[list[int]]:
+        return _judged(logits, spans, drafts, starts, self._lazy, self._judge)
 
 
-@torch.inference_mode()
-def accept_or_redraw(
-    adjusted: torch.Tensor, rows: Seq[LogitRow], drafted: Seq[int | None], probs: Seq[torch.Tensor | None]
-) -> torch.Tensor:
-    """A token for each of `rows` of `adjusted`, (all rows, vocab): the drafted one or another, (len(rows),) int64.
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row to judge, and what was drafted at the position that it predicts: nothing behind the last drafted token."""
 
-    drafted: the token drafted at each row's place; probs: the distribution that it was drawn from, (vocab,), or None
-    where the drafter was certain.
-    """
-    greedy = [i for i, row in enumerate(rows) if row.sequence.params.greedy]
-    sampled = [i for i, row in enumerate(rows) if not row.sequence.params.greedy]
-    mine = [rows[i] for i in sampled]
-    soft = [line for line, i in enumerate(sampled) if drafted[i] is not None and probs[i] is not None]
-    keys = [[row_key(row.sequence.seed, row.place, *stream) for row in mine] for stream in ((), (RESIDUAL,))]
-    chances = [uniform(row_key(row.sequence.seed, row.place, ACCEPT)) for row in mine]
+    logits: LogitRow
+    drafted: int | None
+    probs: torch.Tensor | None
+    """The distribution that `drafted` was drawn from, (vocab,)."""
+
+
+def _judged(
+    logits: torch.Tensor,
+    spans: list[LogitSpan],
+    drafts: list[Draft],
+    starts: list[int],
+    lazy: bool,
+    judge: Callable[[torch.Tensor, list[_Row]], list[int]],
+) -> list[list[int]]:
+    """Follow each draft up to the first row whose token is not the drafted one."""
+    tokens: list[list[int]] = [[] for _ in spans]
+    open_spans = list(range(len(spans)))
+    while open_spans:
+        rows: list[_Row] = []
+        for i in open_spans:
+            at = len(tokens[i])
+            for r in range(at, at + 1 if lazy else spans[i].rows):
+                row = LogitRow(starts[i] + r, spans[i].sequence, spans[i].first_position + r)
+                rows.append(_row(row, drafts[i], r))
+        judged = iter(zip(rows, judge(logits, rows), strict=True))
+        still_open = []
+        for i in open_spans:
+            going = True
+            for _ in range(1 if lazy else spans[i].rows):
+                row_of, token = next(judged)
+                if going:
+                    tokens[i].append(token)
+                    going = token == row_of.drafted
+            if going:
+                still_open.append(i)
+        open_spans = still_open
+    return tokens
+
+
+def _row(logits: LogitRow, draft: Draft, r: int) -> _Row:
+    if r == len(draft.tokens):
+        return _Row(logits, None, None)
+    return _Row(logits, draft.tokens[r], None if draft.probs is None else draft.probs[r])
+
+
+def _judge_sync_free(adjusted: torch.Tensor, rows: list[_Row]) -> list[int]:
+    judged: list[int] = _accept_or_redraw_sync_free(adjusted, rows).tolist()
+    return judged
+
+
+def _accept_or_redraw_sync_free(adjusted: torch.Tensor, rows: list[_Row]) -> torch.Tensor:
+    """As `_accept_or_redraw`, up to rounding, with one copy to the device and none back: (len(rows),) int64."""
+    greedy = [i for i, row in enumerate(rows) if row.logits.sequence.params.greedy]
+    sampled = [i for i, row in enumerate(rows) if not row.logits.sequence.params.greedy]
+    mine = [rows[i].logits for i in sampled]
+    drafted = [rows[i].drafted for i in sampled]
+    soft = [line for line, i in enumerate(sampled) if rows[i].probs is not None]
+    keys = [[row_key(row.sequence.seed, row.position, *stream) for row in mine] for stream in ((), (RESIDUAL,))]
+    chances = [uniform(row_key(row.sequence.seed, row.position, ACCEPT)) for row in mine]
     params = [row.sequence.params for row in mine]
-    at_greedy, places_greedy, at, places, draws, redraws, column, has, chance, lines, temperatures, limits = (
+    at_greedy, positions_greedy, at, positions, draws, redraws, column, has, chance, lines, temperatures, limits = (
         arrays_to_device(
             [
-                np.array([rows[i].at for i in greedy], dtype=np.int64),
+                np.array([rows[i].logits.at for i in greedy], dtype=np.int64),
                 np.array(greedy, dtype=np.int64),
                 np.array([row.at for row in mine], dtype=np.int64),
                 np.array(sampled, dtype=np.int64),
                 key_halves(keys[0]),
                 key_halves(keys[1]),
-                np.array([[drafted[i] or 0] for i in sampled], dtype=np.int64).reshape(-1, 1),
-                np.array([drafted[i] is not None for i in sampled], dtype=np.float32).reshape(-1, 1),
+                np.array([[token or 0] for token in drafted], dtype=np.int64).reshape(-1, 1),
+                np.array([token is not None for token in drafted], dtype=np.float32).reshape(-1, 1),
                 np.array(chances, dtype=np.float64).reshape(-1, 1),
                 np.array(soft, dtype=np.int64),
                 temperatures_of(params).reshape(-1, 1),
@@ -60,7 +127,7 @@ def accept_or_redraw(
     )
     tokens = torch.empty(len(rows), dtype=torch.int64, device=adjusted.device)
     if greedy:
-        tokens.index_copy_(0, places_greedy, adjusted.index_select(0, at_greedy).argmax(1))
+        tokens.index_copy_(0, positions_greedy, adjusted.index_select(0, at_greedy).argmax(1))
     if not sampled:
         return tokens
     scaled = scale_rows(adjusted.index_select(0, at), temperatures)
@@ -69,10 +136,79 @@ def accept_or_redraw(
     p = torch.softmax(kept, 1)
     q = torch.zeros_like(p).scatter_(1, column, has)
     if soft:
-        given = [given for line in soft if (given := probs[sampled[line]]) is not None]
+        given = [probs for i in sampled if (probs := rows[i].probs) is not None]
         q.index_copy_(0, lines, torch.stack(given).float())
     rejected = chance * q.gather(1, column).double() >= p.gather(1, column).double()
     redrawn = gumbel_race(residual(p, q).log_(), redraws).unsqueeze(1)
     judged = torch.where(rejected, redrawn, column)
     judged = torch.where(has > 0, judged, gumbel_race(kept, draws).unsqueeze(1))
-    return tokens.index_copy_(0, places, judged.squeeze(1))
+    return tokens.index_copy_(0, positions, judged.squeeze(1))
+
+
+def _accept_or_redraw(adjusted: torch.Tensor, rows: list[_Row]) -> list[int]:
+    """Rejection verification's judge: the drafted token or one from the residual; greedy rows by their likeliest."""
+    by_index = {row.logits.at: row for row in rows}
+    greedy = [row.logits for row in rows if row.logits.sequence.params.greedy]
+    tokens = dict(zip((row.at for row in greedy), choose(adjusted, greedy), strict=True))
+    for support in truncate(adjusted, [row.logits for row in rows]):
+        judged = _judge_sampled(support, [by_index[row.at] for row in support.rows])
+        tokens |= dict(zip((row.at for row in support.rows), judged, strict=True))
+    return [tokens[row.logits.at] for row in rows]
+
+
+def _judge_sampled(support: Support, rows: list[_Row]) -> list[int]:
+    tokens = [-1 if row.drafted is None else row.drafted for row in rows]
+    column, present = _find(support, tokens)
+    p = support.probabilities()
+    p_drafted = torch.where(present, p.gather(1, column), 0.0).squeeze(1).tolist()
+    q_drafted = [1.0] * len(rows)
+    soft = [(i, row.probs[row.drafted]) for i, row in enumerate(rows) if row.probs is not None]
+    if soft:
+        for (i, _), q_i in zip(soft, torch.stack([q_i for _, q_i in soft]).tolist(), strict=True):
+            q_drafted[i] = q_i
+    redrawn = []
+    for i, row in enumerate(rows):
+        key = row_key(row.logits.sequence.seed, row.logits.position, ACCEPT)
+        if row.drafted is not None and uniform(key) * q_drafted[i] >= p_drafted[i]:
+            redrawn.append(i)
+    if redrawn:
+        q = _drafters(support, rows, redrawn, column, present)
+        left = Support([support.rows[i] for i in redrawn], support.of(redrawn).ids, residual(p[redrawn], q).log_())
+        for i, token in zip(redrawn, race(left, RESIDUAL), strict=True):
+            tokens[i] = token
+    undrafted = [i for i, row in enumerate(rows) if row.drafted is None]
+    if undrafted:
+        for i, token in zip(undrafted, race(support.of(undrafted)), strict=True):
+            tokens[i] = token
+    return tokens
+
+
+def _find(support: Support, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Column of each row's token in the support, and whether it is there: (rows, 1) each."""
+    wanted = on_device(tokens, support.logits.device).unsqueeze(1)
+    if support.whole:
+        return wanted.clamp(min=0), wanted >= 0
+    column = (support.ids == wanted).int().argmax(1, keepdim=True)
+    return column, support.ids.gather(1, column) == wanted
+
+
+def _drafters(
+    support: Support, rows: list[_Row], which: list[int], column: torch.Tensor, present: torch.Tensor
+) -> torch.Tensor:
+    """q, the distributions that the tokens of rows `which` were drawn from, over the support: (len(which), count)."""
+    q = torch.zeros(len(which), support.logits.shape[1], device=support.logits.device)
+    q.scatter_(1, column[which], present[which].float())
+    for line, i in enumerate(which):
+        probs = rows[i].probs
+        if probs is not None:
+            q[line] = probs if support.whole else probs[support.ids[i]]
+    return q
+
+
+def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """What is left of p once a token drawn from q is rejected, not normalized: max(0, p - q), (rows, tokens) each.
+
+    p itself where nothing is left: then p and q differ by rounding alone.
+    """
+    left = (p - q).clamp_(min=0.0)
+    return torch.where(left.amax(1, keepdim=True) > 0.0, left, p)

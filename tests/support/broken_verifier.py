@@ -6,7 +6,8 @@ import torch
 
 from pilotfish.engine.sampling.logit_spans import LogitSpan
 from pilotfish.engine.speculation.drafters.drafter import Draft
-from pilotfish.engine.verification.coupled import CoupledVerifier, Verdict
+from pilotfish.engine.verification.coupled import CoupledVerifier
+from pilotfish.engine.verification.verifier import Verdict
 
 
 class GullibleVerifier(CoupledVerifier):

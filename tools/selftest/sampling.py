@@ -104,7 +104,7 @@ class _Sampling:
         )
         tokens = np.arange(VOCABULARY)
         for i, row in enumerate(rows):
-            noise = reference.log_exponential(reference.bits31([row_key(row.sequence.seed, row.place)], tokens))[0]
+            noise = reference.log_exponential(reference.bits31([row_key(row.sequence.seed, row.position)], tokens))[0]
             scores = logits[i].double().numpy() / 0.8 - noise
             best = scores.max()
             wrong += sum(best - scores[found[i]] > EDGE * max(1.0, abs(best)) for found in ways)

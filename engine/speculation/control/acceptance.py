@@ -1,5 +1,5 @@
 """How often drafts are right: by drafter, strength of evidence and position over all sequences, and a factor for each
-sequence. What was drafted but not verified counts, too, as soon as the tokens at its places are known."""
+sequence. What was drafted but not verified counts, too, as soon as the tokens at its positions are known."""
 
 from __future__ import annotations
 

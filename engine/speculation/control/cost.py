@@ -75,14 +75,14 @@ class RowCost:
         """Passes of so many rows each, and so many tokens of context in all of them, took so long together."""
         if not self._rows:
             self._begin(_points(max(KNOTS, *passes)), [passes[0]], [math.log(seconds / len(passes))], 0.0)
-        places, slopes, predicted = self._linear(passes, context)
+        entries, slopes, predicted = self._linear(passes, context)
         state, doubt = self._state, self._doubt
         diagonal = doubt.reshape(-1)[:: len(state) + 1]
         diagonal += SHAPE_DRIFT**2
         diagonal[0] += SPEED_DRIFT**2
         diagonal[1] += CONTEXT_DRIFT**2
-        reach = doubt[:, places] @ slopes
-        variance = float(slopes @ reach[places]) + noise**2
+        reach = doubt[:, entries] @ slopes
+        variance = float(slopes @ reach[entries]) + noise**2
         most = OUTLIER * math.sqrt(variance)
         error = min(most, max(-most, math.log(max(seconds, 1e-9) / predicted)))
         state += reach * (error / variance)
@@ -118,10 +118,10 @@ class RowCost:
 
     def uncertainty(self, rows: int, others: int, context: int = 0) -> float:
         """Standard deviation, relative, of how passes of `rows` and of `others` rows compare."""
-        places, slopes, _ = self._linear((rows,), context)
+        entries, slopes, _ = self._linear((rows,), context)
         more, other, _ = self._linear((others,), context)
-        places, slopes = [*places, *more], np.concatenate([slopes, -other])
-        return math.sqrt(max(0.0, float(slopes @ self._doubt[np.ix_(places, places)] @ slopes)))
+        entries, slopes = [*entries, *more], np.concatenate([slopes, -other])
+        return math.sqrt(max(0.0, float(slopes @ self._doubt[np.ix_(entries, entries)] @ slopes)))
 
     def _begin(self, points: list[int], rows: list[int], logs: list[float], context_token: float) -> None:
         """Lines between the measured; beyond the largest as steep as over its second half."""

@@ -63,12 +63,12 @@ def make(config: EngineConfig) -> SuffixDrafter:
 @dataclass(slots=True)
 class _Automaton:
     """The suffix automaton of the tokens so far. State 0 is the root, and a state stands for the substrings that end at
-    the same places; the lists have an entry for each state."""
+    the same positions; the lists have an entry for each state."""
 
     following: list[dict[int, int]] = field(default_factory=lambda: [{}])
     """The state after each token that has followed."""
     links: list[int] = field(default_factory=lambda: [-1])
-    """The state of the longest suffix that ends at more places; -1 of the root."""
+    """The state of the longest suffix that ends at more positions; -1 of the root."""
     lengths: list[int] = field(default_factory=lambda: [0])
     """Tokens of the state's longest string."""
     counts: list[int] = field(default_factory=lambda: [0])
@@ -107,16 +107,16 @@ class _Automaton:
             self.end += 1
             state, before = len(links), self.last
             self._add(self.end, 0, {}, 0, -1)
-            place = before
-            while place >= 0 and token not in following[place]:
-                following[place][token] = state
-                if best[place] < 0:
-                    best[place] = token
-                place = links[place]
-            if place >= 0:
-                shared = following[place][token]
-                fits = lengths[shared] == lengths[place] + 1
-                links[state] = shared if fits else self._split(shared, place, token)
+            node = before
+            while node >= 0 and token not in following[node]:
+                following[node][token] = state
+                if best[node] < 0:
+                    best[node] = token
+                node = links[node]
+            if node >= 0:
+                shared = following[node][token]
+                fits = lengths[shared] == lengths[node] + 1
+                links[state] = shared if fits else self._split(shared, node, token)
             self.last = state
             # First what ends here, then what it has followed: the suffixes of the text with and without the token.
             for _ in range(COUNTED):
@@ -132,17 +132,17 @@ class _Automaton:
                     best[before] = token
                 before = links[before]
 
-    def _split(self, shared: int, place: int, token: int) -> int:
-        """Give the strings of `shared` that are no longer than that of `place` with `token` a state of their own."""
+    def _split(self, shared: int, node: int, token: int) -> int:
+        """Give the strings of `shared` that are no longer than that of `node` with `token` a state of their own."""
         following, links = self.following, self.links
         own = len(links)
         self._add(
-            self.lengths[place] + 1, links[shared], following[shared].copy(), self.counts[shared], self.best[shared]
+            self.lengths[node] + 1, links[shared], following[shared].copy(), self.counts[shared], self.best[shared]
         )
         links[shared] = own
-        while place >= 0 and following[place].get(token) == shared:
-            following[place][token] = own
-            place = links[place]
+        while node >= 0 and following[node].get(token) == shared:
+            following[node][token] = own
+            node = links[node]
         return own
 
     def _add(self, length: int, link: int, following: dict[int, int], count: int, best: int) -> None:

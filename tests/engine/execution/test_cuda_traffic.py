@@ -35,7 +35,7 @@ from pilotfish.engine.sequence import Sequence as Decoding
 from pilotfish.engine.speculation.drafters.draft_model import DraftModelDrafter
 from pilotfish.engine.speculation.drafters.drafter import Draft, DraftRequest
 from pilotfish.engine.speculation.drafters.eagle3 import Eagle3Drafter
-from pilotfish.engine.verification.coupled import CoupledVerifier, RejectionVerifier
+from pilotfish.engine.verification.choose import make_verifier
 from tests.support.fake_cuda import BACKENDS, CUDA, on_cuda
 from tests.support.tiny import KINDS
 
@@ -234,7 +234,7 @@ def decoding(params: SamplingParams, place: int) -> Decoding:
 @pytest.mark.parametrize("drafted", [0, 4])
 @pytest.mark.parametrize(
     ("kind", "params", "copies"),
-    [(CoupledVerifier, (GREEDY,) * 4, 0), (CoupledVerifier, MIXED, 1), (RejectionVerifier, MIXED, 1)],
+    [("coupled", (GREEDY,) * 4, 0), ("coupled", MIXED, 1), ("rejection", MIXED, 1)],
     ids=["greedy", "mixed", "rejection"],
 )
 def test_verification_is_one_look_and_at_most_one_copy(kind, params, copies, drafted, monkeypatch):
@@ -247,7 +247,7 @@ def test_verification_is_one_look_and_at_most_one_copy(kind, params, copies, dra
         for i, (each, draft, count) in enumerate(zip(params, drafts, rows, strict=True))
     ]
     with Traffic(monkeypatch) as traffic:
-        verdicts = kind((0,)).verify(torch.empty(sum(rows), 512, device=CUDA), spans, drafts)
+        verdicts = make_verifier(kind, (0,), CUDA).verify(torch.empty(sum(rows), 512, device=CUDA), spans, drafts)
     assert [len(verdict.tokens) for verdict in verdicts] == rows
     assert (traffic.copies_in, traffic.looks) == (copies, 1)
 

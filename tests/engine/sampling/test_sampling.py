@@ -61,7 +61,7 @@ def pair_p_value(a: np.ndarray, b: np.ndarray, bins: int = 16) -> float:
 
 def test_noise_is_uniform_in_every_part_of_its_range() -> None:
     tokens = torch.arange(49152).unsqueeze(0)
-    u = uniforms([row_key(11, place) for place in range(64)], tokens)
+    u = uniforms([row_key(11, position) for position in range(64)], tokens)
     assert stats.chisquare(np.histogram(u, bins=1024, range=(0, 1))[0]).pvalue > UNLIKELY
     # An unlikely token wins by a small E alone, so that end has to be right down to small probabilities.
     exponential = -np.log(u)
@@ -73,17 +73,17 @@ def test_noise_is_uniform_in_every_part_of_its_range() -> None:
 
 def test_noise_of_neighbours_is_independent() -> None:
     tokens = torch.arange(4096).unsqueeze(0)
-    by_place = uniforms([row_key(5, place) for place in range(256)], tokens)
+    by_place = uniforms([row_key(5, position) for position in range(256)], tokens)
     by_seed = uniforms([row_key(seed, 100) for seed in range(-128, 128)], tokens)
     base = Request(id="r", prompt_ids=(0,), params=SamplingParams())
     answers = [request.params.seed or 0 for request in fan_out(base, 256, seed=77)]
     by_answer = uniforms([row_key(seed, 3) for seed in answers], tokens)
     for lag in (1, 2, 3, 16, 128):
         assert pair_p_value(by_place[:, :-lag], by_place[:, lag:]) > UNLIKELY, f"tokens {lag} apart"
-        assert pair_p_value(by_place[:-lag], by_place[lag:]) > UNLIKELY, f"places {lag} apart"
+        assert pair_p_value(by_place[:-lag], by_place[lag:]) > UNLIKELY, f"positions {lag} apart"
         assert pair_p_value(by_seed[:-lag], by_seed[lag:]) > UNLIKELY, f"seeds {lag} apart"
         assert pair_p_value(by_answer[:-lag], by_answer[lag:]) > UNLIKELY, f"answers {lag} apart"
-        # a token's noise against the next token's at the next place, as a counter that ran on would have them
+        # a token's noise against the next token's at the next position, as a counter that ran on would have them
         assert pair_p_value(by_place[:-1, lag:], by_place[1:, :-lag]) > UNLIKELY, f"diagonal {lag}"
     assert pair_p_value(by_place, by_seed) > UNLIKELY
 
@@ -91,7 +91,7 @@ def test_noise_of_neighbours_is_independent() -> None:
 def test_streams_are_independent() -> None:
     tokens = torch.arange(4096).unsqueeze(0)
     noise = [uniforms([row_key(5, p, stream) for p in range(128)], tokens) for stream in (DRAW, ACCEPT, RESIDUAL)]
-    scalar = np.array([uniform(row_key(5, place, ACCEPT)) for place in range(200_000)])
+    scalar = np.array([uniform(row_key(5, position, ACCEPT)) for position in range(200_000)])
     assert stats.chisquare(np.histogram(scalar, bins=256, range=(0, 1))[0]).pvalue > UNLIKELY
     assert pair_p_value(scalar[:-1], scalar[1:]) > UNLIKELY
     for a, b in ((0, 1), (0, 2), (1, 2)):
@@ -106,7 +106,7 @@ def test_the_race_is_won_as_often_as_the_weights_say() -> None:
     weights = 1.0 / np.arange(1, 49153) ** 0.7
     probabilities = weights / weights.sum()
     logits = torch.from_numpy(np.log(weights)).float()
-    keys = [row_key(1, place) for place in range(2000)]
+    keys = [row_key(1, position) for position in range(2000)]
     tokens = torch.arange(49152, dtype=torch.int32).unsqueeze(0)
     winners = [argmax(logits - log_exponential([key], tokens))[0] for key in keys]
     edges = np.searchsorted(probabilities.cumsum(), np.linspace(0, 1, 41)[1:-1])
@@ -117,9 +117,9 @@ def test_the_race_is_won_as_often_as_the_weights_say() -> None:
 
 @given(st.lists(st.integers(-MAX_SEED - 1, MAX_SEED), min_size=1, max_size=9), st.integers(0, 10**6), st.data())
 @settings(max_examples=30)
-def test_noise_depends_on_seed_place_and_token_alone(seeds: list[int], place: int, data: st.DataObject) -> None:
+def test_noise_depends_on_seed_place_and_token_alone(seeds: list[int], position: int, data: st.DataObject) -> None:
     vocab = data.draw(st.sampled_from([3, 257, 5000]))
-    keys = [row_key(seed, place) for seed in seeds]
+    keys = [row_key(seed, position) for seed in seeds]
     every = log_exponential(keys, torch.arange(vocab, dtype=torch.int32).unsqueeze(0))
     assert torch.isfinite(every).all()
     chosen = torch.tensor(data.draw(st.lists(st.integers(0, vocab - 1), min_size=1, max_size=50)))
@@ -388,7 +388,7 @@ def test_draws_at_successive_places_have_the_processed_distribution(params: dict
     assert stats.chisquare(observed[some], expected[some] * count).pvalue > UNLIKELY
     first, second = tokens[:-1], tokens[1:]
     table = np.histogram2d(first, second, bins=(np.arange(VOCAB + 1) - 0.5,) * 2)[0][some][:, some]
-    assert stats.chi2_contingency(table).pvalue > UNLIKELY, "neighbouring places"
+    assert stats.chi2_contingency(table).pvalue > UNLIKELY, "neighbouring positions"
 
 
 def test_the_likeliest_of_equals_is_the_lowest_id() -> None:
@@ -470,10 +470,10 @@ def test_drawing_without_a_look_is_drawing(seed: int, count: int, all_greedy: bo
         {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
     ]
     picks = torch.randint(len(kinds), (count,), generator=generator).tolist()
-    places = torch.randperm(count + 2, generator=generator).tolist()[:count]
+    positions = torch.randperm(count + 2, generator=generator).tolist()[:count]
     rows = [
         LogitRow(at, sequence([1, 2], seed=seed % 97, **kinds[0 if all_greedy else pick]), 5 + at)
-        for at, pick in zip(places, picks, strict=True)
+        for at, pick in zip(positions, picks, strict=True)
     ]
     tokens, chances = on_device.draw(logits, rows, chances=True)
     assert tokens.tolist() == choose(logits, rows)

@@ -23,8 +23,10 @@ from pilotfish.engine.sampling.processors import process
 from pilotfish.engine.sampling.sampler import draw
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft
-from pilotfish.engine.verification import coupled as verify
-from pilotfish.engine.verification.coupled import CoupledVerifier, RejectionVerifier, Verdict, Verifier
+from pilotfish.engine.verification import rejection
+from pilotfish.engine.verification.coupled import CoupledVerifier
+from pilotfish.engine.verification.rejection import RejectionVerifier, residual
+from pilotfish.engine.verification.verifier import Verdict, Verifier
 
 VOCAB = 11
 EOS = (1,)
@@ -155,7 +157,7 @@ def test_rejection_is_greedy_exact_and_reproducible(
 @settings(max_examples=100)
 def test_rejection_without_a_look_judges_as_with_one(cases: list[dict[str, Any]], data: st.DataObject) -> None:
     """What a GPU does, here on the CPU."""
-    looking, blind = RejectionVerifier(EOS), RejectionVerifier(EOS, on_device=True)
+    looking, blind = RejectionVerifier(EOS), RejectionVerifier(EOS, sync_free=True)
     seen, unseen = ([sequence(case["prompt"], case["seed"], **case["params"]) for case in cases] for _ in range(2))
     texts = [plain_text(looking, sequence(case["prompt"], case["seed"], **case["params"])) for case in cases]
     for _ in range(4):
@@ -237,7 +239,7 @@ def test_rejection_keeps_the_targets_distribution(source: str, params: dict[str,
     kept = np.argsort(-P_NEXT, kind="stable")[: params.get("top_k", 8)]
     after[kept] = P_NEXT[kept]
     assert p_value([each[0] for each in tokens], first) > UNLIKELY
-    # Behind an accepted token comes the next place's distribution, whatever was accepted: and then the bonus token.
+    # Behind an accepted token comes the next position's distribution, whatever was accepted: and then the bonus token.
     followed = [each for each in tokens if len(each) > 1]
     assert p_value([each[1] for each in followed], after) > UNLIKELY
     assert p_value([each[2] for each in tokens if len(each) > 2], P_LAST) > UNLIKELY
@@ -270,7 +272,7 @@ def unreduced(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_a_wrong_residual_would_be_noticed(wrong: Any, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "residual", wrong)
+    monkeypatch.setattr(rejection, "residual", wrong)
     tokens = drawn_tokens(source, {}, RejectionVerifier(()))
     assert p_value([each[0] for each in tokens], P) < 1e-6
 
@@ -278,7 +280,7 @@ def test_a_wrong_residual_would_be_noticed(wrong: Any, source: str, monkeypatch:
 def test_the_residual_of_equal_distributions_is_the_distribution() -> None:
     p = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]])
     q = torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]])
-    assert verify.residual(p, q).tolist() == [[0.5, 0.5, 0.0], [0.5, 0.0, 0.0]]
+    assert residual(p, q).tolist() == [[0.5, 0.5, 0.0], [0.5, 0.0, 0.0]]
 
 
 # Verdicts

@@ -48,4 +48,4 @@ def make_llm(tiny: Callable[[str], Path]) -> Callable[..., LLM]:
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pilotfish.engine.build.CoupledVerifier", GullibleVerifier)
+    monkeypatch.setattr("pilotfish.engine.verification.choose.CoupledVerifier", GullibleVerifier)

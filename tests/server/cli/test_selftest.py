@@ -270,7 +270,7 @@ def test_wrong_models_are_named(what: str, run: Any, monkeypatch: pytest.MonkeyP
 def test_a_verifier_that_believes_drafts_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pilotfish.engine.build.CoupledVerifier", GullibleVerifier)
+    monkeypatch.setattr("pilotfish.engine.verification.choose.CoupledVerifier", GullibleVerifier)
     monkeypatch.setattr("pilotfish.tools.selftest.run.GROUPS", ("text",))
     assert cli.main([*QUICK, "--no-isolate"]) == 1
     printed = capsys.readouterr().out

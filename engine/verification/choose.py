@@ -1,0 +1,21 @@
+"""Chooses how drafts are verified, and whether for a CPU or a GPU: here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pilotfish.engine.config import Verification
+from pilotfish.engine.verification.coupled import CoupledVerifier
+from pilotfish.engine.verification.rejection import RejectionVerifier
+from pilotfish.engine.verification.verifier import Verifier
+
+
+def make_verifier(name: Verification, eos_token_ids: Sequence[int], device: torch.device) -> Verifier:
+    """Make the verifier that a configuration names. On the CPU, rows cost time and reading a result costs nothing; on a
+    GPU it is the other way round."""
+    on_cpu = device.type == "cpu"
+    if name == "rejection":
+        return RejectionVerifier(eos_token_ids, lazy=on_cpu, sync_free=not on_cpu)
+    return CoupledVerifier(eos_token_ids, lazy=on_cpu)

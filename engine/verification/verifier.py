@@ -1,0 +1,68 @@
+"""Verification: from the target's logits behind drafted tokens to the tokens that are appended to each sequence.
+
+Plain decoding is the verification of an empty draft. What ends a sequence (an end-of-text token among the accepted
+ones, max_tokens) is not judged here: whoever commits the tokens cuts them off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pilotfish.engine.request import TokenLogprobs
+from pilotfish.engine.sampling.logit_spans import LogitSpan
+from pilotfish.engine.sampling.logprobs import token_logprobs
+from pilotfish.engine.sampling.processors import adjust
+from pilotfish.engine.speculation.drafters.drafter import Draft
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a step appends to a sequence: the accepted part of its draft, and one token of the target's own."""
+
+    tokens: list[int]
+    accepted: int
+    """Drafted tokens among them: len(tokens) - 1."""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One for each of tokens, of the raw logits; None unless the request asks for them."""
+
+
+class Verifier(Protocol):
+    def verify(self, logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft]) -> list[Verdict]:
+        """One Verdict for each span.
+
+        logits: (rows, vocab) of the target, raw, the rows of `spans` one after the other; may be changed. For every i
+        spans[i].draft == drafts[i].tokens and spans[i].rows == len(drafts[i].tokens) + 1.
+        """
+        ...
+
+
+Draw = Callable[[torch.Tensor, list[LogitSpan], list[Draft], list[int]], list[list[int]]]
+"""Draws each span's tokens up to the first that was not drafted, from adjusted logits, (rows, vocab); the last argument
+is the first row of each span."""
+
+
+def verdicts(
+    logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft], eos_token_ids: Seq[int], draw: Draw
+) -> list[Verdict]:
+    """Adjust the logits, `draw`, and add the log-probabilities that are asked for: what all verifiers share."""
+    starts = [0]
+    for span, draft in zip(spans, drafts, strict=True):
+        if span.rows != len(draft.tokens) + 1:
+            raise ValueError(f"a span of {span.rows} rows cannot verify {len(draft.tokens)} drafted tokens")
+        starts.append(starts[-1] + span.rows)
+    # Log-probabilities are the raw model's, and `adjust` works in place.
+    wanted = [i for i, span in enumerate(spans) if span.sequence.params.logprobs is not None]
+    raw = {i: logits[starts[i] : starts[i + 1]].clone() for i in wanted}
+    tokens = draw(adjust(logits, spans, eos_token_ids), spans, drafts, starts)
+    logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+    if raw:
+        rows = torch.cat([block[: len(tokens[i])] for i, block in raw.items()])
+        top = [spans[i].sequence.params.logprobs or 0 for i in raw for _ in tokens[i]]
+        found = iter(token_logprobs(rows, [token for i in raw for token in tokens[i]], top))
+        logprobs = {i: tuple(next(found) for _ in tokens[i]) for i in raw}
+    return [Verdict(own, len(own) - 1, logprobs.get(i)) for i, own in enumerate(tokens)]
