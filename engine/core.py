@@ -29,7 +29,7 @@ from pilotfish.engine.models.features import FeatureTap
 from pilotfish.engine.params import MAX_SEED
 from pilotfish.engine.request import Delta, EngineInfo, FinishReason, Request, check_request, drafters_of
 from pilotfish.engine.sampling.logit_spans import LogitSpan
-from pilotfish.engine.sampling.logprobs import prompt_logprobs
+from pilotfish.engine.sampling.logprobs import token_logprobs
 from pilotfish.engine.scheduler import PlannedSpan, Scheduler, StepPlan
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.feature_router import KeptRows
@@ -220,7 +220,7 @@ class EngineCore:
                     offset = row + first - planned.start - 1
                     wanted = sequence.params.prompt_logprobs or 0
                     known.extend(
-                        prompt_logprobs(logits[offset : offset + stop - first], sequence.tokens[first:stop], wanted)
+                        token_logprobs(logits[offset : offset + stop - first], sequence.tokens[first:stop], wanted)
                     )
             if planned.draws:
                 draws = len(planned.draft.tokens) + 1

@@ -77,34 +77,29 @@ def step_stats(
     memory: tuple[RankMemory, ...],
 ) -> StepStats:
     """The account of a step, once its tokens are committed."""
-    drafted: dict[str, int] = {}
-    accepted: dict[str, int] = {}
     chosen: dict[str, int] = {}
     step_tokens: dict[str, list[int]] = {}
-    generated = 0
-    for planned, verdict, delta in committed:
-        generated += len(delta.token_ids)
-        name = planned.draft.drafter or "none"
+    for planned, _, delta in committed:
         if planned.decodes:
+            name = planned.draft.drafter or "none"
             chosen[name] = chosen.get(name, 0) + 1
             step_tokens.setdefault(name, []).append(len(delta.token_ids))
-        if planned.draft.tokens:
-            drafted[name] = drafted.get(name, 0) + len(planned.draft.tokens)
-            accepted[name] = accepted.get(name, 0) + verdict.accepted
+    drafted_at = by_position((each.planned.draft.drafter, len(each.planned.draft.tokens)) for each in committed)
+    accepted_at = by_position((each.planned.draft.drafter, each.verdict.accepted) for each in committed)
     return StepStats(
         running=len(scheduler.running),
         waiting=len(scheduler.waiting),
         sequences=len(plan.spans),
         rows=plan.rows,
         prompt_tokens=sum(planned.prompt_rows for planned in plan.spans),
-        generated_tokens=generated,
-        drafted=drafted,
-        accepted=accepted,
+        generated_tokens=sum(len(each.delta.token_ids) for each in committed),
+        drafted={name: sum(counts) for name, counts in drafted_at.items()},
+        accepted={name: sum(accepted_at.get(name, ())) for name in drafted_at},
         chosen=chosen,
         predicted_goodput=choice.goodput if chosen else 0.0,
         predicted_plain_goodput=choice.plain_goodput if chosen else 0.0,
-        drafted_at=by_position((each.planned.draft.drafter, len(each.planned.draft.tokens)) for each in committed),
-        accepted_at=by_position((each.planned.draft.drafter, each.verdict.accepted) for each in committed),
+        drafted_at=drafted_at,
+        accepted_at=accepted_at,
         step_tokens={name: tuple(counts) for name, counts in step_tokens.items()},
         preemptions=plan.preemptions,
         prefix_queried_tokens=sum(len(sequence.request.prompt_ids) for sequence in plan.admitted),

@@ -30,8 +30,3 @@ def token_logprobs(logits: torch.Tensor, tokens: Seq[int], top: int | Seq[int]) 
         TokenLogprobs(token, logprob, tuple(zip(ids[i][:count], values[i][:count], strict=True)))
         for i, (token, logprob, count) in enumerate(zip(tokens, chosen, wanted, strict=True))
     ]
-
-
-def prompt_logprobs(logits: torch.Tensor, next_tokens: Seq[int], top: int) -> list[TokenLogprobs]:
-    """`token_logprobs` of a piece of a prompt: row i of logits (rows, vocab) predicts next_tokens[i]."""
-    return token_logprobs(logits, next_tokens, top)

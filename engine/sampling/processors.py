@@ -65,14 +65,19 @@ def process(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int]
     to float32. Returned as they are, whatever their type, if nothing applies (greedy and no adjustments).
     """
     logits = adjust(logits, spans, eos_token_ids)
-    for support in truncate(logits, rows_of(spans)):
-        logits = logits.float()
+    return spread(logits, truncate(logits, rows_of(spans)))
+
+
+def spread(adjusted: torch.Tensor, supports: list[Support]) -> torch.Tensor:
+    """Write what `truncate` found of `adjusted` over its rows: (rows, vocab), -inf for what may not be drawn."""
+    for support in supports:
+        adjusted = adjusted.float()
         shaped = support.logits
         if not support.whole:
-            empty = torch.full((len(support.rows), logits.shape[1]), -math.inf, device=logits.device)
+            empty = torch.full((len(support.rows), adjusted.shape[1]), -math.inf, device=adjusted.device)
             shaped = empty.scatter_reduce_(1, support.ids, support.logits, "amax")
-        logits.index_copy_(0, on_device([row.at for row in support.rows], logits.device), shaped)
-    return logits
+        adjusted.index_copy_(0, on_device([row.at for row in support.rows], adjusted.device), shaped)
+    return adjusted
 
 
 @torch.inference_mode()
@@ -195,17 +200,12 @@ def _cut(scaled: torch.Tensor, rows: list[LogitRow]) -> Support:
         whole = torch.arange(vocab, dtype=torch.int32, device=device).unsqueeze(0)
         return Support(rows, whole, kept_of_all(scaled, totals, on_device(torch.from_numpy(limits_of(params)), device)))
     found = [kept_ids(*each) for each in zip(scaled, totals.squeeze(1).tolist(), params, strict=True)]
-    return gather_support(rows, scaled, found)
-
-
-def gather_support(rows: list[LogitRow], logits: torch.Tensor, ids: list[np.ndarray]) -> Support:
-    """The support of rows of logits, (rows, vocab) on the CPU, of which only the tokens `ids` (ascending) are left."""
-    columns = torch.zeros(len(rows), max(1, *map(len, ids)), dtype=torch.int64)
+    columns = torch.zeros(len(rows), max(1, *map(len, found)), dtype=torch.int64)
     values = torch.full(columns.shape, -math.inf)
-    for i, kept in enumerate(ids):
+    for i, kept in enumerate(found):
         chosen = torch.from_numpy(kept)
         columns[i, : len(kept)] = chosen
-        values[i, : len(kept)] = logits[i, chosen]
+        values[i, : len(kept)] = scaled[i, chosen]
     return Support(rows, columns, values)
 
 

@@ -6,44 +6,43 @@ drafter-invariant speculative decoding, arXiv 2408.07978). What the distribution
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as Seq
 
-import numpy as np
 import torch
 
 from pilotfish.engine.device import on_device
-from pilotfish.engine.sampling import device_sampler as on_device_
+from pilotfish.engine.sampling import device_sampler
 from pilotfish.engine.sampling.logit_spans import LogitRow, LogitSpan, rows_of
 from pilotfish.engine.sampling.noise import DRAW, log_exponential, row_key
-from pilotfish.engine.sampling.processors import Support, gather_support, truncate
+from pilotfish.engine.sampling.processors import Support, adjust, spread, truncate
 
 # Elements of noise made at once on the CPU: the few arrays of this size that it takes stay in a core's cache.
 _CHUNK = 1 << 17
 
 
 @torch.inference_mode()
-def draw(processed: torch.Tensor, spans: Seq[LogitSpan]) -> list[int]:
-    """A token for each row of `processed`, (rows, vocab) from `process`: the one that `choose` draws."""
-    rows = rows_of(spans)
-    tokens = _greedy(processed, rows)
-    for support in _supports(processed, [row for row in rows if not row.sequence.params.greedy]):
-        for row, token in zip(support.rows, race(support), strict=True):
-            tokens[row.at] = token
-    return [tokens[row.at] for row in rows]
+def draw(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] = ()) -> tuple[list[int], torch.Tensor]:
+    """A token for each row, the one that `choose` draws, and what it was drawn from: `process` of these arguments."""
+    adjusted = adjust(logits, spans, eos_token_ids)
+    tokens, supports = _draw(adjusted, rows_of(spans))
+    return tokens, spread(adjusted, supports)
 
 
 def choose(adjusted: torch.Tensor, rows: Seq[LogitRow]) -> list[int]:
     """A token for each of `rows` of `adjusted`, (all rows, vocab) from `adjust`: greedy, or drawn after truncation."""
     if adjusted.device.type != "cpu":
-        drawn: list[int] = on_device_.draw(adjusted, rows)[0].tolist()
+        drawn: list[int] = device_sampler.draw(adjusted, rows)[0].tolist()
         return drawn
+    return _draw(adjusted, rows)[0]
+
+
+def _draw(adjusted: torch.Tensor, rows: Seq[LogitRow]) -> tuple[list[int], list[Support]]:
     tokens = _greedy(adjusted, rows)
-    if len(tokens) < len(rows):
-        for support in truncate(adjusted, rows):
-            for row, token in zip(support.rows, race(support), strict=True):
-                tokens[row.at] = token
-    return [tokens[row.at] for row in rows]
+    supports = truncate(adjusted, rows) if len(tokens) < len(rows) else []
+    for support in supports:
+        for row, token in zip(support.rows, race(support), strict=True):
+            tokens[row.at] = token
+    return [tokens[row.at] for row in rows], supports
 
 
 def race(support: Support, stream: int = DRAW) -> list[int]:
@@ -85,21 +84,3 @@ def _greedy(logits: torch.Tensor, rows: Seq[LogitRow]) -> dict[int, int]:
     if logits.device.type == "cpu":  # row by row, since gathering the rows would cost more than looking through them
         return {index: argmax(logits[index : index + 1])[0] for index in wanted}
     return dict(zip(wanted, argmax(logits.index_select(0, on_device(wanted, logits.device))), strict=True))
-
-
-def _supports(processed: torch.Tensor, rows: list[LogitRow]) -> list[Support]:
-    """What `truncate` had found, read back from `process`'s logits: rows of few tokens as lists of those tokens."""
-    if not rows:
-        return []
-    logits = processed.index_select(0, on_device([row.at for row in rows], processed.device))
-    ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device).unsqueeze(0)
-    whole = Support(rows, ids, logits)
-    if logits.device.type != "cpu":
-        return [whole]
-    found = [np.flatnonzero(row > -math.inf) for row in logits.numpy()]
-    few = [i for i, kept in enumerate(found) if len(kept) < logits.shape[1] // 2]
-    if not few:
-        return [whole]
-    many = sorted(set(range(len(rows))).difference(few))
-    short = gather_support([rows[i] for i in few], logits[few], [found[i] for i in few])
-    return [short, whole.of(many)] if many else [short]

@@ -15,7 +15,7 @@ from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import Request
 from pilotfish.engine.sampling.logit_spans import LogitRow, LogitSpan
 from pilotfish.engine.sampling.noise import _bits31, log_exponential, row_key
-from pilotfish.engine.sampling.processors import process, truncate
+from pilotfish.engine.sampling.processors import truncate
 from pilotfish.engine.sampling.sampler import choose, draw
 from pilotfish.engine.sequence import Sequence as Decoding
 from pilotfish.tools.selftest import reference
@@ -99,7 +99,7 @@ class _Sampling:
         spans = [LogitSpan(sequence) for sequence in sequences]
         rows = [LogitRow(i, sequence, len(sequence.tokens)) for i, sequence in enumerate(sequences)]
         ways = (
-            draw(process(logits.to(self.device, copy=True), spans), spans),
+            draw(logits.to(self.device, copy=True), spans)[0],
             choose(logits.to(self.device), rows),
         )
         tokens = np.arange(VOCABULARY)

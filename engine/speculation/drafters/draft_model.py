@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -25,47 +26,15 @@ from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.model import Model
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, DraftRequest, check_vocabulary
+from pilotfish.engine.speculation.drafters.drafter import (
+    NO_DRAFT,
+    Draft,
+    DraftRequest,
+    LoadedDraft,
+    MakeRunner,
+    check_vocabulary,
+)
 from pilotfish.engine.speculation.drafters.growth import GrowingDraft, Growth
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedDraftModel:
-    """As LoadedDraft."""
-
-    name: str
-    model: Model
-
-    @property
-    def shape(self) -> ModelConfig:
-        return self.model.config
-
-    @property
-    def ranks(self) -> int:
-        return self.model.comm.size
-
-    @property
-    def sharded_model(self) -> Model | None:
-        return self.model if self.ranks > 1 else None
-
-    def make(
-        self,
-        target: ModelConfig,
-        config: EngineConfig,
-        caches: list[LayerCache],
-        num_blocks: int,
-        device: torch.device,
-        make_runner: Callable[[Model, list[LayerCache]], Runner],
-    ) -> DraftModelDrafter:
-        pool = BlockPool(num_blocks, config.block_size, config.prefix_caching)
-        return DraftModelDrafter(
-            self.name,
-            make_runner(self.model, caches),
-            pool,
-            target.eos_token_ids,
-            config.max_batch_tokens,
-            keep_probs=config.verification == "rejection",
-        )
 
 
 def load(
@@ -76,11 +45,26 @@ def load(
     config: EngineConfig,
     progress: Progress,
     comm: Communicator,
-) -> LoadedDraftModel:
+) -> LoadedDraft:
     """See `registry.load_draft`."""
     model, _, _ = load_model(str(files.path), platform, config, target.config.max_position, progress, comm)
     check_vocabulary(name, model.config, target.config)
-    return LoadedDraftModel(name, model)
+    return LoadedDraft(name, model, model.config, partial(_make, name, model), model.comm.size)
+
+
+def _make(
+    name: str,
+    model: Model,
+    target: ModelConfig,
+    config: EngineConfig,
+    caches: list[LayerCache],
+    num_blocks: int,
+    device: torch.device,
+    make_runner: MakeRunner,
+) -> DraftModelDrafter:
+    pool = BlockPool(num_blocks, config.block_size, config.prefix_caching)
+    runner, keep_probs = make_runner(model, caches), config.verification == "rejection"
+    return DraftModelDrafter(name, runner, pool, target.eos_token_ids, config.max_batch_tokens, keep_probs)
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from pilotfish.engine.sequence import Sequence
 from pilotfish.errors import ConfigError
@@ -117,38 +117,23 @@ class FeatureReader(Protocol):
         ...
 
 
-class LoadedDraft(Protocol):
-    """A draft whose weights are loaded and whose KV cache is not allocated yet: the cache is sized in between."""
+MakeRunner = Callable[["Model", "list[LayerCache]"], "Runner"]
+"""Makes the runner of a model of the target's kind, with its caches."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedDraft:
+    """A draft whose weights are loaded. Its KV cache is not allocated yet: it is sized once all models are loaded."""
 
     name: str
-
-    @property
-    def shape(self) -> ModelConfig:
-        """The shape of the layers that have a KV cache."""
-        ...
-
-    @property
-    def ranks(self) -> int:
-        """Number of ranks that it is sharded over."""
-        ...
-
-    @property
-    def sharded_model(self) -> Model | None:
-        """The model that each rank has a part of; None where rank 0 has it whole."""
-        ...
-
-    def make(
-        self,
-        target: ModelConfig,
-        config: EngineConfig,
-        caches: list[LayerCache],
-        num_blocks: int,
-        device: torch.device,
-        make_runner: Callable[[Model, list[LayerCache]], Runner],
-    ) -> ModelDrafter:
-        """Make it a drafter. `caches`: of its layers, of `num_blocks` blocks for sequences, as many as the target's;
-        `make_runner`: makes the runner of a model of the target's kind and its caches."""
-        ...
+    model: Any
+    shape: ModelConfig
+    """Shape of the layers that have a KV cache."""
+    make: Callable[[ModelConfig, EngineConfig, list[LayerCache], int, torch.device, MakeRunner], ModelDrafter]
+    """Makes it a drafter for a target of this shape, with caches of so many blocks for sequences, as many as the
+    target's."""
+    ranks: int = 1
+    """Number of ranks that `model` is sharded over; 1: rank 0 has it whole."""
 
 
 def check_vocabulary(name: str, draft: ModelConfig, target: ModelConfig) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -19,7 +20,7 @@ from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.buckets import span_lengths
 from pilotfish.engine.execution.graphs import GraphPlan
 from pilotfish.engine.execution.loader import Platform, Progress, check_draft, load_shared
-from pilotfish.engine.execution.runner import HeadRunner, Runner
+from pilotfish.engine.execution.runner import HeadRunner
 from pilotfish.engine.layers.attention.backend import LayerCache
 from pilotfish.engine.layers.communicator import Communicator
 from pilotfish.engine.memory.block_pool import BlockPool
@@ -31,48 +32,20 @@ from pilotfish.engine.models.features import FeatureRows
 from pilotfish.engine.models.model import Model
 from pilotfish.engine.sampling.sampler import argmax
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, DraftRequest, check_vocabulary
+from pilotfish.engine.speculation.drafters.drafter import (
+    NO_DRAFT,
+    Draft,
+    DraftRequest,
+    LoadedDraft,
+    MakeRunner,
+    check_vocabulary,
+)
 from pilotfish.engine.speculation.drafters.growth import GrowingDraft, Growth
 from pilotfish.errors import ConfigError
 
 MOST_PENDING = 256
 """Positions whose features are kept for a sequence that is not drafted for. When it is again, they are read at once; of
 a longer stretch only the last ones are, since a head that was told the target's features needs little more context."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedHead:
-    """As LoadedDraft. Always whole on rank 0, beside the target's first shard."""
-
-    name: str
-    model: Eagle3Model
-    ranks: int = 1
-    sharded_model: Model | None = None
-
-    @property
-    def shape(self) -> ModelConfig:
-        return self.model.config.decoder
-
-    def make(
-        self,
-        target: ModelConfig,
-        config: EngineConfig,
-        caches: list[LayerCache],
-        num_blocks: int,
-        device: torch.device,
-        make_runner: Callable[[Model, list[LayerCache]], Runner],
-    ) -> Eagle3Drafter:
-        return Eagle3Drafter(
-            self.name,
-            HeadRunner(self.model, caches[0], config.block_size, device),
-            self.model.config.features_of(target),
-            # No prefix caching: what a block holds depends on more than its tokens.
-            BlockPool(num_blocks, config.block_size, False),
-            target.eos_token_ids,
-            config.max_batch_tokens,
-            span_lengths(config.num_draft_tokens),
-            keep_probs=config.verification == "rejection",
-        )
 
 
 def load(
@@ -83,7 +56,7 @@ def load(
     config: EngineConfig,
     progress: Progress,
     comm: Communicator,
-) -> LoadedHead:
+) -> LoadedDraft:
     """See `registry.load_draft`."""
     shape = eagle3_checkpoint.read_config(files.path)
     check_draft(platform, name, shape.decoder, config)
@@ -106,7 +79,32 @@ def load(
             platform.dtype,
             shared,
         )
-    return LoadedHead(name, model)
+    return LoadedDraft(
+        name, model, shape.decoder, partial(_make, name, model)
+    )  # whole, beside the target's first shard
+
+
+def _make(
+    name: str,
+    model: Eagle3Model,
+    target: ModelConfig,
+    config: EngineConfig,
+    caches: list[LayerCache],
+    num_blocks: int,
+    device: torch.device,
+    make_runner: MakeRunner,
+) -> Eagle3Drafter:
+    return Eagle3Drafter(
+        name,
+        HeadRunner(model, caches[0], config.block_size, device),
+        model.config.features_of(target),
+        # No prefix caching: what a block holds depends on more than its tokens.
+        BlockPool(num_blocks, config.block_size, False),
+        target.eos_token_ids,
+        config.max_batch_tokens,
+        span_lengths(config.num_draft_tokens),
+        keep_probs=config.verification == "rejection",
+    )
 
 
 def _check_features(name: str, head: Eagle3Config, target: ModelConfig) -> None:

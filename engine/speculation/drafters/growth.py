@@ -21,7 +21,7 @@ from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.sampling import device_sampler
 from pilotfish.engine.sampling.device_sampler import chances_of
 from pilotfish.engine.sampling.logit_spans import LogitSpan, rows_of
-from pilotfish.engine.sampling.processors import adjust, process
+from pilotfish.engine.sampling.processors import adjust
 from pilotfish.engine.sampling.sampler import argmax, draw
 from pilotfish.engine.speculation.drafters.drafter import Draft, DraftRequest
 
@@ -128,8 +128,7 @@ class Growth:
             tokens = columns if self._host_ids is None else [self._host_ids[column] for column in columns]
             return tokens, chances_of(logits, on_device(columns, logits.device)).tolist()
         spans = [LogitSpan(draft.request.sequence, tuple(draft.tokens), rows=1) for draft in drafts]
-        processed = process(self._whole(logits), spans, self._eos_token_ids)
-        tokens = draw(processed, spans)
+        tokens, processed = draw(self._whole(logits), spans, self._eos_token_ids)
         if self._keep_probs:
             probs = torch.softmax(processed.float(), dim=-1)
             for draft, row, token in zip(drafts, probs, tokens, strict=True):

@@ -19,7 +19,7 @@ from pilotfish.engine.params import MAX_SEED, SamplingParams
 from pilotfish.engine.request import Request, fan_out
 from pilotfish.engine.sampling import device_sampler as on_device
 from pilotfish.engine.sampling.logit_spans import LogitRow, LogitSpan, rows_of
-from pilotfish.engine.sampling.logprobs import prompt_logprobs, token_logprobs
+from pilotfish.engine.sampling.logprobs import token_logprobs
 from pilotfish.engine.sampling.noise import ACCEPT, DRAW, RESIDUAL, log_exponential, row_key, uniform
 from pilotfish.engine.sampling.processors import adjust, kept_ids, kept_of_all, limits_of, process
 from pilotfish.engine.sampling.sampler import argmax, choose, draw
@@ -257,14 +257,13 @@ def test_process_does_what_the_reference_does_at_every_drafted_row(case: dict[st
 def test_rows_of_a_drafted_span_equal_those_of_one_token_at_a_time(case: dict[str, Any], data: st.DataObject) -> None:
     span = span_of(case)
     logits = torch.randn(span.rows, VOCAB, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99)))) * 3
-    together = process(logits.clone(), [span], EOS)
-    tokens = draw(together, [span])
+    tokens, together = draw(logits.clone(), [span], EOS)
     for r in range(span.rows):
         answer = case["answer"] + list(case["draft"][:r])
         alone = LogitSpan(sequence(case["prompt"], answer, case["seed"], **case["params"]))
-        row = process(logits[r : r + 1].clone(), [alone], EOS)
+        drawn, row = draw(logits[r : r + 1].clone(), [alone], EOS)
         assert torch.equal(row[0], together[r])
-        assert draw(row, [alone]) == [tokens[r]]
+        assert drawn == [tokens[r]]
         drafted = LogitSpan(span.sequence, case["draft"][:r], 1)
         assert torch.equal(process(logits[r : r + 1].clone(), [drafted], EOS), row)
 
@@ -276,17 +275,17 @@ def test_a_row_is_the_same_alone_and_in_a_batch(cases: list[dict[str, Any]], voc
     rows = sum(span.rows for span in spans)
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 4
     torch.set_num_threads(2)  # nor must it matter how the work is split
-    together = process(logits.clone(), spans, EOS)
-    tokens = draw(together, spans)
+    tokens, together = draw(logits.clone(), spans, EOS)
     torch.set_num_threads(1)
     # without writing the truncated logits out, as the verifier does
     assert choose(adjust(logits.clone(), spans, EOS), rows_of(spans)) == tokens
     start = 0
     for span in spans:
         part = slice(start, start + span.rows)
-        alone = process(logits[part].clone(), [span], EOS)
+        drawn, alone = draw(logits[part].clone(), [span], EOS)
         assert torch.equal(alone, together[part])
-        assert draw(alone, [span]) == tokens[part]
+        assert torch.equal(process(logits[part].clone(), [span], EOS), alone)
+        assert drawn == tokens[part]
         start += span.rows
 
 
@@ -331,7 +330,7 @@ def test_greedy_without_adjustments_returns_the_very_logits() -> None:
         before = logits.clone()
         assert process(logits, spans, EOS) is logits
         assert torch.equal(logits, before)
-        assert draw(logits, spans) == before.argmax(1).tolist()
+        assert draw(logits, spans)[0] == before.argmax(1).tolist()
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-300])
@@ -341,7 +340,7 @@ def test_a_tiny_temperature_draws_the_likeliest(temperature: float) -> None:
         span = LogitSpan(sequence([0], temperature=temperature, **params), (0,) * 49, 50)
         processed = process(logits.clone(), [span])
         assert not processed.isnan().any()
-        assert draw(processed, [span]) == logits.argmax(1).tolist()
+        assert draw(logits.clone(), [span])[0] == logits.argmax(1).tolist()
 
 
 def test_extreme_penalties_neither_overflow_nor_draw_what_is_forbidden() -> None:
@@ -355,10 +354,10 @@ def test_extreme_penalties_neither_overflow_nor_draw_what_is_forbidden() -> None
 def test_a_row_of_nan_harms_no_other() -> None:
     spans = [LogitSpan(sequence([0], seed=i, top_p=0.9, top_k=k)) for i, k in enumerate((0, 3, 0))]
     logits = torch.randn(3, 200)
-    alone = draw(process(logits[2:].clone(), spans[2:]), spans[2:])
+    alone = draw(logits[2:].clone(), spans[2:])[0]
     logits[:2] = math.nan
     assert choose(logits, rows_of(spans))[2:] == alone
-    assert draw(process(logits, spans), spans)[2:] == alone
+    assert draw(logits, spans)[0][2:] == alone
 
 
 # Draws
@@ -381,7 +380,7 @@ def test_draws_at_successive_places_have_the_processed_distribution(params: dict
     expected = np.exp(reference(row.tolist(), [0], [], SamplingParams(**params), eos=()))
     span = LogitSpan(sequence([0], seed=42, **params), (0,) * (count - 1), count)
     logits = torch.from_numpy(row).float().repeat(count, 1)
-    tokens = np.array(draw(process(logits, [span]), [span]))
+    tokens = np.array(draw(logits, [span])[0])
     observed = np.bincount(tokens, minlength=VOCAB)
     assert not observed[expected == 0].any()
     some = expected > 0
@@ -394,12 +393,12 @@ def test_draws_at_successive_places_have_the_processed_distribution(params: dict
 def test_the_likeliest_of_equals_is_the_lowest_id() -> None:
     span = LogitSpan(sequence([0], temperature=0.0), (0, 0), 3)
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 1.0, 1.0]])
-    assert draw(logits, [span]) == [1, 0, 2]
-    assert draw(logits.bfloat16(), [span]) == [1, 0, 2]
+    assert draw(logits, [span])[0] == [1, 0, 2]
+    assert draw(logits.bfloat16(), [span])[0] == [1, 0, 2]
 
 
 def test_no_spans_draw_nothing() -> None:
-    assert draw(process(torch.empty(0, VOCAB), []), []) == []
+    assert draw(torch.empty(0, VOCAB), [])[0] == []
 
 
 # Log-probabilities
@@ -416,7 +415,7 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
         likeliest = row.argsort(descending=True)[:count].tolist()
         assert [token for token, _ in each.top] == likeliest
         assert [value for _, value in each.top] == pytest.approx(row[likeliest].tolist(), abs=1e-5)
-    assert prompt_logprobs(logits, tokens, 3) == token_logprobs(logits, tokens, [3] * 5)
+    assert token_logprobs(logits, tokens, 3) == token_logprobs(logits, tokens, [3] * 5)
     assert token_logprobs(logits[:1], [3], 0)[0] == found[0]
     assert token_logprobs(logits[:0], [], 5) == []
     assert len(token_logprobs(logits[:, :4], [0, 1, 2, 3, 0], 20)[0].top) == 4

@@ -19,7 +19,6 @@ from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.params import MAX_SEED, SamplingParams
 from pilotfish.engine.request import Request
 from pilotfish.engine.sampling.logit_spans import LogitSpan
-from pilotfish.engine.sampling.processors import process
 from pilotfish.engine.sampling.sampler import draw
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft
@@ -179,9 +178,9 @@ def test_the_target_as_its_own_draft_is_accepted_whole(kind: Any, lazy: bool, pa
             probs = []
             for _ in range(4):
                 span = LogitSpan(each, tokens)
-                processed = process(model(each.tokens + list(tokens)).unsqueeze(0), [span], EOS)
+                drawn, processed = draw(model(each.tokens + list(tokens)).unsqueeze(0), [span], EOS)
                 probs.append(processed.softmax(1)[0])
-                tokens += tuple(draw(processed, [span]))
+                tokens += tuple(drawn)
             drafts.append(Draft(tokens, torch.stack(probs)))
         assert [verdict.accepted for verdict in step(kind(EOS, lazy=lazy), made, drafts)] == [4] * 5
 
@@ -206,7 +205,7 @@ def drafts_of(source: str) -> list[Draft]:
     q = torch.from_numpy(np.stack([Q, Q])).float()
     if source == "own":
         spans = [LogitSpan(sequence([0], seed), (0,), 2) for seed in range(COUNT)]
-        drawn = np.array(draw(process(log(Q).repeat(2 * COUNT, 1), spans), spans)).reshape(COUNT, 2)
+        drawn = np.array(draw(log(Q).repeat(2 * COUNT, 1), spans)[0]).reshape(COUNT, 2)
     else:
         drawn = np.random.default_rng(3).choice(len(Q), size=(COUNT, 2), p=Q)
     return [Draft(tuple(row), None if source == "certain" else q) for row in drawn.tolist()]
