@@ -10,7 +10,9 @@ import pytest
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.speculation.control.candidates import Choice, UpcomingStep
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest, shortened
-from tests.support.texts import GREEDY, PARAMS, SAMPLED, portfolio, prompts, texts
+from tests.support.native import BOTH
+from tests.support.pairwise import pairwise
+from tests.support.texts import DRAFTERS, GREEDY, PARAMS, SAMPLED, portfolio, prompts, texts
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +49,9 @@ def speculative(make: Callable[..., LLM], draft: Path, head: Path) -> LLM:
     return make(drafter=portfolio(draft, head), speculation="draft-model", num_draft_tokens=5)
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("drafter", ["off", "ngram", "suffix", "draft-model", "eagle3"])
-@pytest.mark.parametrize("name", PARAMS)
+@pytest.mark.parametrize(
+    ("kernels", "name", "drafter", "batch"), pairwise(BOTH, PARAMS, DRAFTERS, (1, 8)), indirect=["kernels"]
+)
 def test_drafters_and_batches(name: str, drafter: str, batch: int, speculative: LLM, vanilla: Callable) -> None:
     wanted, got = vanilla(name), []
     for start in range(0, 8, batch):
@@ -83,8 +85,9 @@ def test_the_target_as_its_own_draft_is_always_right(
                 assert stats.accepted_tokens == stats.drafted_tokens > 0
 
 
-@pytest.mark.parametrize("drafter", ["off", "ngram", "suffix", "draft-model", "eagle3"])
-@pytest.mark.parametrize("name", ["greedy", "sampled", "penalties"])
+@pytest.mark.parametrize(
+    ("kernels", "name", "drafter"), pairwise(BOTH, ("greedy", "sampled", "penalties"), DRAFTERS), indirect=["kernels"]
+)
 def test_preemption(
     name: str, drafter: str, make: Callable[..., LLM], draft: Path, head: Path, vanilla: Callable
 ) -> None:
@@ -98,7 +101,7 @@ def test_preemption(
     assert llm.core._engine.pool.available == llm.info.num_blocks
 
 
-@pytest.mark.parametrize("drafter", ["off", "ngram", "suffix", "draft-model", "eagle3"])
+@pytest.mark.parametrize("drafter", DRAFTERS)
 def test_prefix_cache_hits(drafter: str, speculative: LLM, vanilla: Callable) -> None:
     for name in ("greedy", "sampled"):
         speculative.generate(prompts(8), PARAMS[name], speculation=drafter)

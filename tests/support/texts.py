@@ -25,6 +25,9 @@ PARAMS = {
 }
 
 
+DRAFTERS = ("off", "ngram", "suffix", "draft-model", "eagle3")
+
+
 def prompts(count: int) -> list[list[int]]:
     """Prompts that repeat themselves, so that lookup finds something; of different lengths."""
     generator = torch.Generator().manual_seed(1)

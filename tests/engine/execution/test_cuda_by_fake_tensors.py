@@ -33,6 +33,7 @@ from pilotfish.engine.weights.fp8 import quantize
 from pilotfish.engine.weights.quantization import Quantization, quantized
 from pilotfish.engine.weights.tensors import shape_of
 from tests.support.fake_cuda import BACKENDS, CUDA
+from tests.support.pairwise import pairwise
 from tests.support.tiny import KINDS
 
 pytestmark = pytest.mark.usefixtures("fake_cuda")
@@ -85,16 +86,12 @@ def shapes(tiny: Callable[[str], Path]) -> dict[str, ModelConfig]:
     return {kind: read_hf_config(tiny(kind)) for kind in KINDS}
 
 
-@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "backend", "fp8"), pairwise(KINDS, BACKENDS, (False, True)))
 def test_forward_stays_on_the_device_and_waits_for_nothing(shapes, kind, backend, fp8):
     run(shapes[kind], BACKENDS[backend](), fp8)
 
 
-@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("rank", [0, 3])
-@pytest.mark.parametrize("kind", ["llama", "llama-biased", "gemma3"])
+@pytest.mark.parametrize(("kind", "rank", "fp8"), pairwise(["llama", "llama-biased", "gemma3"], [0, 3], (False, True)))
 def test_ranks_of_a_divided_model_wait_for_nothing_either(shapes, kind, rank, fp8):
     """4 heads and 2 key-value heads (1 for gemma3) over 4 ranks, a vocabulary that leaves the last of them less."""
     run(replace(shapes[kind], vocab_size=510), TorchAttention(), fp8, comm=Others(rank, 4))

@@ -22,6 +22,7 @@ from pilotfish.engine.layers.communicator import Alone
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 from pilotfish.engine.stats import StepStats
+from tests.support.pairwise import pairwise
 from tests.support.texts import GREEDY, PARAMS, SAMPLED, portfolio, prompts, texts
 
 
@@ -180,9 +181,10 @@ def test_all_ranks_stop_where_one_has_no_memory_left(make: Callable[..., LLM]) -
     assert backend.captured == 3
 
 
-@pytest.mark.parametrize("drafter", ["draft-model", "eagle3"])
-@pytest.mark.parametrize("name", ["greedy", "sampled", "bias", "penalties"])
-@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize(
+    ("drafter", "name", "graphs"),
+    pairwise(["draft-model", "eagle3"], ["greedy", "sampled", "bias", "penalties"], (False, True)),
+)
 def test_drafts_that_grow_on_the_device_are_the_same(
     drafter: str, name: str, graphs: bool, make: Callable[..., LLM], draft: Path, head: Path
 ) -> None:

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from pilotfish.checkpoints.catalog import ModelFiles
 from pilotfish.engine.execution.batch import Span
+from tests.support.native import BOTH
+from tests.support.pairwise import pairwise
 from tests.support.parity import BLOCKS, OTHERS, KernelsName, in_pieces, logits_of, runner_of
 from tests.support.tiny import KINDS, build_model
 
@@ -27,8 +29,15 @@ PROMPT = [1, 300, 12, 77, 450, 3, 200, 201, 202, 12, 77, 9, 501, 88, 411, 5, 17,
 WHOLE, CHUNKED, DECODED = (40,), (7, 8, 24, 25, 40), tuple(range(30, 41))
 
 
-@pytest.mark.parametrize("ends", [WHOLE, CHUNKED, DECODED], ids=["whole", "chunked", "decoded"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kernels", "kind", "ends"),
+    pairwise(
+        BOTH,
+        KINDS,
+        [pytest.param(WHOLE, id="whole"), pytest.param(CHUNKED, id="chunked"), pytest.param(DECODED, id="decoded")],
+    ),
+    indirect=["kernels"],
+)
 def test_logits_equal_transformers(tiny: Tiny, kernels: KernelsName, kind: str, ends: tuple[int, ...]) -> None:
     found = in_pieces(runner_of(str(tiny(kind)), kernels), PROMPT, ends)
     assert found.shape == (40, 512)

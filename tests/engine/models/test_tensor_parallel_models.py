@@ -22,7 +22,6 @@ from pilotfish.checkpoints.catalog import ModelFiles
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.loader import load_model
-from pilotfish.engine.kernels.native import load_library
 from pilotfish.engine.layers.communicator import ALONE, Communicator
 from pilotfish.engine.models import eagle3_checkpoint
 from pilotfish.engine.models.eagle3 import Eagle3Model
@@ -30,6 +29,8 @@ from pilotfish.engine.models.features import FeatureTap
 from pilotfish.engine.speculation.drafters.registry import Source, kind_of, load_draft
 from pilotfish.errors import ConfigError
 from tests.support.fp8_checkpoints import LAYOUTS, publish
+from tests.support.native import BOTH, needs_native
+from tests.support.pairwise import pairwise
 from tests.support.parity import BLOCKS, OTHERS, KernelsName, in_pieces, logits_of, runner_of
 from tests.support.ranks import RankedRunner, Ranks
 from tests.support.tiny import KINDS, build_model, make_tiny
@@ -78,8 +79,7 @@ def ranked(model: Path, size: int, kernels: str, **config: Any) -> RankedRunner:
     return RankedRunner(str(model), size, len(BLOCKS) + len(OTHERS), kernels=kernels, **config)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kernels", "kind", "size"), pairwise(BOTH, KINDS, SIZES), indirect=["kernels"])
 def test_logits_equal_transformers(divisible, kernels: KernelsName, kind: str, size: int) -> None:
     runner = ranked(divisible(kind, size), size, kernels)
     assert runner.platform.kernels.name == kernels
@@ -90,8 +90,9 @@ def test_logits_equal_transformers(divisible, kernels: KernelsName, kind: str, s
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", SIZES[1:])
-@pytest.mark.parametrize("kind", ["llama", "llama-biased", "gemma3"])
+@pytest.mark.parametrize(
+    ("kernels", "kind", "size"), pairwise(BOTH, ["llama", "llama-biased", "gemma3"], SIZES[1:]), indirect=["kernels"]
+)
 def test_gguf_gives_the_same_logits(tmp_path: Path, kernels: KernelsName, kind: str, size: int) -> None:
     """Columns of a slice begin and end within blocks of the quantized matrices, too."""
     path = write_gguf(build_model(kind, **shape(kind, size)), tmp_path / "model.gguf", Kind.Q8_0)
@@ -99,8 +100,9 @@ def test_gguf_gives_the_same_logits(tmp_path: Path, kernels: KernelsName, kind: 
     torch.testing.assert_close(in_pieces(ranked(path, size, kernels), PROMPT, MIXED), whole, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama-tied", "qwen2", "llama2"])
-@pytest.mark.parametrize("vocab_size", [509, 6])
+@pytest.mark.parametrize(
+    ("kernels", "kind", "vocab_size"), pairwise(BOTH, ["llama-tied", "qwen2", "llama2"], [509, 6]), indirect=["kernels"]
+)
 def test_a_vocabulary_need_not_divide(tmp_path: Path, kernels: KernelsName, kind: str, vocab_size: int) -> None:
     """Of 6 tokens the last of 4 ranks has none."""
     own = DIVISIBLE | {"num_key_value_heads": 12, "vocab_size": vocab_size}
@@ -111,8 +113,9 @@ def test_a_vocabulary_need_not_divide(tmp_path: Path, kernels: KernelsName, kind
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
-@pytest.mark.parametrize("size", SIZES[1:])
+@pytest.mark.parametrize(
+    ("kernels", "kind", "size"), pairwise(BOTH, ["llama", "gemma3"], SIZES[1:]), indirect=["kernels"]
+)
 def test_all_ranks_have_the_same_hidden_states(divisible, kernels: KernelsName, kind: str, size: int) -> None:
     """To the bit, or they would write different texts in the end."""
     runner = ranked(divisible(kind, size), size, kernels)
@@ -127,7 +130,7 @@ def test_all_ranks_have_the_same_hidden_states(divisible, kernels: KernelsName, 
     torch.testing.assert_close(first, alone.features, rtol=0, atol=1e-4)
 
 
-@pytest.mark.skipif(load_library() is None, reason="the native kernels were not built here (no C compiler)")
+@needs_native
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("size", SIZES[1:])
 def test_a_rows_result_does_not_depend_on_its_company(divisible, kind: str, size: int) -> None:
@@ -290,8 +293,9 @@ def test_an_eagle3_head_on_rank_0_has_the_targets_whole_embedding_and_head(
     assert torch.equal(found.logits(x), whole.logits(x))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
-@pytest.mark.parametrize("size", SIZES[1:])
+@pytest.mark.parametrize(
+    ("kernels", "kind", "size"), pairwise(BOTH, ["llama", "gemma3"], SIZES[1:]), indirect=["kernels"]
+)
 def test_random_weights_are_those_of_the_model_that_is_not_divided(divisible, kernels, kind: str, size: int) -> None:
     folder = str(divisible(kind, size))
     wanted = in_pieces(runner_of(folder, kernels, load_format="dummy"), PROMPT, MIXED)
