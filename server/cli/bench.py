@@ -16,7 +16,7 @@ from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import EngineInfo
 from pilotfish.errors import ConfigError
-from pilotfish.server.cli.command import Command, positive, positives
+from pilotfish.server.cli.command import Command, add_number, positives
 from pilotfish.server.cli.measuring import add_measuring_flags, engine_config, title
 from pilotfish.server.cli.prompts import encode, read_suites
 from pilotfish.server.console import Console
@@ -48,12 +48,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,N,...",
         help="requests in flight, one load after the other (default: 1)",
     )
-    parser.add_argument(
-        "--rounds", type=positive, default=3, metavar="N", help="times that each arm is measured (default: 3)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="X", help="sampling temperature (default: 0, which is greedy)"
-    )
+    add_number(parser, "--rounds", 3, "times that each arm is measured")
+    add_number(parser, "--temperature", 0.0, "sampling temperature; 0: greedy", float)
     add_measuring_flags(parser, questions=20, max_tokens=128)
 
 

@@ -38,6 +38,14 @@ class Command:
         return parser
 
 
+def add_number(
+    parser: argparse.ArgumentParser, flag: str, default: float, text: str, kind: Callable[[str], Any] | None = None
+) -> None:
+    """Add a flag with a number; its help is `text` and the default. kind: parses the number; None: `positive`."""
+    help_text = f"{text} (default: {default:g})"
+    parser.add_argument(flag, type=kind or positive, default=default, metavar="N", help=help_text)
+
+
 def positive(text: str) -> int:
     """Parse an integer of at least 1."""
     number = int(text)

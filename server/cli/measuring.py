@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from pilotfish.engine.config import EngineConfig
-from pilotfish.server.cli.command import positive
+from pilotfish.server.cli.command import add_number
 from pilotfish.server.cli.settings import add_flags, load
 
 if TYPE_CHECKING:
@@ -34,20 +34,8 @@ def add_measuring_flags(
         metavar="FILE",
         help='JSON lines with "prompt", or "turns" whose first is taken (default: prompts that come with Pilotfish)',
     )
-    parser.add_argument(
-        "--questions",
-        type=positive,
-        default=questions,
-        metavar="N",
-        help=f"most prompts of a file, spread evenly over it (default: {questions})",
-    )
-    parser.add_argument(
-        "--max-tokens",
-        type=positive,
-        default=max_tokens,
-        metavar="N",
-        help=f"most tokens of an answer (default: {max_tokens})",
-    )
+    add_number(parser, "--questions", questions, "most prompts of a file, spread evenly over it")
+    add_number(parser, "--max-tokens", max_tokens, "most tokens of an answer")
     parser.add_argument("--ignore-eos", action="store_true", help="make every answer exactly --max-tokens long")
     add_flags(parser, EngineConfig, "engine", omit)
 

@@ -18,7 +18,7 @@ import msgspec
 from pilotfish import __version__
 from pilotfish.engine.config import EngineConfig
 from pilotfish.errors import ConfigError, ModelError
-from pilotfish.server.cli.command import Command, positive
+from pilotfish.server.cli.command import Command, add_number
 from pilotfish.server.cli.prompts import encode, read_suites
 from pilotfish.server.cli.settings import add_flags, load, read_yaml
 from pilotfish.server.cli.table import aligned
@@ -45,13 +45,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="smaller samples, and no model of 8 billion parameters")
     parser.add_argument("--json", metavar="FILE", help="write the whole result, as JSON")
     parser.add_argument("--verbose", action="store_true", help="show every check, and why its bound is what it is")
-    parser.add_argument(
-        "--limit",
-        type=positive,
-        default=LIMIT,
-        metavar="N",
-        help=f"seconds that one check may take, loading a model included (default: {LIMIT})",
-    )
+    add_number(parser, "--limit", LIMIT, "seconds that one check may take, loading a model included")
     parser.add_argument(
         "--isolate",
         action=argparse.BooleanOptionalAction,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -132,10 +131,3 @@ def release() -> None:
 
 def ignore(what: str, share: float) -> None:
     """Ignore loading progress."""
-
-
-def prompts_of(subject: Subject, count: int, vocab_size: int, own: bool) -> list[Sequence[int]]:
-    """Return prompts for texts: real ones for the user's model, if there are any; otherwise random ones."""
-    if own and subject.test.prompts:
-        return list(subject.test.prompts[:count])
-    return [subject.tokens(24 + 7 * i, vocab_size, seed=100 + i) for i in range(count)]
