@@ -2,8 +2,8 @@
  *
  * Not OpenMP, for the sake of machines that have something else to do: its threads all have to arrive at the end of every
  * loop, so that one that is not on a core holds up the rest, and until then they spin on cores that others wait for. Here
- * a loop ends when its chunks are done, whoever did them: if no worker comes in time the caller does them all. And who
- * waits offers its core to others, and after a while sleeps.
+ * a loop ends when its chunks are done, no matter by which thread: if no worker comes in time the caller does them all. A
+ * thread that waits offers its core to others, and after a while sleeps.
  */
 #include <pthread.h>
 #include <sched.h>
@@ -20,8 +20,8 @@ typedef void (*range_function)(const void *arguments, int64_t begin, int64_t end
 
 static struct {
   /* (loop number << 32) | chunks not yet taken. A chunk is taken by counting down in one step with a look at the loop's
-   * number, so a late worker cannot take a later loop's chunk for its own; and who has taken one may read the fields
-   * below, as the loop cannot end before that chunk is done. */
+   * number, so a late worker cannot take a later loop's chunk for its own. A thread that has taken one may read the
+   * fields below, as the loop cannot end before that chunk is done. */
   _Atomic uint64_t ticket;
   _Atomic int64_t done;
   range_function function;

@@ -1,4 +1,4 @@
-"""GELU's gate in the native CPU kernels: its formula over the whole range, batch-invariant."""
+"""The native kernels for Gemma: GELU's gate equals torch's over its whole range and is batch-invariant; wide heads."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The native kernels against the formulas in float64, and the promise they exist for: they are batch-invariant."""
+"""The native kernels against torch's operators, and the promise they exist for: they are batch-invariant."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -131,7 +131,7 @@ def test_attention_equals_its_definition(kernels, window):
 
 @pytest.mark.parametrize("window", [None, 20])
 def test_attention_is_batch_invariant(kernels, window):
-    """Whole, in chunks, one by one, beside others: the same bits."""
+    """The same bits whole, in chunks, row by row and beside others."""
     backend = NativeAttention(kernels)
     whole = attend(backend, empty_cache(backend), [Span([0] * 70, 0, A)], window)
     cache, rows = empty_cache(backend), []
