@@ -24,8 +24,8 @@ from pilotfish.engine.memory.free import free_memory
 from pilotfish.engine.memory.usage import RankMemory
 from pilotfish.engine.models.checkpoint import read_config
 from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.models.decoder_model import DecoderModel
 from pilotfish.engine.models.layout import check_divides
-from pilotfish.engine.models.model import Model
 from pilotfish.engine.ranks.leader import Ranks, start_ranks
 from pilotfish.engine.request import EngineInfo
 from pilotfish.engine.speculation.control.calibration import make_controller
@@ -114,7 +114,7 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
     if ranks is not None:
         ranks.allocate(num_blocks, max_model_len)
 
-    def runner(model: Model, caches: list[LayerCache]) -> Runner:
+    def runner(model: DecoderModel, caches: list[LayerCache]) -> Runner:
         alone = ModelRunner(model, caches, config.block_size, platform.device)
         return alone if ranks is None or model.comm.size == 1 else ranks.lead(alone)
 

@@ -23,7 +23,6 @@ from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.decoder_model import DecoderModel
 from pilotfish.engine.models.eagle3 import SharedWeights
 from pilotfish.engine.models.layout import Layout, check_divides
-from pilotfish.engine.models.model import Model
 from pilotfish.engine.models.registry import tensors_of
 from pilotfish.engine.models.tensors import EMBEDDING, HEAD
 from pilotfish.engine.weights.dummy import iter_weights as dummy_weights
@@ -42,7 +41,7 @@ def load_model(
     max_positions: int,
     progress: Progress,
     comm: Communicator = ALONE,
-) -> tuple[Model, Platform, ModelFiles]:
+) -> tuple[DecoderModel, Platform, ModelFiles]:
     """Read a model's weights onto its device: all, or what rank `comm.rank` has of a sharded model.
 
     `platform` is the target's; None: `name` is the target, and gets the one that `config` chooses for it.
@@ -101,7 +100,7 @@ def _weights(
 
 
 def load_shared(
-    target: Model, platform: Platform, config: EngineConfig, embedding: bool, head: bool, progress: Progress
+    target: DecoderModel, platform: Platform, config: EngineConfig, embedding: bool, head: bool, progress: Progress
 ) -> SharedWeights:
     """The target's embedding and head, those of the two that an EAGLE-3 head on rank 0 needs: whole, read once more
     where the target has only a part of them here. What is not needed may be a part."""

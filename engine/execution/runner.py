@@ -13,16 +13,16 @@ from pilotfish.engine.execution.batch import FlatBatch, HostBatch, Span, pack
 from pilotfish.engine.execution.graphs import GraphedPasses, GraphPlan
 from pilotfish.engine.layers.attention.backend import LayerCache
 from pilotfish.engine.layers.communicator import ALONE
+from pilotfish.engine.models.decoder_model import DecoderModel
 from pilotfish.engine.models.eagle3 import Eagle3Model
 from pilotfish.engine.models.features import FeatureTap
-from pilotfish.engine.models.model import Model
 
 
 class Runner(Protocol):
     """A ModelRunner, or one that has others compute with it (`engine.ranks.leader`)."""
 
     @property
-    def model(self) -> Model: ...
+    def model(self) -> DecoderModel: ...
     @property
     def device(self) -> torch.device: ...
     @property
@@ -39,7 +39,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Model,
+        model: DecoderModel,
         caches: list[LayerCache],
         block_size: int,
         device: torch.device,

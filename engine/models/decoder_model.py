@@ -25,7 +25,10 @@ from pilotfish.engine.models.weight_store import LayerWeights, WeightStore
 
 
 class DecoderModel:
-    """Rows in, hidden states out; `logits` of those rows that are asked for. See `engine.models.model.Model`.
+    """Rows in, hidden states out; `logits` of those rows that are asked for.
+
+    Of a sharded model it is one rank's part: all ranks call the same methods with the same rows. `config` is the whole
+    model's. `embedding` and `head` are (layout.vocab_part, hidden_size), and the same matrix where they are tied.
 
     `weights` has the parts of rank `comm.rank` (see `Layout`). They are consumed one by one: a fused matrix is laid out
     as soon as its parts are there, so that the peak is the model and a few tensors. Raises ModelError if a tensor is
@@ -78,10 +81,11 @@ class DecoderModel:
         token_ids: torch.Tensor,  # (rows,) int64
         positions: torch.Tensor,  # (rows,) int64
         batch: AttentionBatch,
-        caches: list[LayerCache],
+        caches: list[LayerCache],  # one for each layer
         tap: FeatureTap | None = None,
     ) -> torch.Tensor:
-        """Hidden states after the last layer, before the final norm: (rows, hidden_size)."""
+        """Hidden states after the last layer, before the final norm: (rows, hidden_size). The rows' keys and values are
+        in the caches afterwards, and what `tap` wants of the layers in between is in it."""
         hidden = self._embed(token_ids)
         if self.embedding_scale is not None:
             hidden.mul_(self.embedding_scale)

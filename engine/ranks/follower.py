@@ -20,7 +20,7 @@ from pilotfish.engine.layers.communicator import Communicator
 from pilotfish.engine.memory import kv_cache
 from pilotfish.engine.memory.free import free_memory
 from pilotfish.engine.memory.usage import MemoryMeter
-from pilotfish.engine.models.model import Model
+from pilotfish.engine.models.decoder_model import DecoderModel
 from pilotfish.engine.ranks.channel import PassReader
 from pilotfish.engine.ranks.devices import assign_device
 from pilotfish.engine.ranks.launch import WorkerTask
@@ -75,7 +75,7 @@ class DividedModels:
     def __init__(self, config: EngineConfig, comm: Communicator, progress: Progress) -> None:
         target, platform, files = load_model(config.model, None, config, config.max_model_len, progress, comm)
         self._platform: Platform = platform
-        self._models: list[Model] = [target]
+        self._models: list[DecoderModel] = [target]
         if config.draft_tensor_parallel_size > 1:
             for source in find(config.drafter, files.name):
                 if source.files is not None and source.kind.sharded:

@@ -21,8 +21,8 @@ from pilotfish.engine.execution.batch import HostBatch, Span, pack
 from pilotfish.engine.execution.graphs import GraphPlan
 from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.memory.usage import RankMemory
+from pilotfish.engine.models.decoder_model import DecoderModel
 from pilotfish.engine.models.features import FeatureTap
-from pilotfish.engine.models.model import Model
 from pilotfish.engine.ranks.channel import PassChannel
 from pilotfish.engine.ranks.devices import assign_device
 from pilotfish.engine.ranks.launch import WORKER_COMMAND, end_workers, start_worker
@@ -124,7 +124,7 @@ class LeaderRunner:
         self._watch = watch
 
     @property
-    def model(self) -> Model:
+    def model(self) -> DecoderModel:
         return self._runner.model
 
     @property

@@ -15,7 +15,7 @@ from pilotfish.engine.execution.loader import Platform, load_model
 from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.layers.communicator import ALONE, Communicator
 from pilotfish.engine.memory import kv_cache
-from pilotfish.engine.models.model import Model
+from pilotfish.engine.models.decoder_model import DecoderModel
 
 T = TypeVar("T")
 
@@ -112,7 +112,7 @@ class RankedRunner:
         self.platform = made[0][1]
 
     @property
-    def model(self) -> Model:
+    def model(self) -> DecoderModel:
         """Rank 0's."""
         return self.runners[0].model
 

@@ -14,7 +14,7 @@ from pilotfish.engine.execution.graphs import CudaGraphs, EagerGraphs, GraphBack
 from pilotfish.engine.execution.loader import Platform, load_model
 from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.memory import kv_cache
-from pilotfish.engine.models.model import Model
+from pilotfish.engine.models.decoder_model import DecoderModel
 from pilotfish.tools.selftest.check import Check, Finding, Skip
 from pilotfish.tools.selftest.logits import BOUNDS, UNIT, gaps
 from pilotfish.tools.selftest.subject import Subject, ignore
@@ -47,7 +47,7 @@ class _Passes:
     subject: Subject
 
     @cached_property
-    def loaded(self) -> tuple[Model, Platform]:
+    def loaded(self) -> tuple[DecoderModel, Platform]:
         folder = self.subject.small("llama")
         platform = self.subject.platform if self.subject.platform.needs.head_dim == 64 else None
         model, platform, _ = load_model(str(folder), platform, self.subject.small_config(folder), LONGEST, ignore)

@@ -24,7 +24,7 @@ from pilotfish.engine.layers.communicator import Communicator
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.models.config import ModelConfig
-from pilotfish.engine.models.model import Model
+from pilotfish.engine.models.decoder_model import DecoderModel
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import (
     NO_DRAFT,
@@ -40,7 +40,7 @@ from pilotfish.engine.speculation.drafters.growth import GrowingDraft, Growth
 def load(
     name: str,
     files: ModelFiles,
-    target: Model,
+    target: DecoderModel,
     platform: Platform,
     config: EngineConfig,
     progress: Progress,
@@ -54,7 +54,7 @@ def load(
 
 def _make(
     name: str,
-    model: Model,
+    model: DecoderModel,
     target: ModelConfig,
     config: EngineConfig,
     caches: list[LayerCache],

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pilotfish.engine.execution.runner import Runner
     from pilotfish.engine.layers.attention.backend import LayerCache
     from pilotfish.engine.models.config import ModelConfig
+    from pilotfish.engine.models.decoder_model import DecoderModel
     from pilotfish.engine.models.features import FeatureRows
-    from pilotfish.engine.models.model import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class FeatureReader(Protocol):
         ...
 
 
-MakeRunner = Callable[["Model", "list[LayerCache]"], "Runner"]
+MakeRunner = Callable[["DecoderModel", "list[LayerCache]"], "Runner"]
 """Makes the runner of a model of the target's kind, with its caches."""
 
 

@@ -27,9 +27,9 @@ from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.models import eagle3_checkpoint
 from pilotfish.engine.models.config import Eagle3Config, ModelConfig
+from pilotfish.engine.models.decoder_model import DecoderModel
 from pilotfish.engine.models.eagle3 import Eagle3Model
 from pilotfish.engine.models.features import FeatureRows
-from pilotfish.engine.models.model import Model
 from pilotfish.engine.sampling.sampler import argmax
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import (
@@ -51,7 +51,7 @@ a longer stretch only the last ones are, since a head that was told the target's
 def load(
     name: str,
     files: ModelFiles,
-    target: Model,
+    target: DecoderModel,
     platform: Platform,
     config: EngineConfig,
     progress: Progress,
