@@ -32,6 +32,7 @@ from pilotfish.checkpoints.catalog import Progress, resolve
 from pilotfish.engine.build import Engine
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.core import EngineCore
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
 from pilotfish.engine.layers.communicator import ALONE
@@ -44,7 +45,7 @@ from pilotfish.engine.process.messages import FromEngine, Outputs
 from pilotfish.engine.request import EngineInfo, Request
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.control.controller import Controller
-from pilotfish.engine.speculation.drafters.drafter import Draft, DraftRequest
+from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 from pilotfish.engine.speculation.speculator import Speculator
 from pilotfish.engine.verification.coupled import CoupledVerifier
 from pilotfish.text.tokenizer import load_tokenizer

@@ -10,6 +10,7 @@ from typing import Any
 from virtual_costs import Clock, Costs
 from virtual_record import LONGEST, Recorded
 
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.execution.graphs import GraphPlan
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
@@ -20,7 +21,7 @@ from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.control.calibration import CALIBRATED
 from pilotfish.engine.speculation.control.controller import Controller
 from pilotfish.engine.speculation.control.cost import RowCost
-from pilotfish.engine.speculation.drafters.drafter import Draft, Drafter, DraftRequest
+from pilotfish.engine.speculation.drafters.drafter import Drafter, DraftRequest
 from pilotfish.engine.speculation.drafters.eagle3 import MOST_PENDING
 from pilotfish.engine.speculation.drafters.ngram import NgramDrafter
 from pilotfish.engine.speculation.drafters.registry import REGISTRY

@@ -12,11 +12,12 @@ from typing import Any
 from tqdm import tqdm
 
 from pilotfish.checkpoints.catalog import resolve
+from pilotfish.engine.draft import NO_DRAFT, Draft
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.control.candidates import Choice
-from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, Drafter, DraftRequest, ModelDrafter
+from pilotfish.engine.speculation.drafters.drafter import Drafter, DraftRequest, ModelDrafter
 from pilotfish.engine.speculation.speculator import Speculator, StepDrafts
 from pilotfish.server.cli.prompts import encode, read_suites
 from pilotfish.text.tokenizer import load_tokenizer

@@ -1,4 +1,4 @@
-"""Request: what a client asked for, in tokens; what comes back: deltas. Both cross the process boundary (msgspec)."""
+"""Request is what a client asks for, in tokens, and Delta what it gets. Both cross the process boundary (msgspec)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """None: the engine's default, and the prediction's drafter if there is a prediction; "auto": whichever drafter
     promises most, step by step; "off": plain decoding; or a drafter's name."""
     prediction_ids: tuple[int, ...] = ()
-    """What the answer is expected to be, as far as that is known."""
+    """The expected answer, as far as it is known."""
     arrival: float = 0.0
     """time.monotonic() when the client's request came in (one clock for all processes of a machine)."""
 
@@ -37,7 +37,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What happened to a request; times are time.monotonic() seconds."""
+    """The account of a request that has ended; times are time.monotonic() seconds."""
 
     arrival: float
     scheduled: float
@@ -45,7 +45,7 @@ class RequestStats(msgspec.Struct, frozen=True, kw_only=True):
     finished: float
     prompt_tokens: int
     cached_prompt_tokens: int
-    """Of those, found in the prefix cache."""
+    """Prompt tokens that were found in the prefix cache."""
     generated_tokens: int
     drafter: str
     """The drafter that drafted most of its tokens; "none" if nothing was drafted."""
@@ -57,7 +57,7 @@ class RequestStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
-    """What a step has added to a request. The last one has a finish_reason and stats."""
+    """What a step adds to a request. The last one has a finish_reason and stats."""
 
     request_id: str
     token_ids: tuple[int, ...] = ()
@@ -73,7 +73,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     stop string, gets no stats."""
     accepted: int = 0
     drafter: str = ""
-    """Who drafted them; "" if nothing was."""
+    """The drafter of these tokens; "" if nothing was drafted."""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     """The end-of-text or stop token that ended it: the last of token_ids, and not part of the text."""
@@ -82,7 +82,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine says of itself once its model is loaded."""
+    """The engine's description of itself, once its model is loaded."""
 
     model: str
     vocab_size: int
@@ -93,15 +93,15 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     drafters: tuple[str, ...]
     default_drafter: str
-    """What a request gets that does not say: a drafter's name, "auto" or "off"."""
+    """Default for requests that do not set `speculation`: a drafter's name, "auto" or "off"."""
     dtype: str
     device: str
     kernels: str
     tensor_parallel_size: int = 1
-    """Ranks that the target is divided over."""
+    """Number of ranks that the target is sharded over."""
     load_seconds: float
     memory: tuple[RankMemory, ...] = ()
-    """Of each rank, once the model was loaded."""
+    """Memory of each rank, once the model was loaded."""
 
 
 def check_request(request: Request, info: EngineInfo) -> None:
@@ -135,7 +135,7 @@ def check_request(request: Request, info: EngineInfo) -> None:
 
 
 def drafters_of(request: Request, info: EngineInfo) -> tuple[str, ...]:
-    """Who may draft for a request, those first whose word goes first where nobody chooses among them."""
+    """Names of the drafters that may draft for a request, in the order in which they are tried without a controller."""
     wanted = info.default_drafter if request.speculation is None else request.speculation
     predicted = bool(request.prediction_ids) and request.speculation in (None, "auto")
     names = ["prediction"] if predicted else []

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
+from pilotfish.engine.draft import NO_DRAFT, Draft, shortened
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, shortened
 
 
 @dataclass(frozen=True, slots=True)

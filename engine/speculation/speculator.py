@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.control.candidates import Candidate, Choice, UpcomingStep
 from pilotfish.engine.speculation.control.controller import Controller
-from pilotfish.engine.speculation.drafters.drafter import Draft, Drafter, DraftRequest, ModelDrafter
+from pilotfish.engine.speculation.drafters.drafter import Drafter, DraftRequest, ModelDrafter
 from pilotfish.engine.speculation.drafters.feature_router import FeatureRouter
 
 

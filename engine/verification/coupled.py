@@ -6,9 +6,9 @@ from collections.abc import Sequence as Seq
 
 import torch
 
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.sampling.logit_spans import LogitRow, LogitSpan, rows_of
 from pilotfish.engine.sampling.sampler import argmax, choose
-from pilotfish.engine.speculation.drafters.drafter import Draft
 from pilotfish.engine.verification.verifier import Verdict, verdicts
 
 

@@ -11,11 +11,11 @@ import torch
 
 from pilotfish.engine.device import on_device
 from pilotfish.engine.device.transfer import arrays_to_device
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.sampling.logit_spans import LogitRow, LogitSpan
 from pilotfish.engine.sampling.noise import ACCEPT, RESIDUAL, gumbel_race, key_halves, row_key, uniform
 from pilotfish.engine.sampling.processors import Support, kept_of_all, limits_of, scale_rows, temperatures_of, truncate
 from pilotfish.engine.sampling.sampler import choose, race
-from pilotfish.engine.speculation.drafters.drafter import Draft
 from pilotfish.engine.verification.verifier import Verdict, verdicts
 
 

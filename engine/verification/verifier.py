@@ -13,11 +13,11 @@ from typing import Protocol
 
 import torch
 
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.request import TokenLogprobs
 from pilotfish.engine.sampling.logit_spans import LogitSpan
 from pilotfish.engine.sampling.logprobs import token_logprobs
 from pilotfish.engine.sampling.processors import adjust
-from pilotfish.engine.speculation.drafters.drafter import Draft
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from pilotfish.engine.draft import shortened
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.speculation.control.candidates import Choice, UpcomingStep
-from pilotfish.engine.speculation.drafters.drafter import DraftRequest, shortened
+from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 from tests.support.native import BOTH
 from tests.support.pairwise import pairwise
 from tests.support.texts import DRAFTERS, GREEDY, PARAMS, SAMPLED, portfolio, prompts, texts

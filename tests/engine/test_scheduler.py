@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import Request
 from pilotfish.engine.scheduler import Scheduler
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.drafter import Draft
 
 BLOCK = 4
 

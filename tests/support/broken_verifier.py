@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.sampling.logit_spans import LogitSpan
-from pilotfish.engine.speculation.drafters.drafter import Draft
 from pilotfish.engine.verification.coupled import CoupledVerifier
 from pilotfish.engine.verification.verifier import Verdict
 

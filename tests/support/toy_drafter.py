@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.drafter import Draft, DraftRequest
+from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 
 
 class ToyDrafter:

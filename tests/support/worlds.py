@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.params import SamplingParams
@@ -18,7 +19,6 @@ from pilotfish.engine.speculation.control.calibration import CALIBRATED
 from pilotfish.engine.speculation.control.candidates import Candidate, Choice, UpcomingStep
 from pilotfish.engine.speculation.control.controller import Controller
 from pilotfish.engine.speculation.control.cost import RowCost
-from pilotfish.engine.speculation.drafters.drafter import Draft
 
 LONGEST = 8
 LENGTHS = (1, 2, 4, 8)

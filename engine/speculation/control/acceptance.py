@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from pilotfish.engine.speculation.drafters.drafter import Draft
+from pilotfish.engine.draft import Draft
 
 PRIOR = 0.5
 """Acceptance assumed of a drafter that was never seen and says nothing of itself, at every position."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.drafter import Draft
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 
+from pilotfish.engine.draft import shortened
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.control.acceptance import Acceptance
 from pilotfish.engine.speculation.control.backoff import MANY, DraftingBackoff
@@ -21,7 +22,7 @@ from pilotfish.engine.speculation.control.exploration import NEARLY, Exploration
 from pilotfish.engine.speculation.control.forecast import CAUTION, Forecast
 from pilotfish.engine.speculation.control.goodput import goodputs
 from pilotfish.engine.speculation.control.plans import GAIN, Ask, DraftPlan, DraftPlanner, Offer
-from pilotfish.engine.speculation.drafters.drafter import DraftRequest, shortened
+from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 
 
 class Controller:

@@ -8,12 +8,12 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.speculation.control.acceptance import Acceptance
 from pilotfish.engine.speculation.control.candidates import UpcomingStep
 from pilotfish.engine.speculation.control.cost import RowCost
 from pilotfish.engine.speculation.control.forecast import CAUTION, Forecast
 from pilotfish.engine.speculation.control.goodput import gains
-from pilotfish.engine.speculation.drafters.drafter import Draft
 
 GAIN = 1.02
 """Drafting must promise this multiple of plain decoding's goodput, and a model-based drafter this multiple of

@@ -14,6 +14,7 @@ import torch
 
 from pilotfish.checkpoints.catalog import ModelFiles
 from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.draft import NO_DRAFT, Draft
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.buckets import DRAFT_LENGTHS
 from pilotfish.engine.execution.graphs import GraphPlan
@@ -26,14 +27,7 @@ from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.decoder_model import DecoderModel
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.drafter import (
-    NO_DRAFT,
-    Draft,
-    DraftRequest,
-    LoadedDraft,
-    MakeRunner,
-    check_vocabulary,
-)
+from pilotfish.engine.speculation.drafters.drafter import DraftRequest, LoadedDraft, MakeRunner, check_vocabulary
 from pilotfish.engine.speculation.drafters.growth import GrowingDraft, Growth
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.sequence import Sequence
 from pilotfish.errors import ConfigError
 
@@ -31,33 +32,6 @@ class DraftRequest:
     floor: float = 0.0
     """A drafter that knows how confident it is may stop where the product of its tokens' confidences is below this:
     more would not pay."""
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """Proposed tokens; `probs` is the distribution each was drawn from, (len(tokens), vocab) float32, or None where the
-    drafter is certain (probability 1 on its token, as prompt lookup is)."""
-
-    tokens: tuple[int, ...] = ()
-    probs: torch.Tensor | None = None
-    drafter: str = ""
-    evidence: int = 0
-    """How strong the drafter's reason is, in its own classes below 1000 (the n-gram drafter's: its match's length)."""
-    confidences: tuple[float, ...] = ()
-    """The drafter's own probability of each of its tokens; empty where it has none. What they are worth is learned."""
-
-
-NO_DRAFT = Draft()
-
-
-def shortened(draft: Draft, length: int) -> Draft:
-    """The first `length` tokens of a draft."""
-    if len(draft.tokens) <= length:
-        return draft
-    if length <= 0:
-        return NO_DRAFT
-    probs = None if draft.probs is None else draft.probs[:length]
-    return Draft(draft.tokens[:length], probs, draft.drafter, draft.evidence, draft.confidences[:length])
 
 
 class Drafter(Protocol):

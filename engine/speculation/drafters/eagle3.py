@@ -16,6 +16,7 @@ import torch
 
 from pilotfish.checkpoints.catalog import ModelFiles
 from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.draft import NO_DRAFT, Draft
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.buckets import span_lengths
 from pilotfish.engine.execution.graphs import GraphPlan
@@ -32,14 +33,7 @@ from pilotfish.engine.models.eagle3 import Eagle3Model
 from pilotfish.engine.models.features import FeatureRows
 from pilotfish.engine.sampling.sampler import argmax
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.drafter import (
-    NO_DRAFT,
-    Draft,
-    DraftRequest,
-    LoadedDraft,
-    MakeRunner,
-    check_vocabulary,
-)
+from pilotfish.engine.speculation.drafters.drafter import DraftRequest, LoadedDraft, MakeRunner, check_vocabulary
 from pilotfish.engine.speculation.drafters.growth import GrowingDraft, Growth
 from pilotfish.errors import ConfigError
 

@@ -16,6 +16,7 @@ import torch
 
 from pilotfish.engine.device import on_device
 from pilotfish.engine.device.transfer import ids_to_device
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.sampling import device_sampler
@@ -23,7 +24,7 @@ from pilotfish.engine.sampling.device_sampler import chances_of
 from pilotfish.engine.sampling.logit_spans import LogitSpan, rows_of
 from pilotfish.engine.sampling.processors import adjust
 from pilotfish.engine.sampling.sampler import argmax, draw
-from pilotfish.engine.speculation.drafters.drafter import Draft, DraftRequest
+from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 
 NextPass = Callable[[list[Span], torch.Tensor | None, torch.Tensor | None], torch.Tensor]
 """Runs a pass over spans of one row each and returns its logits, (spans, draft vocabulary).

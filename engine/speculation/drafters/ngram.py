@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.draft import NO_DRAFT, Draft
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, DraftRequest
+from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 from pilotfish.errors import ConfigError
 
 

@@ -6,8 +6,9 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 
 from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.draft import NO_DRAFT, Draft
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, DraftRequest
+from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 
 LONGEST_GRAM = 3
 """Tokens of the answer's end that are looked up in the prediction, and then fewer."""

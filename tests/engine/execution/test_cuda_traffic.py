@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.buckets import buckets
 from pilotfish.engine.execution.graphs import EagerGraphs, GraphPlan, Replay, graph_backend
@@ -33,7 +34,7 @@ from pilotfish.engine.request import Request
 from pilotfish.engine.sampling.logit_spans import LogitSpan
 from pilotfish.engine.sequence import Sequence as Decoding
 from pilotfish.engine.speculation.drafters.draft_model import DraftModelDrafter
-from pilotfish.engine.speculation.drafters.drafter import Draft, DraftRequest
+from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 from pilotfish.engine.speculation.drafters.eagle3 import Eagle3Drafter
 from pilotfish.engine.verification.choose import make_verifier
 from tests.support.fake_cuda import BACKENDS, CUDA, on_cuda

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from pilotfish.engine.draft import NO_DRAFT, Draft
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.params import MAX_SEED, SamplingParams
@@ -21,7 +22,6 @@ from pilotfish.engine.request import Request
 from pilotfish.engine.sampling.logit_spans import LogitSpan
 from pilotfish.engine.sampling.sampler import draw
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft
 from pilotfish.engine.verification import rejection
 from pilotfish.engine.verification.coupled import CoupledVerifier
 from pilotfish.engine.verification.rejection import RejectionVerifier, residual

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.speculation.control.candidates import Candidate, Choice, UpcomingStep
 from pilotfish.engine.speculation.control.trials import FIRST_RETRY
-from pilotfish.engine.speculation.drafters.drafter import Draft
 from tests.support.worlds import (
     LONGEST,
     Cost,

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.execution.runner import HeadRunner
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers.attention.torch import TorchAttention
@@ -18,7 +19,7 @@ from pilotfish.engine.models.features import FeatureRows
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import Request
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.drafter import Draft, DraftRequest
+from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 from pilotfish.engine.speculation.drafters.eagle3 import MOST_PENDING, Eagle3Drafter
 
 VOCAB, DRAFT_VOCAB, SIZE, BLOCK, LENGTH = 96, 32, 32, 16, 600

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pilotfish.engine.draft import NO_DRAFT
 from pilotfish.engine.llm import LLM, Completion
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import Request
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, DraftRequest
+from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 from pilotfish.engine.speculation.drafters.prediction import PredictionDrafter
 from pilotfish.errors import ParameterError
 

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pilotfish.engine.draft import NO_DRAFT, Draft
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import Request
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.drafter import NO_DRAFT, Draft, DraftRequest
+from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 from pilotfish.engine.speculation.drafters.suffix import COUNTED, SuffixDrafter
 
 TEXT = st.integers(1, 4).flatmap(lambda size: st.lists(st.integers(0, size - 1), min_size=1, max_size=COUNTED))
