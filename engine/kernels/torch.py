@@ -31,7 +31,7 @@ class TorchKernels:
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
     ) -> TorchLinear | Fp8Linear:
         if scale is not None:
-            if weight.dtype != torch.int8:
+            if weight.dtype == torch.float8_e4m3fn:
                 return prepare_fp8(weight, bias, scale)
             weight = (weight.float() * scale).to(torch.float32 if bias is None else bias.dtype)
         return TorchLinear(weight.contiguous(), None if bias is None else bias.contiguous())

@@ -15,7 +15,7 @@ from pilotfish.checkpoints.gguf_header import read_header
 from pilotfish.checkpoints.huggingface import is_eagle3, read_json
 from pilotfish.checkpoints.values import Values
 from pilotfish.engine.models.config import ModelConfig
-from pilotfish.engine.models.registry import FAMILIES, family_of, tensors_of
+from pilotfish.engine.models.registry import family_of, find_family, tensors_of
 from pilotfish.engine.models.tensors import HEAD
 from pilotfish.engine.weights.quantization import read_quantization
 from pilotfish.engine.weights.tensors import Part, whole_parts
@@ -29,11 +29,8 @@ def read_config(files: ModelFiles) -> ModelConfig:
     """The model's shape. Raises ModelError for files that cannot be read or a model that the engine does not know."""
     if files.format == "gguf":
         header = read_header(files.path)
-        for family in FAMILIES:
-            if header.architecture in family.gguf_architectures:
-                return family.read_gguf(header)
-        known = ", ".join(name for family in FAMILIES for name in family.gguf_architectures)
-        raise ModelError(f"{files.path}: the architecture is {header.architecture!r}, but the engine knows {known}")
+        family = find_family(header.architecture, f"{files.path}: the architecture", "gguf_architectures")
+        return family.read_gguf(header)
     return read_hf_config(files.path)
 
 
@@ -43,11 +40,8 @@ def read_hf_config(folder: Path) -> ModelConfig:
     raw = read_json(path)
     if is_eagle3(folder):
         raise ModelError(f"{folder} is an EAGLE-3 head, which drafts for a model and is none by itself")
-    for family in FAMILIES:
-        if raw.get("model_type") in family.model_types:
-            return replace(family.read_hf(Values(path, raw)), quantization=read_quantization(path, raw))
-    known = ", ".join(name for family in FAMILIES for name in family.model_types)
-    raise ModelError(f"{path}: model_type is {raw.get('model_type')!r}, but the engine knows {known}")
+    family = find_family(raw.get("model_type"), f"{path}: model_type", "model_types")
+    return replace(family.read_hf(Values(path, raw)), quantization=read_quantization(path, raw))
 
 
 def iter_weights(

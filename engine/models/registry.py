@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import prod
+from typing import Any, Literal
 
 from pilotfish.engine.models import gemma3, llama
 from pilotfish.engine.models.config import ModelConfig
@@ -11,16 +12,23 @@ from pilotfish.engine.models.family import Family
 from pilotfish.engine.weights.tensors import Tensor, by_name
 from pilotfish.errors import ModelError
 
-FAMILIES: list[Family] = [llama.FAMILY, gemma3.FAMILY]
+FAMILIES: tuple[Family, ...] = (llama.FAMILY, gemma3.FAMILY)
+
+NamedBy = Literal["model_types", "gguf_architectures"]
+
+
+def find_family(name: Any, what: str, *named_by: NamedBy) -> Family:
+    """The family that has `name` among its names of those kinds. Raises ModelError, which says `what` the name is."""
+    for family in FAMILIES:
+        if any(name in getattr(family, kind) for kind in named_by):
+            return family
+    known = dict.fromkeys(each for family in FAMILIES for kind in named_by for each in getattr(family, kind))
+    raise ModelError(f"{what} is {name!r}, but the engine knows {', '.join(known)}")
 
 
 def family_of(architecture: str) -> Family:
     """The family of a ModelConfig's `architecture`. Raises ModelError for one that is not known."""
-    for family in FAMILIES:
-        if architecture in (*family.model_types, *family.gguf_architectures):
-            return family
-    known = ", ".join(name for family in FAMILIES for name in family.model_types)
-    raise ModelError(f"the architecture is {architecture!r}, but the engine has {known}")
+    return find_family(architecture, "the architecture", "model_types", "gguf_architectures")
 
 
 def tensors_of(config: ModelConfig) -> dict[str, Tensor]:

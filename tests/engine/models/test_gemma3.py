@@ -165,7 +165,7 @@ def test_every_architecture_that_can_be_read_can_be_computed() -> None:
     for family in FAMILIES:
         for name in (*family.model_types, *family.gguf_architectures):
             assert family_of(name) is family
-    with pytest.raises(ModelError, match="'mamba', but the engine has llama"):
+    with pytest.raises(ModelError, match="'mamba', but the engine knows llama"):
         family_of("mamba")
 
 
