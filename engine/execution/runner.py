@@ -1,10 +1,11 @@
-"""ModelRunner: spans in, logits out. One for each model: the target's and each draft's are the same kind. HeadRunner:
-the same for an EAGLE-3 head, which reads hidden states beside tokens. Both replay a captured pass where there is one
-for the batch (`graphs`), and compute it eagerly where there is none."""
+"""Runners: spans in, logits out. ModelRunner runs the target or a draft model; HeadRunner an EAGLE-3 head, which reads
+hidden states beside tokens. Both replay a captured pass where there is one for the batch (`graphs`), and compute it
+eagerly where there is none."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -18,24 +19,23 @@ from pilotfish.engine.models.eagle3 import Eagle3Model
 from pilotfish.engine.models.features import FeatureTap
 
 
-class Runner(Protocol):
-    """A ModelRunner, or one that has others compute with it (`engine.ranks.leader`)."""
+class Lead(Protocol):
+    """Lets the other ranks of a sharded model do what this one does, while this one does it."""
 
-    @property
-    def model(self) -> DecoderModel: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def most_spans(self) -> int: ...
-    def capture(self, name: str, plan: GraphPlan, feature_layers: tuple[int, ...] = ()) -> None: ...
-    def run(self, spans: Seq[Span], tap: FeatureTap | None = None) -> torch.Tensor: ...
-    def run_batch(self, host: HostBatch, tap: FeatureTap | None = None) -> torch.Tensor: ...
-    def run_on_device(self, spans: Seq[Span], token_ids: torch.Tensor) -> torch.Tensor: ...
-    def trial(self, rows: int) -> list[Span]: ...
+    def capturing(self, name: str) -> AbstractContextManager[None]:
+        """While the passes of this model are captured."""
+        ...
+
+    def computing(self, host: HostBatch) -> AbstractContextManager[None]:
+        """While a pass over this batch is computed. Raises RankError when a rank has failed."""
+        ...
 
 
 class ModelRunner:
-    """What `run` returns holds until the next `run`; the features in a tap are the caller's."""
+    """Runs a model over spans. What `run` returns holds until the next `run`; the features in a tap are the caller's.
+
+    `lead` is rank 0's of a sharded model; the other ranks' runners have none, and are given every batch by it.
+    """
 
     def __init__(
         self,
@@ -43,18 +43,20 @@ class ModelRunner:
         caches: list[LayerCache],
         block_size: int,
         device: torch.device,
+        lead: Lead | None = None,
     ) -> None:
         self.model = model
-        self._caches = caches
         self.block_size = block_size
         self.device = device
+        self._caches = caches
+        self._lead = lead
         self._graphs: GraphedPasses | None = None
         self._captured_layers: tuple[int, ...] = ()
 
     @torch.inference_mode()
     def capture(self, name: str, plan: GraphPlan, feature_layers: tuple[int, ...] = ()) -> None:
-        """Capture the plan's passes; `feature_layers`: those of the taps that `run` will be given. Of a divided model
-        all ranks capture, at the same time; only the first one has taps."""
+        """Capture the plan's passes. `feature_layers`: those of the taps that `run` will be given. All ranks of a
+        sharded model capture at the same time; only rank 0 has taps."""
 
         def function(batch: FlatBatch, real_rows: torch.Tensor, inputs: Seq[torch.Tensor]) -> Seq[torch.Tensor]:
             arrays = batch.arrays
@@ -66,7 +68,8 @@ class ModelRunner:
             return logits, tap.features.index_select(0, real_rows)
 
         self._captured_layers = feature_layers
-        self._graphs = GraphedPasses(name, function, plan, self.block_size, self.device, self.model.comm)
+        with self._lead.capturing(name) if self._lead else nullcontext():
+            self._graphs = GraphedPasses(name, function, plan, self.block_size, self.device, self.model.comm)
 
     @property
     def most_spans(self) -> int:
@@ -87,7 +90,16 @@ class ModelRunner:
         self, host: HostBatch, tap: FeatureTap | None = None, token_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`run`, of spans that are packed. `token_ids`, (rows,) int64 on the device, stand for the batch's own, which
-        has one row a span: tokens that the host has not seen."""
+        has one row a span: tokens that the host has not seen. (Other ranks need them, too, so with a `lead` the host
+        waits for them.)"""
+        if self._lead is None:
+            return self._compute(host, tap, token_ids)
+        if token_ids is not None:
+            host.arrays.token_ids[:] = token_ids.cpu().numpy()
+        with self._lead.computing(host):
+            return self._compute(host, tap, None)
+
+    def _compute(self, host: HostBatch, tap: FeatureTap | None, token_ids: torch.Tensor | None) -> torch.Tensor:
         if self._graphs is not None and (tap is None or tap.layers == self._captured_layers):
             bucket = self._graphs.find(host)
             if bucket is not None:
@@ -109,15 +121,15 @@ class ModelRunner:
         return self.run_batch(pack(spans, self.block_size), None, token_ids)
 
     def trial(self, rows: int) -> list[Span]:
-        """Spans of so many rows in all, to see what a pass takes; they are in the cache's first blocks, so only while
-        there are no sequences. As many spans as a captured pass may have, else one."""
+        """Spans of so many rows in all, to measure what a pass takes; they are in the cache's first blocks, so only
+        while there are no sequences. As many spans as a captured pass may have, else one."""
         count = min(rows, self.most_spans)
         lengths = [rows // count + (i < rows % count) for i in range(count)]
         return [Span([0] * length, 0, [0] * -(-length // self.block_size), length) for length in lengths]
 
 
 class HeadRunner:
-    """`run`'s results hold until the next `run`."""
+    """Runs an EAGLE-3 head. What `run` returns holds until the next `run`."""
 
     def __init__(self, model: Eagle3Model, cache: LayerCache, block_size: int, device: torch.device) -> None:
         self.model = model

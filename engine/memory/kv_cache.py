@@ -1,12 +1,37 @@
-"""The KV cache's tensors, and how many blocks of them fit. Which block belongs to whom is `block_pool`'s."""
+"""The KV cache's tensors, and how many blocks of them fit. `block_pool` knows which block belongs to whom."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 
+from pilotfish.engine.config import EngineConfig, cache_share
 from pilotfish.engine.layers.attention.backend import AttentionBackend, LayerCache
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.layout import num_kv_heads
+
+
+class CacheRoom(NamedTuple):
+    """The memory of a rank, as far as it matters to its KV caches."""
+
+    free: int
+    """Bytes that could be allocated now."""
+    block_bytes: int
+    """Bytes of one block of all the rank's caches."""
+
+
+def count_blocks(config: EngineConfig, rooms: Sequence[CacheRoom], sharing: int, on_gpu: bool) -> int:
+    """The number of blocks that fit on every rank. `rooms`: of all ranks in order, of which each `sharing` in a row
+    share one memory."""
+    if config.kv_cache_memory:
+        return min(config.kv_cache_memory // room.block_bytes for room in rooms)
+    share = cache_share(config.kv_cache_share, on_gpu)
+    groups = [rooms[first : first + sharing] for first in range(0, len(rooms), sharing)]
+    return min(
+        int(share * min(room.free for room in group)) // sum(room.block_bytes for room in group) for group in groups
+    )
 
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype, ranks: int = 1) -> int:

@@ -4,7 +4,9 @@ The control channel's ends are `watch` and `link`."""
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
@@ -12,10 +14,37 @@ import numpy as np
 import zmq
 
 from pilotfish.engine.execution.batch import HostBatch
-from pilotfish.engine.ranks.wire import KEY_BYTES, ORDER, PASS, Allocate, Header, Measure, Meet, Order, Welcome
+from pilotfish.engine.execution.batch_layout import BatchShape
+from pilotfish.engine.ranks.wire import Allocate, Measure, Meet, Order, Welcome
 from pilotfish.errors import RankError
 
 _OrderType = TypeVar("_OrderType", Meet, Measure, Allocate)
+
+KEY_BYTES = 8
+ORDER, PASS = 0, 1
+_NO_BATCH = BatchShape(0, 0, 0, 0)
+_HEADER = struct.Struct(f"<{KEY_BYTES}sBBxxI{len(BatchShape._fields)}I")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The first frame of a message on the pass channel; the second is an Order, or a batch's buffer."""
+
+    key: bytes
+    kind: int
+    model: int = 0
+    """Whose pass it is: 0 for the target, then the sharded draft models."""
+    number: int = 0
+    """Number of the pass, counted from 1: a gap is a lost message."""
+    shape: BatchShape = _NO_BATCH
+
+    def pack(self) -> bytes:
+        return _HEADER.pack(self.key, self.kind, self.model, self.number, *self.shape)
+
+    @staticmethod
+    def unpack(data: bytes) -> Header:
+        key, kind, model, number, *shape = _HEADER.unpack(data)
+        return Header(key, kind, model, number, BatchShape(*shape))
 
 
 class PassChannel:

@@ -8,21 +8,18 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 
 import torch
 import zmq
 
 from pilotfish.checkpoints.catalog import Progress
 from pilotfish.engine.child_process import LastWords
-from pilotfish.engine.config import EngineConfig, cache_share
-from pilotfish.engine.execution.batch import HostBatch, Span, pack
-from pilotfish.engine.execution.graphs import GraphPlan
-from pilotfish.engine.execution.runner import ModelRunner
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.execution.batch import HostBatch
+from pilotfish.engine.memory.kv_cache import CacheRoom
 from pilotfish.engine.memory.usage import RankMemory
-from pilotfish.engine.models.decoder_model import DecoderModel
-from pilotfish.engine.models.features import FeatureTap
 from pilotfish.engine.ranks.channel import PassChannel
 from pilotfish.engine.ranks.devices import assign_device
 from pilotfish.engine.ranks.launch import WORKER_COMMAND, end_workers, start_worker
@@ -35,27 +32,30 @@ from pilotfish.errors import CollectiveError, ConfigError
 logger = logging.getLogger(__name__)
 
 
-class Ranks:
-    """The ranks of a divided model, as rank 0 has them: make it with `start_ranks`, and `close` it at the end."""
+@dataclass(slots=True)
+class _Local:
+    """What the leader has on its own host for the others: their processes, and the folder of their sockets."""
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        topology: Topology,
-        comm: TorchGroup,
-        device: torch.device,
-        watch: Watch,
-        channel: PassChannel,
-        local: _Local,
-    ) -> None:
-        self.config = config
-        self.comm = comm
-        self._device = device
-        self._watch = watch
-        self._channel = channel
-        self._local = local
-        self._led = 0
-        self._topology = topology
+    directory: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="pilotfish-"))
+    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def end(self) -> None:
+        end_workers(self.workers)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+@dataclass(slots=True)
+class Ranks:
+    """The other ranks of an engine, as the leader has them: make it with `start_ranks`, and `close` it at the end."""
+
+    config: EngineConfig
+    """The engine's, with rank 0's threads."""
+    comm: TorchGroup
+    _topology: Topology
+    _device: torch.device
+    _watch: Watch
+    _channel: PassChannel
+    _local: _Local
 
     def reported(self, progress: Progress) -> Progress:
         """`progress` that tells of the slowest rank. Calling it raises RankError once the engine has failed."""
@@ -66,36 +66,27 @@ class Ranks:
 
         return report
 
-    def block_count(self, block_bytes: int, free: int, progress: Progress) -> int:
-        """KV blocks that fit on every rank, once all are loaded. `block_bytes`: of a block on rank 0, over all its
-        caches; `free`: bytes that rank 0 could allocate."""
+    @property
+    def sharing(self) -> int:
+        """The number of ranks in a row that share a memory: on the CPU those of a host."""
+        return 1 if self._device.type == "cuda" else self._topology.local_size
+
+    def rooms(self, own: CacheRoom, progress: Progress) -> list[CacheRoom]:
+        """The room of all ranks, once all are loaded; `own` is rank 0's."""
         self._watch.wait_for(Loaded, lambda ranks: progress(f"waiting for {ranks}", 0.0))
         self._channel.order(Measure())
-        measured = [Measured(free, block_bytes), *self._watch.wait_for(Measured)]
-        config = self.config
-        if config.kv_cache_memory:
-            return min(config.kv_cache_memory // each.block_bytes for each in measured)
-        if self._device.type == "cuda":
-            share = cache_share(config.kv_cache_share, on_gpu=True)
-            return min(int(share * each.free) // each.block_bytes for each in measured)
-        counts = []
-        for first in range(0, len(measured), self._topology.local_size):  # the ranks of a host share its memory
-            host = measured[first : first + self._topology.local_size]
-            memory = int(cache_share(config.kv_cache_share, on_gpu=False) * min(each.free for each in host))
-            counts.append(memory // sum(each.block_bytes for each in host))
-        return min(counts)
+        return [own, *(CacheRoom(each.free, each.block_bytes) for each in self._watch.wait_for(Measured))]
 
     def allocate(self, num_blocks: int, max_model_len: int) -> None:
-        """Let all ranks make their KV caches, and capture passes as rank 0 does; `wait_prepared` waits for it."""
+        """Let all ranks allocate their KV caches and capture passes, as rank 0 does; `wait_prepared` waits for it."""
         self._channel.order(Allocate(num_blocks, max_model_len))
 
     def wait_prepared(self) -> None:
         self._watch.wait_for(Prepared)
 
-    def lead(self, runner: ModelRunner) -> LeaderRunner:
-        """`runner`, whose passes all ranks compute. Divided models are led in the order in which ranks load them."""
-        self._led += 1
-        return LeaderRunner(runner, self._led - 1, self._channel, self._watch)
+    def lead(self, model: int) -> ModelLead:
+        """The lead of the sharded model of this number, as `Assembly` counts them."""
+        return ModelLead(model, self._device, self._channel, self._watch)
 
     def check(self) -> None:
         """Raise RankError if a rank has failed: what has been computed since is not to be used."""
@@ -113,54 +104,25 @@ class Ranks:
         self._channel.close()
 
 
-class LeaderRunner:
-    """Rank 0's runner of a divided model: as ModelRunner, and each pass goes to the other ranks first. Raises RankError
-    from `run` and `run_batch` when a rank has failed."""
+@dataclass(frozen=True, slots=True)
+class ModelLead:
+    """Rank 0's Lead of a sharded model: each pass goes to the other ranks first."""
 
-    def __init__(self, runner: ModelRunner, model: int, channel: PassChannel, watch: Watch) -> None:
-        self._runner = runner
-        self._model = model
-        self._channel = channel
-        self._watch = watch
+    model: int
+    device: torch.device
+    channel: PassChannel
+    watch: Watch
 
-    @property
-    def model(self) -> DecoderModel:
-        return self._runner.model
+    def capturing(self, name: str) -> AbstractContextManager[None]:
+        """See Lead. The other ranks capture by themselves, model by model."""
+        self.watch.begin()
+        return self._together(f"while it captured passes of {name}")
 
-    @property
-    def device(self) -> torch.device:
-        return self._runner.device
-
-    @property
-    def most_spans(self) -> int:
-        return self._runner.most_spans
-
-    def trial(self, rows: int) -> list[Span]:
-        """See ModelRunner.trial."""
-        return self._runner.trial(rows)
-
-    def capture(self, name: str, plan: GraphPlan, feature_layers: tuple[int, ...] = ()) -> None:
-        """See ModelRunner.capture. The other ranks do so by themselves, model by model in the order of `Ranks.lead`."""
-        self._watch.begin()
-        with self._together(f"while it captured passes of {name}"):
-            self._runner.capture(name, plan, feature_layers)
-
-    def run(self, spans: Sequence[Span], tap: FeatureTap | None = None) -> torch.Tensor:
-        """See ModelRunner.run."""
-        return self.run_batch(pack(spans, self._runner.block_size), tap)
-
-    def run_on_device(self, spans: Sequence[Span], token_ids: torch.Tensor) -> torch.Tensor:
-        """See ModelRunner.run_on_device. The other ranks need the tokens, too, so the host waits for them."""
-        host = pack(spans, self._runner.block_size)
-        host.arrays.token_ids[:] = token_ids.cpu().numpy()
-        return self.run_batch(host)
-
-    def run_batch(self, host: HostBatch, tap: FeatureTap | None = None) -> torch.Tensor:
-        """See ModelRunner.run_batch."""
-        number = self._watch.begin_pass()
-        self._channel.broadcast(self._model, number, host)
-        with self._together(f"in pass {number}"):
-            return self._runner.run_batch(host, tap)
+    def computing(self, host: HostBatch) -> AbstractContextManager[None]:
+        """See Lead."""
+        number = self.watch.begin_pass()
+        self.channel.broadcast(self.model, number, host)
+        return self._together(f"in pass {number}")
 
     @contextmanager
     def _together(self, when: str) -> Iterator[None]:
@@ -168,11 +130,11 @@ class LeaderRunner:
         try:
             yield
         except CollectiveError:
-            raise self._watch.why() from None
+            raise self.watch.why() from None
         except BaseException as error:
-            self._watch.fail(f"rank 0 failed {when}: {type(error).__name__} {error}".rstrip())
+            self.watch.fail(f"rank 0 failed {when}: {type(error).__name__} {error}".rstrip())
             raise
-        self._watch.end(_end_of_work(self.device))
+        self.watch.end(_end_of_work(self.device))
 
 
 def _end_of_work(device: torch.device) -> Callable[[], bool]:
@@ -182,18 +144,6 @@ def _end_of_work(device: torch.device) -> Callable[[], bool]:
     event = torch.cuda.Event()
     event.record()
     return event.query
-
-
-@dataclass(slots=True)
-class _Local:
-    """What rank 0 has on its own host for the others: their processes, and the folder of their sockets."""
-
-    directory: str
-    workers: list[subprocess.Popen[bytes]]
-
-    def end(self) -> None:
-        end_workers(self.workers)
-        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def start_ranks(
@@ -212,7 +162,7 @@ def start_ranks(
     master = config.master_addr if config.nnodes > 1 else None
     interface = listening_address(master) if master is not None else ""
     store = serve_store(master or "127.0.0.1", topology.size)
-    local = _Local(tempfile.mkdtemp(prefix="pilotfish-"), [])
+    local = _Local()
     comm: list[TorchGroup] = []
     channel = watch = None
     try:
@@ -249,14 +199,14 @@ def start_ranks(
                 raise ConfigError(f"rank {rank} computes on {each.device}, rank 0 on {device.type}: set device")
         channel.wait_for(topology.size - 1, watch.check)
         channel.order(Meet())
+        timeout = collective_seconds(config.rank_timeout)
         try:
-            timeout = collective_seconds(config.rank_timeout)
             comm.append(connect(store, 0, topology.size, device, welcome.store_host, timeout))
         except CollectiveError:
             raise watch.why() from None
         watch.counts(lambda: comm[0].entered)
         logger.info("%d ranks on %d host(s), %s", topology.size, topology.nnodes, comm[0].name)
-        return Ranks(own_config, topology, comm[0], device, watch, channel, local)
+        return Ranks(own_config, comm[0], topology, device, watch, channel, local)
     except BaseException as error:
         if watch is not None:
             watch.close(str(error) or type(error).__name__)

@@ -1,15 +1,11 @@
-"""Messages between the ranks' processes, beside the tensors: msgspec structs in MessagePack on the control channel and
-for orders; a fixed header and a packed batch for a pass. The package's docstring tells who sends them."""
+"""Messages between the ranks' processes, beside tensors and batches: msgspec structs in MessagePack. The package's
+docstring tells who sends them. No torch."""
 
 from __future__ import annotations
-
-import struct
-from dataclasses import dataclass
 
 import msgspec
 
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.execution.batch_layout import BatchShape
 from pilotfish.engine.memory.usage import RankMemory
 
 # Control channel, to the leader.
@@ -126,29 +122,3 @@ class Allocate(msgspec.Struct, frozen=True, tag="allocate"):
 ToLeader = Hello | Joined | RankLoading | Loaded | Measured | Prepared | Beat | RankFailed | Died
 FromLeader = Welcome | Beat | End
 Order = Meet | Measure | Allocate
-
-KEY_BYTES = 8
-ORDER, PASS = 0, 1
-_NO_BATCH = BatchShape(0, 0, 0, 0)
-_HEADER = struct.Struct(f"<{KEY_BYTES}sBBxxI{len(BatchShape._fields)}I")
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """The first frame of a message on the pass channel; the second is an Order, or a batch's buffer."""
-
-    key: bytes
-    kind: int
-    model: int = 0
-    """Whose pass it is: 0 for the target, then the sharded draft models."""
-    number: int = 0
-    """Number of the pass, counted from 1: a gap is a lost message."""
-    shape: BatchShape = _NO_BATCH
-
-    def pack(self) -> bytes:
-        return _HEADER.pack(self.key, self.kind, self.model, self.number, *self.shape)
-
-    @staticmethod
-    def unpack(data: bytes) -> Header:
-        key, kind, model, number, *shape = _HEADER.unpack(data)
-        return Header(key, kind, model, number, BatchShape(*shape))

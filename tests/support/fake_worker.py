@@ -19,24 +19,26 @@ from pilotfish.errors import ModelError
 
 
 def follow(task: WorkerTask, welcome: Welcome, link: Link) -> None:
+    from pilotfish.engine import assembly
     from pilotfish.engine.execution.graphs import EagerGraphs
     from pilotfish.engine.ranks import follower
 
-    class Part(follower.DividedModels):
+    class Failing(assembly.Assembly):
         def __init__(self, *arguments: object) -> None:
             if sys.argv[1] == "cannot load":
                 raise ModelError("no memory is left for its part")
             super().__init__(*arguments)  # type: ignore[arg-type]
 
-        def allocate(self, num_blocks: int, max_model_len: int) -> list[follower.Runner]:
-            runners = super().allocate(num_blocks, max_model_len)
-            return [Stuck()] if sys.argv[1] == "hang" and task.rank == 2 else runners
+        def allocate(self, *arguments: object) -> None:
+            super().allocate(*arguments)  # type: ignore[arg-type]
+            if sys.argv[1] == "hang" and task.rank == 2:
+                self.sharded = [Stuck()]  # type: ignore[list-item]
 
     if sys.argv[1] == "capture":
-        follower.graph_backend = lambda *_: EagerGraphs  # type: ignore[assignment]
+        assembly.graph_backend = lambda *_: EagerGraphs  # type: ignore[assignment]
     if sys.argv[1] == "exit":
         os._exit(7)
-    follower.follow(task, welcome, link, Part)
+    follower.follow(task, welcome, link, Failing)
 
 
 class Stuck:

@@ -19,7 +19,7 @@ from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.buckets import DRAFT_LENGTHS
 from pilotfish.engine.execution.graphs import GraphPlan
 from pilotfish.engine.execution.loader import Platform, Progress, load_model
-from pilotfish.engine.execution.runner import Runner
+from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.layers.attention.backend import LayerCache
 from pilotfish.engine.layers.communicator import Communicator
 from pilotfish.engine.memory.block_pool import BlockPool
@@ -91,7 +91,7 @@ class DraftModelDrafter:
     def __init__(
         self,
         name: str,
-        runner: Runner,
+        runner: ModelRunner,
         pool: BlockPool,
         eos_token_ids: tuple[int, ...],
         max_batch_tokens: int,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from pilotfish.engine.config import EngineConfig
     from pilotfish.engine.execution.graphs import GraphPlan
-    from pilotfish.engine.execution.runner import Runner
+    from pilotfish.engine.execution.runner import ModelRunner
     from pilotfish.engine.layers.attention.backend import LayerCache
     from pilotfish.engine.models.config import ModelConfig
     from pilotfish.engine.models.decoder_model import DecoderModel
@@ -91,7 +91,7 @@ class FeatureReader(Protocol):
         ...
 
 
-MakeRunner = Callable[["DecoderModel", "list[LayerCache]"], "Runner"]
+MakeRunner = Callable[["DecoderModel", "list[LayerCache]"], "ModelRunner"]
 """Makes the runner of a model of the target's kind, with its caches."""
 
 

@@ -57,7 +57,7 @@ def make(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Callab
     """An LLM on a graph backend; None: eager. On the native kernels, whose rows are bit-equal in every company."""
 
     def build(backend: EagerGraphs | None = None, **given: object) -> LLM:
-        monkeypatch.setattr("pilotfish.engine.build.graph_backend", lambda *_: backend and (lambda: backend))
+        monkeypatch.setattr("pilotfish.engine.assembly.graph_backend", lambda *_: backend and (lambda: backend))
         defaults = {
             "model": str(tiny("llama")),
             "kernels": "native",

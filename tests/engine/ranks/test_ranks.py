@@ -115,7 +115,7 @@ def test_captured_passes_of_a_divided_model(tiny_llama: Path, monkeypatch: pytes
     settings = SETTINGS | {"model": str(tiny_llama), "drafter": ("ngram", f"draft={tiny_llama}"), "num_draft_tokens": 2}
     with LLM(**settings) as alone:
         expected = answers(alone, "off")
-    monkeypatch.setattr("pilotfish.engine.build.graph_backend", lambda *_: EagerGraphs)
+    monkeypatch.setattr("pilotfish.engine.assembly.graph_backend", lambda *_: EagerGraphs)
     monkeypatch.setattr("pilotfish.engine.build.start_ranks", _with_worker("capture"))
     settings |= {"tensor_parallel_size": 2, "draft_tensor_parallel_size": shared, "adaptive_drafts": False}
     with LLM(**settings) as llm:
