@@ -19,6 +19,7 @@ from pilotfish.engine.request import Delta, Request, TokenLogprobs
 from pilotfish.errors import EngineDeadError
 from pilotfish.logs import JsonFormatter
 from pilotfish.server.config import ServerConfig
+from pilotfish.server.errors import ApiError, openai_error
 from pilotfish.text.tokenizer import Tokenizer, load_tokenizer
 from tests.support.paths import ROOT
 from tests.support.scripted_app import ScriptedApp
@@ -227,6 +228,11 @@ async def test_what_nobody_expected_is_500_with_an_id_to_look_for_and_nothing_el
         assert request_id in response.json()["error"]["message"]
         assert request_id in caplog.text
         assert "ZeroDivisionError: a secret" in caplog.text
+
+
+def test_an_error_may_quote_what_utf8_cannot_carry() -> None:
+    error = json.loads(ApiError(400, "not \ud800", param="\ud801").response(openai_error).body)["error"]
+    assert (error["message"], error["param"]) == ("not \\ud800", "\\ud801")
 
 
 @pytest.mark.parametrize("given", ["mine-1.2:3", "a" * 128])
