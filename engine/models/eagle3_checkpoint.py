@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 from pilotfish.checkpoints.huggingface import read_json
 from pilotfish.checkpoints.values import Values
 from pilotfish.engine.models import llama
-from pilotfish.engine.models.config import Eagle3Config
+from pilotfish.engine.models.config import Eagle3Config, ModelConfig
 from pilotfish.engine.models.tensors import attention, gated_mlp, linear, norm
 from pilotfish.engine.weights.quantization import SCALE, dequantized, scheme_of
 from pilotfish.engine.weights.tensors import Tensor, by_name, check_names, check_shape
-from pilotfish.errors import ModelError
+from pilotfish.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +77,21 @@ def _tensors(config: Eagle3Config) -> Iterator[Tensor]:
     yield norm("norm", "", hidden)
     yield from linear("lm_head", "", (config.draft_vocab_size, hidden))
     yield from linear("embed_tokens", "", (decoder.vocab_size, hidden))
+
+
+def check_target(name: str, head: Eagle3Config, target: ModelConfig) -> None:
+    """Raise ConfigError unless the head, a drafter called `name`, reads hidden states that the target has."""
+    if head.target_hidden_size != target.hidden_size:
+        raise ConfigError(
+            f"drafter {name!r} reads hidden states of size {head.target_hidden_size}, the target's are "
+            f"{target.hidden_size}: it was made for another target"
+        )
+    layers = head.features_of(target)
+    if max(layers) > target.num_layers:
+        raise ConfigError(
+            f"drafter {name!r} reads layers {layers}, the target has {target.num_layers}: it was made for another "
+            "target"
+        )
 
 
 def optional(config: Eagle3Config) -> set[str]:

@@ -39,7 +39,7 @@ class PlannedHead:
     """The dtype of activations, and of weights that are not quantized."""
     kv_dtype: str
     shared: tuple[str, ...]
-    """Those of EMBEDDING and HEAD that it takes from its target."""
+    """The ones of EMBEDDING and HEAD that it takes from its target."""
     quantized: tuple[tuple[str, str], ...] = ()
     """The names of tensors that stay quantized, with their schemes."""
 
@@ -53,7 +53,7 @@ class PlannedHead:
 
     @property
     def params(self) -> int:
-        """Those of its own."""
+        """Parameters of its own tensors."""
         return count(tensor for tensor in self._tensors() if tensor.name not in self.shared)
 
     @property
@@ -64,14 +64,14 @@ class PlannedHead:
         return dict(self.quantized).get(name, self.dtype)
 
     def matrices(self, ranks: int = 1) -> Iterator[Matrix]:
-        """Of a pass of the layer, then the head; the first GPU's, whatever `ranks` says."""
+        """Yield the matrices of a pass of the layer, then the head; all are on the first GPU, whatever `ranks` is."""
         for tensor in self._tensors():
             if tensor.linear is not None and tensor.kind == "weight" and tensor.name not in (EMBEDDING, FUSION):
                 yield self._matrix(tensor)
 
     def weight_bytes(self, target: PlannedModel, ranks: int) -> int:
-        """On the first GPU. A target over several `ranks` has no whole embedding or head there to share: they come
-        on top."""
+        """Return its bytes on the first GPU. A target over several `ranks` has no whole embedding or head there to
+        share, so they come on top."""
         total = 0
         for tensor in self._tensors():
             rows, columns = tensor.shape[0], prod(tensor.shape[1:])
@@ -88,7 +88,7 @@ class PlannedHead:
         return Matrix(tensor.name, tensor.shape[0], tensor.shape[1], self.dtype_of(tensor.name))
 
     def kv_bytes_per_token(self, ranks: int = 1) -> int:
-        """Keys and values of its layer, on the first GPU."""
+        """Return the bytes of keys and values of its layer, on the first GPU."""
         return 2 * self.shape.num_kv_heads * self.shape.head_dim * BYTES[self.kv_dtype]
 
     def seen(self, context: int) -> float:
@@ -96,19 +96,19 @@ class PlannedHead:
 
 
 def find_head(model: str) -> ModelFiles | None:
-    """The files of an EAGLE-3 head, named as `pilotfish serve` takes it; None for a model of another kind. Raises
-    ModelError."""
+    """Return the files of an EAGLE-3 head, named as `pilotfish serve` takes it; None for a model of another kind.
+    Raises ModelError."""
     files = locate(model)
     return files if files is not None and files.format == "huggingface" and is_eagle3(files.path) else None
 
 
 def read_head(files: ModelFiles, name: str, dtype: str, kv_dtype: str, notes: list[str]) -> PlannedHead:
-    """`notes`: told what is assumed where config.json is all that there is. Raises ModelError."""
+    """Read a head. notes: gets what is assumed where only config.json is available. Raises ModelError."""
     config = read_config(files.path)
     shared = optional(config)
     stored = _stored(files.path / SAFETENSORS)
     if stored is None:
-        notes.append(f"{name}: its weights are not here to be looked at: planned with its target's embedding")
+        notes.append(f"{name}: its weights are not available: planned with its target's embedding")
         shared, stored = {EMBEDDING}, {}
     kinds = {scheme.safetensors: scheme for scheme in SCHEMES.values() if dtype in scheme.dtypes}
     quantized = tuple(sorted((tensor, kinds[kind].name) for tensor, kind in stored.items() if kind in kinds))
@@ -119,7 +119,7 @@ def read_head(files: ModelFiles, name: str, dtype: str, kv_dtype: str, notes: li
 
 
 def _stored(path: Path) -> dict[str, str] | None:
-    """The tensors of a file by name, with their dtypes as safetensors calls them; None if it is not there."""
+    """Return the tensors of a file by name, with their dtypes as safetensors calls them; None if it is not there."""
     if not path.is_file():
         return None
     with safe_open(path, framework="numpy") as file:

@@ -16,7 +16,7 @@ from pilotfish.tools.planner.roofline import kernel_count
 from pilotfish.tools.planner.setup import Setup, ranks_that_divide
 
 LOGIT_COPIES = 3
-"""A row of logits is drawn from in float32: processed, its noise, their sum."""
+"""Copies of a row of logits in float32 while a token is drawn: the processed row, its noise, their sum."""
 GRAPH_KERNEL_BYTES = 8 * 2**10
 """Assumed memory of a kernel in a captured graph; not measured."""
 MIN_CONTEXT = 2048
@@ -25,21 +25,21 @@ MIN_CONTEXT = 2048
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Of one GPU, in bytes. The parts add up to `total`."""
+    """The memory of one GPU, in bytes. The parts add up to `total`."""
 
     total: int
     reserved: int
     weights: int
     draft_weights: dict[str, int]
-    """By the draft's name."""
+    """Bytes by the draft model's name."""
     activations: int
     graphs: int
     kv_cache: int
-    """What the settings give it, or what there is."""
+    """Bytes that the settings give the cache, or their share of what is free."""
     unused: int
-    """Negative: so much too little."""
+    """Bytes that are left; negative: bytes that are missing."""
     kv_bytes_per_token: int
-    """Of the target and all drafts: their caches hold the same number of tokens."""
+    """Bytes for the target and all draft models, whose caches hold the same number of tokens."""
 
     @property
     def cached_tokens(self) -> int:
@@ -47,12 +47,12 @@ class MemoryPlan:
 
     @property
     def fixed(self) -> int:
-        """All but the cache."""
+        """Bytes of everything but the cache."""
         return self.reserved + self.weights + sum(self.draft_weights.values()) + self.activations + self.graphs
 
 
 def plan_memory(setup: Setup) -> MemoryPlan:
-    """What lies on each of the setup's GPUs."""
+    """Plan the memory of each of the setup's GPUs; the first one is the fullest."""
     device, settings, ranks = setup.device, setup.settings, setup.ranks
     weights = setup.target.weight_bytes(ranks)
     drafts = {d.name: _draft_bytes(d.model, setup) for d in setup.drafts if d.model is not None}
@@ -89,7 +89,8 @@ def _draft_bytes(draft: PlannedModel | PlannedHead, setup: Setup) -> int:
 
 
 def activation_bytes(model: PlannedModel | PlannedHead, setup: Setup, ranks: int) -> int:
-    """Peak of a pass: the widest moment of a layer at `max_batch_tokens` rows, or the logits, which come after it."""
+    """Return the peak of a pass: the widest moment of a layer at `max_batch_tokens` rows, or the logits, which come
+    after it."""
     shape, width = model.shape, BYTES[model.dtype]
     rows = setup.settings.max_batch_tokens
     heads = (shape.num_heads + 2 * max(1, shape.num_kv_heads // ranks) * ranks) * shape.head_dim
@@ -100,13 +101,13 @@ def activation_bytes(model: PlannedModel | PlannedHead, setup: Setup, ranks: int
 
 
 def drawn_rows(setup: Setup) -> int:
-    """Most rows of a step that a token is drawn from: as many as are decoded and verified."""
+    """Return the most rows of a step that a token is drawn from: those that are decoded and verified."""
     longest = setup.settings.num_draft_tokens if setup.drafts else 0
     return min(setup.settings.max_batch_tokens, setup.settings.max_num_seqs * (1 + longest))
 
 
 def graph_bytes(setup: Setup) -> int:
-    """Of the captured passes, which are the engine's own: see `engine.execution.buckets`."""
+    """Return the bytes of captured passes, as `engine.execution.buckets` chooses them."""
     settings = setup.settings
     batches = batch_sizes(settings.max_num_seqs)
 
@@ -119,17 +120,17 @@ def graph_bytes(setup: Setup) -> int:
 
 
 def fits(memory: MemoryPlan, setup: Setup) -> bool:
-    """Nothing is over, and the cache holds a request worth the name."""
+    """Return whether nothing is missing, and the cache holds a request of MIN_CONTEXT tokens."""
     return memory.unused >= 0 and memory.cached_tokens >= min(MIN_CONTEXT, setup.max_model_len)
 
 
 def largest_context(memory: MemoryPlan, setup: Setup) -> int:
-    """Tokens of the longest request that fits, alone."""
+    """Return the tokens of the longest request that fits alone."""
     return min(setup.max_model_len, memory.cached_tokens)
 
 
 def largest_batch(memory: MemoryPlan, context: int) -> int:
-    """Requests of `context` tokens that fit at once."""
+    """Return the number of requests of `context` tokens that fit at once."""
     return memory.cached_tokens // context
 
 
@@ -167,7 +168,7 @@ def remedies(setup: Setup) -> list[Remedy]:
 
 
 def _with_room(setup: Setup) -> Setup:
-    """The same with as much cache as there is room for, if the settings ask for more."""
+    """Return the setup with as much cache as there is room for, if its settings ask for more."""
     memory = plan_memory(setup)
     if memory.unused >= 0:
         return setup

@@ -1,4 +1,4 @@
-"""PlannedModel: a model's shape with the dtypes it would have, and what of it lies on one tensor-parallel rank."""
+"""PlannedModel: a model's shape with the dtypes it would have, and its part on one tensor-parallel rank."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, **{scheme.name: scheme.bytes
 
 
 def matrix_bytes(rows: int, columns: int, dtype: str) -> int:
-    """Bytes of a matrix in a dtype or a scheme of quantization, scales included."""
+    """Return the bytes of a matrix in a dtype or a scheme of quantization, scales included."""
     scheme = SCHEMES.get(dtype)
     return rows * columns * BYTES[dtype] if scheme is None else scheme.size_bytes(rows, columns)
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """What one rank has of a weight matrix that is multiplied by: (outputs, inputs)."""
+    """One rank's part of a weight matrix that is multiplied with: (outputs, inputs)."""
 
     name: str
     outputs: int
@@ -68,12 +68,12 @@ class PlannedModel:
         return parameter_count(self.shape)
 
     def dtype_of(self, tensor: Tensor) -> str:
-        """The dtype, or the scheme of quantization, that a tensor would have."""
+        """Return the dtype, or the scheme of quantization, that a tensor would have."""
         quantization = self.quantization
         return quantization.scheme if quantization is not None and quantization.takes(tensor) else self.dtype
 
     def matrices(self, ranks: int = 1) -> Iterator[Matrix]:
-        """One rank's, in the order of the computation: the layers', then the head (tied or not)."""
+        """Yield one rank's matrices in the order of the computation: the layers', then the head (tied or not)."""
         tensors = tensors_of(self.shape)
         for name, shape in rank_shapes(self.shape, ranks).items():
             if tensors[name].quantizable:
@@ -81,19 +81,19 @@ class PlannedModel:
         yield Matrix(HEAD, Layout(self.shape, 0, ranks).vocab_part, self.shape.hidden_size, self.dtype)
 
     def weight_bytes(self, ranks: int = 1) -> int:
-        """Bytes of weights on one of `ranks` tensor-parallel ranks."""
+        """Return the bytes of weights on one of `ranks` tensor-parallel ranks."""
         tensors, shapes = tensors_of(self.shape), rank_shapes(self.shape, ranks)
         return sum(
             matrix_bytes(shape[0], prod(shape[1:]), self.dtype_of(tensors[name])) for name, shape in shapes.items()
         )
 
     def kv_bytes_per_token(self, ranks: int = 1) -> int:
-        """Keys and values of a token, all layers, on one rank."""
+        """Return the bytes of a token's keys and values, all layers, on one rank."""
         shape = self.shape
         return 2 * shape.num_layers * num_kv_heads(shape, ranks) * shape.head_dim * BYTES[self.kv_dtype]
 
     def seen(self, context: int) -> float:
-        """Keys that a query at the end of `context` tokens sees, the mean over the layers."""
+        """Return the keys that a query at the end of `context` tokens sees, the mean over the layers."""
         shape = self.shape
         if shape.sliding_window is None:
             return float(context)
@@ -103,7 +103,8 @@ class PlannedModel:
 
 
 def rank_shapes(shape: ModelConfig, ranks: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of one rank's part of each tensor: the first rank's, which also has the biases that are added to a sum.
+    """Return the shapes of one rank's part of each tensor: the first rank's, which also has the biases that are added
+    to a sum.
 
     Raises ConfigError, a ValueError, if something does not divide.
     """
@@ -111,9 +112,10 @@ def rank_shapes(shape: ModelConfig, ranks: int) -> dict[str, tuple[int, ...]]:
 
 
 def read_shape(model: str) -> ModelConfig:
-    """The shape of a model named as `pilotfish serve` takes it: from `published` if it is there, else from its files.
+    """Read the shape of a model named as `pilotfish serve` takes it: from `published` if it is there, else from its
+    files.
 
-    A hub's name that is not published here is looked for in the local cache only: planning downloads nothing. Raises
+    A hub name that is not published here is only looked up in the local cache, since planning downloads nothing. Raises
     ModelError.
     """
     files = locate(model)
@@ -125,7 +127,7 @@ def read_shape(model: str) -> ModelConfig:
 
 
 def locate(model: str) -> ModelFiles | None:
-    """The files of a model, of a hub's name those in the local cache; None for one whose shape is published here.
+    """Find the files of a model, for a hub name in the local cache; None for a model whose shape is published here.
     Raises ModelError."""
     if not Path(model).expanduser().exists() and find(model) is not None:
         return None

@@ -14,8 +14,8 @@ from pilotfish.engine.weights.quantization import Quantization
 
 
 def find(name: str) -> ModelConfig | None:
-    """By the hub's name ("meta-llama/Llama-3.1-8B-Instruct"), with or without the organisation, instruct or base, in
-    any case; None for one that is not here."""
+    """Find a model by its hub name ("meta-llama/Llama-3.1-8B-Instruct"), with or without the organisation, instruct or
+    base, in any case; None for a model that is not here."""
     plain = name.rpartition("/")[2].lower()
     for prefix in ("meta-", "huggingfacetb-"):
         plain = plain.removeprefix(prefix)

@@ -1,5 +1,4 @@
-"""Setup: the models of a configuration as they would be on a device. From settings to nouns; what they cost is next
-door."""
+"""Setup: the models of a configuration as they would be on a device."""
 
 from __future__ import annotations
 
@@ -8,7 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.models.eagle3_checkpoint import check_target
 from pilotfish.engine.models.layout import MAX_RANKS, what_does_not_divide
+from pilotfish.engine.speculation.drafters.drafter import check_vocabulary
 from pilotfish.engine.speculation.drafters.registry import lookup_names
 from pilotfish.engine.weights.quantization import SCHEMES, Quantization
 from pilotfish.errors import ConfigError
@@ -21,7 +22,7 @@ Kind = Literal["lookup", "draft model", "EAGLE-3 head"]
 
 @dataclass(frozen=True, slots=True)
 class PlannedDraft:
-    """A drafter by its name; `model` None: a lookup."""
+    """A drafter by its name; `model` is None for a lookup drafter."""
 
     name: str
     model: PlannedModel | PlannedHead | None
@@ -41,10 +42,10 @@ class Setup:
     drafts: tuple[PlannedDraft, ...]
     ranks: int
     draft_ranks: int
-    """Of draft models. 1: rank 0 has each whole, and is the fullest; else as `ranks`: sharded. EAGLE-3 heads are always
-    whole."""
+    """Ranks of draft models. 1: rank 0 has each whole, and is the fullest; the same as `ranks`: they are sharded.
+    EAGLE-3 heads are always whole."""
     notes: tuple[str, ...] = ()
-    """What was decided on the way, for the reader."""
+    """Assumptions that were made, for the report."""
 
     @property
     def draft_models(self) -> list[PlannedModel | PlannedHead]:
@@ -52,12 +53,12 @@ class Setup:
 
     @property
     def split(self) -> list[PlannedModel]:
-        """The models that are divided over the ranks."""
+        """The models that are sharded over the ranks."""
         drafts = self.draft_models if self.draft_ranks > 1 else []
         return [self.target, *(model for model in drafts if isinstance(model, PlannedModel))]
 
     def ranks_of(self, draft: PlannedModel | PlannedHead) -> int:
-        """Over how many ranks a draft is divided."""
+        """Return the number of ranks that a draft model is sharded over."""
         return 1 if isinstance(draft, PlannedHead) else self.draft_ranks
 
     @property
@@ -65,7 +66,7 @@ class Setup:
         return self.settings.max_model_len or self.target.shape.max_position
 
     def with_ranks(self, ranks: int) -> Setup:
-        """The same over so many GPUs."""
+        """Return the same setup over so many GPUs."""
         return replace(self, ranks=ranks, draft_ranks=self.draft_ranks if self.draft_ranks == 1 else ranks)
 
     def quantized(self, scheme: str) -> Setup:
@@ -79,7 +80,8 @@ class Setup:
 
 
 def make_setup(settings: EngineConfig, device: Device, draft_ranks: int = 1) -> Setup:
-    """Raises ConfigError for what cannot work on this device, ModelError for a model whose shape is not to be had."""
+    """Make a setup. Raises ConfigError for settings that cannot work on this device, ModelError for an unknown
+    shape."""
     notes: list[str] = []
     target = _planned(settings.model, settings.model, settings, device, notes)
     drafts = []
@@ -104,7 +106,7 @@ def make_setup(settings: EngineConfig, device: Device, draft_ranks: int = 1) -> 
 
 
 def ranks_that_divide(setup: Setup) -> list[int]:
-    """From 1 to MAX_RANKS, those that all models can be split over; only 1 where there is no link between devices."""
+    """Return the numbers of ranks, up to MAX_RANKS, that all models can be sharded over; only 1 without a link."""
     most = MAX_RANKS if setup.device.link_bandwidth else 1
     return [n for n in range(1, most + 1) if not any(_obstacles(model, n) for model in setup.split)]
 
@@ -115,13 +117,10 @@ def _obstacles(model: PlannedModel, ranks: int) -> list[str]:
 
 def _check(setup: Setup) -> None:
     for draft in setup.drafts:
-        if draft.model is not None and draft.model.shape.vocab_size != setup.target.shape.vocab_size:
-            raise ConfigError(
-                f"drafter {draft.name!r} has a vocabulary of {draft.model.shape.vocab_size} tokens, the target of "
-                f"{setup.target.shape.vocab_size}: a draft needs the target's own tokenizer"
-            )
+        if draft.model is not None:
+            check_vocabulary(draft.name, draft.model.shape, setup.target.shape)
         if isinstance(draft.model, PlannedHead):
-            _check_head(draft.name, draft.model, setup.target)
+            check_target(draft.name, draft.model.config, setup.target.shape)
     if setup.draft_ranks not in (1, setup.ranks):
         raise ConfigError(
             f"draft_tensor_parallel_size is {setup.draft_ranks}, but must be 1 or tensor_parallel_size ({setup.ranks})"
@@ -140,21 +139,6 @@ def _check(setup: Setup) -> None:
         raise ConfigError(
             f"max_model_len is {setup.settings.max_model_len}, but the model's context is "
             f"{setup.target.shape.max_position}"
-        )
-
-
-def _check_head(name: str, head: PlannedHead, target: PlannedModel) -> None:
-    size, wanted = head.config.target_hidden_size, target.shape.hidden_size
-    if size != wanted:
-        raise ConfigError(
-            f"drafter {name!r} reads hidden states of size {size}, the target's are {wanted}: it was made for another "
-            "target"
-        )
-    layers = head.config.features_of(target.shape)
-    if max(layers) > target.shape.num_layers:
-        raise ConfigError(
-            f"drafter {name!r} reads layers {layers}, the target has {target.shape.num_layers}: it was made for "
-            "another target"
         )
 
 

@@ -27,7 +27,7 @@ from pilotfish.engine.layers.communicator import Communicator
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.models import eagle3_checkpoint
-from pilotfish.engine.models.config import Eagle3Config, ModelConfig
+from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.decoder_model import DecoderModel
 from pilotfish.engine.models.eagle3 import Eagle3Model
 from pilotfish.engine.models.features import FeatureRows
@@ -55,7 +55,7 @@ def load(
     shape = eagle3_checkpoint.read_config(files.path)
     check_draft(platform, name, shape.decoder, config)
     check_vocabulary(name, shape.decoder, target.config)
-    _check_features(name, shape, target.config)
+    eagle3_checkpoint.check_target(name, shape, target.config)
     weights = eagle3_checkpoint.read_weights(files.path, shape, platform.dtype)
     embedding, head = (part not in weights for part in ("embed_tokens.weight", "lm_head.weight"))
     if embedding and shape.decoder.hidden_size != target.config.hidden_size:
@@ -99,20 +99,6 @@ def _make(
         span_lengths(config.num_draft_tokens),
         keep_probs=config.verification == "rejection",
     )
-
-
-def _check_features(name: str, head: Eagle3Config, target: ModelConfig) -> None:
-    if head.target_hidden_size != target.hidden_size:
-        raise ConfigError(
-            f"drafter {name!r} reads hidden states of size {head.target_hidden_size}, the target's are "
-            f"{target.hidden_size}: it was made for another target"
-        )
-    layers = head.features_of(target)
-    if max(layers) > target.num_layers:
-        raise ConfigError(
-            f"drafter {name!r} reads layers {layers}, the target has {target.num_layers}: it was made for another "
-            "target"
-        )
 
 
 @dataclass(slots=True)

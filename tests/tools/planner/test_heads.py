@@ -128,7 +128,7 @@ def test_a_head_of_which_only_the_shape_is_here(setup_of: SetupOf, tmp_path: Pat
     (tmp_path / "config.json").write_text(raw)
     setup = setup_of("h100", 1, model="smollm2-135m", drafter=(f"head={tmp_path}",))
     assert head_of(setup).shared == (EMBEDDING,)
-    assert setup.notes == ("head: its weights are not here to be looked at: planned with its target's embedding",)
+    assert setup.notes == ("head: its weights are not available: planned with its target's embedding",)
 
 
 def test_a_head_is_no_target(setup_of: SetupOf) -> None:
