@@ -1,33 +1,30 @@
 """Running the groups of checks, each in a process of its own, so that a kernel that crashes, hangs or leaves its GPU
-unusable fails one check alone. This side imports no torch; the other is `tools.selftest.__main__`.
+unusable fails one check alone. This side imports no torch; the other is `tools.selftest.child`.
 """
 
 from __future__ import annotations
 
-import queue
-import subprocess
-import sys
+import multiprocessing
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
-from typing import IO
 
 import msgspec
 
 from pilotfish.engine.config import EngineConfig
-from pilotfish.errors import ConfigError, ModelError, PilotfishError
+from pilotfish.errors import PilotfishError
+from pilotfish.tools.selftest import child
 from pilotfish.tools.selftest.check import Result
 from pilotfish.tools.selftest.environment import Environment
 
 GROUPS = ("kernels", "attention", "sampling", "logits", "text", "graphs", "parallel", "speed")
 """The modules of `tools.selftest` that have checks, in the order in which they run."""
-ENVIRONMENT = "environment"
-"""The group that has no checks, but describes the machine."""
 LIMIT = 600.0
 """Seconds that a check may take."""
-COMMAND = (sys.executable, "-m", "pilotfish.tools.selftest")
-RESTART = 75
-"""Exit status of a process whose device is unusable, after it has reported its last check."""
+EXIT_SECONDS = 10.0
+"""Time for a process to release what it holds after its last message, before it is killed."""
+
+OnStart = Callable[[str, str], object]
+"""Called with a check's group and name."""
 
 
 class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,47 +40,9 @@ class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
     quick: bool = False
 
 
-class GroupRun(msgspec.Struct, frozen=True, kw_only=True):
-    """The line that a group's process reads from its standard input."""
-
-    test: SelfTest
-    group: str
-    done: tuple[str, ...] = ()
-    """Checks that have their results already."""
-
-
-class Started(msgspec.Struct, frozen=True, tag=True):
-    name: str
-
-
-class Done(msgspec.Struct, frozen=True, tag=True):
-    result: Result
-
-
-class Described(msgspec.Struct, frozen=True, tag=True):
-    environment: Environment
-
-
-class Refused(msgspec.Struct, frozen=True, tag=True):
-    """Nothing can be checked with these settings or this model."""
-
-    message: str
-    setting: bool
-    """Whether a setting is wrong; otherwise it is the model."""
-
-
-class Ended(msgspec.Struct, frozen=True, tag=True):
-    """There are no more checks."""
-
-
-Message = Started | Done | Described | Refused | Ended
-OnStart = Callable[[str, str], object]
-"""Called with a check's group and name."""
-
-
 def describe(test: SelfTest) -> Environment:
     """Describe this machine. Raises ConfigError or ModelError where nothing can be checked with the test's settings."""
-    for item in _in_process(GroupRun(test=test, group=ENVIRONMENT), lambda group, name: None, LIMIT):
+    for item in _in_process(test, child.ENVIRONMENT, (), lambda group, name: None, LIMIT):
         if isinstance(item, Environment):
             return item
         if item is not None:
@@ -98,7 +57,7 @@ def run_groups(test: SelfTest, on_start: OnStart, limit: float = LIMIT) -> Itera
         again = True
         while again:
             again = False
-            for item in _in_process(GroupRun(test=test, group=group, done=done), on_start, limit):
+            for item in _in_process(test, group, done, on_start, limit):
                 if isinstance(item, Result):
                     yield item
                     # The rest of the group gets another process if this one ends early, unless no check was started.
@@ -108,74 +67,51 @@ def run_groups(test: SelfTest, on_start: OnStart, limit: float = LIMIT) -> Itera
                     again = False
 
 
-def _in_process(run: GroupRun, on_start: OnStart, limit: float) -> Iterator[Result | Environment | None]:
+def _in_process(
+    test: SelfTest, group: str, done: tuple[str, ...], on_start: OnStart, limit: float
+) -> Iterator[Result | Environment | None]:
     """Yield what a group's process reports; None at its proper end.
 
     A check during which the process ends or takes too long has failed. Before the first check, the failure is a result
     with the group's name.
     """
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+    spawn = multiprocessing.get_context("spawn")
+    current = group
+
+    def failed(reason: str) -> Result:
+        return Result(group=group, name=current, verdict="failed", detail=reason)
+
+    with tempfile.NamedTemporaryFile() as errors:
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(target=child.main, args=(theirs, errors.name, test, group, done))
+        process.start()
+        theirs.close()
         try:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(msgspec.json.encode(run) + b"\n")
-            process.stdin.flush()  # and stays open: its end tells the process that this one has gone
-            current = run.group
-            for message in _messages(process.stdout, limit):
-                match message:
-                    case Started(name):
+            while ours.poll(limit):
+                match ours.recv():
+                    case str(name):
                         current = name
-                        on_start(run.group, name)
-                    case Done(result):
-                        yield result
-                    case Described(environment):
-                        yield environment
-                    case Refused(text, setting):
-                        raise ConfigError(text) if setting else ModelError(text)
-                    case Ended():
+                        on_start(group, name)
+                    case PilotfishError() as error:
+                        raise error
+                    case None:
+                        process.join(EXIT_SECONDS)
                         yield None
                         return
-                    case None:
-                        yield _failed(run.group, current, f"it took longer than {limit:.0f} s and was ended")
-                        return
-            code = process.wait()
-            if code != RESTART:
-                yield _failed(run.group, current, _last_words(code, errors))
+                    case item:
+                        yield item
+            yield failed(f"it took longer than {limit:.0f} s and was ended")
+        except EOFError:
+            process.join()
+            if process.exitcode != child.RESTART:
+                yield failed(_last_words(process.exitcode or 0, errors.read()))
         finally:
             process.kill()
-            process.wait()
+            process.join()
 
 
-def _failed(group: str, name: str, reason: str) -> Result:
-    return Result(group=group, name=name, verdict="failed", detail=reason)
-
-
-def _last_words(code: int, errors: IO[bytes]) -> str:
-    errors.seek(0)
-    lines = errors.read().decode(errors="replace").strip().splitlines()
+def _last_words(code: int, printed: bytes) -> str:
+    lines = printed.decode(errors="replace").strip().splitlines()
     words = next((line for line in reversed(lines) if "rror: " in line), lines[-1] if lines else "")
     how = f"signal {-code}" if code < 0 else f"status {code}"
     return f"its process ended by {how}" + (f": {words.strip()}" if words else "")
-
-
-def _messages(pipe: IO[bytes], limit: float) -> Iterator[Message | None]:
-    """Yield a process's messages; None, as the last one, where nothing comes for `limit` seconds."""
-    lines: queue.Queue[bytes] = queue.Queue()
-
-    def read() -> None:
-        for line in pipe:
-            lines.put(line)
-        lines.put(b"")
-
-    threading.Thread(target=read, daemon=True).start()
-    decoder = msgspec.json.Decoder(Message)
-    while True:
-        try:
-            line = lines.get(timeout=limit)
-        except queue.Empty:
-            yield None
-            return
-        if not line:
-            return
-        yield decoder.decode(line)
