@@ -134,7 +134,7 @@ class _AllReduce:
         settings = AllReduceTest(
             ranks=subject.config.tensor_parallel_size,
             device=subject.device.type,
-            dtype=subject.dtype_name,
+            dtype=subject.platform.dtype,
             hidden_size=subject.shape.hidden_size,
             quick=subject.quick,
         )

@@ -29,6 +29,7 @@ from pilotfish.tools.planner.models import PlannedModel
 from pilotfish.tools.selftest import small
 from pilotfish.tools.selftest.check import Check, Finding, Skip
 from pilotfish.tools.selftest.subject import Subject, ignore, release
+from pilotfish.tools.selftest.timing import median_seconds, seconds_of
 
 COPY_SHARE = 0.75
 """Share of the data sheet's bandwidth that a large copy must reach."""
@@ -89,21 +90,21 @@ class _Machine:
         size = min(1 << 30 if self.device.type == "cuda" else 256 << 20, free_memory(self.device) // 4)
         source = torch.ones(size // 4, device=self.device)
         target = torch.empty_like(source)
-        seconds = _median(self.subject, lambda: target.copy_(source), 5 if self.subject.quick else 20)
+        seconds = median_seconds(self.subject.device, lambda: target.copy_(source), 5 if self.subject.quick else 20)
         return _reached(self.subject, 2 * source.nbytes / seconds, COPY_SHARE)
 
     def to_device(self) -> Finding:
         self._only_on_gpus()
         values = torch.arange(64)
-        seconds = _median(self.subject, lambda: on_device(values, self.device), 100)
+        seconds = median_seconds(self.subject.device, lambda: on_device(values, self.device), 100)
         large = torch.ones(16 << 20).pin_memory()
-        rate = large.nbytes / _median(self.subject, lambda: large.to(self.device, non_blocking=True), 5)
+        rate = large.nbytes / median_seconds(self.subject.device, lambda: large.to(self.device, non_blocking=True), 5)
         return Finding(measured=1e6 * seconds, detail=f"large copies out of pinned memory: {rate / 1e9:.1f} GB/s")
 
     def to_host(self) -> Finding:
         self._only_on_gpus()
         number = torch.ones(1, device=self.device)
-        return Finding(measured=1e6 * _median(self.subject, number.item, 100))
+        return Finding(measured=1e6 * median_seconds(self.subject.device, number.item, 100))
 
     def _only_on_gpus(self) -> None:
         if self.device.type == "cpu":
@@ -148,7 +149,7 @@ class _Model:
 
     def bandwidth(self) -> Finding:
         self._prepare()
-        seconds = _median(self.subject, self._pass_over(1), 10 if self.subject.quick else 30)
+        seconds = median_seconds(self.subject.device, self._pass_over(1), 10 if self.subject.quick else 30)
         read = sum(matrix.bytes for matrix in self.planned.matrices())
         read += round(self.planned.seen(CONTEXT)) * self.planned.kv_bytes_per_token()
         detail = f"{1e3 * seconds:.2f} ms for {read / 1e9:.2f} GB"
@@ -157,7 +158,7 @@ class _Model:
     def verify(self) -> Finding:
         self._prepare()
         one, five = self._pass_over(1), self._pass_over(VERIFIED)
-        seconds = [(_seconds(self.subject, one), _seconds(self.subject, five)) for _ in range(33)][3:]
+        seconds = [(seconds_of(self.subject.device, one), seconds_of(self.subject.device, five)) for _ in range(33)][3:]
         ratio = statistics.median(more / less for less, more in seconds)
         slow, fast = (1e3 * statistics.median(column) for column in reversed(list(zip(*seconds, strict=True))))
         bound = VERIFY_COST if self.judged else None
@@ -229,16 +230,3 @@ def _reached(subject: Subject, rate: float, share: float | None, detail: str = "
 
 def _card(subject: Subject) -> Device | None:
     return peaks(torch.cuda.get_device_name(subject.device)) if subject.device.type == "cuda" else None
-
-
-def _median(subject: Subject, action: Callable[[], object], times: int) -> float:
-    """Return the median seconds of an action until the device is done with it; the first three do not count."""
-    return statistics.median([_seconds(subject, action) for _ in range(times + 3)][3:])
-
-
-def _seconds(subject: Subject, action: Callable[[], object]) -> float:
-    subject.wait()
-    begin = time.perf_counter()
-    action()
-    subject.wait()
-    return time.perf_counter() - begin

@@ -12,7 +12,6 @@ import torch
 
 from pilotfish.checkpoints.catalog import resolve
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.device import synchronize
 from pilotfish.engine.execution.platform import Platform, choose_platform, choose_quantization
 from pilotfish.engine.models.checkpoint import read_config
 from pilotfish.engine.models.config import ModelConfig
@@ -112,9 +111,6 @@ class Subject:
         generator = torch.Generator().manual_seed(seed)
         part = torch.randint(1, vocab_size, (max(1, count // 3),), generator=generator).tolist()
         return (part * 4)[:count]
-
-    def wait(self) -> None:
-        synchronize(self.device)
 
 
 def short_name(dtype: torch.dtype) -> str:
