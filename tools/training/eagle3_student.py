@@ -104,7 +104,9 @@ class Eagle3Student(nn.Module):
             "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(self.config.feature_layers)},
             "trained": trained,
         }
-        write_model(folder, config_of(self.config.decoder) | own, tensors)
+        config = config_of(self.config.decoder)
+        del config["dtype"], config["eos_token_id"]  # the head's numbers are of several dtypes, and it ends no text
+        write_model(folder, config | own, tensors)
 
 
 def _anchors(batch: Batch, steps: int) -> torch.Tensor:
