@@ -17,7 +17,7 @@ from pilotfish.checkpoints.values import Values
 from pilotfish.engine.models import family
 from pilotfish.engine.models.config import ModelConfig, RopeConfig
 from pilotfish.engine.models.family import Family
-from pilotfish.engine.models.readers import gguf_config, hf_dtype, hf_rope
+from pilotfish.engine.models.readers import gguf_config, hf_config, hf_rope
 from pilotfish.engine.models.tensors import attention, embedding, final, gated_mlp, norm
 from pilotfish.engine.weights.tensors import Tensor
 
@@ -123,20 +123,11 @@ def read_hf(values: Values) -> ModelConfig:
     rope = {"rope_theta": text.get("rope_theta"), "rope_scaling": text.get("rope_scaling")}
     local_rope = {"rope_theta": text.get("rope_local_base_freq")}
     eos = text.get("eos_token_id")
-    return ModelConfig(
+    return hf_config(
+        text,
         architecture="gemma3",
-        vocab_size=text.size("vocab_size"),
-        hidden_size=text.size("hidden_size"),
-        intermediate_size=text.size("intermediate_size"),
-        num_layers=layers,
-        num_heads=text.size("num_attention_heads"),
-        num_kv_heads=text.size("num_key_value_heads"),
-        head_dim=text.size("head_dim"),
-        max_position=text.size("max_position_embeddings"),
-        rms_norm_eps=text.get("rms_norm_eps"),
         rope=hf_rope(Values(text.path, rope | {"rope_parameters": ropes.get("full_attention")})),
         local_rope=hf_rope(Values(text.path, local_rope | {"rope_parameters": ropes.get("sliding_attention")})),
-        tie_embeddings=bool(text.get("tie_word_embeddings")),
         qkv_bias=biased,
         output_bias=biased,
         qk_norm=True,
@@ -145,8 +136,6 @@ def read_hf(values: Values) -> ModelConfig:
         attention_scale=float(text.get("query_pre_attn_scalar")) ** -0.5,
         sandwich_norms=True,
         eos_token_ids=eos_token_ids(text.path.parent) or (tuple(eos) if isinstance(eos, list) else (eos,)),
-        bos_token_id=text.get("bos_token_id"),
-        dtype=hf_dtype(text),
     )
 
 

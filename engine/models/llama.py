@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pilotfish.checkpoints.huggingface import eos_token_ids
 from pilotfish.checkpoints.values import Values
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.family import Family
-from pilotfish.engine.models.readers import hf_dtype, hf_rope
+from pilotfish.engine.models.readers import hf_config
 from pilotfish.engine.models.tensors import attention, embedding, final, gated_mlp, norm
 from pilotfish.engine.weights.tensors import Tensor
 
@@ -23,9 +22,13 @@ if TYPE_CHECKING:
     from pilotfish.engine.layers.decoder import DecoderLayer
     from pilotfish.engine.models.weight_store import LayerWeights
 
-_DEFAULT_KV_HEADS: dict[str, int | None] = {"llama": None, "mistral": 8, "qwen2": 32, "qwen3": 32}
-_DEFAULT_HEAD_DIM = {"qwen3": 128}
-_DEFAULT_MAX_POSITION = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "head_dim": 128},
+}
+"""Of fields that config.json leaves out. One that is null has none: num_key_value_heads is then num_attention_heads."""
 
 
 def tensors(config: ModelConfig) -> Iterator[Tensor]:
@@ -61,41 +64,25 @@ def layer(
 
 def read_hf(values: Values) -> ModelConfig:
     kind = values.get("model_type")
-    if kind not in FAMILY.model_types:
-        raise values.error(f"model_type is {kind!r}, but must be one of {', '.join(FAMILY.model_types)}")
+    if kind not in _DEFAULTS:
+        raise values.error(f"model_type is {kind!r}, but must be one of {', '.join(_DEFAULTS)}")
+    values = Values(values.path, {**_DEFAULTS[kind], **values.raw})
     if (activation := values.get("hidden_act", "silu")) != "silu":
         raise values.error(f"hidden_act is {activation!r}, but the engine knows 'silu'")
-    hidden, heads = values.size("hidden_size"), values.size("num_attention_heads")
-    layers = values.size("num_hidden_layers")
     attention_bias = kind in ("llama", "qwen3") and bool(values.get("attention_bias", False))
-    return ModelConfig(
-        architecture=kind,
-        vocab_size=values.size("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=values.size("intermediate_size"),
-        num_layers=layers,
-        num_heads=heads,
-        # transformers: null means as many as heads, absent means the class's own default
-        num_kv_heads=values.get("num_key_value_heads", _DEFAULT_KV_HEADS[kind]) or heads,
-        head_dim=values.get("head_dim", _DEFAULT_HEAD_DIM.get(kind)) or hidden // heads,
-        max_position=values.get("max_position_embeddings", _DEFAULT_MAX_POSITION[kind]),
-        rms_norm_eps=values.get("rms_norm_eps", 1e-6),
-        rope=hf_rope(values),
-        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+    return hf_config(
+        values,
         qkv_bias=kind == "qwen2" or attention_bias,
         output_bias=attention_bias,
         mlp_bias=kind == "llama" and bool(values.get("mlp_bias", False)),
         qk_norm=kind == "qwen3",
-        sliding_window=_sliding_window(values, layers),
-        eos_token_ids=eos_token_ids(values.path.parent),
-        bos_token_id=values.get("bos_token_id"),
-        dtype=hf_dtype(values),
+        sliding_window=_sliding_window(values),
     )
 
 
-def _sliding_window(values: Values, layers: int) -> int | None:
+def _sliding_window(values: Values) -> int | None:
     """Mistral's holds for all layers; Qwen's only where it is switched on, and there may be layers without."""
-    kind, window = values.get("model_type"), values.get("sliding_window", 4096)  # transformers' default
+    kind, window = values.get("model_type"), values.get("sliding_window")
     kinds = set(values.get("layer_types") or ())
     if kind == "llama" or window is None:
         return None
@@ -103,7 +90,7 @@ def _sliding_window(values: Values, layers: int) -> int | None:
         if not values.get("use_sliding_window", False):
             return None
         if not kinds:
-            first = values.get("max_window_layers", 28)
+            first, layers = values.get("max_window_layers", 28), values.size("num_hidden_layers")
             kinds = {"full_attention" if i < first else "sliding_attention" for i in range(layers)}
     if kinds == {"full_attention"}:
         return None
@@ -113,7 +100,7 @@ def _sliding_window(values: Values, layers: int) -> int | None:
 
 
 FAMILY = Family(
-    model_types=("llama", "mistral", "qwen2", "qwen3"),
+    model_types=tuple(_DEFAULTS),
     gguf_architectures=("llama", "qwen2", "qwen3"),  # Mistral's models are "llama" in this format
     read_hf=read_hf,
     tensors=tensors,

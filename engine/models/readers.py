@@ -2,50 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from gguf import GGMLQuantizationType as Kind
 
-from pilotfish.checkpoints.gguf_header import Header, eos_token_ids
+from pilotfish.checkpoints import gguf_header, huggingface
+from pilotfish.checkpoints.gguf_header import Header
 from pilotfish.checkpoints.values import Values
 from pilotfish.engine.models.config import ModelConfig, RopeConfig
 from pilotfish.engine.weights.gguf import ROPE_FACTORS, read_array
 from pilotfish.engine.weights.tensors import whole
 
 
-def hf_dtype(values: Values) -> str:
-    name = values.get("dtype") or values.get("torch_dtype") or "float32"  # transformers 4 wrote torch_dtype
-    return name if name in ("float32", "bfloat16", "float16") else "float32"
+def hf_config(values: Values, **special: Any) -> ModelConfig:
+    """The ModelConfig that a config.json's `values` describe, with the family's `special` fields. Raises ModelError for
+    a model that the engine does not know, and for a file that lacks a value."""
+    hidden, heads = values.size("hidden_size"), values.size("num_attention_heads")
+    dtype = values.get("dtype") or values.get("torch_dtype")  # transformers 4 wrote torch_dtype
+    fields: dict[str, Any] = {
+        "architecture": values.get("model_type"),
+        "vocab_size": values.size("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": values.size("intermediate_size"),
+        "num_layers": values.size("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": values.size("num_key_value_heads", heads),
+        "head_dim": values.size("head_dim", hidden // heads),
+        "max_position": values.size("max_position_embeddings"),
+        "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
+        "rope": special.get("rope") or hf_rope(values),
+        "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "eos_token_ids": huggingface.eos_token_ids(values.path.parent),
+        "bos_token_id": values.get("bos_token_id"),
+        "dtype": dtype if dtype in ("float32", "bfloat16", "float16") else "float32",
+    }
+    return ModelConfig(**fields | special)
+
+
+_ROPE_FIELDS: Mapping[str, Mapping[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position": "original_max_position_embeddings",
+    },
+}
+"""RopeConfig's fields and Hugging Face's names of them, by rope_type."""
 
 
 def hf_rope(values: Values) -> RopeConfig:
     """Reads rope_parameters as transformers 5 writes them, or rope_theta and rope_scaling as version 4 did."""
-    found = values.get("rope_parameters") or {
-        "rope_theta": values.get("rope_theta"),
-        **(values.get("rope_scaling") or {}),
-    }
+    old = {"rope_theta": values.get("rope_theta"), **(values.get("rope_scaling") or {})}
+    found = values.get("rope_parameters") or old
     theta = float(found.get("rope_theta") or values.get("rope_theta") or 10000.0)
     kind = found.get("rope_type", found.get("type", "default"))
     partial = float(found.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)))
     if partial != 1.0:
         raise values.error(f"partial_rotary_factor is {partial}, but the engine rotates whole heads (1.0)")
-    try:
-        if kind == "default":
-            return RopeConfig(theta=theta)
-        if kind == "linear":
-            return RopeConfig(theta=theta, kind=kind, factor=float(found["factor"]))
-        if kind == "llama3":
-            return RopeConfig(
-                theta=theta,
-                kind=kind,
-                factor=float(found["factor"]),
-                low_freq_factor=float(found["low_freq_factor"]),
-                high_freq_factor=float(found["high_freq_factor"]),
-                original_max_position=int(found["original_max_position_embeddings"]),
-            )
-    except KeyError as error:
-        raise values.error(f"rope scaling of type {kind!r} lacks {error.args[0]!r}") from error
-    raise values.error(f"rope_type is {kind!r}, but the engine knows 'default', 'linear' and 'llama3'")
+    if kind not in _ROPE_FIELDS:
+        raise values.error(f"rope_type is {kind!r}, but the engine knows 'default', 'linear' and 'llama3'")
+    fields = _ROPE_FIELDS[kind]
+    if missing := [name for name in fields.values() if name not in found]:
+        raise values.error(f"rope scaling of type {kind!r} lacks {', '.join(map(repr, missing))}")
+    read: dict[str, Any] = {field: float(found[name]) for field, name in fields.items()}
+    if "original_max_position" in read:
+        read["original_max_position"] = int(read["original_max_position"])
+    return RopeConfig(theta=theta, kind=kind, **read)
 
 
 def gguf_config(header: Header, **special: Any) -> ModelConfig:
@@ -82,7 +107,7 @@ def gguf_config(header: Header, **special: Any) -> ModelConfig:
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "qk_norm": "blk.0.attn_q_norm.weight" in tensors,
         "sliding_window": values.get("attention.sliding_window"),
-        "eos_token_ids": eos_token_ids(header.metadata),
+        "eos_token_ids": gguf_header.eos_token_ids(header.metadata),
         "bos_token_id": header.metadata.get("tokenizer.ggml.bos_token_id"),
         "dtype": gguf_dtype(header),
     }
