@@ -25,7 +25,7 @@ import psutil
 import torch
 
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.execution.loader import thread_count
+from pilotfish.engine.execution.platform import thread_count
 from pilotfish.engine.kernels.native import NativeKernels
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.models.config import ModelConfig, RopeConfig

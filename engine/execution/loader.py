@@ -10,13 +10,7 @@ import torch
 from pilotfish.checkpoints.catalog import ModelFiles, Progress, resolve
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.device import give_back_memory
-from pilotfish.engine.execution.platform import (
-    Platform,
-    check_draft,
-    choose_platform,
-    choose_quantization,
-    thread_count,
-)
+from pilotfish.engine.execution.platform import Platform, check_draft, choose_platform, choose_quantization
 from pilotfish.engine.layers.communicator import ALONE, Communicator
 from pilotfish.engine.models.checkpoint import iter_weights, read_config
 from pilotfish.engine.models.config import ModelConfig
@@ -28,8 +22,6 @@ from pilotfish.engine.models.tensors import EMBEDDING, HEAD
 from pilotfish.engine.weights.dummy import iter_weights as dummy_weights
 from pilotfish.engine.weights.quantization import SCALE, dequantized, quantized
 from pilotfish.engine.weights.tensors import Part, whole
-
-__all__ = ["Platform", "Progress", "check_draft", "load_model", "load_shared", "thread_count"]
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.execution.loader import thread_count
+from pilotfish.engine.execution.platform import thread_count
 from pilotfish.engine.ranks.topology import Topology
 from pilotfish.errors import ConfigError
 

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.execution.loader import Platform, load_model
+from pilotfish.engine.execution.loader import load_model
+from pilotfish.engine.execution.platform import Platform
 from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.layers.communicator import ALONE, Communicator
 from pilotfish.engine.memory import kv_cache

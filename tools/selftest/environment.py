@@ -13,7 +13,7 @@ import msgspec
 import psutil
 
 if TYPE_CHECKING:
-    from pilotfish.engine.execution.loader import Platform
+    from pilotfish.engine.execution.platform import Platform
 
 PACKAGES = ("torch", "flash-attn", "flash-attn-4", "triton", "nvidia-nccl-cu13", "nvidia-nccl-cu12", "transformers")
 SECONDS = 20.0

@@ -11,7 +11,8 @@ import torch
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.buckets import batch_sizes, buckets, fitting, span_lengths
 from pilotfish.engine.execution.graphs import CudaGraphs, EagerGraphs, GraphBackend, GraphPlan, graph_backend
-from pilotfish.engine.execution.loader import Platform, load_model
+from pilotfish.engine.execution.loader import load_model
+from pilotfish.engine.execution.platform import Platform
 from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.memory import kv_cache
 from pilotfish.engine.models.decoder_model import DecoderModel

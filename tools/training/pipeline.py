@@ -14,7 +14,7 @@ import torch
 from pilotfish.checkpoints.catalog import ModelFiles
 from pilotfish.engine.build import build
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.execution.loader import thread_count
+from pilotfish.engine.execution.platform import thread_count
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.models.checkpoint import iter_weights, read_config
 from pilotfish.engine.models.config import Eagle3Config, ModelConfig, RopeConfig

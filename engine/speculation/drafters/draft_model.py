@@ -12,13 +12,14 @@ from functools import partial
 
 import torch
 
-from pilotfish.checkpoints.catalog import ModelFiles
+from pilotfish.checkpoints.catalog import ModelFiles, Progress
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.draft import NO_DRAFT, Draft
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.buckets import DRAFT_LENGTHS
 from pilotfish.engine.execution.graphs import GraphPlan
-from pilotfish.engine.execution.loader import Platform, Progress, load_model
+from pilotfish.engine.execution.loader import load_model
+from pilotfish.engine.execution.platform import Platform
 from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.layers.attention.backend import LayerCache
 from pilotfish.engine.layers.communicator import Communicator

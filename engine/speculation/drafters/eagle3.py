@@ -14,13 +14,14 @@ from functools import partial
 
 import torch
 
-from pilotfish.checkpoints.catalog import ModelFiles
+from pilotfish.checkpoints.catalog import ModelFiles, Progress
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.draft import NO_DRAFT, Draft
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.buckets import span_lengths
 from pilotfish.engine.execution.graphs import GraphPlan
-from pilotfish.engine.execution.loader import Platform, Progress, check_draft, load_shared
+from pilotfish.engine.execution.loader import load_shared
+from pilotfish.engine.execution.platform import Platform, check_draft
 from pilotfish.engine.execution.runner import HeadRunner
 from pilotfish.engine.layers.attention.backend import LayerCache
 from pilotfish.engine.layers.communicator import Communicator

@@ -21,7 +21,7 @@ from pilotfish.errors import ConfigError
 
 if TYPE_CHECKING:
     from pilotfish.engine.config import EngineConfig
-    from pilotfish.engine.execution.loader import Platform
+    from pilotfish.engine.execution.platform import Platform
     from pilotfish.engine.layers.communicator import Communicator
     from pilotfish.engine.models.decoder_model import DecoderModel
     from pilotfish.engine.speculation.drafters.drafter import Drafter, LoadedDraft
