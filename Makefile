@@ -1,5 +1,6 @@
 # make serve   set up on first use, then serve the default model   (make serve ARGS="--model ... --port ...")
 # make test    set up on first use, then run the tests             (make test ARGS="-k scheduler")
+# make test-fast  the tests that start no process, need no download and are quick: within a minute
 # make check   linter, formatter, type checker, and the docs site in strict mode
 # make docs    build the docs site into site/
 
@@ -9,13 +10,16 @@ BIN := $(VENV)/bin
 # The kernels are compiled on installation: they are part of what makes an installation stale.
 SOURCES := pyproject.toml setup.py $(wildcard engine/kernels/*.[ch])
 
-.PHONY: serve test check format docs clean
+.PHONY: serve test test-fast check format docs clean
 
 serve: $(VENV)/.installed
 	@$(BIN)/pilotfish serve $(ARGS)
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadgroup $(ARGS)
+
+test-fast: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadgroup -m "not process and not slow and not real_model and not docker" $(ARGS)
 
 check: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

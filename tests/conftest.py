@@ -20,6 +20,9 @@ from tests.support.tiny import make_tiny
 settings.register_profile("pilotfish", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("pilotfish")
 
+# The tests' tensors are small: more threads than one only wait for each other, all the more beside other tests.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:

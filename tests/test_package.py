@@ -12,6 +12,8 @@ import pytest
 import pilotfish
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.process
+
 ROOMS = sorted(path.name for path in (ROOT / "pilotfish").iterdir() if path.is_symlink())
 
 

@@ -32,7 +32,7 @@ def block(language: str, *words: str) -> str:
     return found
 
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.process]
 
 
 @pytest.fixture(scope="module")

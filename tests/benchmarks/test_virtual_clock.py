@@ -88,6 +88,7 @@ def test_a_recording_gives_the_same_seconds_each_time(virtual: SimpleNamespace, 
     assert all(visit.tokens == 6 * 32 and visit.drafted for visit in visits[0])
 
 
+@pytest.mark.process
 def test_replay_prints_the_same_table_each_time(tmp_path: Path) -> None:
     """Whatever order sets and hashes have."""
     heads = ("smollm2-135m-eagle3", "smollm2-135m-eagle3-small")

@@ -13,6 +13,8 @@ import pytest
 
 from tests.support.deployment import DASHBOARDS, GRAFANA, PROMETHEUS, ROOT, documents, panel_queries, panels, rules
 
+pytestmark = pytest.mark.docker
+
 each_dashboard = pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
 
 

@@ -19,6 +19,8 @@ from pilotfish.server.cli.settings import settings_of
 from pilotfish.server.config import ServerConfig
 from tests.support.deployment import DOCKER, PROMETHEUS, ROOT, documents
 
+pytestmark = pytest.mark.docker
+
 KUBERNETES = DOCKER / "kubernetes"
 SPECIAL_VARIABLES = {"PILOTFISH_API_KEY", "PILOTFISH_API_KEY_FILE", "PILOTFISH_CACHE"}
 

@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.deployment import PROMETHEUS, RULE_FILES, documents, rules, without_comparisons
 
+pytestmark = pytest.mark.docker
+
 UNIT_TESTS = sorted((PROMETHEUS / "tests").glob("*.yml"))
 
 

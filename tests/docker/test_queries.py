@@ -17,7 +17,7 @@ from tests.support.deployment import PanelQuery, Rule, panel_queries, rules, wit
 from tests.support.running_prometheus import RunningPrometheus
 from tests.support.running_server import RunningServer
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.docker, pytest.mark.process, pytest.mark.real_model]
 
 MODEL = "smollm2-135m"
 TOKENS = 64

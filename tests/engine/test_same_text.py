@@ -72,6 +72,7 @@ def test_a_mixed_batch(speculative: LLM, vanilla: Callable) -> None:
     assert texts(got) == [vanilla(name)[i] for i, name in enumerate(mixed)]
 
 
+@pytest.mark.slow
 def test_the_target_as_its_own_draft_is_always_right(
     make: Callable[..., LLM], tiny: Callable[[str], Path], vanilla: Callable
 ) -> None:
@@ -86,6 +87,7 @@ def test_the_target_as_its_own_draft_is_always_right(
                 assert stats.accepted_tokens == stats.drafted_tokens > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernels", "name", "drafter"), pairwise(BOTH, ("greedy", "sampled", "penalties"), DRAFTERS), indirect=["kernels"]
 )
@@ -102,6 +104,7 @@ def test_preemption(
     assert llm.core._engine.pool.available == llm.info.num_blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_prefix_cache_hits(drafter: str, speculative: LLM, vanilla: Callable) -> None:
     for name in ("greedy", "sampled"):
@@ -143,6 +146,7 @@ def test_prompt_logprobs_do_not_depend_on_the_chunks(make: Callable[..., LLM], k
             assert one.prompt_logprobs == other.prompt_logprobs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", ["draft-model", "eagle3"])
 def test_rejection_verification_runs_and_is_exact_where_it_is_greedy(
     drafter: str, make: Callable[..., LLM], draft: Path, head: Path, vanilla: Callable
@@ -154,6 +158,7 @@ def test_rejection_verification_runs_and_is_exact_where_it_is_greedy(
     assert texts(llm.generate(prompts(8), SAMPLED)) == texts(sampled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", ["ngram", "suffix", "draft-model", "eagle3"])
 def test_adaptive_lengths(drafter: str, make: Callable[..., LLM], draft: Path, head: Path, vanilla: Callable) -> None:
     """Lengths that follow the clock, another one at every step and run."""
@@ -172,6 +177,7 @@ def many(make: Callable[..., LLM], tiny: Callable[[str], Path], draft: Path, hea
 ALL = ("auto", "off", "ngram", "suffix", "draft-model", "own", "eagle3", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMS)
 def test_several_draft_models(name: str, many: LLM, vanilla: Callable) -> None:
     assert many.info.drafters == ("ngram", "suffix", "prediction", "draft-model", "eagle3", "own", "other")
@@ -194,6 +200,7 @@ def test_each_draft_model_is_asked_by_its_name(
     assert all(completion.stats.accepted_tokens == completion.stats.drafted_tokens for completion in got[::2])
 
 
+@pytest.mark.slow
 def test_the_controllers_choices_do_not_matter(many: LLM, vanilla: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it chooses, at random: asking anybody for any length, and verifying any part of any draft."""
     generator = random.Random(5)

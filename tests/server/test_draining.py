@@ -16,6 +16,8 @@ import pytest
 
 from tests.support.running_server import MODEL, RunningServer
 
+pytestmark = pytest.mark.process
+
 STREAMS = 16
 
 Start = Callable[..., RunningServer]

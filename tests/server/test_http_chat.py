@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import openai
+import pytest
 
 from tests.support.running_server import FIXED, MESSAGES, MODEL, RunningServer
+
+pytestmark = pytest.mark.process
 
 
 def test_a_chat_uses_the_models_template(server: RunningServer, client: openai.OpenAI) -> None:

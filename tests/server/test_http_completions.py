@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.running_server import FIXED, MODEL, PROMPT, RunningServer, tokens_of
 
+pytestmark = pytest.mark.process
+
 
 def test_a_completion_has_text_usage_and_timings(server: RunningServer, client: openai.OpenAI) -> None:
     completion = client.completions.create(**FIXED, max_tokens=12)

@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.running_server import MESSAGES, MODEL, PROMPT, RunningServer
 
+pytestmark = pytest.mark.process
+
 CHAT = {"messages": MESSAGES}
 BAD_REQUESTS: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": 3}, "temperature", "between 0.0 and 2.0"),

@@ -15,6 +15,8 @@ import pytest
 
 from tests.support.running_server import MODEL, RunningServer
 
+pytestmark = pytest.mark.process
+
 
 def test_loading_then_ready_then_an_engine_killed_in_mid_request(tiny_llama: Path, tmp_path: Path) -> None:
     running = RunningServer(

@@ -14,6 +14,8 @@ import pytest
 
 from tests.support.running_server import FIXED, MODEL, PROMPT, RunningServer
 
+pytestmark = pytest.mark.process
+
 
 async def test_64_requests_at_once_get_the_answers_they_get_alone(server: RunningServer) -> None:
     prompts = [f"{PROMPT} {i % 8}" for i in range(64)]

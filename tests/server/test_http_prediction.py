@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.running_server import MESSAGES, MODEL, PROMPT, RunningServer
 
+pytestmark = pytest.mark.process
+
 JSON = {"content-type": "application/json"}
 CHAT: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_tokens": 40, "seed": 11, "temperature": 0.7}
 

@@ -110,16 +110,15 @@ def test_positions_add_up_to_what_was_drafted_and_accepted(drafts: list[tuple[st
             accepted_at=by_position((name, accepted) for name, _, accepted in drafts),
         )
     )
+    told = {
+        (sample.name, sample.labels.get("drafter"), sample.labels.get("position")): sample.value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+    }
     labels = [*map(str, range(1, POSITIONS + 1)), f"{POSITIONS + 1}+"]
     for kind in ("drafted", "accepted"):
         for name in DRAFTERS:
-            at = [
-                metrics.registry.get_sample_value(
-                    f"pilotfish_position_{kind}_tokens_total", {"drafter": name, "position": label}
-                )
-                or 0.0
-                for label in labels
-            ]
+            at = [told.get((f"pilotfish_position_{kind}_tokens_total", name, label), 0.0) for label in labels]
             assert sum(at) == Read(metrics)(f"{kind}_tokens_total", drafter=name)
             assert at[:-1] == sorted(at[:-1], reverse=True)  # a draft that reaches a position has those before it
             lengths = [(length, accepted)[kind == "accepted"] for own, length, accepted in drafts if own == name]

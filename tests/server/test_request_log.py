@@ -64,6 +64,7 @@ def running(tiny_llama: Path, tmp_path: Path, request: pytest.FixtureRequest) ->
     made.stop()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("running", [()], indirect=True, ids=["json"])
 def test_every_line_is_json_and_each_request_has_one(running: RunningServer) -> None:
     headers = {"x-request-id": "mine-1"}
@@ -111,6 +112,7 @@ def test_every_line_is_json_and_each_request_has_one(running: RunningServer) -> 
     assert SECRET not in running.log.read_text()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("running", [("--log-prompts",)], indirect=True, ids=["prompts"])
 def test_prompts_are_logged_where_that_is_asked_for(running: RunningServer) -> None:
     with running.client() as client:
@@ -122,6 +124,7 @@ def test_prompts_are_logged_where_that_is_asked_for(running: RunningServer) -> N
     assert SECRET in chat["prompts"][0]
 
 
+@pytest.mark.process
 def test_text_has_a_line_for_each_request_and_none_for_probes(server: RunningServer) -> None:
     before = len(server.log.read_text().splitlines())
     for _ in range(3):

@@ -20,6 +20,8 @@ from pilotfish.engine.child_process import environment
 from tests.support.ports import free_port
 from tests.support.running_server import MODEL, RunningServer
 
+pytestmark = pytest.mark.process
+
 FLAGS = ("--kv-cache-memory", "16MiB", "--num-threads", "1", "--drafter", "ngram", "--rank-timeout", "3")
 ENDLESS: dict[str, Any] = {"model": MODEL, "prompt": "a", "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
 SHORT: dict[str, Any] = {"model": MODEL, "prompt": "The sea", "max_tokens": 16, "temperature": 0, "seed": 1}

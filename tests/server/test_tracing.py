@@ -89,6 +89,7 @@ def attributes(span: Span) -> dict[str, Any]:
     return {one.key: getattr(one.value, str(one.value.WhichOneof("value"))) for one in span.attributes}
 
 
+@pytest.mark.process
 def test_a_request_is_a_span_with_its_stages_below_the_clients(
     receiver: Receiver, start: Callable[..., RunningServer]
 ) -> None:
@@ -143,6 +144,7 @@ def test_a_request_is_a_span_with_its_stages_below_the_clients(
     assert set(receiver.headers) == {"/v1/traces"}
 
 
+@pytest.mark.process
 def test_opentelemetrys_own_variables_are_honoured(receiver: Receiver, start: Callable[..., RunningServer]) -> None:
     running = start(
         OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url,
@@ -163,6 +165,7 @@ def test_opentelemetrys_own_variables_are_honoured(receiver: Receiver, start: Ca
     assert set(receiver.headers) == {"/v1/traces blue"}
 
 
+@pytest.mark.process
 def test_a_receiver_that_is_not_there_stops_nothing(start: Callable[..., RunningServer]) -> None:
     running = start("--otlp-endpoint", "http://127.0.0.1:9")
     with running.client() as client:
@@ -190,6 +193,7 @@ sys.exit(main(["serve", "--otlp-endpoint", "http://127.0.0.1:4318", "--port", "0
 """
 
 
+@pytest.mark.process
 def test_without_the_extra_the_error_says_how_to_get_it() -> None:
     result = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False)
     assert result.returncode == 2

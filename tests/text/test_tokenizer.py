@@ -156,6 +156,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.mark.process
 def test_a_gguf_file_is_converted_once(
     tokenizer: Tokenizer, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +173,7 @@ def test_a_gguf_file_is_converted_once(
     assert len(list((cache / "tokenizers").iterdir())) == 1
 
 
+@pytest.mark.process
 def test_tokenizers_that_cannot_be_read_are_model_errors(tiny_llama: Path, tmp_path: Path, cache: Path) -> None:
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     (folder / "tokenizer.json").write_text("{}")
@@ -202,6 +204,7 @@ def heavy_imports(model: str) -> list[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.split()
 
 
+@pytest.mark.process
 def test_text_needs_neither_torch_nor_engine_nor_server(tiny_llama: Path) -> None:
     assert heavy_imports(str(tiny_llama)) == []
 

@@ -181,6 +181,7 @@ def test_all_ranks_stop_where_one_has_no_memory_left(make: Callable[..., LLM]) -
     assert backend.captured == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("drafter", "name", "graphs"),
     pairwise(["draft-model", "eagle3"], ["greedy", "sampled", "bias", "penalties"], (False, True)),

@@ -183,6 +183,7 @@ def bytes_asked_of_the_system() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
+@pytest.mark.slow
 def test_all_ranks_together_read_each_byte_once(smollm2_sized: Path, reads: Reads) -> None:
     """But for norms, which are everywhere. Counted read by read, and by the system."""
     config = PUBLISHED["smollm2-135m"]
@@ -275,6 +276,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_memory_while_loading_stays_under_the_largest_file(smollm2_sized: Path, rank: int) -> None:
     """Of what passes through the host: 19 MB of a rank's part are one tensor, its slice of the embedding."""

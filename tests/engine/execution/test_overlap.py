@@ -85,6 +85,7 @@ def requests_of(llm: LLM) -> list[Request]:
     return llm.requests(prompts(8) * 2, params, speculation=[drafters[i % 5] for i in range(16)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_same_text_and_every_request_ends_once(seed: int, adaptive: bool, make: Callable[..., LLM]) -> None:

@@ -32,6 +32,7 @@ def references(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     return exact, logits_of(build_model(kind).to(torch.bfloat16), PROMPT).float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", *GPUS])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_equal_transformers_in_bfloat16(tiny: Tiny, flash_attn, kind: str, backend: str) -> None:

@@ -36,6 +36,8 @@ from tests.support.ranks import RankedRunner, Ranks
 from tests.support.tiny import KINDS, build_model, make_tiny
 from tests.support.tiny_gguf import write_gguf
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [1, 300, 12, 77, 450, 3, 200, 201, 202, 12, 77, 9, 501, 88, 411, 5, 17, 230, 64, 333] * 2  # 40 tokens
 WHOLE, MIXED = (40,), (7, 8, 24, 25, 26, 31, 40)  # prefill in chunks, decoding, verification of several
 

@@ -26,6 +26,8 @@ from pilotfish.errors import ConfigError, EngineDeadError, EngineNotReadyError, 
 from tests.support.fake_engine import EXIT, FAIL
 from tests.support.paths import SUPPORT
 
+pytestmark = pytest.mark.process
+
 FAKE_ENGINE = SUPPORT / "fake_engine.py"
 ENDLESS = 1_000_000
 

@@ -30,6 +30,8 @@ from pilotfish.engine.ranks.wire import Welcome
 from pilotfish.errors import ConfigError, EngineDeadError, RankError
 from tests.support.paths import ROOT, SUPPORT
 
+pytestmark = pytest.mark.process
+
 SETTINGS: dict[str, Any] = {"num_threads": 1, "kv_cache_memory": 64 * 2**20, "max_num_seqs": 8}
 GREEDY = SamplingParams(max_tokens=24, ignore_eos=True, temperature=0.0)
 SEEDED = SamplingParams(max_tokens=24, ignore_eos=True, temperature=0.9, seed=7)

@@ -227,6 +227,7 @@ def p_value(tokens: list[int], expected: np.ndarray) -> float:
     return float(stats.chisquare(observed[some], expected[some] / expected.sum() * len(tokens)).pvalue)
 
 
+@pytest.mark.slow
 @LAZY
 @pytest.mark.parametrize("source", ["certain", "soft", "own"])
 @pytest.mark.parametrize("params", [{}, {"top_k": 4}])
@@ -258,6 +259,7 @@ def unreduced(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return torch.where(p > q, p, 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "source"),
     # `unreduced` is right for a certain draft, whose token is all that is taken out.

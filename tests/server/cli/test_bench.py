@@ -234,6 +234,7 @@ def test_without_matplotlib_nothing_runs(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.process
 def test_the_parser_imports_neither_torch_nor_matplotlib() -> None:
     program = "import sys; from pilotfish.server.cli import main; main._parser()"
     program += "; print({'torch', 'matplotlib', 'transformers'} & {*sys.modules})"

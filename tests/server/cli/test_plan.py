@@ -129,6 +129,7 @@ def test_without_matplotlib_a_plot_is_refused(
     assert "pip install 'pilotfish[bench]'" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_planning_imports_no_torch() -> None:
     program = f"import sys; from pilotfish.server.cli.main import main; main({[*SEVENTY, *DRAFTS]})"
     program += "; assert 'torch' not in sys.modules"

@@ -48,7 +48,7 @@ from tests.support.broken_verifier import GullibleVerifier
 from tests.support.native import needs_native
 from tests.support.paths import ROOT
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.process, pytest.mark.slow]
 
 QUICK = ["selftest", "--quick", "--num-threads", "1"]
 

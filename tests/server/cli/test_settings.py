@@ -170,6 +170,7 @@ def test_a_model_that_is_not_there_is_status_1(capsys: pytest.CaptureFixture[str
     assert "did you mean 'smollm2-135m'?" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_the_version_is_said() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "pilotfish.server.cli.main", "--version"], capture_output=True, text=True, check=True
@@ -177,6 +178,7 @@ def test_the_version_is_said() -> None:
     assert result.stdout.startswith("pilotfish ")
 
 
+@pytest.mark.process
 def test_the_server_imports_no_torch() -> None:
     program = "import sys; from pilotfish.server import app, serve; from pilotfish.server.cli import main"
     program += "; print('torch' in sys.modules)"

@@ -26,6 +26,8 @@ from pilotfish.tools.training.vocabulary import frequent_tokens
 from pilotfish.tools.training.write import Frame
 from tests.support.tiny import TEXT, make_tiny, train_tokenizer
 
+pytestmark = pytest.mark.slow
+
 FRAME = Frame(before=(1,), after=())
 SMALL = TrainSettings(
     tokens=12_000,

@@ -37,7 +37,7 @@ WORLDS: dict[str, tuple[Cost, Right, Cost | None]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [1, 4, 16])
+@pytest.mark.parametrize("count", [1, *(pytest.param(count, marks=pytest.mark.slow) for count in (4, 16))])
 @pytest.mark.parametrize("name", WORLDS)
 def test_never_below_plain_and_near_the_best_length(name: str, count: int) -> None:
     cost, right, draft_cost = WORLDS[name]
@@ -50,6 +50,7 @@ def test_never_below_plain_and_near_the_best_length(name: str, count: int) -> No
         assert got > 1.2 * fixed["", 0]
 
 
+@pytest.mark.slow
 def test_load_that_rises_and_falls() -> None:
     """What pays at one stream does not at sixteen; what it does at sixteen must not spoil it for one."""
     drafters = [Simulated("d", constant(0.55))]
@@ -61,6 +62,7 @@ def test_load_that_rises_and_falls() -> None:
         assert got >= 0.93 * max(fixed.values())
 
 
+@pytest.mark.slow
 def test_a_draft_that_pays_at_one_stream_alone() -> None:
     def target(rows: int) -> float:
         return 20e-3 + 2e-3 * rows
@@ -109,6 +111,7 @@ def test_the_figure(target: str, better: str) -> None:
     assert shares[1] < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turnover", [0, 64])
 @pytest.mark.parametrize("count", [1, 4, 8, 16])
 @pytest.mark.parametrize("cost", [memory_bound, compute_bound, small_cpu])
