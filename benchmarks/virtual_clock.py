@@ -3,9 +3,9 @@
     python benchmarks/virtual_clock.py record --model smollm2-135m --prompts mt_bench.jsonl --out smollm2.json
     python benchmarks/virtual_clock.py replay smollm2.json --concurrency 1,4,8,16
 
-`record` runs the real engine, plainly, and notes each answer and what every draft that costs time would have proposed
+`record` runs the real engine, plainly, and notes each answer and what every model-based drafter would have proposed
 at each of its places (`virtual_record.py`). Neither depends on who drafts. So `replay` needs no model
-(`virtual_engine.py`): scheduler, speculator, controller and look-up drafters are the real ones, the target's tokens and
+(`virtual_engine.py`): scheduler, speculator, controller and lookup drafters are the real ones, the target's tokens and
 the heads' drafts are the recorded ones, and each pass takes what a table says (`virtual_costs.py`). A run takes seconds
 and is the same to the last digit, so two versions of the controller can be compared. `--jitter` brings a machine's
 noise back, the same in each run.

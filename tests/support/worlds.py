@@ -49,7 +49,7 @@ def constant(probability: float) -> Right:
 
 @dataclass(frozen=True)
 class Simulated:
-    """A drafter; `cost` of its passes by rows, None if it is free; `prompt`: rows to read before a first draft."""
+    """A drafter. `cost`: of its passes by rows, None for lookup; `prompt`: rows to read before a first draft."""
 
     name: str
     right: Right
@@ -81,7 +81,7 @@ class World:
                     {rows: drafter.measured * seconds for rows, seconds in self._calibrated(drafter.cost).items()}
                 )
         self.asked: list[tuple[int, str]] = []
-        """Steps in which a drafter that costs time was asked."""
+        """Steps in which a model-based drafter was asked, and its name."""
         self.step_number = self.made = 0
         self._unread: dict[tuple[str, str], int] = {}
         self._tokens: dict[str, int] = {}

@@ -30,7 +30,7 @@ class PredictionDrafter:
 
     `evidence`: 0 for the guess that a token was replaced, else 1 to 6 by the number of tokens that agreed in a row, 1
     for none (the answer's beginning), then by powers of two. Drafts are as long as they may be at the beginning, else
-    2n + 3 for n tokens that agree. A token of the answer costs a few look-ups, however long the prediction is; memory
+    2n + 3 for n tokens that agree. A token of the answer costs a few lookups, however long the prediction is; memory
     is proportional to it, and what is looked up is indexed at the first disagreement.
     """
 

@@ -116,7 +116,7 @@ def test_the_figure(target: str, better: str) -> None:
 @pytest.mark.parametrize("count", [1, 4, 8, 16])
 @pytest.mark.parametrize("cost", [memory_bound, compute_bound, small_cpu])
 def test_a_hostile_portfolio(cost: Cost, count: int, turnover: int) -> None:
-    """A draft as large as the target that knows nothing, a smaller one that knows nothing, look-up in random text."""
+    """A draft as large as the target that knows nothing, a smaller one that knows nothing, lookup in random text."""
     drafters = [
         Simulated("random", constant(0.0), cost, prompt=100, prior=0.6),
         Simulated("half", constant(0.02), lambda rows: 0.3 * cost(rows), prompt=100, prior=0.6),
@@ -186,7 +186,7 @@ def test_one_request_may_draft_where_another_does_not() -> None:
 
 
 def test_each_request_of_a_batch_gets_what_suits_it() -> None:
-    """Where look-up is right it is used, which is free; the draft model drafts for the others, and only for them."""
+    """Lookup takes no time and is used where it is right; the draft model drafts for the others, and only for them."""
     drafters = [
         Simulated("lookup", lambda sequence, step, position: (0.9, 0.02, 0.02, 0.02)[sequence]),
         Simulated("model", lambda sequence, step, position: (0.7, 0.8, 0.8, 0.02)[sequence], lambda rows: 2e-3),
@@ -232,7 +232,7 @@ def test_a_prompt_in_the_step_does_not_make_drafts_cheap() -> None:
         choice = world.controller.choose(step)
         chosen.append(sum(len(draft.tokens) for draft in choice.drafts.values()))
         seconds = 4e-3 + 2e-3 * step.rows
-        assert choice.plain == pytest.approx(4 / seconds, rel=0.2)  # 104 rows were never measured
+        assert choice.plain_goodput == pytest.approx(4 / seconds, rel=0.2)  # 104 rows were never measured
     assert chosen == [0, 0]
 
 
@@ -252,7 +252,7 @@ def test_prompts_do_not_make_rows_cheap() -> None:
     for rows in (16, 32, 64):
         assert target.predict(rows) / target.predict(8) == pytest.approx(verifying(rows) / verifying(8), rel=0.1)
     choice = world.controller.choose(UpcomingStep(108, 8, []))
-    assert choice.plain == pytest.approx(8 / (0.5 * verifying(108)), rel=0.15)
+    assert choice.plain_goodput == pytest.approx(8 / (0.5 * verifying(108)), rel=0.15)
 
 
 def test_long_contexts_make_drafts_worth_more() -> None:

@@ -19,6 +19,7 @@ from pilotfish.engine.speculation.drafters.registry import REGISTRY, DrafterKind
 from pilotfish.errors import ConfigError
 from pilotfish.tools.planner.devices import DEVICES
 from pilotfish.tools.planner.setup import make_setup
+from tests.support import toy_head as toy_head_files
 
 PROMPTS = [[5, 6, 7, 8] * 5, [9, 9, 9, 9, 9], list(range(20, 60))]
 PARAMS = [
@@ -32,6 +33,16 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The registry with one line more."""
     line = DrafterKind("toy", prior=0.2, module="tests.support.toy_drafter")
     monkeypatch.setattr(registry, "REGISTRY", (*REGISTRY, line))
+
+
+@pytest.fixture
+def toy_head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder of the files of a model-based drafter, which the registry knows by one line more."""
+    line = DrafterKind("toy-head", prior=0.2, module="tests.support.toy_head", recognise=toy_head_files.recognise)
+    monkeypatch.setattr(registry, "REGISTRY", (line, *REGISTRY))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "toy.json").write_text('{"token": 9}')
+    return tmp_path
 
 
 @pytest.mark.usefixtures("toy")
@@ -48,6 +59,21 @@ def test_a_new_drafter_is_one_file_and_one_line(tiny: Callable[[str], Path], ada
                 assert all(each.stats.drafter == "toy" and each.stats.drafted_tokens for each in drafted)
         controller = llm.core._engine.speculator._controller
         assert controller is None or controller.acceptance.priors["toy"] == 0.2
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_new_model_based_drafter_is_one_file_and_one_line(
+    tiny: Callable[[str], Path], toy_head: Path, adaptive: bool
+) -> None:
+    settings = {"model": str(tiny("llama")), "kv_cache_memory": 4 << 20, "adaptive_drafts": adaptive}
+    with LLM(drafter=("ngram", f"mine={toy_head}"), **settings) as llm:
+        assert llm.info.drafters == ("ngram", "prediction", "mine")
+        for params in PARAMS:
+            plain = llm.generate(PROMPTS, params, speculation="off")
+            drafted = llm.generate(PROMPTS, params, speculation="mine")
+            assert [each.token_ids for each in drafted] == [each.token_ids for each in plain]
+            if not adaptive:
+                assert all(each.stats.drafter == "mine" and each.stats.drafted_tokens for each in drafted)
 
 
 @pytest.mark.usefixtures("toy")
