@@ -154,7 +154,7 @@ async def test_what_is_left_after_the_drain_timeout_gets_an_error(start: Start, 
         running.signal_group(signal.SIGTERM)
         for chunks in await streams.chunks():
             assert chunks[-1]["error"]["code"] == "server_stopping"
-            assert "not complete" in chunks[-1]["error"]["message"]
+            assert "before it was complete" in chunks[-1]["error"]["message"]
         response = await whole
         assert (response.status_code, response.json()["error"]["code"]) == (503, "server_stopping")
         assert await asyncio.to_thread(running.process.wait, 60) == 0

@@ -105,7 +105,7 @@ def test_sigterm_lets_answers_finish_for_a_while(tiny_llama: Path, tmp_path: Pat
             assert chunk["usage"]["completion_tokens"] == length
         else:
             assert chunk["error"]["code"] == "server_stopping"
-            assert "not complete" in chunk["error"]["message"]
+            assert "before it was complete" in chunk["error"]["message"]
         assert running.process.wait(15) == 0
         assert not engine.is_running()
         assert "Traceback" not in running.log.read_text()

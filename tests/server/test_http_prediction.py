@@ -133,5 +133,5 @@ def test_a_prediction_is_for_one_answer(client: openai.OpenAI) -> None:
     assert raised.value.param == "prediction"
     for more in ({"n": 3}, {"best_of": 2}, {"prompt": ["a", "b"]}):
         asked: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, **more}
-        with pytest.raises(openai.BadRequestError, match="prediction is for one answer"):
+        with pytest.raises(openai.BadRequestError, match="prediction is only allowed with a single answer"):
             client.completions.create(**asked, extra_body={"prediction": content("a")})
