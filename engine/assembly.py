@@ -8,14 +8,13 @@ and in which order, on the size of their caches, or on the passes that are captu
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import msgspec
 
 from pilotfish.checkpoints.catalog import Progress
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.execution.buckets import span_lengths
-from pilotfish.engine.execution.graphs import graph_backend, graph_memory, graph_plan
+from pilotfish.engine.execution.buckets import GRAPH_SHARE, batch_sizes, buckets, span_lengths
+from pilotfish.engine.execution.graphs import GraphPlan, graph_backend
 from pilotfish.engine.execution.loader import load_model
 from pilotfish.engine.execution.runner import Lead, ModelRunner
 from pilotfish.engine.layers.attention.backend import LayerCache
@@ -75,7 +74,8 @@ class Assembly:
         """What is free for caches on this rank once its weights are loaded, and what a block of all of them takes:
         the target's block comes with one of each draft's, so that all caches hold the same number of tokens."""
         free = free_memory(self.platform.device)
-        self._graph_memory = graph_memory(self.config, free) if self._make_graphs else 0
+        if self.captures:
+            self._graph_memory = self.config.cuda_graph_memory or int(GRAPH_SHARE * free)
         shapes = [(self.target.config, self.target.comm.size), *((draft.shape, draft.ranks) for draft in self._drafts)]
         sizes = [
             kv_cache.block_bytes(shape, self.config.block_size, self.platform.cache_dtype, ranks)
@@ -105,7 +105,17 @@ class Assembly:
         if self._make_graphs is None:
             return
         config = self.config
-        planned = partial(graph_plan, config, self._make_graphs(), max_model_len, self._num_blocks, self._graph_memory)
+        backend = self._make_graphs()
+
+        def planned(lengths: tuple[int, ...]) -> GraphPlan:
+            return GraphPlan(
+                backend=backend,
+                buckets=buckets(batch_sizes(config.max_num_seqs), lengths, config.max_batch_tokens),
+                max_len=max_model_len,
+                padding_block=self._num_blocks,
+                memory=self._graph_memory,
+            )
+
         feature_layers = FeatureRouter(self.drafters).layers
         self.runner.capture("target", planned(span_lengths(config.num_draft_tokens)), feature_layers)
         for drafter in self.drafters:

@@ -53,8 +53,11 @@ class Engine:
 
 
 def build(config: EngineConfig, progress: Progress, last_words: LastWords | None = None) -> Engine:
-    """Raises ConfigError for settings that cannot work together, ModelError for a model that cannot be read, RankError
-    for a rank that fails; for `last_words` see `engine.child_process`."""
+    """Build the engine, and start the other ranks of a sharded model. For `last_words` see `engine.child_process`.
+
+    Raises ConfigError for settings that cannot work together, ModelError for a model that cannot be read, RankError for
+    a rank that fails.
+    """
     if config.node_rank:
         raise ConfigError(
             f"node_rank is {config.node_rank}, but an engine runs on node 0: `pilotfish serve` holds ranks"

@@ -1,4 +1,4 @@
-"""What a device is, in the few ways in which the engine cares; and getting small tensors there."""
+"""Devices, in the few ways in which the engine cares about them, and getting small tensors there."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
 
 
 class PassTimer:
-    """How long a pass of the model takes on its device. On the CPU, where a launch returns when all is done, it is the
-    launch; on a GPU what lies between two events in its stream, as the host is elsewhere meanwhile."""
+    """Measures how long a pass of the model takes on its device: on the CPU the launch, which returns when all is done;
+    on a GPU the time between two events in its stream, as the host is elsewhere meanwhile."""
 
     def __init__(self, device: torch.device) -> None:
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
@@ -47,7 +47,7 @@ class PassTimer:
         self._launched = time.perf_counter()
 
     def seconds(self) -> float:
-        """Of the last pass. Waits for it."""
+        """Seconds that the last pass took; waits for it."""
         if self._events is None:
             return self._launched - self._began
         self._events[1].synchronize()
@@ -65,6 +65,6 @@ def synchronize(device: torch.device) -> None:
 
 
 def give_back_memory(device: torch.device) -> None:
-    """What torch keeps of a GPU's memory without using it, for others to count it as free."""
+    """Give back what torch keeps of a GPU's memory without using it, for others to count it as free."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

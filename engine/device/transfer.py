@@ -1,4 +1,4 @@
-"""From the host to the device, without waiting for it: what belongs together in one copy.
+"""From the host to the device without waiting for it: arrays that belong together go in one copy.
 
 To wait for a copy is to wait for everything that the device has been given before it, which is the whole forward pass.
 Copies out of pinned memory need no waiting; torch's caching allocator for it reuses no buffer before its copy is done.
@@ -6,7 +6,10 @@ Copies out of pinned memory need no waiting; torch's caching allocator for it re
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,18 +19,41 @@ from pilotfish.engine.device import on_device
 ALIGNMENT = 16
 """Bytes: an array begins at a multiple of it, more than any kernel asks of ids and lengths."""
 
-TORCH_DTYPES = {
+_TORCH = {
     np.dtype(np.int64): torch.int64,
     np.dtype(np.int32): torch.int32,
     np.dtype(np.float64): torch.float64,
     np.dtype(np.float32): torch.float32,
 }
-"""The dtypes of arrays that go to a device."""
 
 
 def aligned(size: int) -> int:
     """The next multiple of ALIGNMENT."""
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class PackedLayout:
+    """Where arrays of these dtypes (64 or 32 bits wide) and shapes lie, one after the other, in a buffer of `size`
+    bytes."""
+
+    __slots__ = ("_arrays", "size")
+
+    def __init__(self, arrays: Iterable[tuple[np.dtype[Any], tuple[int, ...]]]) -> None:
+        self._arrays: list[tuple[int, int, np.dtype[Any], tuple[int, ...]]] = []
+        start = 0
+        for dtype, shape in arrays:
+            stop = start + prod(shape) * dtype.itemsize
+            self._arrays.append((start, stop, dtype, shape))
+            start = aligned(stop)
+        self.size = max(start, ALIGNMENT)
+
+    def on_host(self, buffer: np.ndarray) -> list[np.ndarray]:
+        """Views of a buffer, (at least `size`,) uint8, in host memory."""
+        return [np.ndarray(shape, dtype, buffer, start) for start, _, dtype, shape in self._arrays]
+
+    def on_device(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a buffer, (at least `size`,) uint8, on any device."""
+        return [buffer[start:stop].view(_TORCH[dtype]).view(shape) for start, stop, dtype, shape in self._arrays]
 
 
 def to_device(buffer: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -45,17 +71,11 @@ def copy_to(buffer: np.ndarray, out: torch.Tensor) -> None:
 
 def arrays_to_device(arrays: Seq[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """Tensors of the arrays' shapes and dtypes (64 or 32 bits wide) on `device`, by a single copy."""
-    starts = [0]
-    for array in arrays:
-        starts.append(aligned(starts[-1] + array.nbytes))
-    buffer = np.zeros(max(starts[-1], ALIGNMENT), dtype=np.uint8)
-    for array, start in zip(arrays, starts, strict=False):
-        buffer[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    there = to_device(buffer, device)
-    return [
-        there[start : start + array.nbytes].view(TORCH_DTYPES[array.dtype]).view(array.shape)
-        for array, start in zip(arrays, starts, strict=False)
-    ]
+    layout = PackedLayout((array.dtype, array.shape) for array in arrays)
+    buffer = np.zeros(layout.size, dtype=np.uint8)
+    for packed, array in zip(layout.on_host(buffer), arrays, strict=True):
+        packed[...] = array
+    return layout.on_device(to_device(buffer, device))
 
 
 def ids_to_device(ids: Seq[int], device: torch.device) -> torch.Tensor:

@@ -6,13 +6,12 @@ Another array of a pass, such as the adapter of each row, is a line in `BatchArr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
-from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, Generic, NamedTuple, TypeVar, get_type_hints
 
 import numpy as np
 import torch
 
-from pilotfish.engine.device.transfer import ALIGNMENT, TORCH_DTYPES, aligned
+from pilotfish.engine.device.transfer import PackedLayout
 
 A = TypeVar("A", np.ndarray, torch.Tensor)
 
@@ -57,34 +56,31 @@ class BatchArrays(Generic[A]):
     """Entries past a span's context are 0 and never read."""
 
 
-_DECLARED = {name: hint.__metadata__ for name, hint in get_type_hints(BatchArrays, include_extras=True).items()}
-_FIELDS = [(np.dtype(dtype), TORCH_DTYPES[np.dtype(dtype)], sizes) for dtype, *sizes in _DECLARED.values()]
-PER_ROW = tuple(name for name, (_, *sizes) in _DECLARED.items() if sizes[-1] == "rows")
+_FIELDS = {
+    name: (np.dtype(dtype), sizes)
+    for name, hint in get_type_hints(BatchArrays, include_extras=True).items()
+    for dtype, *sizes in (hint.__metadata__,)
+}
+PER_ROW = tuple(name for name, (_, sizes) in _FIELDS.items() if sizes[-1] == "rows")
 """The arrays that have an entry for each row, in their last dimension."""
 
 
 class BatchLayout:
     """Where the arrays of a batch of this shape lie in a buffer of `size` bytes."""
 
-    __slots__ = ("_arrays", "shape", "size")
+    __slots__ = ("_packed", "shape", "size")
 
     def __init__(self, shape: BatchShape) -> None:
         self.shape = shape
-        self._arrays: list[tuple[int, int, np.dtype[Any], torch.dtype, tuple[int, ...]]] = []
-        start = 0
-        for dtype, torch_dtype, sizes in _FIELDS:
-            extent = tuple([getattr(shape, name) for name in sizes])
-            stop = start + prod(extent) * dtype.itemsize
-            self._arrays.append((start, stop, dtype, torch_dtype, extent))
-            start = aligned(stop)
-        self.size = max(start, ALIGNMENT)
+        self._packed = PackedLayout(
+            [(dtype, tuple([getattr(shape, name) for name in sizes])) for dtype, sizes in _FIELDS.values()]
+        )
+        self.size = self._packed.size
 
     def on_host(self, buffer: np.ndarray) -> BatchArrays[np.ndarray]:
         """Views of a buffer, (at least `size`,) uint8, in host memory."""
-        return BatchArrays(*[np.ndarray(extent, dtype, buffer, start) for start, _, dtype, _, extent in self._arrays])
+        return BatchArrays(*self._packed.on_host(buffer))
 
     def on_device(self, buffer: torch.Tensor) -> BatchArrays[torch.Tensor]:
         """Views of a buffer, (at least `size`,) uint8, on any device."""
-        return BatchArrays(
-            *[buffer[start:stop].view(dtype).view(extent) for start, stop, _, dtype, extent in self._arrays]
-        )
+        return BatchArrays(*self._packed.on_device(buffer))

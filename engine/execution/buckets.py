@@ -1,5 +1,5 @@
-"""Which passes are captured as graphs: so many sequences, so many tokens of each. No torch: the planner counts them,
-too. What a captured pass is, is `graphs`'."""
+"""Buckets: which passes are captured as graphs, for so many sequences and so many tokens of each. No torch: the planner
+counts them, too. `graphs` has the captured passes themselves."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 FREE_ROWS = 64
-"""A pass may be padded to so many rows whatever it has itself, since up to there it is the weights that take the time;
-beyond it to at most WASTE times its own. Assumed, not measured."""
+"""Rows to which any pass may be padded, since up to there it is the weights that take the time; beyond it a pass is
+padded to at most WASTE times its own rows. Assumed, not measured."""
 WASTE = 2
 
 GRAPH_SHARE = 0.05
-"""Of the memory that is free once the weights are loaded: what captured graphs may take unless the settings say."""
+"""Share of the memory that is free once the weights are loaded which captured graphs may take by default."""
 DRAFT_LENGTHS = (1, 2)
-"""Tokens of a sequence in a pass of a draft model: one that the target chose, and two where it accepted all drafted
-ones, the last of which was not run. What reads more in a first pass is computed eagerly."""
+"""Tokens of a sequence in a captured pass of a draft model: one that the target chose, and two where it accepted all
+drafted ones, the last of which was not run. A first pass that reads more is computed eagerly."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -31,7 +31,7 @@ class Bucket:
 
 
 def batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """1, 2, 4, 8, then two an octave: 12, 16, 24, 32, ...; the last is `max_num_seqs` itself."""
+    """The numbers of sequences: 1, 2, 4, 8, then two an octave: 12, 16, 24, 32, ...; the last is `max_num_seqs`."""
     sizes = [1, 2, 4]
     step = 4
     while sizes[-1] < max_num_seqs:
@@ -41,7 +41,8 @@ def batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
 
 
 def span_lengths(num_draft_tokens: int) -> tuple[int, ...]:
-    """One token, and with drafts of 1, 2, 4, 8, ...: 2, 3, 5, 9, ...; the last is for `num_draft_tokens`."""
+    """The numbers of tokens: one, and with drafts of 1, 2, 4, 8, ...: 2, 3, 5, 9, ...; the last is for
+    `num_draft_tokens`."""
     lengths = [1]
     drafted = 1
     while drafted < num_draft_tokens:
@@ -51,7 +52,8 @@ def span_lengths(num_draft_tokens: int) -> tuple[int, ...]:
 
 
 def buckets(batches: Seq[int], lengths: Seq[int], max_rows: int) -> tuple[Bucket, ...]:
-    """In the order in which they are captured, fewest rows first: where kernels are short, a graph saves most."""
+    """The buckets in the order in which they are captured, fewest rows first: where kernels are short, a graph saves
+    most."""
     every = (Bucket(spans, length) for spans in batches for length in lengths)
     return tuple(sorted((bucket for bucket in every if bucket.rows <= max_rows), key=lambda b: (b.rows, b.length)))
 

@@ -1,12 +1,16 @@
-"""Captured passes (CUDA graphs): the launches of a pass recorded once for each bucket, and replayed as one.
+"""Captured passes (CUDA graphs): the launches of a pass, recorded once for each bucket and replayed as one.
 
 A captured pass computes what it computed at its capture: the same kernels, sizes and addresses. So a bucket's inputs
 lie in a static buffer, into which a batch is copied, padded to the bucket; what it returns lies in static buffers as
-well, which the next pass of the same model overwrites. Which buckets there are is `buckets`'; the eager way `runner`'s.
+well, which the next pass of the same model overwrites. `buckets` says which buckets there are; `runner` computes
+eagerly what fits none.
+
+The buffers are written and read in the order of the device's stream, so a pass may be launched while the one before it
+still runs, if everything that reads its outputs was launched before.
 
 Padding never disturbs what is not padding. Its keys and values go to a block that is no sequence's. A padding span sees
-only those. Rows that make a span longer see one key more each, as rows of a draft would, and nobody reads what they
-come to.
+only those. Rows that make a span longer see one key more each, as rows of a draft would, and their results are not
+read.
 """
 
 from __future__ import annotations
@@ -21,11 +25,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.device.transfer import aligned, copy_to
 from pilotfish.engine.execution.batch import FlatBatch, HostBatch
 from pilotfish.engine.execution.batch_layout import PER_ROW, BatchLayout, BatchShape
-from pilotfish.engine.execution.buckets import GRAPH_SHARE, Bucket, batch_sizes, buckets, fitting
+from pilotfish.engine.execution.buckets import Bucket, fitting
 from pilotfish.engine.layers.attention.backend import AttentionBackend
 from pilotfish.engine.layers.communicator import Communicator
 
@@ -43,12 +46,13 @@ class GraphBackend(Protocol):
     name: str
 
     def capture(self, function: Callable[[], None], inputs: Seq[torch.Tensor], outputs: Seq[torch.Tensor]) -> Replay:
-        """`function` reads `inputs`, which are filled, and writes `outputs`. It neither waits for the device nor looks
-        at a value: what it makes of anything else on the host is fixed from now on. It may be called several times."""
+        """Record `function`, which reads `inputs`, which are filled, and writes `outputs`. It neither waits for the
+        device nor looks at a value: what it makes of anything else on the host is fixed from now on. It may be called
+        several times."""
         ...
 
     def memory(self) -> int:
-        """Bytes that have been taken since the backend was made."""
+        """Bytes that captures have taken since the backend was made."""
         ...
 
 
@@ -82,7 +86,7 @@ class CudaGraphs:
 
 
 class EagerGraphs:
-    """The twin on any device: calls the same function on the same buffers, and captures nothing."""
+    """The twin of CudaGraphs on any device: calls the same function on the same buffers, and captures nothing."""
 
     name = "eager"
 
@@ -97,7 +101,7 @@ class EagerGraphs:
 def graph_backend(
     enforce_eager: bool, attention: AttentionBackend, device: torch.device
 ) -> Callable[[], GraphBackend] | None:
-    """What makes the backend, once all but graphs is in memory; None where every pass is to be eager."""
+    """How to make the backend, once all but graphs is in memory; None where every pass is to be eager."""
     if enforce_eager or device.type != "cuda":
         return None
     if not attention.capturable:
@@ -108,11 +112,11 @@ def graph_backend(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphPlan:
-    """What is to be captured of a model."""
+    """The passes of a model that are to be captured."""
 
     backend: GraphBackend
     buckets: tuple[Bucket, ...]
-    """In this order, as far as there is memory for them."""
+    """Captured in this order, as far as there is memory for them."""
     max_len: int
     """Most tokens of a sequence."""
     padding_block: int
@@ -121,36 +125,13 @@ class GraphPlan:
     """Bytes that the backend may have taken before another bucket is captured."""
 
 
-def graph_memory(config: EngineConfig, free: int) -> int:
-    """Bytes that captured graphs may take on a device with so many `free` once the weights are loaded."""
-    return config.cuda_graph_memory or int(GRAPH_SHARE * free)
-
-
-def graph_plan(
-    config: EngineConfig,
-    backend: GraphBackend,
-    max_model_len: int,
-    num_blocks: int,
-    memory: int,
-    lengths: tuple[int, ...],
-) -> GraphPlan:
-    """What to capture of a model whose spans have these lengths. `num_blocks`: those that are sequences'."""
-    return GraphPlan(
-        backend=backend,
-        buckets=buckets(batch_sizes(config.max_num_seqs), lengths, config.max_batch_tokens),
-        max_len=max_model_len,
-        padding_block=num_blocks,
-        memory=memory,
-    )
-
-
 Pass = Callable[[FlatBatch, torch.Tensor, Seq[torch.Tensor]], Seq[torch.Tensor]]
 """Computes outputs, (rows, ...) each, from a padded batch, its `real_rows` (see `_PaddedLayout`) and other inputs,
 (rows, ...) each. All are on the device."""
 
 
 class GraphedPasses:
-    """The captured passes of one model. All ranks of a divided model capture the same buckets in the same order.
+    """The captured passes of one model. All ranks of a sharded model capture the same buckets in the same order.
 
     `inputs`: what rows have beside their tokens, static, (most rows, ...) each. The outputs of `run` are static, too,
     and hold until the next `run`.
@@ -191,7 +172,7 @@ class GraphedPasses:
 
     @property
     def captured(self) -> tuple[Bucket, ...]:
-        """In the order of their rows."""
+        """The buckets that have been captured, by their rows."""
         return self._captured
 
     def find(self, host: HostBatch) -> Bucket | None:

@@ -1,7 +1,7 @@
 """BlockPool: the blocks of the KV cache by number: allocation, reference counts, prefix hashes, eviction.
 
-No tensors live here (the cache itself is `engine.memory.kv_cache`), and no tokens: what a block holds is known by the
-digest that its table registers (`engine.memory.block_table`).
+No tensors live here (the cache itself is in `kv_cache`), and no tokens: what a block holds is known by the digest that
+its table registers (`block_table`).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""AsyncEngine: the server's handle on an engine process. Starts it, feeds it, hands out what it says, and notices when
-it ends. No torch here. The process itself is `engine.process.main`; the same engine without a process is `engine.llm`.
+"""AsyncEngine: the server's handle on an engine process. It starts the process, feeds it, hands out what it says, and
+notices when it ends. No torch here. The process itself is in `main`; the same engine without a process is `engine.llm`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -82,28 +83,26 @@ def run(create_core: CreateCore) -> int:
     child_process.end_with_parent(lambda: shutil.rmtree(task.directory, ignore_errors=True))
     connection = _Connection(task)
     threading.Thread(target=_beat, args=(task,), name="heartbeat", daemon=True).start()
+    ready = False
     try:
-        try:
-            core = create_core(
-                task.config,
-                lambda what, share: connection.send(Loading(what, share)),
-                lambda reason: _last_words(task, reason),
-            )
-        except PilotfishError as error:  # the settings' or the files' fault: a traceback says no more
-            logger.error("the engine cannot start: %s", error)
-            connection.send(Failed(one_line(error)))
-            return 1
+        core = create_core(
+            task.config,
+            lambda what, share: connection.send(Loading(what, share)),
+            lambda reason: _last_words(task, reason),
+        )
         # What is loaded stays: keep it out of every later collection, which would stall a step for long.
         gc.collect()
         gc.freeze()
         connection.send(Ready(core.info))
+        ready = True
         _serve(core, connection)
-    except RankError as error:  # another process's fault, whose log has the traceback if there is one
-        logger.error("the engine failed: %s", error)
-        connection.send(Failed(one_line(error)))
-        return 1
     except Exception as error:
-        logger.exception("the engine failed")
+        if isinstance(error, RankError) and ready:  # another process's fault, whose log has the traceback
+            logger.error("the engine failed: %s", error)
+        elif isinstance(error, PilotfishError) and not ready:  # the settings' or the files': a traceback says no more
+            logger.error("the engine cannot start: %s", error)
+        else:
+            logger.exception("the engine failed")
         connection.send(Failed(one_line(error)))
         return 1
     finally:
@@ -206,24 +205,28 @@ class _Connection:
 
 
 def _beat(task: EngineTask) -> None:
-    """Tell the client that this process runs, until it ends; a thread's task. The socket is this thread's own."""
+    """Tell the client that this process runs, until it ends: the task of a thread."""
     interval = child_process.heartbeat_seconds(task.config.rank_timeout)
-    message = msgspec.msgpack.encode(Alive())
-    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
-        socket.linger = 0
-        socket.connect(task.from_engine)
+    with _sending(task, linger_ms=0) as send:
         while True:
-            socket.send(message)
+            send(Alive())
             time.sleep(interval)
 
 
 def _last_words(task: EngineTask, reason: str) -> None:
     """See LastWords."""
-    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
-        socket.linger = LINGER_MS
-        socket.connect(task.from_engine)
-        socket.send(msgspec.msgpack.encode(Failed(reason)))
+    with _sending(task, LINGER_MS) as send:
+        send(Failed(reason))
     os._exit(1)
+
+
+@contextmanager
+def _sending(task: EngineTask, linger_ms: int) -> Iterator[Callable[[FromEngine], None]]:
+    """Send to the client from a thread of its own, which takes a socket of its own."""
+    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+        socket.linger = linger_ms
+        socket.connect(task.from_engine)
+        yield lambda message: socket.send(msgspec.msgpack.encode(message))
 
 
 def _create_core(config: EngineConfig, progress: Progress, last_words: LastWords) -> Core:

@@ -32,10 +32,14 @@ class EngineTask(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """Queue a request."""
+
     request: Request
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """End these requests, if they have not ended yet."""
+
     request_ids: tuple[str, ...]
 
 
@@ -51,10 +55,14 @@ class Loading(msgspec.Struct, frozen=True, tag="loading"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The engine is loaded and takes requests."""
+
     info: EngineInfo
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
+    """What a step has brought; without stats: the refusal of a request."""
+
     deltas: tuple[Delta, ...]
     stats: StepStats | None = None
 

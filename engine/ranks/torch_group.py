@@ -47,7 +47,7 @@ class TorchGroup:
 
     @property
     def name(self) -> str:
-        """Of the backend."""
+        """The backend's name."""
         return str(self._backend.name())
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:

@@ -23,11 +23,12 @@ logger = logging.getLogger(__name__)
 Follow = Callable[[WorkerTask, Welcome, Link], None]
 
 
-def run(follow: Follow) -> int:
+def run(import_follow: Callable[[], Follow]) -> int:
     """Take part until the leader ends this process. Returns the exit status after a failure, which the leader has been
     told.
 
-    `follow` is called once, after the watch on the parent has begun: slow imports belong into it.
+    `import_follow` is called once, after the watch on the parent has begun and before the leader is greeted: imports
+    hold the interpreter for seconds on a busy machine, and a rank that is known may not fall silent.
     """
     child_process.ignore_signals()
     task = child_process.read_task(WorkerTask)
@@ -41,24 +42,25 @@ def run(follow: Follow) -> int:
         _remove(task.directory)
         _exit(1 if reason else 0)
 
-    link = Link(task.config, task.rank, task.endpoint, end)
+    link: Link | None = None
     try:
+        follow = import_follow()
+        link = Link(task.config, task.rank, task.endpoint, end)
         follow(task, link.wait_welcome(), link)
-    except CollectiveError as error:  # another rank is the cause, and the leader will say which
-        logger.info("rank %d failed: %s", task.rank, error)
-        link.fail(one_line(error), consequence=True)
-    except PilotfishError as error:
-        logger.error("rank %d failed: %s", task.rank, error)
-        link.fail(one_line(error))
     except Exception as error:
-        logger.exception("rank %d failed", task.rank)
-        link.fail(one_line(error))
+        consequence = isinstance(error, CollectiveError)  # another rank is the cause, and the leader will say which
+        if isinstance(error, PilotfishError):
+            logger.log(logging.INFO if consequence else logging.ERROR, "rank %d failed: %s", task.rank, error)
+        else:
+            logger.exception("rank %d failed", task.rank)
+        link = link or Link(task.config, task.rank, task.endpoint, end)
+        link.fail(one_line(error), consequence)
     return 1
 
 
-def main(follow: Follow) -> None:
+def main(import_follow: Callable[[], Follow]) -> None:
     """Run, and end this process: threads of gloo, NCCL and the kernels may be waiting for ranks that have gone."""
-    _exit(run(follow))
+    _exit(run(import_follow))
 
 
 def _remove(directory: str | None) -> None:
@@ -71,11 +73,11 @@ def _exit(status: int) -> None:
     os._exit(status)
 
 
-def _follow(task: WorkerTask, welcome: Welcome, link: Link) -> None:
+def _import_follow() -> Follow:
     from pilotfish.engine.ranks.follower import follow
 
-    follow(task, welcome, link)
+    return follow
 
 
 if __name__ == "__main__":
-    main(_follow)
+    main(_import_follow)

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("fake_cuda")
 
 
 class Others:
-    """The other ranks of a model that is divided, as far as shapes and devices go."""
+    """The other ranks of a sharded model, as far as shapes and devices go."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -92,7 +92,7 @@ def test_forward_stays_on_the_device_and_waits_for_nothing(shapes, kind, backend
 
 
 @pytest.mark.parametrize(("kind", "rank", "fp8"), pairwise(["llama", "llama-biased", "gemma3"], [0, 3], (False, True)))
-def test_ranks_of_a_divided_model_wait_for_nothing_either(shapes, kind, rank, fp8):
+def test_ranks_of_a_sharded_model_wait_for_nothing_either(shapes, kind, rank, fp8):
     """4 heads and 2 key-value heads (1 for gemma3) over 4 ranks, a vocabulary that leaves the last of them less."""
     run(replace(shapes[kind], vocab_size=510), TorchAttention(), fp8, comm=Others(rank, 4))
 
