@@ -1,7 +1,7 @@
 # make serve   set up on first use, then serve the default model   (make serve ARGS="--model ... --port ...")
 # make test    set up on first use, then run the tests             (make test ARGS="-k scheduler")
 # make test-fast  the tests that start no process, need no download and are quick: within a minute
-# make check   linter, formatter, type checker, and the docs site in strict mode
+# make check   linter, formatter, type checker, imports between rooms, and the docs site in strict mode
 # make docs    build the docs site into site/
 
 PYTHON ?= python3
@@ -25,6 +25,7 @@ check: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo --no-cache
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 docs: $(VENV)/.installed-dev

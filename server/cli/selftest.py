@@ -28,7 +28,7 @@ from pilotfish.server.console import Console
 if TYPE_CHECKING:
     from pilotfish.tools.selftest.check import Result
     from pilotfish.tools.selftest.environment import Environment
-    from pilotfish.tools.selftest.run import SelfTest
+    from pilotfish.tools.selftest.settings import SelfTest
 
 OMITTED = frozenset(
     {"prefix_caching", "speculation", "adaptive_drafts", "verification", "seed"}
@@ -63,7 +63,7 @@ def _run(options: dict[str, Any]) -> int:
     console = Console(sys.stderr)
     begin = time.monotonic()
     # Imported here: --help and mistakes need none of it.
-    from pilotfish.tools.selftest.run import SelfTest
+    from pilotfish.tools.selftest.settings import SelfTest
 
     with ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="pilotfish-selftest-"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pilotfish.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
-    from pilotfish.tools.selftest.run import SelfTest
+    from pilotfish.tools.selftest.settings import SelfTest
 
 ENVIRONMENT = "environment"
 """The group that has no checks, but describes the machine."""

@@ -9,7 +9,7 @@ import torch
 
 from pilotfish.tools.selftest.check import Result, run_check
 from pilotfish.tools.selftest.environment import Environment, read_environment
-from pilotfish.tools.selftest.run import SelfTest
+from pilotfish.tools.selftest.settings import SelfTest
 from pilotfish.tools.selftest.subject import Subject
 
 

@@ -8,13 +8,11 @@ import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator
 
-import msgspec
-
-from pilotfish.engine.config import EngineConfig
 from pilotfish.errors import PilotfishError
 from pilotfish.tools.selftest import child
 from pilotfish.tools.selftest.check import Result
 from pilotfish.tools.selftest.environment import Environment
+from pilotfish.tools.selftest.settings import SelfTest
 
 GROUPS = ("kernels", "attention", "sampling", "logits", "text", "graphs", "parallel", "speed")
 """The modules of `tools.selftest` that have checks, in the order in which they run."""
@@ -25,19 +23,6 @@ EXIT_SECONDS = 10.0
 
 OnStart = Callable[[str, str], object]
 """Called with a check's group and name."""
-
-
-class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
-    """The settings of one run of the self-test; sent to the groups' processes."""
-
-    config: EngineConfig
-    directory: str
-    """Folder in which small models may be written."""
-    own_model: bool = False
-    """Whether the user named a model: `config.model` is then tested, too."""
-    prompts: tuple[tuple[int, ...], ...] = ()
-    """Token ids for the texts of the user's model. Empty where it has no tokenizer: random ones are used instead."""
-    quick: bool = False
 
 
 def describe(test: SelfTest) -> Environment:

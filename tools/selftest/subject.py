@@ -18,7 +18,7 @@ from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.layout import check_divides
 from pilotfish.errors import ConfigError
 from pilotfish.tools.selftest import small
-from pilotfish.tools.selftest.run import SelfTest
+from pilotfish.tools.selftest.settings import SelfTest
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ from pilotfish.tools.selftest.check import Check, Finding, Result, Skip, run_che
 from pilotfish.tools.selftest.environment import Environment
 from pilotfish.tools.selftest.groups import run_group
 from pilotfish.tools.selftest.precision import Worst, units
-from pilotfish.tools.selftest.run import GROUPS, SelfTest, run_groups
+from pilotfish.tools.selftest.run import GROUPS, run_groups
+from pilotfish.tools.selftest.settings import SelfTest
 from tests.support import selftest_child
 from tests.support.broken_verifier import GullibleVerifier
 from tests.support.native import needs_native

@@ -1,0 +1,20 @@
+"""The settings of a run of the self-test, which both its sides know."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pilotfish.engine.config import EngineConfig
+
+
+class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of one run of the self-test; sent to the groups' processes."""
+
+    config: EngineConfig
+    directory: str
+    """Folder in which small models may be written."""
+    own_model: bool = False
+    """Whether the user named a model: `config.model` is then tested, too."""
+    prompts: tuple[tuple[int, ...], ...] = ()
+    """Token ids for the texts of the user's model. Empty where it has no tokenizer: random ones are used instead."""
+    quick: bool = False
