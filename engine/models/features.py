@@ -1,4 +1,4 @@
-"""Features: hidden states of a few of the target's layers, taken as they pass, for a draft that reads them."""
+"""Features: hidden states of a few of the target's layers, taken as they pass, for a head that reads them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class FeatureTap:
 
     def take(self, layer: int, hidden: torch.Tensor) -> None:
         """Called by a model with what enters `layer`, (rows, hidden_size); it is copied where it is wanted."""
-        for place, wanted in enumerate(self.layers):
+        for index, wanted in enumerate(self.layers):
             if wanted == layer:
                 rows, size = hidden.shape
                 if self.features is None or len(self.features) != rows:
                     self.features = hidden.new_empty(rows, len(self.layers) * size)
-                self.features[:, place * size : (place + 1) * size] = hidden
+                self.features[:, index * size : (index + 1) * size] = hidden
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pilotfish.engine.models.config import ModelConfig
@@ -124,6 +125,10 @@ def check_divides(
         return
     if reasons := what_does_not_divide(config, ranks, scheme):
         fitting = [n for n in range(1, MAX_RANKS + 1) if not what_does_not_divide(config, n, scheme)]
-        raise ConfigError(
-            f"{setting} is {ranks}, but of {model} {' and '.join(reasons)}: {', '.join(map(str, fitting))} would do"
-        )
+        raise ConfigError(f"{setting} is {ranks}, but of {model} {' and '.join(reasons)}: {use_one_of(fitting)}")
+
+
+def use_one_of(counts: Sequence[int]) -> str:
+    """Returns "use 1, 2 or 4", the end of an error about a number of ranks that cannot be."""
+    *most, last = map(str, counts)
+    return f"use {', '.join(most)} or {last}" if most else f"use {last}"

@@ -1,4 +1,4 @@
-"""Results of jobs in their order, computed by a few threads ahead of who takes them."""
+"""Results of jobs, in order, computed by a few threads ahead of their consumer."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ T = TypeVar("T")
 class Job(Generic[T]):
     run: Callable[[], T]
     size: int
-    """Bytes that its result takes while nobody has taken it."""
+    """Bytes that its result takes until it is consumed."""
 
 
 def read_ahead(jobs: Iterable[Job[T]], threads: int, limit: int) -> Generator[T, None, None]:
-    """Results that wait, and the one that was taken last, have at most `limit` bytes together; if that one alone has
-    more, one waits beside it. Raises what a job raises."""
+    """Yield the jobs' results in order. Those that wait, and the one yielded last, have at most `limit` bytes together;
+    if that one alone has more, one waits beside it. Raises what a job raises."""
     waiting: deque[tuple[int, Future[T]]] = deque()
-    ahead = last = 0  # bytes of those that wait, and of the one taken last, which its taker still has
+    ahead = last = 0  # bytes of those that wait, and of the one yielded last, which the consumer still has
     with ThreadPoolExecutor(threads, "weights") as pool:
         try:
             for job in jobs:
@@ -30,7 +30,7 @@ def read_ahead(jobs: Iterable[Job[T]], threads: int, limit: int) -> Generator[T,
                     last, future = waiting.popleft()
                     ahead -= last
                     yield future.result()
-                    del future  # the result is its taker's alone
+                    del future  # the result is the consumer's alone
                 waiting.append((job.size, pool.submit(job.run)))
                 ahead += job.size
             while waiting:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.models.eagle3_checkpoint import check_target
-from pilotfish.engine.models.layout import MAX_RANKS, what_does_not_divide
+from pilotfish.engine.models.layout import MAX_RANKS, use_one_of, what_does_not_divide
 from pilotfish.engine.speculation.drafters.drafter import check_vocabulary
 from pilotfish.engine.speculation.drafters.registry import lookup_names
 from pilotfish.engine.weights.quantization import SCHEMES, Quantization
@@ -131,9 +131,9 @@ def _check(setup: Setup) -> None:
         )
     for model in setup.split:
         if reasons := _obstacles(model, setup.ranks):
-            would = ", ".join(map(str, ranks_that_divide(setup)))
+            remedy = use_one_of(ranks_that_divide(setup))
             raise ConfigError(
-                f"tensor_parallel_size is {setup.ranks}, but of {model.name} {' and '.join(reasons)}: {would} would do"
+                f"tensor_parallel_size is {setup.ranks}, but of {model.name} {' and '.join(reasons)}: {remedy}"
             )
     if setup.max_model_len > setup.target.shape.max_position:
         raise ConfigError(

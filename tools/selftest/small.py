@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from pilotfish.engine.models.checkpoint import read_hf_config
-from pilotfish.engine.models.registry import expected_shapes
+from pilotfish.engine.models.registry import family_of, tensors_of
+from pilotfish.engine.models.tensors import EMBEDDING, HEAD
+from pilotfish.engine.weights.tensors import Tensor
 from pilotfish.tools.checkpoint import config_of, write_model
 from pilotfish.tools.planner.published import PUBLISHED
 
@@ -63,9 +65,10 @@ def write(folder: Path, kind: str, *, dtype: str = "float32", ranks: int = 1, se
     }
     shape = read_hf_config(write_model(path, fields | KINDS[kind]))
     generator = torch.Generator().manual_seed(seed)
+    scaled = family_of(shape.architecture).scaled_embedding
     tensors = {
-        name: _tensor(name, size, torch.randn(size, generator=generator), kind).to(getattr(torch, dtype))
-        for name, size in expected_shapes(shape).items()
+        name: _values(tensor, torch.randn(tensor.shape, generator=generator), scaled).to(getattr(torch, dtype))
+        for name, tensor in tensors_of(shape).items()
     }
     return write_model(path, fields | KINDS[kind], tensors)
 
@@ -75,13 +78,15 @@ def write_llama_8b(folder: Path) -> Path:
     return write_model(folder / "llama-3.1-8b", config_of(PUBLISHED["llama-3.1-8b"]))
 
 
-def _tensor(name: str, size: tuple[int, ...], noise: torch.Tensor, kind: str) -> torch.Tensor:
-    """Weights such that every parameter matters: attention is sharp, no norm is 1, no bias 0."""
-    if name.endswith("norm.weight"):
-        # Gemma's norms add 1, and those behind its layers' parts must not drown in its embedding, which is scaled up.
-        after = kind == "gemma3" and (".post_attention_" in name or ".post_feedforward_" in name)
-        return (3.0 if after else 0.0 if kind == "gemma3" else 1.0) + 0.2 * noise
-    if name.endswith(".bias"):
+def _values(tensor: Tensor, noise: torch.Tensor, scaled: bool) -> torch.Tensor:
+    """Weights such that every parameter matters: attention is sharp, no norm is 1, no bias 0.
+
+    scaled: the model scales its embedding up, and what its layers add must not drown in it.
+    """
+    if tensor.linear is None:
+        added = scaled and (".post_attention_" in tensor.name or ".post_feedforward_" in tensor.name)
+        return (3.0 if added else 1.0 - tensor.norm_offset) + 0.2 * noise
+    if tensor.kind == "bias":
         return 0.3 * noise
-    gain = SHARPNESS if "lm_head" in name or (kind == "gemma3" and "embed_tokens" in name) else 1.5
-    return noise * gain * size[1] ** -0.5
+    sharp = tensor.name == HEAD or (scaled and tensor.name == EMBEDDING)
+    return noise * (SHARPNESS if sharp else 1.5) * tensor.shape[1] ** -0.5

@@ -103,9 +103,10 @@ def test_a_refusal_names_the_setting_and_sizes_that_do_work(config: ModelConfig,
     if not what_does_not_divide(config, size, scheme):
         check_divides(config, size, scheme)
         return
-    with pytest.raises(ConfigError, match=f"^some_size is {size}, but of toy .*: 1.* would do$") as caught:
+    with pytest.raises(ConfigError, match=f"^some_size is {size}, but of toy .*: use 1.*$") as caught:
         check_divides(config, size, scheme, "some_size", "toy")
-    would = [int(n) for n in str(caught.value).rpartition(": ")[2].removesuffix(" would do").split(", ")]
+    remedy = str(caught.value).rpartition(": use ")[2]
+    would = [int(n) for n in remedy.replace(" or ", ", ").split(", ")]
     assert size not in would
     for n in would:
         check_divides(config, n, scheme)

@@ -306,7 +306,7 @@ def test_a_model_that_does_not_divide_is_refused_before_any_rank_is_started(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pilotfish.engine.build.start_ranks", None)
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size is 3, .*num_heads \(4\).* would do"):
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size is 3, .*num_heads \(4\).*: use 1"):
         LLM(model=str(tiny_llama), tensor_parallel_size=3, **SETTINGS)
 
 
