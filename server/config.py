@@ -16,7 +16,7 @@ from pilotfish.logs import LogFormat, LogLevel
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the engine is served. Each field's docstring is the help text of its flag.
+    """The HTTP server's settings. Each field's docstring is the help text of its flag.
 
     `check` raises ConfigError; msgspec raises ValidationError for values of wrong types.
     """

@@ -1,4 +1,4 @@
-"""How response structs are sent and described in OpenAPI, since FastAPI does that for pydantic's models alone."""
+"""Response structs as JSON and in OpenAPI, which FastAPI does for pydantic's models alone."""
 
 from __future__ import annotations
 

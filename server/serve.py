@@ -235,7 +235,7 @@ def _read_template(path: str | None) -> str | None:
 
 
 def logs_of(config: ServerConfig) -> Logs:
-    """How this process and the engine's log messages."""
+    """The logging options of this process and the engine's."""
     return Logs(format=config.log_format, level=config.log_level)
 
 

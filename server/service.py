@@ -61,7 +61,7 @@ class Service:
 
     @property
     def stuck(self) -> bool:
-        """Whether there is work, but the engine has made no step for a long time."""
+        """True if there is work, but the engine has made no step for a long time."""
         since = max(self.metrics.last_step, self.gate.busy_since)
         return self.gate.in_flight > 0 and time.monotonic() - since > STUCK_SECONDS
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 
 class TokenBytes(Protocol):
-    """What is needed of a tokenizer here."""
+    """The parts of a tokenizer that are needed here."""
 
     @property
     def special_ids(self) -> frozenset[int]: ...
@@ -63,7 +63,7 @@ class Detokenizer:
         return self._decode(b"", True)
 
     def breaks(self, id_: int) -> bool:
-        """Whether `id_` does not continue what is held back, which then becomes a U+FFFD before it."""
+        """True if `id_` does not continue what is held back, which then becomes a U+FFFD before it."""
         first = self._bytes_of(id_)[:1]
         if not self._held or not first:
             return False
@@ -144,7 +144,7 @@ class Piece:
     text: str
     entries: Sequence[TokenEntry] = ()
     finish_reason: str | None = None
-    """In the last piece of an answer: "stop" or "length"."""
+    """Set in the last piece of an answer: "stop" or "length"."""
 
 
 class AnswerText:
@@ -172,7 +172,7 @@ class AnswerText:
         self._waiting: deque[TokenEntry] = deque()
         self.tokens = 0
         self.stopped = False
-        """Whether a stop string has ended it."""
+        """True once a stop string has ended it."""
 
     def feed(
         self,

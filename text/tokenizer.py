@@ -133,7 +133,7 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
 
 
 def _kinds_of_decoder(backend: Backend) -> tuple[bool, bool]:
-    """Whether tokens are spelled in GPT-2's byte alphabet, and whether "<0xAB>" stands for a byte."""
+    """Return whether tokens are spelled in GPT-2's byte alphabet, and whether "<0xAB>" stands for a byte."""
     if backend.decoder is None:
         return False, False
     state = json.loads(backend.decoder.__getstate__())

@@ -28,11 +28,11 @@ class Answer:
     echo: str = ""
     """The prompt's text, until the first piece has it."""
     echo_offsets: Sequence[int] = ()
-    """For each token of an echoed prompt, the characters before it."""
+    """Characters before each token of an echoed prompt."""
 
     finish_reason: str | None = None
     outcome: Outcome | None = None
-    """How it ended; None before that."""
+    """The outcome that is counted for it; None before its end."""
     scheduled: float | None = None
     first_token: float | None = None
     last_token: float = 0.0
@@ -40,7 +40,7 @@ class Answer:
     """Tokens that the first delta brought."""
     cached_tokens: int = 0
     drafts: Counter[str] = field(default_factory=Counter)
-    """By drafter, the steps in which its draft was chosen, its drafted tokens, and those that were accepted."""
+    """Steps in which a drafter's draft was chosen; below, the drafted tokens, and those that were accepted."""
     drafted: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)
     logprob_sum: float = 0.0
@@ -52,7 +52,7 @@ class Answer:
 
     @property
     def end(self) -> str:
-        """How it ended: its finish_reason, or else "abort" or "error"."""
+        """The reason for its end: its finish_reason, or else "abort" or "error"."""
         return self.finish_reason or self.outcome or "abort"
 
     @property

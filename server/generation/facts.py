@@ -37,7 +37,7 @@ class RequestFacts:
     arrival: float = field(default_factory=time.monotonic)
     """time.monotonic() seconds."""
     error_form: ErrorForm = openai_error
-    """How the endpoint's clients expect an error."""
+    """The form in which the endpoint's clients expect an error."""
     error: str | None = None
     """The code of the error that was the answer, or that ended the stream."""
     generation: GenerationFacts | None = None

@@ -77,11 +77,11 @@ class Endpoint(ABC, Generic[Body]):
 
     @abstractmethod
     def spec(self, body: Body) -> GenerationSpec:
-        """What is asked for. Raises ApiError 400 for fields that contradict each other."""
+        """Translate a request, but for its prompts. Raises ApiError 400 for fields that contradict each other."""
 
     @abstractmethod
     def prompts(self, body: Body, service: Service) -> Sequence[Prompt]:
-        """`spec.prompts` prompts, each as text or as token ids."""
+        """The request's prompts, each as text or as token ids: `spec.prompts` of them."""
 
     @abstractmethod
     def whole(self, reply: Reply[Body], pieces: Sequence[Piece]) -> msgspec.Struct:
@@ -90,7 +90,7 @@ class Endpoint(ABC, Generic[Body]):
 
     @abstractmethod
     def chunks(self, reply: Reply[Body]) -> Chunks:
-        """What makes the events of a request that is streamed."""
+        """The maker of the events of a request that is streamed."""
 
 
 async def generate(endpoint: Endpoint[Body], body: Body, request: Request, service: Service) -> Response:

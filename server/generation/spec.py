@@ -1,4 +1,4 @@
-"""GenerationSpec: what a request asks for, in terms that all endpoints share. An endpoint makes it of its own request
+"""GenerationSpec: a request in terms that all endpoints share. An endpoint makes it of its own request
 type; `fit` then turns it into the engine's SamplingParams for a prompt of a certain length.
 """
 
@@ -19,11 +19,11 @@ from pilotfish.server.protocol.common import GenerationRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSpec:
-    """What a request asks for, but for the prompts themselves."""
+    """A request in shared terms, but for the prompts themselves."""
 
     model: str
     params: SamplingParams
-    """As asked: not checked yet, and without max_tokens."""
+    """The parameters as they were sent: not checked yet, and without max_tokens."""
     max_tokens: int | None = None
     """None: all that the context has room for after the prompt."""
     max_tokens_param: str = "max_tokens"

@@ -1,4 +1,4 @@
-"""What is reported of a request's answers: OpenAI's usage, and Pilotfish's timings."""
+"""The reports on a request's answers: OpenAI's usage, and Pilotfish's timings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def usage_of(answers: Sequence[Answer]) -> Usage:
 
 
 def timings_of(answers: Sequence[Answer]) -> Timings:
-    """How the answers came about, from the first of them to the last."""
+    """The timings of all answers together, from the first of them to the last."""
     arrival = answers[0].request.arrival
     scheduled = min((answer.scheduled for answer in answers if answer.scheduled is not None), default=None)
     first = min((answer.first_token for answer in answers if answer.first_token is not None), default=None)

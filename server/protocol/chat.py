@@ -148,7 +148,7 @@ class ChatCompletion(Response):
 
 
 class ChatDelta(msgspec.Struct):
-    """What a chunk adds to a message: the first chunk has its role, the last nothing."""
+    """A chunk's addition to a message: the first has its role, the last is empty."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
@@ -165,6 +165,6 @@ class ChatChunkChoice(msgspec.Struct):
 class ChatChunk(Response):
     choices: tuple[ChatChunkChoice, ...]
     usage: Usage | UnsetType | None = UNSET
-    """In the last chunk of a stream with include_usage; null in the others of such a stream."""
+    """Only in streams with include_usage: null before the last chunk."""
     timings: Timings | UnsetType = UNSET
-    """In the last chunk."""
+    """Only in the last chunk."""

@@ -72,6 +72,6 @@ class Completion(Response):
 class CompletionChunk(Response):
     choices: tuple[CompletionChoice, ...]
     usage: Usage | UnsetType | None = UNSET
-    """In the last chunk of a stream with include_usage; null in the others of such a stream."""
+    """Only in streams with include_usage: null before the last chunk."""
     timings: Timings | UnsetType = UNSET
-    """In the last chunk."""
+    """Only in the last chunk."""

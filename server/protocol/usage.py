@@ -1,4 +1,4 @@
-"""What every response that generates text says of itself: its head, the tokens used, and how the answer came about."""
+"""The parts that all responses with generated text share: head, usage and timings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Usage(msgspec.Struct):
 
 
 class DrafterTimings(msgspec.Struct):
-    """What one drafter did for an answer."""
+    """One drafter's share in an answer."""
 
     steps: int
     """Steps in which one of its drafts was chosen."""
@@ -37,14 +37,14 @@ class DrafterTimings(msgspec.Struct):
 
 
 class Timings(msgspec.Struct):
-    """How an answer came about. Several choices count together: from the first of them to the last."""
+    """Times and drafts of an answer. Several choices count together, from the first of them to the last."""
 
     queue_ms: float | None
-    """From the request's arrival to its first step."""
+    """Time from the request's arrival to its first step."""
     ttft_ms: float | None
-    """From the request's arrival to the first token."""
+    """Time from the request's arrival to the first token."""
     decode_ms: float | None
-    """From the first token to the last."""
+    """Time from the first token to the last."""
     tokens_per_second: float | None
     """Tokens after the first step that brought any, per second of decode_ms; null if there were none."""
     drafter: str
@@ -52,7 +52,7 @@ class Timings(msgspec.Struct):
     drafted_tokens: int
     accepted_tokens: int
     drafters: dict[str, DrafterTimings]
-    """By drafter, the one with the most steps first."""
+    """Each drafter's share, the one with the most steps first."""
     cached_tokens: int
     """Prompt tokens found in the prefix cache."""
 

@@ -9,4 +9,4 @@ from pilotfish.server.routes.chat import Chat
 from pilotfish.server.routes.completions import Completions
 
 ENDPOINTS: tuple[Endpoint[Any], ...] = (Completions(), Chat())
-"""Those that generate text."""
+"""The endpoints that generate text."""

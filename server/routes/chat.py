@@ -66,7 +66,7 @@ class Chat(Endpoint[ChatRequest]):
 
 
 class ChatChunks(OpenAIChunks[ChatRequest, ChatChunk]):
-    """For each choice a chunk with its role, those with its text, and one with its finish_reason."""
+    """Each choice has a chunk with its role, those with its text, and one with its finish_reason."""
 
     def begin(self) -> Sequence[ChatChunk]:
         role = ChatDelta(role="assistant", content="", refusal=None)

@@ -16,7 +16,7 @@ from pilotfish.server.service import Service
 from pilotfish.text.detokenizer import Piece
 
 DEFAULT_MAX_TOKENS = 16
-"""As OpenAI documents."""
+"""OpenAI's documented default."""
 
 
 class Completions(Endpoint[CompletionRequest]):
@@ -57,7 +57,7 @@ class Completions(Endpoint[CompletionRequest]):
         return body.prompt
 
     def whole(self, reply: Reply[CompletionRequest], pieces: Sequence[Piece]) -> Completion:
-        """With best_of, the likeliest answers to each prompt."""
+        """Keeps the likeliest answers to each prompt, with best_of."""
         kept, count, shown = [], reply.spec.answers, reply.body.choices
         for start in range(0, len(pieces), count):
             own = list(zip(reply.answers[start : start + count], pieces[start : start + count], strict=True))

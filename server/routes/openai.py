@@ -1,4 +1,4 @@
-"""What the streams of OpenAI's completions and chat have in common."""
+"""Chunks of OpenAI's streams, as completions and chat share them."""
 
 from __future__ import annotations
 

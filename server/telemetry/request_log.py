@@ -39,7 +39,7 @@ def log_request(scope: Scope, status: int, seconds: float, trace_id: str | None 
 
 
 def summary_of(generation: GenerationFacts) -> dict[str, Any]:
-    """What the answers of a request came to, by the names of `Timings` where they are the same."""
+    """Fields that sum up the answers of a request, named as in `Timings` where that has them."""
     answers, spec = generation.answers, generation.spec
     usage, timings = usage_of(answers), timings_of(answers)
     return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -52,7 +53,7 @@ class SpanTracing:
     def record(self, scope: Scope, route: str, status: int, ended: float) -> str | None:
         if scope["path"] in OPEN_PATHS:
             return None
-        clock, facts = _Clock(), facts_of(scope)
+        clock, facts = _clock(), facts_of(scope)
         span = self._tracer.start_span(
             f"{scope['method']} {route}",
             context=extract(dict(Headers(scope=scope))),
@@ -79,17 +80,13 @@ class SpanTracing:
         self._provider.shutdown()
 
 
-class _Clock:
-    """Converts time.monotonic() seconds to nanoseconds since 1970."""
-
-    def __init__(self) -> None:
-        self._offset = time.time_ns() - time.monotonic_ns()
-
-    def __call__(self, seconds: float) -> int:
-        return int(seconds * 1e9) + self._offset
+def _clock() -> Callable[[float], int]:
+    """Returns a function from time.monotonic() seconds to nanoseconds since 1970."""
+    offset = time.time_ns() - time.monotonic_ns()
+    return lambda seconds: int(seconds * 1e9) + offset
 
 
-def _answer_spans(tracer: Tracer, parent: Span, answer: Answer, clock: _Clock) -> None:
+def _answer_spans(tracer: Tracer, parent: Span, answer: Answer, clock: Callable[[float], int]) -> None:
     """Make the spans queue, prefill and decode, as many of them as there were."""
     arrival, last = answer.request.arrival, answer.last_token
     stages: list[tuple[str, float, float, dict[str, int]]] = []

@@ -1,4 +1,4 @@
-"""Whether requests are traced, and where traces are sent. The spans are made in `server.telemetry.spans`, which needs
+"""Switches tracing on where it is configured. The spans are made in `server.telemetry.spans`, which needs
 the extra pilotfish[otel]; this module does not.
 """
 

@@ -1,4 +1,4 @@
-"""What metrics make of the engine's steps and of answers; what a scrape costs."""
+"""Metrics of the engine's steps and of answers, and the cost of a scrape."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_an_engine_that_is_gone_holds_nothing(metrics: Metrics) -> None:
 
 
 def test_a_scrape_takes_less_than_5_ms(metrics: Metrics) -> None:
-    """Of the processor's time, as other programs may want it, too; the best of some, as caches must be warm."""
+    """Measured in processor time, since other programs run, too, and the best of some, since caches must be warm."""
     seconds = dict.fromkeys(PHASES, 0.01)
     positions = dict.fromkeys(DRAFTERS, (3,) * 8)
     tokens = dict.fromkeys((*DRAFTERS, "none"), (3, 2, 5, 1))

@@ -56,7 +56,7 @@ def wait_until_gone(*processes: psutil.Process) -> None:
 
 
 def end_while_an_answer_runs(running: RunningServer, process: psutil.Process, number: int) -> str:
-    """What the client of the answer is told, with two answers running, one of them streamed."""
+    """Returns the error that a client is told of, with two answers running, one of them streamed."""
     told: list[str] = []
     with running.client() as client:
 

@@ -19,7 +19,7 @@ from tests.support.ports import free_port
 READY_SECONDS = 180
 
 MODEL = "llama"
-"""What a server of the folder of the fixture tiny_llama calls its model."""
+"""The model's name in a server of the fixture tiny_llama's folder."""
 PROMPT = "The sea was calm and the light on the water"
 MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is light?"}]
 FIXED: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "seed": 5, "extra_body": {"ignore_eos": True}}
@@ -55,7 +55,7 @@ class RunningServer:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     def status(self, path: str) -> int | None:
-        """Of a GET, or None while nothing listens."""
+        """The status of a GET, or None while nothing listens."""
         try:
             return self.http.get(path).status_code
         except httpx.TransportError:
@@ -86,7 +86,7 @@ class RunningServer:
         return child
 
     def signal_group(self, number: int) -> None:
-        """As a service manager or a terminal does: to the server and its engine alike."""
+        """Signals server and engine alike, as a service manager or a terminal does."""
         os.killpg(self.process.pid, number)
 
     def stop(self) -> None:
@@ -101,7 +101,7 @@ class RunningServer:
 
 
 def tokens_of(server: RunningServer, text: str) -> list[int]:
-    """What /tokenize makes of a text."""
+    """The token ids of a text, by /tokenize."""
     response = server.http.post("/tokenize", json={"model": MODEL, "prompt": text})
     assert response.status_code == 200
     tokens: list[int] = response.json()["tokens"]

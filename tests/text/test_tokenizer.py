@@ -45,7 +45,7 @@ def tokenizer(tiny_llama: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def sentencepiece() -> Tokenizer:
-    """As Llama 2 has it: spaces as "▁" with one before the text, bytes for what is not in the vocabulary, a BOS."""
+    """Llama 2's kind: spaces as "▁" with one before the text, bytes for what is not in the vocabulary, a BOS."""
     letters = [*"▁abcdehlorw", "he", "ll", "▁w"]
     vocab = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
     merges = [("h", "e"), ("l", "l"), ("▁", "w")]
