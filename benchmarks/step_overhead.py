@@ -185,7 +185,7 @@ def idle_core(sequences: int, draft_tokens: int, controlled: bool) -> EngineCore
             runner=ModelRunner(model, [], size, device),  # type: ignore[arg-type]
             pool=BlockPool(blocks, size),
             speculator=Speculator([IdleDrafter()], [], max(1, draft_tokens), shape.max_position, controller),
-            verifier=CoupledVerifier((0,), lazy=False),  # as on a GPU
+            verifier=CoupledVerifier((0,), sync_free=True),  # as on a GPU
         )
 
     return EngineCore(config, None, build)

@@ -15,7 +15,5 @@ from pilotfish.engine.verification.verifier import Verifier
 def make_verifier(name: Verification, eos_token_ids: Sequence[int], device: torch.device) -> Verifier:
     """Make the verifier that a configuration names. On the CPU, rows cost time and reading a result costs nothing; on a
     GPU it is the other way round."""
-    on_cpu = device.type == "cpu"
-    if name == "rejection":
-        return RejectionVerifier(eos_token_ids, lazy=on_cpu, sync_free=not on_cpu)
-    return CoupledVerifier(eos_token_ids, lazy=on_cpu)
+    verifier = RejectionVerifier if name == "rejection" else CoupledVerifier
+    return verifier(eos_token_ids, sync_free=device.type != "cpu")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,25 +10,24 @@ import torch
 from pilotfish.engine.device import on_device
 from pilotfish.engine.device.transfer import arrays_to_device
 from pilotfish.engine.draft import Draft
-from pilotfish.engine.sampling.logit_spans import LogitRow, LogitSpan
+from pilotfish.engine.sampling.logit_spans import LogitSpan
 from pilotfish.engine.sampling.noise import ACCEPT, RESIDUAL, gumbel_race, key_halves, row_key, uniform
 from pilotfish.engine.sampling.processors import Support, kept_of_all, limits_of, scale_rows, temperatures_of, truncate
 from pilotfish.engine.sampling.sampler import choose, race
-from pilotfish.engine.verification.verifier import Verdict, verdicts
+from pilotfish.engine.verification.verifier import DraftedRow, Verdict, agreed, drafted_row, lazily, verdicts
 
 
 class RejectionVerifier:
     """Accepts a drafted token with probability min(1, p / q), and otherwise draws from what is left of p.
 
     q is the distribution that the draft was drawn from, or 1 on its token. The tokens have the target's distribution,
-    but which they are depends on the draft: the same seed and the same drafts give the same text. `lazy` as in
-    CoupledVerifier; sync_free: judge all rows on the device, without the host reading numbers in between.
+    but which they are depends on the draft: the same seed and the same drafts give the same text. sync_free:
+    judge all rows at once on the device, without the host reading numbers in between.
     """
 
-    def __init__(self, eos_token_ids: Seq[int], lazy: bool = True, sync_free: bool = False) -> None:
+    def __init__(self, eos_token_ids: Seq[int], sync_free: bool = False) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
-        self._lazy = lazy
-        self._judge = _judge_sync_free if sync_free else _accept_or_redraw
+        self._sync_free = sync_free
 
     @torch.inference_mode()
     def verify(self, logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft]) -> list[Verdict]:
@@ -39,64 +36,14 @@ class RejectionVerifier:
     def _draw(
         self, logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft], starts: list[int]
     ) -> list[list[int]]:
-        return _judged(logits, spans, drafts, starts, self._lazy, self._judge)
+        if not self._sync_free:
+            return lazily(logits, spans, drafts, starts, _accept_or_redraw)
+        parts = zip(starts, spans, drafts, strict=False)
+        rows = [drafted_row(start, span, draft, r) for start, span, draft in parts for r in range(span.rows)]
+        return agreed(_accept_or_redraw_sync_free(logits, rows).tolist(), drafts, starts)
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A row to judge, and what was drafted at the position that it predicts: nothing behind the last drafted token."""
-
-    logits: LogitRow
-    drafted: int | None
-    probs: torch.Tensor | None
-    """The distribution that `drafted` was drawn from, (vocab,)."""
-
-
-def _judged(
-    logits: torch.Tensor,
-    spans: list[LogitSpan],
-    drafts: list[Draft],
-    starts: list[int],
-    lazy: bool,
-    judge: Callable[[torch.Tensor, list[_Row]], list[int]],
-) -> list[list[int]]:
-    """Follow each draft up to the first row whose token is not the drafted one."""
-    tokens: list[list[int]] = [[] for _ in spans]
-    open_spans = list(range(len(spans)))
-    while open_spans:
-        rows: list[_Row] = []
-        for i in open_spans:
-            at = len(tokens[i])
-            for r in range(at, at + 1 if lazy else spans[i].rows):
-                row = LogitRow(starts[i] + r, spans[i].sequence, spans[i].first_position + r)
-                rows.append(_row(row, drafts[i], r))
-        judged = iter(zip(rows, judge(logits, rows), strict=True))
-        still_open = []
-        for i in open_spans:
-            going = True
-            for _ in range(1 if lazy else spans[i].rows):
-                row_of, token = next(judged)
-                if going:
-                    tokens[i].append(token)
-                    going = token == row_of.drafted
-            if going:
-                still_open.append(i)
-        open_spans = still_open
-    return tokens
-
-
-def _row(logits: LogitRow, draft: Draft, r: int) -> _Row:
-    if r == len(draft.tokens):
-        return _Row(logits, None, None)
-    return _Row(logits, draft.tokens[r], None if draft.probs is None else draft.probs[r])
-
-
-def _judge_sync_free(adjusted: torch.Tensor, rows: list[_Row]) -> list[int]:
-    judged: list[int] = _accept_or_redraw_sync_free(adjusted, rows).tolist()
-    return judged
-
-
-def _accept_or_redraw_sync_free(adjusted: torch.Tensor, rows: list[_Row]) -> torch.Tensor:
+def _accept_or_redraw_sync_free(adjusted: torch.Tensor, rows: list[DraftedRow]) -> torch.Tensor:
     """As `_accept_or_redraw`, up to rounding, with one copy to the device and none back: (len(rows),) int64."""
     greedy = [i for i, row in enumerate(rows) if row.logits.sequence.params.greedy]
     sampled = [i for i, row in enumerate(rows) if not row.logits.sequence.params.greedy]
@@ -145,7 +92,7 @@ def _accept_or_redraw_sync_free(adjusted: torch.Tensor, rows: list[_Row]) -> tor
     return tokens.index_copy_(0, positions, judged.squeeze(1))
 
 
-def _accept_or_redraw(adjusted: torch.Tensor, rows: list[_Row]) -> list[int]:
+def _accept_or_redraw(adjusted: torch.Tensor, rows: list[DraftedRow]) -> list[int]:
     """Rejection verification's judge: the drafted token or one from the residual; greedy rows by their likeliest."""
     by_index = {row.logits.at: row for row in rows}
     greedy = [row.logits for row in rows if row.logits.sequence.params.greedy]
@@ -156,7 +103,7 @@ def _accept_or_redraw(adjusted: torch.Tensor, rows: list[_Row]) -> list[int]:
     return [tokens[row.logits.at] for row in rows]
 
 
-def _judge_sampled(support: Support, rows: list[_Row]) -> list[int]:
+def _judge_sampled(support: Support, rows: list[DraftedRow]) -> list[int]:
     tokens = [-1 if row.drafted is None else row.drafted for row in rows]
     column, present = _find(support, tokens)
     p = support.probabilities()
@@ -193,7 +140,7 @@ def _find(support: Support, tokens: list[int]) -> tuple[torch.Tensor, torch.Tens
 
 
 def _drafters(
-    support: Support, rows: list[_Row], which: list[int], column: torch.Tensor, present: torch.Tensor
+    support: Support, rows: list[DraftedRow], which: list[int], column: torch.Tensor, present: torch.Tensor
 ) -> torch.Tensor:
     """q, the distributions that the tokens of rows `which` were drawn from, over the support: (len(which), count)."""
     q = torch.zeros(len(which), support.logits.shape[1], device=support.logits.device)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from pilotfish.engine.draft import Draft
 from pilotfish.engine.request import TokenLogprobs
-from pilotfish.engine.sampling.logit_spans import LogitSpan
+from pilotfish.engine.sampling.logit_spans import LogitRow, LogitSpan
 from pilotfish.engine.sampling.logprobs import token_logprobs
 from pilotfish.engine.sampling.processors import adjust
 
@@ -41,9 +41,59 @@ class Verifier(Protocol):
         ...
 
 
+class DraftedRow(NamedTuple):
+    """A row of logits, and what was drafted at the position that it predicts."""
+
+    logits: LogitRow
+    drafted: int | None
+    """None behind the last drafted token."""
+    probs: torch.Tensor | None
+    """The distribution that `drafted` was drawn from, (vocab,); None where its drafter was certain."""
+
+
+Judge = Callable[[torch.Tensor, list[DraftedRow]], list[int]]
+"""Says the token of each of some rows of adjusted logits, (all rows, vocab)."""
+
 Draw = Callable[[torch.Tensor, list[LogitSpan], list[Draft], list[int]], list[list[int]]]
-"""Draws each span's tokens up to the first that was not drafted, from adjusted logits, (rows, vocab); the last argument
-is the first row of each span."""
+"""Draws each span's tokens up to the first that was not drafted, from adjusted logits; the last argument is the first
+row of each span."""
+
+
+def drafted_row(start: int, span: LogitSpan, draft: Draft, r: int) -> DraftedRow:
+    """Row `r` of a span whose rows begin at `start`."""
+    row = LogitRow(start + r, span.sequence, span.first_position + r)
+    if r == len(draft.tokens):
+        return DraftedRow(row, None, None)
+    return DraftedRow(row, draft.tokens[r], None if draft.probs is None else draft.probs[r])
+
+
+def lazily(
+    logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft], starts: list[int], judge: Judge
+) -> list[list[int]]:
+    """A `Draw` that looks at the row behind a drafted token only once that token is accepted: less work on the CPU. In
+    rounds, since noise is made for several rows at once."""
+    tokens: list[list[int]] = [[] for _ in spans]
+    going = list(range(len(spans)))
+    while going:
+        rows = [drafted_row(starts[i], spans[i], drafts[i], len(tokens[i])) for i in going]
+        judged = judge(logits, rows)
+        for i, token in zip(going, judged, strict=True):
+            tokens[i].append(token)
+        going = [i for i, row, token in zip(going, rows, judged, strict=True) if token == row.drafted]
+    return tokens
+
+
+def agreed(tokens: list[int], drafts: list[Draft], starts: list[int]) -> list[list[int]]:
+    """Each span's tokens up to the first that was not drafted, from the tokens of all rows."""
+    found = []
+    for start, draft in zip(starts, drafts, strict=False):
+        end = start + len(draft.tokens)
+        for at, drafted in enumerate(draft.tokens, start):
+            if tokens[at] != drafted:
+                end = at
+                break
+        found.append(tokens[start : end + 1])
+    return found
 
 
 def verdicts(

@@ -34,7 +34,7 @@ UNLIKELY = 1e-4  # fixed seeds: a statistic passes or fails for good
 POOL = BlockPool(4, 16)
 
 BOTH = pytest.mark.parametrize("kind", [CoupledVerifier, RejectionVerifier])
-LAZY = pytest.mark.parametrize("lazy", [True, False])
+SYNC_FREE = pytest.mark.parametrize("sync_free", [False, True])
 
 
 @pytest.fixture(autouse=True)
@@ -120,9 +120,9 @@ def any_draft(data: st.DataObject, text: list[int], done: int) -> Draft:
 @given(st.lists(SEQUENCES, min_size=1, max_size=3), st.booleans(), st.data())
 @settings(max_examples=100)
 def test_coupled_text_is_the_same_with_any_draft_and_batch(
-    cases: list[dict[str, Any]], lazy: bool, data: st.DataObject
+    cases: list[dict[str, Any]], sync_free: bool, data: st.DataObject
 ) -> None:
-    verifier = CoupledVerifier(EOS, lazy=lazy)
+    verifier = CoupledVerifier(EOS, sync_free=sync_free)
     made = [sequence(case["prompt"], case["seed"], **case["params"]) for case in cases]
     texts = [plain_text(CoupledVerifier(EOS), sequence(c["prompt"], c["seed"], **c["params"])) for c in cases]
     while running := [i for i, each in enumerate(made) if each.output_len < LENGTH]:
@@ -135,7 +135,7 @@ def test_coupled_text_is_the_same_with_any_draft_and_batch(
 @given(st.lists(SEQUENCES, min_size=1, max_size=3), st.booleans(), st.data())
 @settings(max_examples=60)
 def test_rejection_is_greedy_exact_and_reproducible(
-    cases: list[dict[str, Any]], lazy: bool, data: st.DataObject
+    cases: list[dict[str, Any]], sync_free: bool, data: st.DataObject
 ) -> None:
     """Greedy text is that of plain decoding; sampled text is the same for the same drafts, in any batch."""
     made = [sequence(case["prompt"], case["seed"], **case["params"]) for case in cases]
@@ -143,7 +143,7 @@ def test_rejection_is_greedy_exact_and_reproducible(
     again = [sequence(case["prompt"], case["seed"], **case["params"]) for case in cases]
     while running := [i for i, each in enumerate(made) if each.output_len < LENGTH]:
         drafts = [any_draft(data, texts[i], made[i].output_len) for i in running]
-        step(RejectionVerifier(EOS, lazy=lazy), [made[i] for i in running], drafts)
+        step(RejectionVerifier(EOS, sync_free=sync_free), [made[i] for i in running], drafts)
         for i, draft in zip(running, drafts, strict=True):
             step(RejectionVerifier(EOS), [again[i]], [draft])
     for each, other, text in zip(made, again, texts, strict=True):
@@ -166,9 +166,9 @@ def test_rejection_without_a_look_judges_as_with_one(cases: list[dict[str, Any]]
 
 
 @BOTH
-@LAZY
+@SYNC_FREE
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"temperature": 0.8, "top_p": 0.9}])
-def test_the_target_as_its_own_draft_is_accepted_whole(kind: Any, lazy: bool, params: dict[str, Any]) -> None:
+def test_the_target_as_its_own_draft_is_accepted_whole(kind: Any, sync_free: bool, params: dict[str, Any]) -> None:
     """A sampling drafter uses the same noise: where its distribution is the target's, so is every token."""
     made = [sequence([seed], seed, **params) for seed in range(5)]
     for _ in range(4):
@@ -182,7 +182,7 @@ def test_the_target_as_its_own_draft_is_accepted_whole(kind: Any, lazy: bool, pa
                 probs.append(processed.softmax(1)[0])
                 tokens += tuple(drawn)
             drafts.append(Draft(tokens, torch.stack(probs)))
-        assert [verdict.accepted for verdict in step(kind(EOS, lazy=lazy), made, drafts)] == [4] * 5
+        assert [verdict.accepted for verdict in step(kind(EOS, sync_free=sync_free), made, drafts)] == [4] * 5
 
 
 # Rejection verification's distribution
@@ -228,11 +228,11 @@ def p_value(tokens: list[int], expected: np.ndarray) -> float:
 
 
 @pytest.mark.slow
-@LAZY
+@SYNC_FREE
 @pytest.mark.parametrize("source", ["certain", "soft", "own"])
 @pytest.mark.parametrize("params", [{}, {"top_k": 4}])
-def test_rejection_keeps_the_targets_distribution(source: str, params: dict[str, Any], lazy: bool) -> None:
-    tokens = drawn_tokens(source, params, RejectionVerifier((), lazy=lazy))
+def test_rejection_keeps_the_targets_distribution(source: str, params: dict[str, Any], sync_free: bool) -> None:
+    tokens = drawn_tokens(source, params, RejectionVerifier((), sync_free=sync_free))
     kept = np.argsort(-P, kind="stable")[: params.get("top_k", 8)]
     first, after = np.zeros(8), np.zeros(8)
     first[kept] = P[kept]
@@ -288,8 +288,8 @@ def test_the_residual_of_equal_distributions_is_the_distribution() -> None:
 
 
 @BOTH
-@LAZY
-def test_logprobs_are_the_raw_models_for_those_who_ask(kind: Any, lazy: bool) -> None:
+@SYNC_FREE
+def test_logprobs_are_the_raw_models_for_those_who_ask(kind: Any, sync_free: bool) -> None:
     made = [
         sequence([4], 1, logprobs=2, temperature=0.0, logit_bias={5: 100.0}),
         sequence([4], 2),
@@ -297,7 +297,7 @@ def test_logprobs_are_the_raw_models_for_those_who_ask(kind: Any, lazy: bool) ->
     ]
     drafts = [Draft((5, 5, 0)), Draft((1, 2)), Draft((0,))]
     before = [list(each.tokens) for each in made]
-    first, second, third = step(kind(EOS, lazy=lazy), made, drafts)
+    first, second, third = step(kind(EOS, sync_free=sync_free), made, drafts)
     assert first.tokens == [5, 5, 5]
     assert second.logprobs is None
     for verdict, tokens, count in ((first, before[0], 2), (third, before[2], 0)):
@@ -310,8 +310,8 @@ def test_logprobs_are_the_raw_models_for_those_who_ask(kind: Any, lazy: bool) ->
 
 
 @BOTH
-@LAZY
-def test_greedy_and_sampled_sequences_share_a_batch(kind: Any, lazy: bool) -> None:
+@SYNC_FREE
+def test_greedy_and_sampled_sequences_share_a_batch(kind: Any, sync_free: bool) -> None:
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {},
@@ -321,7 +321,7 @@ def test_greedy_and_sampled_sequences_share_a_batch(kind: Any, lazy: bool) -> No
     texts = [plain_text(kind(EOS), sequence([7], i, **params), 3) for i, params in enumerate(kinds)]
     made = [sequence([7], i, **params) for i, params in enumerate(kinds)]
     for _ in range(3):
-        step(kind(EOS, lazy=lazy), made, [NO_DRAFT] * 4)
+        step(kind(EOS, sync_free=sync_free), made, [NO_DRAFT] * 4)
     assert [each.tokens[1:] for each in made] == texts
 
 
