@@ -16,7 +16,7 @@ from tests.support.running_server import RunningServer
 
 FOLDER = ROOT / "examples"
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.xdist_group("examples")]  # one server
 
 
 @pytest.fixture(scope="module")
