@@ -171,7 +171,7 @@ class EngineCore:
             if self._lives(planned):
                 planned.sequence.blocks.commit(planned.sequence.tokens, planned.sequence.computed)
         if plan.spans:
-            tokens = sum(len(each.verdict.tokens) for each in step.committed)
+            tokens = sum([len(verdict.tokens) for _, verdict, _ in step.committed])
             self._engine.speculator.observe_step(drafts, plan.rows, seconds, tokens)
         return step_stats(
             plan,

@@ -37,13 +37,14 @@ class PlannedSpan:
     @property
     def prompt_rows(self) -> int:
         """Rows of the prompt."""
-        return max(0, min(self.stop, self.sequence.prompt_len) - self.start)
+        prompt_len = self.sequence.prompt_len
+        return min(self.stop, prompt_len) - self.start if self.start < prompt_len else 0
 
     @property
     def decodes(self) -> bool:
         """It was decoding before this step: the end of a prompt draws a token, too, and so does what a preempted
         sequence computes once more."""
-        return self.start >= self.sequence.prompt_len and self.rows == len(self.draft.tokens) + 1
+        return self.start >= self.sequence.prompt_len and self.stop - self.start == len(self.draft.tokens) + 1
 
     @property
     def logit_rows(self) -> int:
@@ -61,7 +62,7 @@ class StepPlan:
 
     @property
     def rows(self) -> int:
-        return sum(span.rows for span in self.spans)
+        return sum([span.stop - span.start for span in self.spans])
 
 
 class Scheduler:

@@ -84,15 +84,15 @@ def step_stats(
             name = planned.draft.drafter or "none"
             chosen[name] = chosen.get(name, 0) + 1
             step_tokens.setdefault(name, []).append(len(delta.token_ids))
-    drafted_at = by_position((each.planned.draft.drafter, len(each.planned.draft.tokens)) for each in committed)
-    accepted_at = by_position((each.planned.draft.drafter, each.verdict.accepted) for each in committed)
+    drafted_at = by_position((planned.draft.drafter, len(planned.draft.tokens)) for planned, _, _ in committed)
+    accepted_at = by_position((planned.draft.drafter, verdict.accepted) for planned, verdict, _ in committed)
     return StepStats(
         running=len(scheduler.running),
         waiting=len(scheduler.waiting),
         sequences=len(plan.spans),
         rows=plan.rows,
-        prompt_tokens=sum(planned.prompt_rows for planned in plan.spans),
-        generated_tokens=sum(len(each.delta.token_ids) for each in committed),
+        prompt_tokens=sum([planned.prompt_rows for planned in plan.spans]),
+        generated_tokens=sum([len(delta.token_ids) for _, _, delta in committed]),
         drafted={name: sum(counts) for name, counts in drafted_at.items()},
         accepted={name: sum(accepted_at.get(name, ())) for name in drafted_at},
         chosen=chosen,
