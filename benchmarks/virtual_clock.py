@@ -4,7 +4,7 @@
     python benchmarks/virtual_clock.py replay smollm2.json --concurrency 1,4,8,16
 
 `record` runs the real engine, plainly, and notes each answer and what every model-based drafter would have proposed
-at each of its places (`virtual_record.py`). Neither depends on who drafts. So `replay` needs no model
+at each of its positions (`virtual_record.py`). Neither depends on who drafts. So `replay` needs no model
 (`virtual_engine.py`): scheduler, speculator, controller and lookup drafters are the real ones, the target's tokens and
 the heads' drafts are the recorded ones, and each pass takes what a table says (`virtual_costs.py`). A run takes seconds
 and is the same to the last digit, so two versions of the controller can be compared. `--jitter` brings a machine's

@@ -15,9 +15,9 @@ class Costs:
     verifying: dict[int, float]
     """A pass of the target by rows, with logits of each."""
     reading: dict[int, float]
-    """The same with logits of one row."""
+    """Milliseconds of a pass by its rows, with logits of one row."""
     context_token: float
-    """Of the KV cache of all sequences of the pass."""
+    """Milliseconds for each token in the KV cache of the pass's sequences."""
     drafting: dict[str, dict[int, float]]
     """A pass of a draft by rows."""
     step: float = 0.35

@@ -55,7 +55,7 @@ class Listener(Speculator):
 
 def record(args: argparse.Namespace) -> None:
     """Write {"model", "max_tokens", "suites": {suite: [{"prompt", "answer", "drafts": {drafter: [[tokens,
-    confidences], ...]}}]}}; a drafter's list has an entry for each place of the answer but the first."""
+    confidences], ...]}}]}}; a drafter's list has an entry for each position of the answer but the first."""
     tokenizer = load_tokenizer(resolve(args.model))
     suites = read_suites(args.prompts, args.questions)
     written: dict[str, Any] = {}
@@ -89,8 +89,8 @@ def record(args: argparse.Namespace) -> None:
                     "answer": answers[request.id],
                     "drafts": {
                         name: [
-                            _written(heard.get(len(request.prompt_ids) + place, NO_DRAFT))
-                            for place in range(1, len(answers[request.id]))
+                            _written(heard.get(len(request.prompt_ids) + position, NO_DRAFT))
+                            for position in range(1, len(answers[request.id]))
                         ]
                         for name, heard in listener.heard.get(request.id, {}).items()
                     },

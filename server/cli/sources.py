@@ -115,13 +115,13 @@ def _dump(value: Any, style: str | None) -> str:
     return text.removesuffix("...\n").rstrip("\n")
 
 
-def _check(values: dict[str, Any], place: str) -> None:
-    """Raise ConfigError, with the place, for a value that its setting cannot have."""
+def _check(values: dict[str, Any], where: str) -> None:
+    """Raise ConfigError, with its source `where`, for a value that its setting cannot have."""
     try:
         for config in CONFIGS:
             load(config, values)
     except ConfigError as error:
-        raise ConfigError(f"{place}{error}") from None
+        raise ConfigError(f"{where}{error}") from None
 
 
 def _value(setting: Setting, text: str) -> Any:

@@ -83,10 +83,10 @@ def _told(difference: Difference, tokenizer: Tokenizer) -> str:
     def spelled(token: int | None) -> str:
         return "the end" if token is None else f"{tokenizer.token(token)!r}"
 
-    place = f"prompt {difference.prompt} differs at token {difference.position}"
+    where = f"prompt {difference.prompt} differs at token {difference.position}"
     tokens = f"{spelled(difference.got)} where vanilla has {spelled(difference.wanted)}"
     gap = "" if difference.gap is None else f", log-probabilities {difference.gap:+.6f} apart"
-    return f"{place}: {tokens}{gap}: {'a near-tie' if difference.explained else 'NOT EXPLAINED'}"
+    return f"{where}: {tokens}{gap}: {'a near-tie' if difference.explained else 'NOT EXPLAINED'}"
 
 
 COMMAND = Command(

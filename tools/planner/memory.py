@@ -144,7 +144,7 @@ class Remedy:
 
 
 def remedies(setup: Setup) -> list[Remedy]:
-    """What would fit: more GPUs, fp8 weights, a smaller or larger share for the cache, without the drafts, larger GPUs.
+    """Return what would fit: more GPUs, quantized weights, less cache, no draft models, larger GPUs.
     The first of each kind."""
     found = []
     kinds: list[tuple[str, Setup]] = [("as configured", setup)]

@@ -56,7 +56,7 @@ class PlannedModel:
     kv_dtype: str
     """The dtype of the KV cache: one of those, or "fp8"."""
     quantization: Quantization | None = None
-    """How its matrices would be quantized, whatever its checkpoint has."""
+    """The quantization that its matrices would have, whatever its checkpoint has."""
 
     @property
     def logit_size(self) -> int:

@@ -70,8 +70,8 @@ class Setup:
         return replace(self, ranks=ranks, draft_ranks=self.draft_ranks if self.draft_ranks == 1 else ranks)
 
     def quantized(self, scheme: str) -> Setup:
-        """The same with all models' matrices quantized by that scheme unless they are quantized already; EAGLE-3 heads
-        stay as they are."""
+        """Return the setup with all models' matrices quantized by a scheme unless they are quantized already; EAGLE-3
+        heads stay as they are."""
         drafts = tuple(
             replace(draft, model=_quantized(draft.model, scheme)) if isinstance(draft.model, PlannedModel) else draft
             for draft in self.drafts

@@ -20,18 +20,18 @@ class Skip(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """What a check measured. Without a bound the figure is only reported."""
+    """The figure that a check measured. Without a bound it is only reported."""
 
     measured: float
     bound: float | None = None
     at_least: bool = False
     """Whether `bound` is the least that passes; otherwise it is the most."""
     detail: str = ""
-    """Where the worst value was, and what else is worth reporting."""
+    """The position of the worst value, and what else is worth reporting."""
 
     @property
     def good(self) -> bool:
-        """Whether the figure keeps its bound, or is finite where there is none. NaN never does."""
+        """True if the figure keeps its bound, or is finite where there is none; NaN never is good."""
         if self.bound is None:
             return math.isfinite(self.measured)
         return self.measured >= self.bound if self.at_least else self.measured <= self.bound
@@ -65,7 +65,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """Whether `bound` is the least that passes; otherwise it is the most."""
     why: str = ""
     detail: str = ""
-    """For a check that failed or was skipped: the reason."""
+    """For a failed or skipped check, the reason."""
     seconds: float = 0.0
 
 

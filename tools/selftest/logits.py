@@ -77,7 +77,7 @@ def _own(subject: Subject) -> Finding:
     if config.load_format == "dummy":
         raise Skip("load_format is 'dummy', whose weights are other ones on each device")
     if config.tensor_parallel_size > 1:
-        raise Skip("the model is divided: see the group 'parallel'")
+        raise Skip("the model is sharded: see the group 'parallel'")
     parameters = parameter_count(shape)
     wanted_memory = 4 * parameters + (4 << 30)
     if (free := free_memory(torch.device("cpu"))) < wanted_memory:

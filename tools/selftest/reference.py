@@ -130,8 +130,8 @@ class ReferenceAttention:
         for table, length, context in zip(batch.block_tables, batch.query_lens, batch.contexts, strict=True):
             for position in range(context - length, context):
                 first = 0 if params.window is None else max(0, position + 1 - params.window)
-                place = torch.arange(first, position + 1)
-                slots = table[place // batch.block_size].long() * batch.block_size + place % batch.block_size
+                positions = torch.arange(first, position + 1)
+                slots = table[positions // batch.block_size].long() * batch.block_size + positions % batch.block_size
                 seen = keys[slots].repeat_interleave(group, dim=1)  # (keys, heads, head_dim)
                 scores = torch.einsum("hd,khd->hk", query[row], seen.to(query.dtype)) * params.scale
                 if params.softcap:
