@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,7 +16,9 @@ from pilotfish.engine.config import EngineConfig
 from pilotfish.server.cli import main as cli
 from pilotfish.server.cli.plan import PLANNED
 from pilotfish.server.cli.settings import settings_of
-from pilotfish.tools.planner.plan import Plan
+from pilotfish.tools.planner.devices import find_device
+from pilotfish.tools.planner.plan import Plan, make_plan
+from pilotfish.tools.planner.setup import make_setup
 
 SEVENTY = ["plan", "--model", "meta-llama/Llama-3.1-70B-Instruct", "--kv-cache-share", "0.9"]
 SEVENTY += ["--max-batch-tokens", "512"]
@@ -136,7 +139,21 @@ def test_planning_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
+class Recorder:
+    """An engine's settings that notes which of them are read."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config, self.names = config, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.add(name)
+        return getattr(self._config, name)
+
+
 def test_every_setting_that_a_plan_depends_on_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    settings: Any = Recorder(EngineConfig(model="llama-3.1-8b", drafter=("ngram", "1b=llama-3.2-1b")))
+    make_plan(make_setup(settings, find_device("h100")), 512, [1], [2], {})
+    assert {*settings.names, "draft_tensor_parallel_size"} == set(PLANNED)
     with pytest.raises(SystemExit):
         cli.main(["plan", "--help"])
     text = capsys.readouterr().out
