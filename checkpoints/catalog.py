@@ -83,7 +83,7 @@ DRAFTS: Mapping[str, tuple[str, ...]] = {
     "smollm2-135m": ("smollm2-135m-eagle3", "smollm2-135m-eagle3-small"),
     "gemma-3-270m": ("gemma-3-270m-eagle3",),
 }
-"""The EAGLE-3 heads that come with this package, each a folder of `drafts`, by the target that they were trained for."""
+"""The EAGLE-3 heads that come with this package, each a folder of `drafts`, by the target they were trained for."""
 
 
 def cache_folder() -> Path:
