@@ -17,7 +17,6 @@ from pilotfish.engine.ranks.channel import Header, PassReader
 from pilotfish.engine.ranks.devices import assign_device
 from pilotfish.engine.ranks.launch import WorkerTask
 from pilotfish.engine.ranks.link import Link
-from pilotfish.engine.ranks.topology import Topology
 from pilotfish.engine.ranks.torch_group import TorchGroup, collective_seconds, connect, join_store
 from pilotfish.engine.ranks.wire import (
     Allocate,
@@ -38,14 +37,14 @@ Assemble = Callable[[EngineConfig, Communicator, Progress], Assembly]
 
 def follow(task: WorkerTask, welcome: Welcome, link: Link, assemble: Assemble = Assembly) -> None:
     """Take part, for as long as this process lives. Raises what stands in the way."""
-    topology = Topology.of(task.config, task.rank)
-    config, device = assign_device(task.config, topology)
+    config, device = assign_device(task.config, task.rank)
+    size = config.tensor_parallel_size
     orders = PassReader(welcome)
     link.send(Joined(device.type))
     orders.expect(Meet)
     timeout = collective_seconds(config.rank_timeout)
-    store = join_store(welcome.store_host, welcome.store_port, topology.size, timeout)
-    comm = connect(store, task.rank, topology.size, device, welcome.store_host, timeout)
+    store = join_store(welcome.store_host, welcome.store_port, size, timeout)
+    comm = connect(store, task.rank, size, device, welcome.store_host, timeout)
     passes = _Passes(comm, MemoryMeter(str(device), task.rank))
     link.beat = passes.beat
     assembly = assemble(config, comm, lambda what, share: link.send(RankLoading(what, share)))

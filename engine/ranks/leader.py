@@ -23,7 +23,7 @@ from pilotfish.engine.memory.usage import RankMemory
 from pilotfish.engine.ranks.channel import PassChannel
 from pilotfish.engine.ranks.devices import assign_device
 from pilotfish.engine.ranks.launch import WORKER_COMMAND, end_workers, start_worker
-from pilotfish.engine.ranks.topology import Topology, bracketed, control_endpoint, listening_address, ranks_of
+from pilotfish.engine.ranks.topology import bracketed, control_endpoint, listening_address, ranks_of, ranks_per_host
 from pilotfish.engine.ranks.torch_group import TorchGroup, collective_seconds, connect, serve_store
 from pilotfish.engine.ranks.watch import Watch
 from pilotfish.engine.ranks.wire import Allocate, Joined, Loaded, Measure, Measured, Meet, Prepared, Welcome
@@ -51,7 +51,6 @@ class Ranks:
     config: EngineConfig
     """The engine's, with rank 0's threads."""
     comm: TorchGroup
-    _topology: Topology
     _device: torch.device
     _watch: Watch
     _channel: PassChannel
@@ -69,7 +68,7 @@ class Ranks:
     @property
     def sharing(self) -> int:
         """The number of ranks in a row that share a memory: on the CPU those of a host."""
-        return 1 if self._device.type == "cuda" else self._topology.local_size
+        return 1 if self._device.type == "cuda" else ranks_per_host(self.config)
 
     def rooms(self, own: CacheRoom, progress: Progress) -> list[CacheRoom]:
         """The room of all ranks, once all are loaded; `own` is rank 0's."""
@@ -157,11 +156,11 @@ def start_ranks(
     `last_words` end this process where its main thread cannot. Raises ConfigError for what this host cannot do,
     RankError for a rank that does not come.
     """
-    topology = Topology.of(config, 0)
-    own_config, device = assign_device(config, topology)
+    size = config.tensor_parallel_size
+    own_config, device = assign_device(config, 0)
     master = config.master_addr if config.nnodes > 1 else None
     interface = listening_address(master) if master is not None else ""
-    store = serve_store(master or "127.0.0.1", topology.size)
+    store = serve_store(master or "127.0.0.1", size)
     local = _Local()
     comm: list[TorchGroup] = []
     channel = watch = None
@@ -197,16 +196,16 @@ def start_ranks(
         for rank, each in enumerate(joined, start=1):
             if each.device != device.type:
                 raise ConfigError(f"rank {rank} computes on {each.device}, rank 0 on {device.type}: set device")
-        channel.wait_for(topology.size - 1, watch.check)
+        channel.wait_for(size - 1, watch.check)
         channel.order(Meet())
         timeout = collective_seconds(config.rank_timeout)
         try:
-            comm.append(connect(store, 0, topology.size, device, welcome.store_host, timeout))
+            comm.append(connect(store, 0, size, device, welcome.store_host, timeout))
         except CollectiveError:
             raise watch.why() from None
         watch.counts(lambda: comm[0].entered)
-        logger.info("%d ranks on %d host(s), %s", topology.size, topology.nnodes, comm[0].name)
-        return Ranks(own_config, comm[0], topology, device, watch, channel, local)
+        logger.info("%d ranks on %d host(s), %s", size, config.nnodes, comm[0].name)
+        return Ranks(own_config, comm[0], device, watch, channel, local)
     except BaseException as error:
         if watch is not None:
             watch.close(str(error) or type(error).__name__)

@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
 
 from pilotfish.engine.config import EngineConfig
 from pilotfish.errors import ConfigError
 
 
-@dataclass(frozen=True, slots=True)
-class Topology:
-    """A rank among all. Hosts have the same number of ranks each, in order."""
-
-    rank: int
-    size: int
-    nnodes: int = 1
-
-    @staticmethod
-    def of(config: EngineConfig, rank: int) -> Topology:
-        return Topology(rank, config.tensor_parallel_size, config.nnodes)
-
-    @property
-    def local_size(self) -> int:
-        """Ranks of a host."""
-        return self.size // self.nnodes
-
-    @property
-    def local_rank(self) -> int:
-        """The rank's number on its host, which is also the number of its GPU there."""
-        return self.rank % self.local_size
+def ranks_per_host(config: EngineConfig) -> int:
+    """Hosts have the same number of ranks each, in order."""
+    return config.tensor_parallel_size // config.nnodes
 
 
 def ranks_of(config: EngineConfig) -> range:
     """The ranks of this host."""
-    local = config.tensor_parallel_size // config.nnodes
-    return range(config.node_rank * local, (config.node_rank + 1) * local)
+    first = config.node_rank * ranks_per_host(config)
+    return range(first, first + ranks_per_host(config))
 
 
 def control_endpoint(config: EngineConfig) -> str:
