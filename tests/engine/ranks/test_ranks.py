@@ -162,6 +162,12 @@ def test_a_plan_is_with_three_ranks_within_a_millisecond() -> None:
     pytest.fail(f"at the best it took {best} ms")
 
 
+@pytest.mark.parametrize("module", ["node", "worker", "watch"])
+def test_what_starts_holds_and_watches_ranks_imports_no_torch(module: str) -> None:
+    code = f"import sys, pilotfish.engine.ranks.{module}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
+
+
 # How it ends.
 
 
