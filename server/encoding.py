@@ -26,6 +26,9 @@ def returns(response_type: type[msgspec.Struct]) -> dict[str, Any]:
 def describe(app: FastAPI, response_types: Iterable[type[msgspec.Struct]]) -> None:
     """Add the response types, and the types of their fields, to the application's OpenAPI document."""
     _, schemas = msgspec.json.schema_components(response_types, ref_template=_REFERENCE)
+    for schema in schemas.values():  # msgspec writes fields with defaults, too
+        fields, required = schema.get("properties", {}), schema.get("required", [])
+        schema["required"] = [name for name, field in fields.items() if name in required or "default" in field]
     made_by_fastapi = app.openapi
 
     def openapi() -> dict[str, Any]:
