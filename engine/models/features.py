@@ -29,7 +29,7 @@ class FeatureTap:
 
 @dataclass(frozen=True, slots=True)
 class FeatureRows:
-    """Rows [first, stop) of a pass's `features`, (rows, size): cut out when they are read, which most never are."""
+    """Rows [first, stop) of a pass's `features`, (rows, size), cut out when they are read, which most never are."""
 
     features: torch.Tensor
     first: int
@@ -39,9 +39,9 @@ class FeatureRows:
         return self.stop - self.first
 
     def behind(self, count: int) -> FeatureRows:
-        """Without the first ones."""
+        """The same without the first `count` rows."""
         return FeatureRows(self.features, self.first + count, self.stop)
 
     def read(self) -> torch.Tensor:
-        """(len(self), size)"""
+        """A view of the rows, (len(self), size)."""
         return self.features[self.first : self.stop]

@@ -135,7 +135,7 @@ def test_all_ranks_have_the_same_hidden_states(divisible, kernels: KernelsName, 
 @needs_native
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma3"])
 @pytest.mark.parametrize("size", SIZES[1:])
-def test_a_rows_result_does_not_depend_on_its_company(divisible, kind: str, size: int) -> None:
+def test_sharded_models_are_batch_invariant(divisible, kind: str, size: int) -> None:
     """Prompts in chunks, decoding and verification side by side, however they are cut: as one row at a time."""
     runner = ranked(divisible(kind, size), size, "native")
     sequences = {"first": (PROMPT, BLOCKS), "second": (PROMPT[::-1], OTHERS)}
@@ -296,7 +296,7 @@ def test_an_eagle3_head_on_rank_0_has_the_targets_whole_embedding_and_head(
 @pytest.mark.parametrize(
     ("kernels", "kind", "size"), pairwise(BOTH, ["llama", "gemma3"], SIZES[1:]), indirect=["kernels"]
 )
-def test_random_weights_are_those_of_the_model_that_is_not_divided(divisible, kernels, kind: str, size: int) -> None:
+def test_random_weights_are_those_of_the_unsharded_model(divisible, kernels, kind: str, size: int) -> None:
     folder = str(divisible(kind, size))
     wanted = in_pieces(runner_of(folder, kernels, load_format="dummy"), PROMPT, MIXED)
     found = in_pieces(RankedRunner(folder, size, 8, kernels=kernels, load_format="dummy"), PROMPT, MIXED)
