@@ -105,12 +105,14 @@ class EngineCore:
         check_request(request, self.info)
         if request.id in self._sequences:
             raise ParameterError("request_id", f"a request with id {request.id!r} is running already")
-        seed = request.params.seed if request.params.seed is not None else secrets.randbelow(MAX_SEED)
+        params = request.params
+        seed = params.seed if params.seed is not None else secrets.randbelow(MAX_SEED)
         sequence = Sequence(
             request=request,
             seed=seed,
             blocks=BlockTable(self._engine.pool),
             drafters=drafters_of(request, self.info),
+            stops=frozenset((*params.stop_token_ids, *(() if params.ignore_eos else self.info.eos_token_ids))),
         )
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
@@ -286,10 +288,9 @@ class EngineCore:
     def _until_stop(self, sequence: Sequence, tokens: list[int]) -> tuple[list[int], FinishReason | None, int | None]:
         """The tokens up to the first that ends the sequence, why it ends, and the token that it ends on."""
         params = sequence.params
-        stops = set(params.stop_token_ids) if params.ignore_eos else {*params.stop_token_ids, *self.info.eos_token_ids}
         room = min(params.max_tokens - sequence.output_len, self.info.max_model_len - len(sequence.tokens))
         for i, token in enumerate(tokens[:room]):
-            if token in stops and sequence.output_len + i >= params.min_tokens:
+            if token in sequence.stops and sequence.output_len + i >= params.min_tokens:
                 return tokens[: i + 1], "stop", token
         return (tokens[:room], "length", None) if len(tokens) >= room else (tokens, None, None)
 

@@ -19,6 +19,8 @@ class Sequence:
     blocks: BlockTable
     drafters: tuple[str, ...] = ()
     """Names of the drafters that may draft for it; empty for plain decoding."""
+    stops: frozenset[int] = frozenset()
+    """Tokens that end it."""
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     cached_prompt_tokens: int = 0
