@@ -232,7 +232,7 @@ def kept_ids(scaled: torch.Tensor, total: float, p: SamplingParams) -> np.ndarra
             break
     if not len(contenders):
         return contenders
-    logits = row[contenders]
+    logits: np.ndarray = row[contenders]
     ordered = np.sort(logits)[::-1]
     count = min(len(ordered), p.top_k) if p.top_k > 0 else len(ordered)
     if p.top_p < 1.0:
@@ -247,7 +247,8 @@ def kept_ids(scaled: torch.Tensor, total: float, p: SamplingParams) -> np.ndarra
     above = logits > lowest
     equal = np.flatnonzero(logits == lowest)
     above[equal[: count - np.count_nonzero(above)]] = True
-    return contenders[above]
+    kept: np.ndarray = contenders[above]
+    return kept
 
 
 def kept_of_all(scaled: torch.Tensor, totals: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from typing import Any
 
 import httpx
@@ -35,22 +34,22 @@ async def test_64_requests_at_once_get_the_answers_they_get_alone(server: Runnin
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_blocks(server: RunningServer, stream: bool) -> None:
+async def test_a_client_that_leaves_frees_its_blocks(server: RunningServer, stream: bool) -> None:
     aborted = server.metric('pilotfish_requests_total{outcome="abort"}')
     body = {"model": MODEL, "prompt": [7] * 300, "max_tokens": 1700, "ignore_eos": True, "stream": stream, "n": 2}
     body["speculation"] = "off"
-    with httpx.Client(base_url=server.url) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
         if stream:
-            with http.stream("POST", "/v1/completions", json=body) as response:
-                lines = response.iter_lines()
-                assert next(lines).startswith("data: ")
+            async with http.stream("POST", "/v1/completions", json=body) as response:
+                assert (await anext(response.aiter_lines())).startswith("data: ")
                 assert server.metric("pilotfish_kv_blocks_used") >= 300 / 16
         else:
-            with pytest.raises(httpx.ReadTimeout):
-                http.post("/v1/completions", json=body, timeout=0.5)
-    server.wait_until(lambda: server.metric("pilotfish_kv_blocks_used") == 0, seconds=3)
+            asked = asyncio.create_task(http.post("/v1/completions", json=body))
+            await asyncio.to_thread(server.wait_until, lambda: server.metric("pilotfish_sequences_running") == 2)
+            asked.cancel()
+    server.wait_until(lambda: server.metric('pilotfish_requests_total{outcome="abort"}') == aborted + 2)
+    server.wait_until(lambda: server.metric("pilotfish_kv_blocks_used") == 0)
     assert server.metric("pilotfish_sequences_running") == 0
-    assert server.metric('pilotfish_requests_total{outcome="abort"}') == aborted + 2
 
 
 def test_metrics_tell_of_what_was_done(server: RunningServer, client: openai.OpenAI) -> None:
@@ -93,10 +92,8 @@ def test_a_scrape_does_not_wait_for_the_engine(server: RunningServer) -> None:
         next(lines)
         engine.suspend()
         try:
-            began = time.monotonic()
-            for _ in range(5):
+            for _ in range(5):  # which would wait for ever, and so run into the client's own timeout
                 assert server.metric("pilotfish_engine_steps_total") > 0
-            assert time.monotonic() - began < 2
         finally:
             engine.resume()
         assert [line for line in lines if line][-1] == "data: [DONE]"

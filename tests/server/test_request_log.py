@@ -81,7 +81,7 @@ def test_every_line_is_json_and_each_request_has_one(running: RunningServer) -> 
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model=SECRET, prompt="a")
     running.http.get("/nowhere")
-    running.wait_until(lambda: len(requests_of(running)) == 6, 5)
+    running.wait_until(lambda: len(requests_of(running)) == 6)
     first, second, third, fourth, fifth, sixth = requests_of(running)
     timings = (done.model_extra or {})["timings"]
     assert done.usage is not None
@@ -118,7 +118,7 @@ def test_prompts_are_logged_where_that_is_asked_for(running: RunningServer) -> N
     with running.client() as client:
         client.completions.create(model=MODEL, prompt=[SECRET, "and this"], max_tokens=3)
         client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": SECRET}], max_tokens=3)
-    running.wait_until(lambda: len(requests_of(running)) == 2, 5)
+    running.wait_until(lambda: len(requests_of(running)) == 2)
     completion, chat = requests_of(running)
     assert [SECRET in completion["prompts"][0], "and this" in completion["prompts"][1]] == [True, True]
     assert SECRET in chat["prompts"][0]
@@ -132,7 +132,7 @@ def test_text_has_a_line_for_each_request_and_none_for_probes(server: RunningSer
         assert server.http.get("/metrics").status_code == 200
     with server.client() as client:
         client.completions.create(model=MODEL, prompt=SECRET, max_tokens=4, extra_headers={"x-request-id": "mine-2"})
-    server.wait_until(lambda: "mine-2" in server.log.read_text(), 5)
+    server.wait_until(lambda: "mine-2" in server.log.read_text())
     added = server.log.read_text().splitlines()[before:]
     assert len(added) == 1
     for part in ("server.requests", "request_id=mine-2", "status=200", "tokens=4", "drafter=", "ttft_ms="):

@@ -36,7 +36,7 @@ class FakeCore:
         progress("reading the script", 0.5)
         self._note("loading")
         if config.model == "slow":
-            time.sleep(60)
+            time.sleep(600)
         if config.model == "broken":
             raise ModelError("no model is called 'broken':\na fake one is")
         progress("reading the script", 1.0)

@@ -44,7 +44,7 @@ class StepSeconds:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum((getattr(self, field.name) for field in fields(self)), 0.0)
 
 
 def step_seconds(

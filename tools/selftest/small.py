@@ -85,8 +85,9 @@ def _values(tensor: Tensor, noise: torch.Tensor, scaled: bool) -> torch.Tensor:
     """
     if tensor.linear is None:
         added = scaled and (".post_attention_" in tensor.name or ".post_feedforward_" in tensor.name)
-        return (3.0 if added else 1.0 - tensor.norm_offset) + 0.2 * noise
+        return noise * 0.2 + (3.0 if added else 1.0 - tensor.norm_offset)
     if tensor.kind == "bias":
-        return 0.3 * noise
+        return noise * 0.3
     sharp = tensor.name == HEAD or (scaled and tensor.name == EMBEDDING)
-    return noise * (SHARPNESS if sharp else 1.5) * tensor.shape[1] ** -0.5
+    scale: float = tensor.shape[1] ** -0.5
+    return noise * (SHARPNESS if sharp else 1.5) * scale

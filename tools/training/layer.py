@@ -57,7 +57,8 @@ def query_key_value(
     """
 
     def heads(weight: torch.Tensor, count: int) -> torch.Tensor:
-        return F.linear(x, weight).unflatten(-1, (count, config.head_dim)).transpose(1, 2)
+        split: torch.Tensor = F.linear(x, weight).unflatten(-1, (count, config.head_dim))
+        return split.transpose(1, 2)
 
     query = _rotated(heads(layer.q_proj, config.num_heads), table)
     key = _rotated(heads(layer.k_proj, config.num_kv_heads), table)

@@ -75,6 +75,7 @@ class Flash2Attention:
             "block_table": batch.block_tables,
         }
         spans, longest = len(batch.query_lens), max(batch.query_lens)
+        attended: torch.Tensor
         if longest <= MOST_SPLIT_ROWS and rows == spans * longest:
             attended = self._with_kvcache(
                 query.view(spans, longest, heads, head_dim),
@@ -126,6 +127,7 @@ class Flash4Attention:
         params: AttentionParams,
     ) -> torch.Tensor:
         write(cache, key, value, batch.slots)
+        attended: torch.Tensor
         attended, _ = self._varlen(  # the log-sum-exp of each row comes with it, or None
             converted(query, cache.keys.dtype),
             cache.keys,

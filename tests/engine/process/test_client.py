@@ -101,11 +101,14 @@ def tokens(deltas: list[Delta]) -> list[int]:
     return [token for delta in deltas for token in delta.token_ids]
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"it did not happen in {seconds} s"
-        await asyncio.sleep(0.005)
+HANG_SECONDS = 60.0
+"""When what has to happen has hung. How soon it happens depends on the machine's other work; no test asks for that."""
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(HANG_SECONDS):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.005)
 
 
 def process_of(engine: AsyncEngine) -> psutil.Process:
@@ -205,7 +208,9 @@ async def test_an_event_loop_that_was_busy_gets_all_that_has_piled_up(make: Make
     engine = make(on_stats=block_once)
     await engine.start()
     await engine.wait_ready()
-    deltas = await asyncio.wait_for(collect(engine, request(max_tokens=200)), 5)  # all are there once it wakes
+    deltas = await asyncio.wait_for(
+        collect(engine, request(max_tokens=200)), HANG_SECONDS
+    )  # all are there once it wakes
     assert tokens(deltas) == list(range(200))
 
 
@@ -329,7 +334,7 @@ async def test_a_process_killed_in_mid_request_ends_every_request(
     unstarted = engine.generate(request("unstarted"))
     await until(lambda: engine.in_flight == 20)
     process_of(engine).send_signal(sent)
-    for outcome in await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5):
+    for outcome in await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), HANG_SECONDS):
         assert isinstance(outcome, EngineDeadError)
         assert sent.name in str(outcome)
     with pytest.raises(EngineDeadError, match=sent.name):
@@ -341,7 +346,7 @@ async def test_a_process_killed_in_mid_request_ends_every_request(
 
 async def test_a_process_killed_while_idle_is_noticed(engine: AsyncEngine) -> None:
     process_of(engine).kill()
-    await until(lambda: engine.state == "dead", 2)
+    await until(lambda: engine.state == "dead")
     with pytest.raises(EngineDeadError, match="SIGKILL"):
         engine.generate(request())
     with pytest.raises(EngineDeadError, match="SIGKILL"):
@@ -354,7 +359,7 @@ async def test_a_process_killed_while_it_loads_ends_the_wait(make: Make, events:
     waits = [asyncio.create_task(engine.wait_ready()) for _ in range(2)]
     await until(lambda: "loading" in events())
     process_of(engine).kill()
-    for outcome in await asyncio.wait_for(asyncio.gather(*waits, return_exceptions=True), 5):
+    for outcome in await asyncio.wait_for(asyncio.gather(*waits, return_exceptions=True), HANG_SECONDS):
         assert isinstance(outcome, EngineDeadError)
         assert "SIGKILL" in str(outcome)
 
@@ -373,7 +378,7 @@ async def test_an_exception_in_a_step_is_the_reason(engine: AsyncEngine) -> None
 
 async def test_an_exit_without_a_word_is_told_by_its_code(engine: AsyncEngine) -> None:
     with pytest.raises(EngineDeadError, match="exit code 7"):
-        await asyncio.wait_for(collect(engine, request(first=EXIT)), 5)
+        await asyncio.wait_for(collect(engine, request(first=EXIT)), HANG_SECONDS)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)
@@ -423,7 +428,7 @@ async def test_the_engine_ends_with_its_parent(
     await until(lambda: "loading" in events())
     assert folders()
     parent.kill()
-    await until(lambda: gone(child), 2)
+    await until(lambda: gone(child))
     assert not folders()
 
 
@@ -459,7 +464,7 @@ async def test_stop_while_it_loads(
     await engine.start()
     wait = asyncio.create_task(engine.wait_ready())
     await until(lambda: "loading" in events())
-    await asyncio.wait_for(engine.stop(), 2)
+    await asyncio.wait_for(engine.stop(), HANG_SECONDS / 2)  # loading would take that long
     with pytest.raises(EngineDeadError, match="stopped"):
         await wait
     assert not folders()
@@ -470,19 +475,20 @@ async def test_stop_of_a_process_that_does_not_listen(engine: AsyncEngine, monke
     task = asyncio.create_task(collect(engine, request(max_tokens=ENDLESS)))
     await until(lambda: engine.in_flight == 1)
     process_of(engine).suspend()  # neither Shutdown nor the end of its standard input reaches it
-    await asyncio.wait_for(engine.stop(), 2)
+    await asyncio.wait_for(engine.stop(), HANG_SECONDS)
     with pytest.raises(EngineDeadError, match="stopped"):
         await task
     assert engine.pid is None
 
 
-async def test_a_kill_does_not_wait_for_a_step(engine: AsyncEngine) -> None:
+async def test_a_kill_does_not_wait_for_a_step(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pilotfish.engine.process.client.STOP_SECONDS", 1e9)
     task = asyncio.create_task(collect(engine, request(max_tokens=ENDLESS)))
     await until(lambda: engine.in_flight == 1)
     process = process_of(engine)
     process.suspend()
     engine.kill()
-    await asyncio.wait_for(engine.stop(), 2)
+    await asyncio.wait_for(engine.stop(), HANG_SECONDS)
     with pytest.raises(EngineDeadError, match="stopped"):
         await task
     assert gone(process)
