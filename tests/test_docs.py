@@ -182,6 +182,7 @@ def test_layout_in_design_is_the_repositorys() -> None:
         for name in names.split(", "):
             path = "".join(parents[:depth]) + name
             assert (ROOT / path).exists(), path
+            assert path not in listed, path
             listed.add(path)
             parents[depth:] = [name]
     assert len(listed) > 30
