@@ -51,7 +51,9 @@ def speculative(make: Callable[..., LLM], draft: Path, head: Path) -> LLM:
 
 
 @pytest.mark.parametrize(
-    ("kernels", "name", "drafter", "batch"), pairwise(BOTH, PARAMS, DRAFTERS, (1, 8)), indirect=["kernels"]
+    ("kernels", "name", "drafter", "batch"),
+    pairwise([BOTH[0], pytest.param("torch", marks=pytest.mark.slow)], PARAMS, DRAFTERS, (1, 8)),
+    indirect=["kernels"],
 )
 def test_drafters_and_batches(name: str, drafter: str, batch: int, speculative: LLM, vanilla: Callable) -> None:
     wanted, got = vanilla(name), []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +89,7 @@ async def test_sixteen_streams_finish_and_a_seventeenth_is_refused(start: Start,
         for i in range(STREAMS):
             streams.open(f"Number {i} is")
         await streams.all_begun()
+        engine.suspend()  # so that no answer is complete before what follows has been seen
         if group:
             running.signal_group(signal.SIGTERM)
         else:
@@ -105,6 +105,7 @@ async def test_sixteen_streams_finish_and_a_seventeenth_is_refused(start: Start,
         assert not all(task.done() for task in streams.tasks)  # else this has shown nothing
         metrics = (await streams.ask("/metrics")).text
         assert "pilotfish_engine_up 0.0" in metrics
+        engine.resume()
         for chunks in await streams.chunks():
             assert chunks[-1]["usage"]["completion_tokens"] == 48
             assert chunks[-2]["choices"][0]["finish_reason"] == "length"
@@ -120,7 +121,7 @@ async def test_sixteen_streams_finish_and_a_seventeenth_is_refused(start: Start,
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 async def test_a_second_signal_ends_at_once(start: Start, tiny_llama: Path, number: signal.Signals) -> None:
-    running = start("--model", str(tiny_llama), "--kv-cache-memory", "16MiB")
+    running = start("--model", str(tiny_llama), "--kv-cache-memory", "16MiB", "--drain-timeout", "3600")
     engine = running.engine
     streams = Streams(running, 2000, MODEL)
     try:
@@ -129,10 +130,8 @@ async def test_a_second_signal_ends_at_once(start: Start, tiny_llama: Path, numb
         await streams.all_begun()
         running.signal_group(signal.SIGTERM)
         await asyncio.to_thread(running.wait_for, "/ready", 503)
-        began = time.monotonic()
         running.signal_group(number)
         assert await asyncio.to_thread(running.process.wait, 60) == 128 + number
-        assert time.monotonic() - began < 20
         assert not engine.is_running()
         assert "Stopping now" in running.log.read_text()
         assert "Traceback" not in running.log.read_text()

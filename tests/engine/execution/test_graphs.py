@@ -71,6 +71,7 @@ def make(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Callab
     return build
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", ["off", "ngram", "draft-model", "eagle3"])
 def test_the_text_is_the_eager_one(drafter: str, make: Callable[..., LLM], draft: Path, head: Path) -> None:
     drafters, backend = portfolio(draft, head), Poisoned()

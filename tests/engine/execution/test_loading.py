@@ -75,6 +75,7 @@ def assert_slices(files: ModelFiles, size: int, dtype: torch.dtype) -> None:
             torch.testing.assert_close(tensor.float(), wanted.float(), rtol=0, atol=0, msg=f"{name} on rank {rank}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_safetensors_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, size: int) -> None:

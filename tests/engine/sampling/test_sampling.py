@@ -363,6 +363,7 @@ def test_a_row_of_nan_harms_no_other() -> None:
 # Draws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "params",
     [

@@ -132,6 +132,7 @@ def test_coupled_text_is_the_same_with_any_draft_and_batch(
         assert each.tokens[each.prompt_len :][:LENGTH] == text
 
 
+@pytest.mark.slow
 @given(st.lists(SEQUENCES, min_size=1, max_size=3), st.booleans(), st.data())
 @settings(max_examples=60)
 def test_rejection_is_greedy_exact_and_reproducible(
@@ -152,6 +153,7 @@ def test_rejection_is_greedy_exact_and_reproducible(
             assert each.tokens[each.prompt_len :][:LENGTH] == text
 
 
+@pytest.mark.slow
 @given(st.lists(SEQUENCES, min_size=1, max_size=3), st.data())
 @settings(max_examples=100)
 def test_rejection_without_a_look_judges_as_with_one(cases: list[dict[str, Any]], data: st.DataObject) -> None:

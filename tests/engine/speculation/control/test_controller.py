@@ -37,7 +37,8 @@ WORLDS: dict[str, tuple[Cost, Right, Cost | None]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [1, *(pytest.param(count, marks=pytest.mark.slow) for count in (4, 16))])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 4, 16])
 @pytest.mark.parametrize("name", WORLDS)
 def test_never_below_plain_and_near_the_best_length(name: str, count: int) -> None:
     cost, right, draft_cost = WORLDS[name]
