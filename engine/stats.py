@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -77,15 +78,13 @@ def step_stats(
     memory: tuple[RankMemory, ...],
 ) -> StepStats:
     """The account of a step, once its tokens are committed."""
-    chosen: dict[str, int] = {}
     step_tokens: dict[str, list[int]] = {}
     for planned, _, delta in committed:
         if planned.decodes:
-            name = planned.draft.drafter or "none"
-            chosen[name] = chosen.get(name, 0) + 1
-            step_tokens.setdefault(name, []).append(len(delta.token_ids))
-    drafted_at = by_position((planned.draft.drafter, len(planned.draft.tokens)) for planned, _, _ in committed)
-    accepted_at = by_position((planned.draft.drafter, verdict.accepted) for planned, verdict, _ in committed)
+            step_tokens.setdefault(planned.draft.drafter or "none", []).append(len(delta.token_ids))
+    chosen = {name: len(counts) for name, counts in step_tokens.items()}
+    drafted_at = by_position([(planned.draft.drafter, len(planned.draft.tokens)) for planned, _, _ in committed])
+    accepted_at = by_position([(planned.draft.drafter, verdict.accepted) for planned, verdict, _ in committed])
     return StepStats(
         running=len(scheduler.running),
         waiting=len(scheduler.waiting),
@@ -117,13 +116,13 @@ def by_position(counts: Iterable[tuple[str, int]]) -> dict[str, tuple[int, ...]]
     first. Drafted and accepted tokens are counted alike: both are the beginning of a draft.
     """
     tally: dict[str, list[int]] = {}
-    for drafter, tokens in counts:
+    for (drafter, tokens), drafts in Counter(counts).items():
         if not tokens:
             continue
         positions = tally.setdefault(drafter, [])
         positions.extend([0] * (tokens - len(positions)))
         for position in range(tokens):
-            positions[position] += 1
+            positions[position] += drafts
     return {drafter: tuple(positions) for drafter, positions in tally.items()}
 
 

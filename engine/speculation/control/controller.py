@@ -111,10 +111,10 @@ class Controller:
         plain = seconds[0]
         taken = self._worth_verifying(step, offers, seconds, plain + spent) if offers else []
         lengths: dict[int, int] = {}
-        for offer in taken:
-            lengths[offer.candidate] = lengths.get(offer.candidate, 0) + 1
+        for _, i, _ in taken:
+            lengths[i] = lengths.get(i, 0) + 1
         chosen = {step.candidates[i].sequence: shortened(picked[i], length) for i, length in lengths.items()}
-        tokens = step.decoding + sum(offer.chance for offer in taken)
+        tokens = step.decoding + sum([chance for _, _, chance in taken])
         prompts = self._forecast.prompt_seconds(step, plain)
         took = seconds[len(taken)] + spent
         return Choice(
@@ -169,17 +169,17 @@ class Controller:
         step takes `plain_seconds`."""
         offers.sort()
         cautious = [plain_seconds + CAUTION * (taken - seconds[0]) for taken in seconds]
-        plain, *promised = goodputs(step.decoding, [-offer.minus_gain for offer in offers], cautious)
+        plain, *promised = goodputs(step.decoding, [-minus_gain for minus_gain, _, _ in offers], cautious)
         gain = max(promised) / plain
         count = promised.index(max(promised)) + 1
         if not self._exploration.pays(step, gain, count, plain_seconds):
             return []
         # Those who are behind count for more, but not for more than what a row brings elsewhere.
         taken = offers[:count]
-        tokens = step.decoding + sum(offer.chance for offer in taken)
+        tokens = step.decoding + sum([chance for _, _, chance in taken])
         row = cautious[count] - cautious[count - 1]
         least = row * tokens / cautious[count]
-        return [offer for offer in taken if offer.chance >= least]
+        return [offer for offer in taken if offer[2] >= least]
 
 
 def _requests(

@@ -26,14 +26,10 @@ ENOUGH = 2
 """Lengths that promise less than a shorter one, after which longer ones are not looked at."""
 
 
-class Offer(NamedTuple):
-    """A drafted token that may be verified. The best sort first."""
-
-    minus_gain: float
-    """What it adds to the step's worth (`goodput.gains`), negated."""
-    candidate: int
-    chance: float
-    """The probability that it and those before it are accepted."""
+Offer = tuple[float, int, float]
+"""A drafted token that may be verified: what it adds to the step's worth (`goodput.gains`), negated, so that the best
+sort first; its candidate; and the probability that it and those before it are accepted. A plain tuple, since a step
+makes and sorts hundreds."""
 
 
 class Ask(NamedTuple):
@@ -76,9 +72,9 @@ class DraftPlanner:
         """The best that can be done with the drafts that are there."""
         offers = self.best_drafts(step)[1]
         chances: list[list[float]] = [[] for _ in step.candidates]
-        for offer in offers:
-            chances[offer.candidate].append(offer.chance)
-        return DraftPlan(self._forecast.goodput(step, [-offer.minus_gain for offer in offers]), chances)
+        for _, i, chance in offers:
+            chances[i].append(chance)
+        return DraftPlan(self._forecast.goodput(step, [-minus_gain for minus_gain, _, _ in offers]), chances)
 
     def with_drafter(
         self, step: UpcomingStep, best: DraftPlan, name: str, price: float, gain: float = GAIN
@@ -129,7 +125,7 @@ class DraftPlanner:
                     best, most, picked[i] = chances, worth, draft
             if best is not None:
                 likely = [chance for chance in best if chance >= least]
-                offers += [Offer(-gain, i, each) for gain, each in zip(gains(count, likely), likely, strict=True)]
+                offers += [(-gain, i, each) for gain, each in zip(gains(count, likely), likely, strict=True)]
         return picked, offers
 
     def floor(self, step: UpcomingStep, plan: DraftPlan) -> float:
