@@ -25,6 +25,7 @@ check: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/mypy --config-file tests/mypy.ini benchmarks
 	@$(BIN)/lint-imports --no-logo --no-cache
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 

@@ -48,7 +48,7 @@ def _measure(args: argparse.Namespace, rows: int) -> None:
     spans = _spans(args.sequences, args.context, rows)
     with tempfile.TemporaryDirectory(prefix="pilotfish-") as directory:
         channel = PassChannel(f"ipc://{directory}/passes")
-        done = zmq.Context.instance().socket(zmq.PULL)
+        done: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         done.bind(f"ipc://{directory}/done")
         command = [sys.executable, __file__, "--listen", directory, channel.key.hex()]
         listeners = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(args.ranks)]
@@ -90,7 +90,7 @@ def _spans(sequences: int, context: int, rows: int) -> list[Span]:
 def _listen(directory: str, key: str) -> None:
     """Receive plans as a rank does, and report when each was unpacked."""
     welcome = Welcome(bytes.fromhex(key), f"ipc://{directory}/passes", "", 0)
-    done = zmq.Context.instance().socket(zmq.PUSH)
+    done: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
     done.connect(f"ipc://{directory}/done")
     reader = PassReader(welcome)
     while True:

@@ -68,10 +68,10 @@ def record(args: argparse.Namespace) -> None:
         num_draft_tokens=LONGEST,
     ) as llm:
         core = llm.core
-        engine = core._engine
+        engine = core.engine
         speculator = engine.speculator
         listener = Listener(speculator.lookups.values(), speculator.model_drafters.values(), llm.info.max_model_len)
-        core._engine = replace(engine, speculator=listener)
+        core.engine = replace(engine, speculator=listener)
         for suite, prompts in suites.items():
             requests = llm.requests(
                 [encode(tokenizer, prompt) for prompt in prompts],

@@ -84,12 +84,13 @@ class EngineCore:
         progress: Callable[[str, float], None] | None = None,
         build: Callable[[EngineConfig, Progress], Engine] = build,
     ) -> None:
-        self._engine: Engine = build(config.check(), progress or (lambda what, share: None))
+        self.engine: Engine = build(config.check(), progress or (lambda what, share: None))
+        """The parts that the core drives."""
         # However this core goes, no rank is left behind.
-        self._finalizer = weakref.finalize(self, self._engine.close)
-        self._memory = MemoryMeter(self._engine.info.device, others=self._engine.other_memory)
-        self.info: EngineInfo = msgspec.structs.replace(self._engine.info, memory=self._memory.read_all())
-        self._scheduler = Scheduler(self._engine.pool, config.max_num_seqs, config.max_batch_tokens)
+        self._finalizer = weakref.finalize(self, self.engine.close)
+        self._memory = MemoryMeter(self.engine.info.device, others=self.engine.other_memory)
+        self.info: EngineInfo = msgspec.structs.replace(self.engine.info, memory=self._memory.read_all())
+        self._scheduler = Scheduler(self.engine.pool, config.max_num_seqs, config.max_batch_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[Delta] = []  # to be reported with the next step's deltas
         self._new_timer = partial(PassTimer, torch.device(self.info.device))
@@ -110,7 +111,7 @@ class EngineCore:
         sequence = Sequence(
             request=request,
             seed=seed,
-            blocks=BlockTable(self._engine.pool),
+            blocks=BlockTable(self.engine.pool),
             drafters=drafters_of(request, self.info),
             stops=frozenset((*params.stop_token_ids, *(() if params.ignore_eos else self.info.eos_token_ids))),
         )
@@ -134,7 +135,7 @@ class EngineCore:
     def launch(self) -> LaunchedStep:
         """Draft, plan, and set the pass going. On a GPU it runs on by itself from here: what does not need its outcome
         may be done meanwhile, such as `settle` of the step before, `add` and `abort`."""
-        engine = self._engine
+        engine = self.engine
         seconds: dict[str, float] = {}
         with _phase(seconds, "draft"):
             drafts = engine.speculator.draft(self._scheduler.decoding(), self._scheduler.prompt_rows())
@@ -154,7 +155,7 @@ class EngineCore:
         verdicts: list[Verdict] = []
         if step.logits is not None:
             verdicts = self._verify(step.plan, step.logits)
-            self._engine.check()
+            self.engine.check()
         forward = step.seconds["forward"] = step.timer.seconds()
         step.seconds["sample"] = max(0.0, step.timer.elapsed() - forward)
         with _phase(step.seconds, "commit"):
@@ -174,13 +175,13 @@ class EngineCore:
                 planned.sequence.blocks.commit(planned.sequence.tokens, planned.sequence.computed)
         if plan.spans:
             tokens = sum([len(verdict.tokens) for _, verdict, _ in step.committed])
-            self._engine.speculator.observe_step(drafts, plan.rows, seconds, tokens)
+            self.engine.speculator.observe_step(drafts, plan.rows, seconds, tokens)
         return step_stats(
             plan,
             step.committed,
             drafts.choice,
             self._scheduler,
-            self._engine.pool,
+            self.engine.pool,
             seconds,
             self._memory.read_if_due(),
         )
@@ -204,7 +205,7 @@ class EngineCore:
         if not drawing:
             return []
         spans = [LogitSpan(p.sequence, p.draft.tokens, rows=len(p.draft.tokens) + 1) for p in drawing]
-        return self._engine.verifier.verify(logits, spans, [planned.draft for planned in drawing])
+        return self.engine.verifier.verify(logits, spans, [planned.draft for planned in drawing])
 
     def _take_prompt_logprobs(self, plan: StepPlan, logits: torch.Tensor) -> list[int]:
         """Note the prompt logprobs of this step's rows; returns the rows that draw."""
@@ -239,7 +240,7 @@ class EngineCore:
             if not self._lives(planned):
                 continue
             if verdict is not None:
-                self._engine.speculator.observe_tokens(step.drafts, planned.sequence, verdict.tokens)
+                self.engine.speculator.observe_tokens(step.drafts, planned.sequence, verdict.tokens)
                 committed.append(Committed(planned, verdict, self._commit_tokens(planned, verdict)))
             else:
                 planned.sequence.computed = planned.stop
@@ -253,7 +254,7 @@ class EngineCore:
                 stop = row + planned.sequence.computed - planned.start
                 kept.append(KeptRows(planned.sequence, planned.start, row, stop))
             row += planned.rows
-        self._engine.speculator.features.publish(features, kept)
+        self.engine.speculator.features.publish(features, kept)
 
     def _commit_tokens(self, planned: PlannedSpan, verdict: Verdict) -> Delta:
         """Append what was drawn, up to a stop; the keys and values of rejected tokens are overwritten later."""
@@ -300,7 +301,7 @@ class EngineCore:
         """Give everything back and write the last delta."""
         del self._sequences[sequence.id]
         self._scheduler.remove(sequence)
-        self._engine.speculator.release(sequence)
+        self.engine.speculator.release(sequence)
         stats = request_stats(sequence, time.monotonic())
         delta = delta or Delta(request_id=sequence.id)
         return msgspec.structs.replace(delta, finish_reason=reason, stop_token=stop_token, stats=stats)

@@ -62,7 +62,7 @@ def test_drafters_and_batches(name: str, drafter: str, batch: int, speculative: 
     assert texts(got) == wanted
     if drafter != "off" and "penalties" not in name:
         assert sum(completion.stats.drafted_tokens for completion in got) > 0
-    assert speculative.core._engine.pool.used == 0
+    assert speculative.core.engine.pool.used == 0
 
 
 def test_a_mixed_batch(speculative: LLM, vanilla: Callable) -> None:
@@ -103,7 +103,7 @@ def test_preemption(
     got = llm.generate(prompts(8), PARAMS[name], speculation=drafter)
     assert texts(got) == vanilla(name)
     assert sum(completion.stats.preemptions for completion in got) > 0
-    assert llm.core._engine.pool.available == llm.info.num_blocks
+    assert llm.core.engine.pool.available == llm.info.num_blocks
 
 
 @pytest.mark.slow
@@ -187,7 +187,7 @@ def test_several_draft_models(name: str, many: LLM, vanilla: Callable) -> None:
     assert texts(alone) == vanilla(name)
     assert texts(many.generate(prompts(8), PARAMS[name])) == vanilla(name)
     assert texts(many.generate(prompts(8), PARAMS[name], speculation=ALL)) == vanilla(name)
-    engine = many.core._engine
+    engine = many.core.engine
     assert engine.pool.used == 0
     assert all(drafter._pool.used == 0 for drafter in engine.speculator.model_drafters.values())
 
@@ -206,7 +206,7 @@ def test_each_draft_model_is_asked_by_its_name(
 def test_the_controllers_choices_do_not_matter(many: LLM, vanilla: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it chooses, at random: asking anybody for any length, and verifying any part of any draft."""
     generator = random.Random(5)
-    controller = many.core._engine.speculator._controller
+    controller = many.core.engine.speculator._controller
 
     def ask(step: UpcomingStep) -> dict[str, list[DraftRequest]]:
         asks: dict[str, list[DraftRequest]] = {}

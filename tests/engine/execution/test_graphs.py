@@ -126,12 +126,12 @@ def test_preemption_and_chunks(make: Callable[..., LLM], draft: Path) -> None:
         got = small.generate(prompts(8), SAMPLED, speculation=drafter)
         assert texts(got) == wanted
         assert sum(completion.stats.preemptions for completion in got) > 0
-    assert small.core._engine.pool.available == small.info.num_blocks
+    assert small.core.engine.pool.available == small.info.num_blocks
 
 
 def test_the_padding_block_is_no_sequences(make: Callable[..., LLM]) -> None:
     llm = make(Poisoned(), drafter=("ngram",))
-    caches = llm.core._engine.runner._caches
+    caches = llm.core.engine.runner._caches
     assert all(len(cache.values) == llm.info.num_blocks + 1 for cache in caches)
     llm.generate(prompts(3), GREEDY)
     assert all(cache.values[llm.info.num_blocks].isfinite().all() for cache in caches)
@@ -149,7 +149,7 @@ def test_capture_stops_at_the_memory_limit(make: Callable[..., LLM], caplog: pyt
     backend = Hungry()
     llm = make(backend, drafter=("ngram",), cuda_graph_memory=65 << 20)
     assert backend.captured == 7
-    graphs = llm.core._engine.runner._graphs
+    graphs = llm.core.engine.runner._graphs
     assert graphs.captured == buckets(batch_sizes(8), span_lengths(8), 128)[:7]
     assert any("7 passes captured" in message and "exceed cuda_graph_memory" in message for message in caplog.messages)
     wanted = texts(make(drafter=("ngram",)).generate(prompts(8), GREEDY))
@@ -168,7 +168,7 @@ def test_all_ranks_stop_where_one_has_no_memory_left(make: Callable[..., LLM]) -
             self.votes += 1
             return x + float(self.votes <= 3)
 
-    runner = make(drafter=("ngram",)).core._engine.runner
+    runner = make(drafter=("ngram",)).core.engine.runner
     runner.model.comm = Other()
     backend = Poisoned()
     plan = GraphPlan(
@@ -192,7 +192,7 @@ def test_drafts_that_grow_on_the_device_are_the_same(
 ) -> None:
     wanted = make(drafter=portfolio(draft, head)).generate(prompts(7), PARAMS[name], speculation=drafter)
     llm = make(Poisoned() if graphs else None, drafter=portfolio(draft, head))
-    asked = llm.core._engine.speculator.model_drafters[drafter]
+    asked = llm.core.engine.speculator.model_drafters[drafter]
     asked.growth.sync_free = True
     got = llm.generate(prompts(7), PARAMS[name], speculation=drafter)
     assert texts(got) == texts(wanted)
@@ -213,7 +213,7 @@ def test_a_draft_on_the_device_ends_where_its_confidence_does(
             core.add(request)
         for _ in range(3):
             core.step()
-        for drafter in core._engine.speculator.model_drafters.values():
+        for drafter in core.engine.speculator.model_drafters.values():
             drafter.growth.sync_free = sync_free
             floors = zip(core._scheduler.decoding(), (0.5, 0.1, 1e-2, 1e-3, 0.0), strict=True)
             requests = [DraftRequest(sequence, 8, floor) for sequence, floor in floors]
@@ -249,7 +249,7 @@ def test_buckets(max_num_seqs: int, drafted: int, rows: int) -> None:
 
 
 def test_a_token_from_the_device_needs_its_own_row(make: Callable[..., LLM]) -> None:
-    runner = make(Poisoned(), drafter=("ngram",)).core._engine.runner
+    runner = make(Poisoned(), drafter=("ngram",)).core.engine.runner
     host = pack([Span([1, 2], 0, [0], 2)], 16)
     with pytest.raises(ValueError, match="one row a span"):
         runner.run_batch(host, None, torch.tensor([1, 2]))

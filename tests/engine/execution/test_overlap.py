@@ -30,10 +30,10 @@ class Device:
     """Computes a pass when it is waited for. Stands in for a core's runner; `Waits` in front of whoever reads."""
 
     def __init__(self, core: EngineCore) -> None:
-        engine = core._engine
+        engine = core.engine
         self._runner = engine.runner
         self._pending: Callable[[], object] | None = None
-        core._engine = dataclasses.replace(engine, runner=self, verifier=Waits(self, engine.verifier))
+        core.engine = dataclasses.replace(engine, runner=self, verifier=Waits(self, engine.verifier))
         new_timer = core._new_timer
         core._new_timer = lambda: Waits(self, new_timer())
         core.asynchronous = True
@@ -144,7 +144,7 @@ def test_the_same_text_and_every_request_ends_once(seed: int, adaptive: bool, ma
         assert tokens == wanted[request_id][: len(tokens)]
     assert aborted
     assert sum(map(len, got.values())) == sum(step.generated_tokens for step in stats)
-    engine = core._engine
+    engine = core.engine
     assert engine.pool.used == 0
     assert all(drafter._pool.used == 0 for drafter in engine.speculator.model_drafters.values())
 

@@ -122,7 +122,7 @@ def test_captured_passes_of_a_sharded_model(tiny_llama: Path, monkeypatch: pytes
     monkeypatch.setattr("pilotfish.engine.build.start_ranks", _with_worker("capture"))
     settings |= {"tensor_parallel_size": 2, "draft_tensor_parallel_size": shared, "adaptive_drafts": False}
     with LLM(**settings) as llm:
-        assert llm.core._engine.runner.most_spans == 8
+        assert llm.core.engine.runner.most_spans == 8
         for drafter in ("off", "draft"):
             assert answers(llm, drafter) == expected
 
@@ -213,7 +213,7 @@ def test_a_rank_that_dies_while_nothing_runs_is_named_at_the_next_request(llm: L
 
 def test_a_pass_that_fails_on_rank_0_alone_ends_the_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other ranks are in the middle of it: what they would compute next is not what they would be asked."""
-    model = llm.core._engine.runner.model
+    model = llm.core.engine.runner.model
     with monkeypatch.context() as broken:
 
         def interrupted(*arguments: object) -> None:
@@ -228,7 +228,7 @@ def test_a_pass_that_fails_on_rank_0_alone_ends_the_engine(llm: LLM, monkeypatch
 
 def test_what_was_computed_after_a_rank_failed_is_not_used(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU a pass that was cut short looks like any other to rank 0's host."""
-    runner, ranks = llm.core._engine.runner, llm.core._engine.ranks
+    runner, ranks = llm.core.engine.runner, llm.core.engine.ranks
     assert ranks is not None
     run = runner.run
 

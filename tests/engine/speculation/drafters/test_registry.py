@@ -57,7 +57,7 @@ def test_a_new_drafter_is_one_file_and_one_line(tiny: Callable[[str], Path], ada
             assert [each.token_ids for each in drafted] == [each.token_ids for each in plain]
             if not adaptive:
                 assert all(each.stats.drafter == "toy" and each.stats.drafted_tokens for each in drafted)
-        controller = llm.core._engine.speculator._controller
+        controller = llm.core.engine.speculator._controller
         assert controller is None or controller.acceptance.priors["toy"] == 0.2
 
 
