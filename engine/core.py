@@ -1,12 +1,11 @@
 """EngineCore: one step of the engine, over all running requests. No processes, no HTTP, no text.
 
-A step is a value that is handed on: `launch` sets its pass going, `finish` waits for it and commits its tokens,
-`settle` does what is left and can wait. So the next step may be launched before the last one is settled.
+A step is a value: `launch` starts its pass, `finish` waits for the pass and commits its tokens, `settle` does the
+bookkeeping that can wait. So the next step may be launched before the last one is settled.
 """
 
 from __future__ import annotations
 
-import logging
 import secrets
 import time
 import weakref
@@ -38,8 +37,6 @@ from pilotfish.engine.stats import Committed, StepStats, request_stats, step_sta
 from pilotfish.engine.verification.verifier import Verdict
 from pilotfish.errors import ParameterError
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
@@ -49,7 +46,7 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
-    """A step whose pass was launched, and may still run."""
+    """A step whose pass was launched and may still be running."""
 
     plan: StepPlan
     drafts: StepDrafts
@@ -58,7 +55,7 @@ class LaunchedStep:
     """(logit rows of the plan's spans, vocab); None without spans."""
     timer: PassTimer
     seconds: dict[str, float]
-    """By phase, as far as the step has come."""
+    """Seconds by phase, of the phases so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +64,7 @@ class FinishedStep:
 
     launched: LaunchedStep
     deltas: list[Delta]
-    """What it brought each request, and the last words of those that were aborted since the step before."""
+    """The step's deltas, and the last deltas of requests that were aborted since the step before."""
     committed: list[Committed]
 
 
@@ -75,7 +72,7 @@ class EngineCore:
     """Loads the model; then `add` requests and call `step` while there is work.
 
     Raises ConfigError or ModelError where the settings or the model's files are wrong, and RankError, here or from a
-    step, if a rank of a divided model ends. One thread at a time may use it.
+    step, if a rank of a sharded model ends. One thread at a time may use it.
     """
 
     def __init__(
@@ -86,7 +83,7 @@ class EngineCore:
     ) -> None:
         self.engine: Engine = build(config.check(), progress or (lambda what, share: None))
         """The parts that the core drives."""
-        # However this core goes, no rank is left behind.
+        # Ends the other ranks even if `close` is never called.
         self._finalizer = weakref.finalize(self, self.engine.close)
         self._memory = MemoryMeter(self.engine.info.device, others=self.engine.other_memory)
         self.info: EngineInfo = msgspec.structs.replace(self.engine.info, memory=self._memory.read_all())
@@ -95,7 +92,7 @@ class EngineCore:
         self._ended: list[Delta] = []  # to be reported with the next step's deltas
         self._new_timer = partial(PassTimer, torch.device(self.info.device))
         self.asynchronous = self.info.device.startswith("cuda")
-        """A pass goes on by itself once it is launched."""
+        """Whether a pass runs on by itself once it is launched."""
 
     def close(self) -> None:
         """End the other ranks, if there are any. May be called again; there are no steps after it."""
@@ -119,7 +116,7 @@ class EngineCore:
         self._scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
-        """End a request now, if it is there; its last delta comes with the next step's."""
+        """End a request now, if it has not ended; its last delta comes with the next step's."""
         if (sequence := self._sequences.get(request_id)) is not None:
             self._ended.append(self._end(sequence, "abort"))
 
@@ -133,8 +130,8 @@ class EngineCore:
 
     @torch.inference_mode()
     def launch(self) -> LaunchedStep:
-        """Draft, plan, and set the pass going. On a GPU it runs on by itself from here: what does not need its outcome
-        may be done meanwhile, such as `settle` of the step before, `add` and `abort`."""
+        """Draft, plan, and start the pass. On a GPU it runs on by itself from here, and what does not need its outcome
+        may be done meanwhile: `settle` of the step before, `add` and `abort`."""
         engine = self.engine
         seconds: dict[str, float] = {}
         with _phase(seconds, "draft"):
@@ -167,8 +164,8 @@ class EngineCore:
         return FinishedStep(step, deltas, committed)
 
     def settle(self, step: FinishedStep) -> StepStats:
-        """Do what is left of a step and is not urgent: let others find its blocks, tell the controller what it took,
-        and count it."""
+        """Do a step's bookkeeping: enter its blocks into the prefix cache, report its times to the controller, and
+        return its stats."""
         plan, drafts, seconds = step.launched.plan, step.launched.drafts, step.launched.seconds
         for planned in plan.spans:
             if self._lives(planned):
@@ -187,7 +184,7 @@ class EngineCore:
         )
 
     def _lives(self, planned: PlannedSpan) -> bool:
-        """Whether the span's sequence has not ended since it was planned."""
+        """Return whether the span's sequence is still running: it may have ended since it was planned."""
         return self._sequences.get(planned.sequence.id) is planned.sequence
 
     def _note_admissions(self, plan: StepPlan) -> None:
@@ -198,7 +195,7 @@ class EngineCore:
                 sequence.cached_prompt_tokens = sequence.computed
 
     def _verify(self, plan: StepPlan, logits: torch.Tensor) -> list[Verdict]:
-        """Verdicts for the plan's drawing spans, in their order. Rows of prompt logprobs are taken out first."""
+        """Return verdicts for the plan's drawing spans, in order. Rows of prompt logprobs are taken out first."""
         drawing = [planned for planned in plan.spans if planned.draws]
         if any(planned.sequence.wants_prompt_logprobs for planned in plan.spans):
             logits = logits[self._take_prompt_logprobs(plan, logits)]
@@ -208,7 +205,7 @@ class EngineCore:
         return self.engine.verifier.verify(logits, spans, [planned.draft for planned in drawing])
 
     def _take_prompt_logprobs(self, plan: StepPlan, logits: torch.Tensor) -> list[int]:
-        """Note the prompt logprobs of this step's rows; returns the rows that draw."""
+        """Record the prompt logprobs of this step's rows, and return the indices of the rows that draw."""
         drawing_rows: list[int] = []
         row = 0
         for planned in plan.spans:
@@ -232,7 +229,7 @@ class EngineCore:
         return drawing_rows
 
     def _commit(self, step: LaunchedStep, verdicts: list[Verdict]) -> list[Committed]:
-        """Commit each span that drew, but for sequences that ended during the pass."""
+        """Commit the tokens of each span that drew. Sequences that ended during the pass are skipped."""
         committed = []
         drawn = iter(verdicts)
         for planned in step.plan.spans:
@@ -247,7 +244,7 @@ class EngineCore:
         return committed
 
     def _publish_features(self, plan: StepPlan, features: torch.Tensor) -> None:
-        """Give the features of the rows that stay to the drafters that read them."""
+        """Pass the features of the committed rows to the drafters that read them."""
         row, kept = 0, []
         for planned in plan.spans:
             if self._lives(planned):
@@ -257,14 +254,14 @@ class EngineCore:
         self.engine.speculator.features.publish(features, kept)
 
     def _commit_tokens(self, planned: PlannedSpan, verdict: Verdict) -> Delta:
-        """Append what was drawn, up to a stop; the keys and values of rejected tokens are overwritten later."""
+        """Append the drawn tokens, up to a stop. The keys and values of rejected tokens are overwritten later."""
         sequence = planned.sequence
         first = sequence.output_len == 0
         tokens, reason, stop_token = self._until_stop(sequence, verdict.tokens)
         sequence.tokens.extend(tokens)
         sequence.computed = len(sequence.tokens) - 1
         if reason is not None:
-            sequence.blocks.commit(sequence.tokens, sequence.computed)  # others' is `settle`'s
+            sequence.blocks.commit(sequence.tokens, sequence.computed)  # else in `settle`
         sequence.steps += 1
         drafter, drafted = planned.draft.drafter, len(planned.draft.tokens)
         accepted = min(verdict.accepted, len(tokens))
@@ -287,7 +284,7 @@ class EngineCore:
         return delta if reason is None else self._end(sequence, reason, delta, stop_token)
 
     def _until_stop(self, sequence: Sequence, tokens: list[int]) -> tuple[list[int], FinishReason | None, int | None]:
-        """The tokens up to the first that ends the sequence, why it ends, and the token that it ends on."""
+        """Return the tokens up to the first that ends the sequence, the finish reason, and the stop token."""
         params = sequence.params
         room = min(params.max_tokens - sequence.output_len, self.info.max_model_len - len(sequence.tokens))
         for i, token in enumerate(tokens[:room]):
@@ -298,7 +295,7 @@ class EngineCore:
     def _end(
         self, sequence: Sequence, reason: FinishReason, delta: Delta | None = None, stop_token: int | None = None
     ) -> Delta:
-        """Give everything back and write the last delta."""
+        """Release all that the sequence holds, and return its last delta."""
         del self._sequences[sequence.id]
         self._scheduler.remove(sequence)
         self.engine.speculator.release(sequence)
@@ -315,7 +312,7 @@ def _span(planned: PlannedSpan) -> Span:
 
 @contextmanager
 def _phase(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Note the seconds of a phase of a step."""
+    """Record the seconds that the body takes."""
     start = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - start

@@ -11,25 +11,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Proposed tokens, and what their drafter knows of them."""
+    """Proposed tokens, and what their drafter knows about them."""
 
     tokens: tuple[int, ...] = ()
     probs: torch.Tensor | None = None
-    """The distribution that each token was drawn from, (len(tokens), vocab) float32; None where the drafter is certain:
-    probability 1 on its token, as in prompt lookup."""
+    """The distribution that each token was drawn from, (len(tokens), vocab) float32; None if the drafter puts
+    probability 1 on its token, as prompt lookup does."""
     drafter: str = ""
     """The drafter's name; "" for no draft."""
     evidence: int = 0
-    """How strong the drafter's reason is, in its own classes below 1000, such as the length of an n-gram's match."""
+    """Class of the drafter's evidence, below 1000, such as the length of an n-gram match."""
     confidences: tuple[float, ...] = ()
-    """The drafter's own probability of each of its tokens; empty where it has none. What they are worth is learned."""
+    """The drafter's own probability of each token; empty if it has none. The controller learns what they are worth."""
 
 
 NO_DRAFT = Draft()
 
 
 def shortened(draft: Draft, length: int) -> Draft:
-    """The first `length` tokens of a draft."""
+    """Return the first `length` tokens of a draft."""
     if len(draft.tokens) <= length:
         return draft
     if length <= 0:

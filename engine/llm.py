@@ -45,7 +45,7 @@ class Completion:
     stats: RequestStats | None = None
 
     def extend(self, delta: Delta) -> None:
-        """Take in the next delta of its request."""
+        """Append the next delta of its request."""
         self.token_ids.extend(delta.token_ids)
         if delta.logprobs is not None:
             self.logprobs = self.logprobs or []
@@ -89,7 +89,7 @@ class LLM:
 
     @property
     def core(self) -> EngineCore:
-        """The engine itself, to add requests and take steps by hand. Raises EngineDeadError once closed."""
+        """The engine core, to add requests and step by hand. Raises EngineDeadError once closed."""
         if self._core is None:
             raise EngineDeadError("this LLM is closed; make a new one")
         return self._core
@@ -99,7 +99,7 @@ class LLM:
         return self.core.info
 
     def close(self) -> None:
-        """Let go of the model and the KV cache, and end the other ranks. May be called again."""
+        """Free the model and the KV cache, and end the other ranks. May be called again."""
         core, self._core = self._core, None
         if core is not None:
             core.close()
@@ -113,7 +113,7 @@ class LLM:
         self.close()
 
     def draw_seed(self) -> int:
-        """A seed for a request that brings none: the next of a fixed sequence if `config.seed` is set (the same as
+        """Return a seed for a request without one: the next of a fixed sequence if `config.seed` is set (the same as
         AsyncEngine's), else random."""
         return self._seeds.getrandbits(63)
 
@@ -125,9 +125,9 @@ class LLM:
         n: int = 1,
         speculation: str | Sequence[str | None] | None = None,
     ) -> list[Request]:
-        """Requests with fresh ids and seeds: n for each prompt, prompt by prompt; the first of n is that of n = 1.
+        """Make n requests for each prompt, prompt by prompt, with fresh ids and seeds; the first of n is that of n = 1.
 
-        `params` and `speculation` (see Request) are one for all, or a list with one for each prompt. Raises
+        `params` and `speculation` (see Request) are a single value, or a list with one for each prompt. Raises
         ParameterError for lists of another length.
         """
         if n < 1:
@@ -182,10 +182,10 @@ class LLM:
         return list(done.values())
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Delta]:
-        """The deltas of all `requests`, as steps make them; each request's last has a finish_reason. The ids are the
-        caller's to choose, or `requests()`'s.
+        """Yield the deltas of all `requests` as steps produce them; each request's last has a finish_reason. Their ids
+        are the caller's own, or made by `requests`.
 
-        Nothing starts before the first delta is asked for. Closing the iterator aborts what has not ended. Raises
+        Nothing starts before the first delta is requested. Closing the iterator aborts what has not ended. Raises
         ParameterError as `generate` does, also for an id that is given twice, and RuntimeError while another stream of
         this LLM is open.
         """
@@ -209,10 +209,10 @@ class LLM:
             for request_id in live:
                 core.abort(request_id)
             if live and core.has_work():
-                core.step()  # takes the reports of the aborted ones, which nobody waits for
+                core.step()  # drops the aborted requests' last deltas
 
     def _complete(self, request: Request) -> Request:
-        """The request with what the caller may leave open: seed and time of arrival."""
+        """Fill in what the caller may leave open: seed and time of arrival."""
         params = request.params
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=self.draw_seed())
@@ -220,7 +220,7 @@ class LLM:
 
 
 def _each(name: str, value: object, single: type | tuple[type, ...], count: int) -> list[Any]:
-    """`value` for each of `count` prompts: repeated if it is a single one, else a list that must have that many."""
+    """Return one value for each of `count` prompts: `value` repeated if it is a single one, else the list itself."""
     if isinstance(value, single):
         return [value] * count
     values = list(cast(Sequence[Any], value))

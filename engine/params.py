@@ -15,7 +15,7 @@ MAX_SEED = 2**63 - 1
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the tokens of one sequence are drawn.
 
-    The order is the field's usual one: logit_bias, repetition penalty, presence and frequency penalties, then
+    They apply in the usual order: logit_bias, repetition penalty, presence and frequency penalties, then
     temperature, top_k, top_p, min_p. Greedy is temperature 0.
     """
 
@@ -26,17 +26,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    """Presence and frequency count the answer's tokens, as OpenAI documents."""
+    """Presence and frequency penalties count the answer's tokens, as in OpenAI's API."""
     repetition_penalty: float = 1.0
     """Counts prompt and answer (CTRL, arXiv 1909.05858)."""
     logit_bias: dict[int, float] = {}
     logprobs: int | None = None
-    """None: none; 0: of the drawn token; n: of the n likeliest too. Of the model's own distribution (before all of the
-    above), natural logarithm."""
+    """Log-probabilities (natural) to return, of the model's own distribution before all of the above. None: none;
+    0: the drawn token's; n: also those of the n likeliest tokens."""
     prompt_logprobs: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
-    """The end-of-text and stop tokens are not drawn before this many."""
+    """Number of tokens before which no end-of-text or stop token is drawn."""
     max_tokens: int = 16
     ignore_eos: bool = False
     seed: int | None = None
@@ -53,11 +53,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     @property
     def alters_logits(self) -> bool:
-        """Whether logits are changed before temperature: by a bias, a penalty, or tokens that may not come yet."""
+        """Whether logits are changed before temperature: by a bias, a penalty, or `min_tokens`."""
         return self.depends_on_text or bool(self.logit_bias) or self.min_tokens > 0
 
     def check(self) -> SamplingParams:
-        """Return self, or raise ParameterError that names the first field out of bounds, and the bounds."""
+        """Return self. Raises ParameterError, with the field and its bounds, for the first field out of bounds."""
         _between("temperature", self.temperature, 0.0, 2.0)
         _between("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _between("top_k", self.top_k, -1, math.inf)

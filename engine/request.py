@@ -1,4 +1,4 @@
-"""Request is what a client asks for, in tokens, and Delta what it gets. Both cross the process boundary (msgspec)."""
+"""Request, what a client asks for in tokens, and Delta, what a step returns for it. Both cross the process boundary."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestStats(msgspec.Struct, frozen=True, kw_only=True):
-    """The account of a request that has ended; times are time.monotonic() seconds."""
+    """Statistics of a request that has ended; times are time.monotonic() seconds."""
 
     arrival: float
     scheduled: float
@@ -64,13 +64,13 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """One for each of token_ids, if asked for."""
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-    """Once, with the first delta, one for each prompt token (None for the first, which nothing predicts)."""
+    """In the first delta, one for each prompt token (None for the first, which nothing predicts)."""
     scheduled: float | None = None
-    """With the first delta: when the request left the queue; `cached_prompt_tokens` is as in RequestStats."""
+    """In the first delta, when the request left the queue; `cached_prompt_tokens` is as in RequestStats."""
     cached_prompt_tokens: int = 0
     drafted: int = 0
-    """Tokens drafted for this step, and how many of token_ids were among them: a client that stops in mid-stream, at a
-    stop string, gets no stats."""
+    """Tokens drafted for this step, and those of token_ids among them: a client that stops in mid-stream, at a stop
+    string, gets no `stats`."""
     accepted: int = 0
     drafter: str = ""
     """The drafter of these tokens; "" if nothing was drafted."""
@@ -115,27 +115,23 @@ def check_request(request: Request, info: EngineInfo) -> None:
             "prompt",
             f"the prompt has {length} tokens, but this model's context is {limit} tokens, and the answer needs one",
         )
-    for name, ids in (("prompt", request.prompt_ids), ("prediction", request.prediction_ids)):
+    for name, ids in (
+        ("prompt", request.prompt_ids),
+        ("prediction", request.prediction_ids),
+        ("logit_bias", request.params.logit_bias),
+        ("stop_token_ids", request.params.stop_token_ids),
+    ):
         low, high = min(ids, default=0), max(ids, default=0)
         if low < 0 or high >= info.vocab_size:
-            raise ParameterError(
-                name,
-                f"{name} has token id {low if low < 0 else high}, which is not between 0 and {info.vocab_size - 1}",
-            )
-    params = request.params
-    for name, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-        for token in tokens:
-            if not 0 <= token < info.vocab_size:
-                raise ParameterError(
-                    name, f"{name} has token id {token}, which is not between 0 and {info.vocab_size - 1}"
-                )
+            wrong = low if low < 0 else high
+            raise ParameterError(name, f"{name} has token id {wrong}, which is not between 0 and {info.vocab_size - 1}")
     if request.speculation not in (None, "auto", "off", *info.drafters):
         known = ", ".join(repr(name) for name in ("auto", "off", *info.drafters))
         raise ParameterError("speculation", f"speculation is {request.speculation!r}, but this server knows {known}")
 
 
 def drafters_of(request: Request, info: EngineInfo) -> tuple[str, ...]:
-    """Names of the drafters that may draft for a request, in the order in which they are tried without a controller."""
+    """Return the names of the drafters that may draft for a request, in the order tried without a controller."""
     wanted = info.default_drafter if request.speculation is None else request.speculation
     predicted = bool(request.prediction_ids) and request.speculation in (None, "auto")
     names = ["prediction"] if predicted else []
@@ -147,10 +143,8 @@ def drafters_of(request: Request, info: EngineInfo) -> tuple[str, ...]:
 
 
 def fan_out(request: Request, count: int, seed: int) -> list[Request]:
-    """`count` requests for the same prompt, each with its own seed; the first has `seed` itself.
-
-    So the first of n answers is the answer that n = 1 gives.
-    """
+    """Return `count` requests for the same prompt, each with its own seed. The first has `seed` itself, so the first
+    of n answers is the answer of n = 1."""
     requests = []
     for i in range(count):
         mixed = (seed + i * 0x9E3779B97F4A7C15) & MAX_SEED if i else seed

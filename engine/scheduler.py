@@ -1,10 +1,10 @@
-"""The scheduler decides which sequences advance in a step, and by how many tokens. It knows blocks, but neither tensors
-nor models.
+"""The scheduler decides which sequences advance in a step, and by how many tokens. It handles blocks, but neither
+tensors nor models.
 
-Continuous batching with chunked prefill: decoding sequences come first and always get their rows; what is left of the
+Continuous batching with chunked prefill: decoding sequences come first and always get their rows; the rest of the
 step's token budget goes to prompts, oldest first, in chunks. So a long prompt costs the others one chunk's time a step.
-When blocks run out, the youngest running sequence gives all of its back and is computed again later (preemption by
-recomputation); the oldest can always go on, so there is no deadlock.
+When blocks run out, the youngest running sequence is preempted: it releases all of its blocks and is recomputed later.
+The oldest can always go on, so there is no deadlock.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pilotfish.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class PlannedSpan:
-    """Positions [start, stop) of a sequence; those from len(sequence.tokens) on are the draft's."""
+    """Positions [start, stop) of a sequence, of which those from len(sequence.tokens) on are the draft's."""
 
     sequence: Sequence
     start: int
     stop: int
     draws: bool
-    """It reaches the end of what is known, so its last rows draw tokens."""
+    """Whether it reaches the last known token, so that its last rows draw tokens."""
     draft: Draft = NO_DRAFT
 
     @property
@@ -36,19 +36,19 @@ class PlannedSpan:
 
     @property
     def prompt_rows(self) -> int:
-        """Rows of the prompt."""
+        """Number of its rows that are prompt tokens."""
         prompt_len = self.sequence.prompt_len
         return min(self.stop, prompt_len) - self.start if self.start < prompt_len else 0
 
     @property
     def decodes(self) -> bool:
-        """It was decoding before this step: the end of a prompt draws a token, too, and so does what a preempted
-        sequence computes once more."""
+        """Whether it was decoding before this step. The last chunk of a prompt draws a token without decoding, and so
+        does the recomputation of a preempted sequence."""
         return self.start >= self.sequence.prompt_len and self.stop - self.start == len(self.draft.tokens) + 1
 
     @property
     def logit_rows(self) -> int:
-        """Rows whose logits are wanted: those that draw, or all of them for prompt logprobs."""
+        """Number of rows whose logits are needed: those that draw, or all of them for prompt logprobs."""
         if self.sequence.wants_prompt_logprobs:
             return self.rows
         return len(self.draft.tokens) + 1 if self.draws else 0
@@ -66,13 +66,13 @@ class StepPlan:
 
 
 class Scheduler:
-    """`max_num_seqs`: most sequences that run at a time; `max_batch_tokens`: most rows of a step."""
+    """Plans steps of at most `max_batch_tokens` rows, over at most `max_num_seqs` running sequences."""
 
     def __init__(self, pool: BlockPool, max_num_seqs: int, max_batch_tokens: int) -> None:
         self._pool = pool
         self._max_num_seqs = max_num_seqs
         self._max_batch_tokens = max_batch_tokens
-        # Both have the oldest first. Admission is in order, so all that wait are younger than the running ones.
+        # Both are oldest first. Admission is in order, so waiting sequences are younger than running ones.
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
@@ -80,7 +80,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """A sequence has ended: its blocks are free on return."""
+        """Remove a sequence that has ended, and free its blocks."""
         if sequence in self.running:
             self.running.remove(sequence)
         else:
@@ -88,18 +88,18 @@ class Scheduler:
         sequence.blocks.release()
 
     def decoding(self) -> list[Sequence]:
-        """The sequences that will draw a token in the next step, and may be drafted for."""
+        """Return the sequences that draw a token in the next step, and may be drafted for."""
         return [sequence for sequence in self.running if sequence.decoding]
 
     def prompt_rows(self) -> int:
-        """Rows that the next step will have for prompts, as far as can be said before it is planned."""
+        """Estimate the rows that the next step has for prompts, before it is planned."""
         unread = sum(len(s.tokens) - s.computed for s in self.running if not s.decoding)
         if len(self.running) < self._max_num_seqs:
             unread += sum(len(sequence.tokens) for sequence in islice(self.waiting, self._max_num_seqs))
         return min(unread, self._max_batch_tokens)
 
     def plan(self, drafts: Mapping[Sequence, Draft]) -> StepPlan:
-        """The next step's spans; their blocks are reserved. A draft may come out shorter, or not at all."""
+        """Plan the next step's spans and reserve their blocks. Drafts may be shortened or dropped."""
         plan = StepPlan()
         decoding = self.decoding()
         budget = self._max_batch_tokens - len(decoding)
@@ -123,10 +123,11 @@ class Scheduler:
         return plan
 
     def _reserve(self, sequence: Sequence, draft: Draft, plan: StepPlan) -> Draft | None:
-        """Blocks for the sequence's next rows: the draft there was room for; None if it was preempted itself."""
+        """Reserve blocks for the sequence's next rows. Returns the draft, or no draft if there is no room for it; None
+        if the sequence was itself preempted."""
         while not sequence.blocks.reserve(len(sequence.tokens) + len(draft.tokens)):
             if draft.tokens:
-                draft = NO_DRAFT  # a draft is a guess: nobody is preempted for it
+                draft = NO_DRAFT  # a draft is a guess: no sequence is preempted for it
                 continue
             youngest = self.running.pop()
             youngest.blocks.release()
@@ -151,8 +152,8 @@ class Scheduler:
             sequence = self.waiting[0]
             if sequence.params.prompt_logprobs is None:  # these need every prompt position's logits
                 sequence.computed = sequence.blocks.claim_prefix(sequence.tokens)
-            # The whole prompt's blocks at once, and one for each running sequence's next tokens: a sequence that is let
-            # in is not thrown out again by the next token of an older one.
+            # Reserve the whole prompt, and leave a block for each running sequence, so that an older sequence's next
+            # token does not preempt the one just admitted.
             if not sequence.blocks.reserve(len(sequence.tokens)) or self._pool.available < len(self.running):
                 sequence.blocks.release()
                 sequence.computed = 0

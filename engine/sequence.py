@@ -1,4 +1,4 @@
-"""Sequence: a request being decoded, with its tokens, how many of them are computed, and where its KV cache lies."""
+"""Sequence: a request being decoded, with its tokens and its KV cache blocks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pilotfish.engine.request import Request, TokenLogprobs
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`tokens` is prompt and answer; the KV cache holds `tokens[:computed]` (and may hold rejected tokens beyond it,
-    which the next step overwrites). A decoding one has computed == len(tokens) - 1: the last token is yet to run."""
+    """`tokens` is prompt and answer; the KV cache holds `tokens[:computed]` (and perhaps rejected tokens beyond it,
+    which the next step overwrites). While decoding, computed == len(tokens) - 1: the last token has not run yet."""
 
     request: Request
     seed: int
@@ -20,12 +20,12 @@ class Sequence:
     drafters: tuple[str, ...] = ()
     """Names of the drafters that may draft for it; empty for plain decoding."""
     stops: frozenset[int] = frozenset()
-    """Tokens that end it."""
+    """Stop and end-of-text tokens that end the sequence."""
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     cached_prompt_tokens: int = 0
     drafted: dict[str, int] = field(default_factory=dict)
-    """Tokens by the drafter that drafted them."""
+    """Number of drafted tokens, by drafter."""
     accepted: int = 0
     steps: int = 0
     preemptions: int = 0
@@ -55,10 +55,10 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Some of the prompt's log-probabilities are asked for and not known yet."""
+        """Whether prompt log-probabilities are requested and some are not known yet."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_len
 
     @property
     def decoding(self) -> bool:
-        """All but the last token are computed, so the next step draws a token."""
+        """Whether all but the last token are computed, so that the next step draws a token."""
         return self.computed == len(self.tokens) - 1

@@ -1,4 +1,4 @@
-"""What a step did and what happened to a request, in numbers. No torch: the server reads them, too."""
+"""The statistics of steps and requests. No torch: the server reads them, too."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine step, for the metrics. Counters are of this step alone; gauges are as it ended."""
+    """One engine step, for the metrics. Counters cover this step alone; gauges are taken at its end."""
 
     running: int
     waiting: int
     sequences: int = 0
-    """Sequences that the step computed something of."""
+    """Number of sequences with rows in the step."""
     rows: int
-    """Token rows that the target computed."""
+    """Rows (tokens) that the target computed."""
     prompt_tokens: int
     """Rows of prefill chunks among them."""
     generated_tokens: int
@@ -38,30 +38,30 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     """`drafted` and `accepted` by position in the draft, the first position first."""
     accepted_at: dict[str, tuple[int, ...]] = {}
     step_tokens: dict[str, tuple[int, ...]] = {}
-    """For each sequence that decoded, the tokens that were added to it; by its drafter, "none" without a draft."""
+    """By drafter ("none" without a draft), the tokens that were added to each sequence that decoded with it."""
     chosen: dict[str, int] = {}
     """Decoding sequences by the drafter that was chosen for them in this step; "none" for plain decoding."""
     predicted_goodput: float = 0.0
-    """Tokens per second that the controller expected of this step with what it chose, and of plain decoding; 0 where
-    nothing was predicted (a step without decoding, or an engine without the controller)."""
+    """Tokens per second that the controller predicted for its choice, and for plain decoding; 0 where nothing was
+    predicted (a step without decoding, or an engine without the controller)."""
     predicted_plain_goodput: float = 0.0
     preemptions: int = 0
     prefix_queried_tokens: int = 0
-    """Prompt tokens of sequences admitted in this step, and how many of them the prefix cache had."""
+    """Prompt tokens of sequences admitted in this step, and those of them that were in the prefix cache."""
     prefix_hit_tokens: int = 0
     blocks_total: int
     blocks_used: int
-    """Held by a sequence."""
+    """Blocks that a sequence holds."""
     blocks_cached: int
-    """Not held, but kept for the prefix cache."""
+    """Blocks that no sequence holds, kept for the prefix cache."""
     seconds: dict[str, float] = {}
-    """By phase: plan, draft, forward, sample, commit."""
+    """Seconds by phase: draft, plan, forward, sample, commit."""
     memory: tuple[RankMemory, ...] = ()
-    """Now and then, for every rank; () in other steps."""
+    """Memory of every rank, every few seconds; () in the steps between."""
 
 
 class Committed(NamedTuple):
-    """A span that drew tokens: what was verified, and what its request got."""
+    """A span that drew tokens, its verdict, and what its request received."""
 
     planned: PlannedSpan
     verdict: Verdict
@@ -77,7 +77,7 @@ def step_stats(
     seconds: dict[str, float],
     memory: tuple[RankMemory, ...],
 ) -> StepStats:
-    """The account of a step, once its tokens are committed."""
+    """Return the statistics of a step whose tokens are committed."""
     step_tokens: dict[str, list[int]] = {}
     for planned, _, delta in committed:
         if planned.decodes:
@@ -112,8 +112,8 @@ def step_stats(
 
 
 def by_position(counts: Iterable[tuple[str, int]]) -> dict[str, tuple[int, ...]]:
-    """From (drafter, tokens) of some drafts, how many drafts of each drafter reach each position, the first position
-    first. Drafted and accepted tokens are counted alike: both are the beginning of a draft.
+    """Count, for each drafter, the drafts that reach each position (the first position first), from the (drafter,
+    tokens) of each draft. Drafted and accepted tokens are counted alike: both start at the draft's first position.
     """
     tally: dict[str, list[int]] = {}
     for (drafter, tokens), drafts in Counter(counts).items():
@@ -127,7 +127,7 @@ def by_position(counts: Iterable[tuple[str, int]]) -> dict[str, tuple[int, ...]]
 
 
 def request_stats(sequence: Sequence, now: float) -> RequestStats:
-    """The account of a request that ends at `now`, time.monotonic() seconds."""
+    """Return the statistics of a request that ends at `now`, time.monotonic() seconds."""
     drafted = sequence.drafted
     return RequestStats(
         arrival=sequence.request.arrival or sequence.scheduled,

@@ -1,8 +1,8 @@
 """Pilotfish: a serving engine built around speculative decoding that never changes the text.
 
-What a program that uses it as a library needs; the rooms below are `server`, `tools`, `engine`, `text` and
-`checkpoints`, each a folder of its own at the top of the repository. Nothing is imported before it is asked for: `LLM`
-needs torch, and the command line and the server's process do not.
+This module exports what a library user needs. The subpackages `server`, `tools`, `engine`, `text` and `checkpoints`
+are folders at the top of the repository. Exports are imported on first use: `LLM` needs torch, and the command line and
+the server's process do not.
 """
 
 from __future__ import annotations

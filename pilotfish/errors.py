@@ -1,4 +1,4 @@
-"""The engine's exceptions: one small tree, each message says what was wrong and what would be right."""
+"""The exceptions of Pilotfish. Each message says what was wrong and what would be right."""
 
 
 class PilotfishError(Exception):
@@ -6,7 +6,7 @@ class PilotfishError(Exception):
 
 
 class ConfigError(PilotfishError, ValueError):
-    """A setting that cannot work; raised before anything is started."""
+    """A setting cannot work; raised before anything is started."""
 
 
 class ParameterError(PilotfishError, ValueError):
@@ -31,11 +31,11 @@ class EngineDeadError(PilotfishError):
 
 
 class RankError(EngineDeadError):
-    """A rank of a divided model has ended, hangs, or cannot start: the engine ends with it. The message names it."""
+    """A rank of a sharded model has ended, hangs, or cannot start; the engine ends with it. The message names it."""
 
 
 class CollectiveError(RankError):
-    """Ranks could not compute something together: another one has gone, or does not answer. The cause is not in it."""
+    """A collective operation failed because another rank has ended or does not answer; the cause lies there."""
 
 
 class EngineNotReadyError(PilotfishError):
@@ -43,7 +43,7 @@ class EngineNotReadyError(PilotfishError):
 
 
 def one_line(error: Exception) -> str:
-    """An error as the end of a sentence; the type's name comes first where it is not one of these."""
+    """Return an error's first line, to end a sentence with; prefixed by its type unless it is a PilotfishError."""
     text = str(error).strip().partition("\n")[0]
     if isinstance(error, PilotfishError):
         return text

@@ -1,6 +1,6 @@
-"""What both processes log: one line for each message, to standard error, as text for people or as JSON for programs.
+"""Logging of all processes: one line for each message, to standard error, as text or as JSON.
 
-A message may bring fields of its own: `logger.info("...", extra=fields(request_id=..., tokens=...))`.
+A message may have fields: `logger.info("...", extra=fields(request_id=..., tokens=...))`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Logs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def configure(logs: Logs) -> None:
-    """Let the root logger write as `logs` says, warnings included. Leaves a root logger alone that writes already."""
+    """Configure the root logger, warnings included. A root logger that has handlers already is left as it is."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if logs.format == "json" else TextFormatter())
     logging.basicConfig(level=logs.level.upper(), handlers=[handler])
@@ -34,7 +34,7 @@ def configure(logs: Logs) -> None:
 
 
 def current() -> Logs:
-    """How this process logs, for one that it starts."""
+    """Return how this process logs, for a process that it starts."""
     root = logging.getLogger()
     json_lines = any(isinstance(handler.formatter, JsonFormatter) for handler in root.handlers)
     levels: tuple[LogLevel, ...] = ("debug", "info", "warning")
@@ -43,12 +43,12 @@ def current() -> Logs:
 
 
 def fields(**values: Any) -> dict[str, Any]:
-    """`extra` of a message; fields that are None are left out."""
+    """Return the `extra` of a message with these fields, without those that are None."""
     return {_FIELDS: {name: value for name, value in values.items() if value is not None}}
 
 
 class TextFormatter(logging.Formatter):
-    """Time, level, logger, message, and the fields as name=value, in quotes where there are spaces in it."""
+    """Formats time, level, logger, message, and the fields as name=value, quoted where needed."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -59,7 +59,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """An object a line: time (ISO 8601, UTC), level, logger, message, the fields, and exception where there is one."""
+    """Formats a JSON object a line: time (ISO 8601, UTC), level, logger, message, the fields, and any exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
