@@ -86,7 +86,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 def _between(name: str, value: float, low: float, high: float, open_low: bool = False) -> None:
     inside = (low < value if open_low else low <= value) and value <= high  # false for nan, too
-    if inside and (math.isfinite(value) or isinstance(value, int)):
+    if inside and (isinstance(value, int) or math.isfinite(value)):  # an int may be too large for isfinite
         return
     if high == math.inf:
         wanted = f"finite and greater than {low}" if open_low else f"at least {low}"

@@ -1,4 +1,4 @@
-"""Admission control: a limit on the sequences in flight, and no more requests once the server is stopping."""
+"""Admission control: limits the sequences in flight, and refuses requests once the server is stopping."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pilotfish.server.errors import bad_parameter, queue_full, stopping
 
 
 class Gate:
-    """Counts the sequences in flight, from before they are given to the engine until their client has the answer."""
+    """Counts the sequences in flight: admitted, and not yet answered in full."""
 
     def __init__(self) -> None:
         self.in_flight = 0
@@ -23,8 +23,8 @@ class Gate:
 
     @contextmanager
     def admit(self, count: int, limit: int, param: str) -> Iterator[None]:
-        """Admit `count` sequences until the block is left. Raises ApiError 429 if more than `limit` would be in
-        flight then, 503 if the gate is closed, 400 (for `param`) if `count` alone exceeds `limit`.
+        """Admit `count` sequences for the duration of the block. Raises ApiError 429 if more than `limit` would be in
+        flight, 503 if the gate is closed, 400 (for `param`) if `count` alone exceeds `limit`.
         """
         if self.closed:
             raise stopping()
@@ -49,7 +49,7 @@ class Gate:
         self.closed = True
 
     async def wait_idle(self, seconds: float) -> bool:
-        """Wait until nothing is in flight; False if that took longer than `seconds`."""
+        """Wait until nothing is in flight. Returns False if that takes longer than `seconds`."""
         try:
             await asyncio.wait_for(self._idle.wait(), seconds)
         except TimeoutError:

@@ -35,11 +35,11 @@ def create_app(
     tracing: Tracing | None = None,
     endpoints: Sequence[Endpoint[Any]] = ENDPOINTS,
 ) -> FastAPI:
-    """An application that serves `engine`, which the caller has made with `on_stats=stats.step` and has started, so
-    that it loads while the rest is set up. `names` are what clients may call the model; the caller closes `tracing`.
+    """Make the application that serves `engine`, which the caller has created with `on_stats=stats.step` and started.
+    `names` are the model's names for clients; the caller closes `tracing`.
 
-    It answers while the engine loads (see /ready), and stops the engine when it is shut down.
-    `app.state.service.gate` closes it to new requests, and knows when the last one is done.
+    The application answers while the engine loads (see /ready), and stops the engine at shutdown.
+    `app.state.service.gate` closes it to new requests and tells when the last one is done.
     """
 
     @asynccontextmanager
@@ -69,7 +69,7 @@ def create_app(
 
 
 def add_endpoint(app: FastAPI, endpoint: Endpoint[Any]) -> None:
-    """Add the route of an endpoint that generates text."""
+    """Add the route of an endpoint."""
 
     async def create(body: Any, request: Request, service: ServiceDependency) -> Response:
         return await generate(endpoint, body, request, service)

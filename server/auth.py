@@ -11,12 +11,12 @@ from pilotfish.server.errors import ApiError
 from pilotfish.server.generation.facts import facts_of
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})
-"""Paths that load balancers and Prometheus ask for without a key."""
+"""Paths that need no key: load balancers and Prometheus request them."""
 
 
 class ApiKeys:
-    """Refuses a request without one of `keys` with status 401, before its body is read. Without `keys`, the server is
-    open to all."""
+    """Refuses requests without one of `keys` with status 401, before the body is read. With no keys configured, every
+    request is accepted."""
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
         self._app = app
@@ -28,8 +28,7 @@ class ApiKeys:
         refusal = self._refusal(Headers(scope=scope).get("authorization", ""))
         if refusal is None:
             return await self._app(scope, receive, send)
-        facts = facts_of(scope)
-        response = facts.failed(refusal).response(facts.error_form)
+        response = facts_of(scope).error_response(refusal)
         response.headers["www-authenticate"] = "Bearer"
         await response(scope, receive, send)
 
@@ -39,6 +38,6 @@ class ApiKeys:
             message = "You didn't provide an API key: send it as the header 'Authorization: Bearer KEY'."
             return ApiError(401, message, code="invalid_api_key")
         key = given.strip().encode("latin-1", errors="replace")
-        # All of them are compared, whichever matches, so that timing reveals nothing.
+        # All keys are compared, whichever matches, so that timing reveals nothing.
         matches = [hmac.compare_digest(key, known) for known in self._keys]
         return None if any(matches) else ApiError(401, "Incorrect API key provided.", code="invalid_api_key")

@@ -1,5 +1,5 @@
-"""ServerConfig: every setting of the HTTP server, in one schema for flags, YAML and code. Sizes are bytes, times
-seconds. The engine's settings are in `engine.config`.
+"""ServerConfig: the HTTP server's settings, one schema for flags, YAML and code. Sizes are in bytes, times in seconds.
+The engine's settings are in `engine.config`.
 """
 
 from __future__ import annotations
@@ -24,31 +24,30 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all addresses of the machine."""
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
-    """Port to listen on; 0: any free one."""
+    """Port to listen on; 0: any free port."""
     api_key: tuple[str, ...] = ()
-    """A key that clients must send as "Authorization: Bearer KEY". Repeatable; the environment variable
-    PILOTFISH_API_KEY adds one more."""
+    """API key that clients must send as "Authorization: Bearer KEY". Repeatable; the environment variable
+    PILOTFISH_API_KEY adds another."""
     api_key_file: str | None = None
-    """A file with more API keys, one per line."""
+    """File with more API keys, one per line."""
     served_model_name: tuple[str, ...] = ()
-    """Name that clients use for the model, instead of its own. Repeatable."""
+    """Name of the model in the API, instead of its own. Repeatable."""
     chat_template: str | None = None
-    """A file with a Jinja2 chat template, instead of the model's own."""
+    """File with a Jinja2 chat template that replaces the model's own."""
 
     max_queue: NotNegative = 256
-    """Maximum number of sequences that wait in addition to the max_num_seqs that run; more are refused with status
+    """Maximum number of waiting sequences, in addition to the max_num_seqs that run; more are refused with status
     429."""
     max_body_bytes: Positive = 8 * 2**20
-    """Maximum size of a request's body; larger ones are refused with status 413."""
+    """Maximum size of a request body; larger ones are refused with status 413."""
     drain_timeout: Annotated[float, Meta(ge=0)] = 30.0
-    """Seconds that running requests have to finish after SIGTERM or Ctrl-C; the remaining ones then end with an
-    error."""
+    """Seconds that running requests have to finish after SIGTERM or Ctrl-C; those that remain end with an error."""
     log_level: LogLevel = "info"
-    """Lowest level of messages to log. info has a line for each request, but none for probes."""
+    """Lowest level of messages to log. info logs a line for each request, but none for probes."""
     log_format: LogFormat = "text"
-    """Format of the log. text: for people; json: one object per line."""
+    """Format of the log. text: readable lines; json: one object per line."""
     log_prompts: bool = False
-    """Log the prompts' texts with each request's line."""
+    """Log the text of the prompts with each request."""
     otlp_endpoint: str | None = None
     """Send a trace of each request to this OTLP receiver, such as http://127.0.0.1:4318. Needs pilotfish[otel]."""
 
@@ -61,8 +60,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return self
 
     def keys(self) -> tuple[str, ...]:
-        """All API keys, those in api_key_file included, which is read now. Raises ConfigError for a file that cannot be
-        read or has no keys: naming it can hardly be meant to open the server to all."""
+        """Return all API keys, including those in api_key_file, which is read now. Raises ConfigError for a file that
+        cannot be read, or has no keys: an empty file must not open the server to everyone."""
         if self.api_key_file is None:
             return self.api_key
         try:

@@ -1,6 +1,4 @@
-"""The lines that are shown while the server starts and stops: for people, with progress on a terminal, or as messages
-of the log where that is meant for programs.
-"""
+"""Console output while a command starts, runs and stops: lines and progress on a terminal, or log messages."""
 
 from __future__ import annotations
 
@@ -15,11 +13,11 @@ from pilotfish.logs import fields
 logger = logging.getLogger("pilotfish.server.console")
 
 _QUIET_SECONDS = 2.0
-"""Minimum interval between lines of progress where it cannot be shown in place."""
+"""Minimum interval between lines of progress when the output is not a terminal."""
 
 
 class Console:
-    """Writes to standard error, or to `stream`, with progress in place on a terminal; with `as_log`, to the log."""
+    """Writes to `stream` (default: standard error), with progress in place on a terminal; with `as_log`, to the log."""
 
     def __init__(self, stream: TextIO | None = None, *, as_log: bool = False) -> None:
         self._stream = stream or sys.stderr
@@ -35,12 +33,12 @@ class Console:
         self._say(text)
 
     def error(self, text: str) -> None:
-        """Show a line that says what went wrong."""
+        """Show a line that reports an error."""
         self._end_progress()
         self._say(text, logging.ERROR)
 
     def progress(self, what: str, share: float) -> None:
-        """Show that `what` is done to a share of 0 to 1; a share that cannot be measured stays 0."""
+        """Show the progress of `what`, a share from 0 to 1; always 0 if it cannot be measured."""
         percent = int(share * 100)
         if what != self._what:
             self._end_progress()
@@ -56,7 +54,7 @@ class Console:
             self._say(f"  {what}: {percent}%", percent=percent)
 
     def ready(self, info: EngineInfo, url: str, name: str, needs_key: bool) -> None:
-        """Show that the server takes requests, its address, and how to send a first request."""
+        """Show that the server is ready: the model, its address, and a first request to send."""
         how = f"{info.dtype} on {info.device} ({info.kernels} kernels), drafters {', '.join(info.drafters)}"
         how += "" if info.default_drafter == "auto" else f" (by default {info.default_drafter})"
         capacity = f"{info.max_model_len} tokens of context, {info.num_blocks * info.block_size} in the KV cache"
@@ -75,7 +73,7 @@ class Console:
         self._last_line = time.monotonic()
 
     def _end_progress(self) -> None:
-        """Show how long the last progress took, now that it is done."""
+        """Show how long the last progress took, once it is done."""
         if not self._what:
             return
         seconds = time.monotonic() - self._phase_began

@@ -1,4 +1,4 @@
-"""Response structs as JSON and in OpenAPI, which FastAPI does for pydantic's models alone."""
+"""Encodes response structs as JSON and describes them in OpenAPI: FastAPI does so for pydantic models only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def json_response(body: object, status: int = 200, headers: Mapping[str, str] | 
 
 
 def returns(response_type: type[msgspec.Struct]) -> dict[str, Any]:
-    """Options of a route whose response has this type; `describe` must be told of it, too."""
+    """Return the options of a route with this response type, which must also be passed to `describe`."""
     schema = {"$ref": _REFERENCE.format(name=response_type.__name__)}
     response = {"description": "Successful Response", "content": {"application/json": {"schema": schema}}}
     return {"response_model": None, "responses": {200: response}}
@@ -26,13 +26,13 @@ def returns(response_type: type[msgspec.Struct]) -> dict[str, Any]:
 def describe(app: FastAPI, response_types: Iterable[type[msgspec.Struct]]) -> None:
     """Add the response types, and the types of their fields, to the application's OpenAPI document."""
     _, schemas = msgspec.json.schema_components(response_types, ref_template=_REFERENCE)
-    for schema in schemas.values():  # msgspec writes fields with defaults, too
+    for schema in schemas.values():  # fields with defaults are always written, too
         fields, required = schema.get("properties", {}), schema.get("required", [])
         schema["required"] = [name for name, field in fields.items() if name in required or "default" in field]
     made_by_fastapi = app.openapi
 
     def openapi() -> dict[str, Any]:
-        document = made_by_fastapi()  # kept by FastAPI, and the same each time
+        document = made_by_fastapi()  # cached by FastAPI: the same object each time
         document["components"]["schemas"] |= schemas
         return document
 

@@ -1,5 +1,5 @@
-"""The API's errors: `ApiError` is what a route raises, `as_api_error` turns every other exception into one, and an
-`ErrorForm` is the JSON that it becomes. A client learns nothing of an internal error but the id to look for in the log.
+"""The API's errors: routes raise `ApiError`, `as_api_error` converts any other exception, and an `ErrorForm` makes the
+JSON. Of an internal error, clients learn only the request id to look for in the log.
 """
 
 from __future__ import annotations
@@ -22,10 +22,6 @@ logger = logging.getLogger(__name__)
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
 
-LOADING_RETRY_SECONDS = 2
-STOPPING_RETRY_SECONDS = 10
-QUEUE_RETRY_SECONDS = 1
-
 
 class ErrorFields(msgspec.Struct):
     message: str
@@ -35,13 +31,13 @@ class ErrorFields(msgspec.Struct):
 
 
 class ErrorBody(msgspec.Struct):
-    """An error as OpenAI sends it."""
+    """An error in OpenAI's form."""
 
     error: ErrorFields
 
 
 class ApiError(Exception):
-    """A response other than 200. `retry_after` is in whole seconds."""
+    """An error response. `retry_after` is in whole seconds."""
 
     def __init__(
         self,
@@ -63,12 +59,12 @@ class ApiError(Exception):
 
 
 def _encodable(text: str) -> str:
-    """`text` with its lone surrogates, which a quoted request may have and UTF-8 cannot carry, spelled out."""
+    """Escape lone surrogates, which a quoted request may contain and UTF-8 cannot encode."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 ErrorForm = Callable[[ApiError], msgspec.Struct]
-"""Makes the JSON object that a client is sent for an error."""
+"""Makes the JSON object that clients receive for an error."""
 
 
 def openai_error(error: ApiError) -> ErrorBody:
@@ -92,12 +88,12 @@ def loading() -> ApiError:
         "The model is still loading: try again shortly, or wait until /ready returns 200.",
         type=SERVER_ERROR,
         code="model_loading",
-        retry_after=LOADING_RETRY_SECONDS,
+        retry_after=2,
     )
 
 
 def stopping(message: str = "The server is stopping.") -> ApiError:
-    return ApiError(503, message, type=SERVER_ERROR, code="server_stopping", retry_after=STOPPING_RETRY_SECONDS)
+    return ApiError(503, message, type=SERVER_ERROR, code="server_stopping", retry_after=10)
 
 
 def cut_short() -> ApiError:
@@ -110,7 +106,7 @@ def queue_full(in_flight: int, limit: int) -> ApiError:
         f"The queue is full: {in_flight} of at most {limit} sequences are in flight. Try again later.",
         type="rate_limit_error",
         code="queue_full",
-        retry_after=QUEUE_RETRY_SECONDS,
+        retry_after=1,
     )
 
 
@@ -126,14 +122,14 @@ def internal(request_id: str) -> ApiError:
 
 
 def as_api_error(error: Exception, request_id: str) -> ApiError:
-    """The error that a client is told of; one that it must not see is logged."""
+    """Convert an exception to the error that the client receives. An unexpected one is logged, and not shown."""
     match error:
         case ApiError():
             return error
         case ParameterError(param=param, message=message):
             return bad_parameter(param, message)
         case EngineNotReadyError():
-            return stopping()  # routes ask `Service.ready` first: what was ready then can only have begun to stop
+            return stopping()  # `Service.ready` was checked first, so the engine has begun to stop since
         case EngineDeadError():
             return engine_dead(str(error))
         case HTTPException():
@@ -145,7 +141,7 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
 
 
 def parameter_name(location: tuple[str | int, ...]) -> str:
-    """Spells ("messages", 0, "content") as clients write it: messages[0].content."""
+    """Convert ("messages", 0, "content") to messages[0].content."""
     name = ""
     for part in location:
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
@@ -166,7 +162,7 @@ def _routing_error(error: HTTPException) -> ApiError:
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:
-    """The first error that pydantic found, with the parameter's name and what would be right."""
+    """Convert the first error that pydantic found, with the parameter's name and what is expected."""
     first: dict[str, Any] = error.errors()[0]
     kind, value, context = first["type"], first.get("input"), first.get("ctx", {})
     location = tuple(part for part in first["loc"] if part != "body")

@@ -1,8 +1,8 @@
-"""Prometheus metrics, `pilotfish_*`, in base units: docs/metrics.md says what each means. Labels have few values, none
-of which is a client's string: routes, statuses, outcomes, drafters, positions, phases.
+"""Prometheus metrics, `pilotfish_*`, in base units; docs/metrics.md documents each. Labels have few values, never a
+client's string: routes, statuses, outcomes, drafters, positions, phases.
 
-Counters and gauges come from the engine's steps. Latencies are measured here, where a client's chunks are written: from
-the request's arrival at this server, communication between the processes included.
+Counters and gauges come from the engine's steps. Latencies are measured in this process, from the request's arrival, so
+they include the communication with the engine process.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Outcome = Literal["stop", "length", "abort", "error", "refused"]
 PHASES = ("plan", "draft", "forward", "sample", "commit")
 NO_DRAFTER = "none"
 POSITIONS = 16
-"""Positions in a draft that have a label of their own."""
+"""Number of draft positions with a label of their own; later ones share one."""
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 _ITL_SECONDS = (
@@ -49,7 +49,6 @@ _SEQUENCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096, 8192)
 _STEP_TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 17, 25, 33)
 
-
 _STEP_COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "Prompt tokens computed (not those from the prefix cache)."),
     "generated_tokens": ("generated_tokens", "Tokens generated."),
@@ -57,7 +56,7 @@ _STEP_COUNTERS = {
     "prefix_queried_tokens": ("prefix_cache_queried_tokens", "Prompt tokens looked up in the prefix cache."),
     "prefix_hit_tokens": ("prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache."),
 }
-"""Fields of StepStats that are added to a counter, with its name and meaning; and fields that a gauge is set to."""
+"""Fields of StepStats that are added to a counter, with its name and help text."""
 _STEP_GAUGES = {
     "running": ("sequences_running", "Sequences that the engine decodes or prefills."),
     "waiting": ("sequences_waiting", "Sequences that wait for the engine."),
@@ -65,14 +64,15 @@ _STEP_GAUGES = {
     "blocks_cached": ("kv_blocks_cached", "KV-cache blocks that only the prefix cache keeps."),
     "blocks_total": ("kv_blocks_total", "KV-cache blocks in total."),
 }
+"""Fields of StepStats that a gauge is set to, with its name and help text."""
 
 
 class Metrics:
     """All metrics, in a registry of their own."""
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        registry = self.registry = registry if registry is not None else CollectorRegistry()
-        disable_created_metrics()  # a series for each counter with its time of creation, which Prometheus does not use
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        disable_created_metrics()  # Prometheus makes no use of counters' creation times
         ProcessCollector(registry=registry)
         self.last_step = 0.0
         """time.monotonic() of the last report of a step."""
@@ -141,7 +141,7 @@ class Metrics:
         self._answer_length = histogram("request_generated_tokens", "Tokens of an answer.", buckets=_TOKENS)
 
     def ready(self, info: EngineInfo) -> None:
-        """Note that the engine takes requests, and what it says of itself."""
+        """Record that the engine takes requests, and its info."""
         named = {"model": info.model, "dtype": info.dtype, "device": info.device, "kernels": info.kernels}
         numbers = {"max_model_len": info.max_model_len, "tensor_parallel_size": info.tensor_parallel_size}
         self._info.info(named | {"drafter": info.default_drafter} | {name: str(n) for name, n in numbers.items()})
@@ -175,11 +175,11 @@ class Metrics:
         self._speculation.step(stats)
 
     def engine_stopping(self) -> None:
-        """Note that the engine takes no more requests."""
+        """Record that the engine takes no more requests."""
         self._up.set(0)
 
     def engine_gone(self) -> None:
-        """Note that the engine has ended, and holds nothing any more."""
+        """Record that the engine has ended and holds no memory any more."""
         self._up.set(0)
         self._memory.clear()
         for gauge in (self._blocks_free, *self._step_gauges.values()):
@@ -192,12 +192,12 @@ class Metrics:
                 self._memory.labels(str(rank.rank), "gpu").set(rank.gpu)
 
     def first_token(self, ttft: float, queued: float) -> None:
-        """Count an answer's first token, `ttft` seconds after the request's arrival, of which `queued` in the queue."""
+        """Count an answer's first token, `ttft` seconds after the request's arrival, `queued` of them in the queue."""
         self._first_token.observe(ttft)
         self._queue.observe(queued)
 
     def inter_token(self, seconds: float, tokens: int) -> None:
-        """Count `tokens` that came `seconds` after those before them."""
+        """Count `tokens` that came `seconds` after the previous ones."""
         each = seconds / tokens
         for _ in range(tokens):
             self._inter_token.observe(each)
@@ -226,11 +226,11 @@ class Metrics:
         self._outcomes["refused"].inc()
 
     def responded(self, route: str, status: int) -> None:
-        """Count an HTTP response. `route` is one of the application's own, or "other"."""
+        """Count an HTTP response. `route` is a route of the application, or "other"."""
         self._http.labels(route, str(status)).inc()
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
@@ -270,7 +270,7 @@ class _Speculation:
         )
 
     def begin(self, drafters: Iterable[str]) -> None:
-        """Create every series of a drafter from the start, so that a rate misses none of its growth."""
+        """Create every series of each drafter at 0, so that rates do not miss the first increment."""
         for drafter in drafters:
             for counter in (self._drafted, self._accepted, self._wasted):
                 counter.labels(drafter)
@@ -300,7 +300,7 @@ class _Speculation:
         self._weigh(stats)
 
     def _weigh(self, stats: StepStats) -> None:
-        """Compare the time of decoding with its prediction, for steps in which nothing else was done."""
+        """Compare measured and predicted time of steps that only decoded."""
         decoding = sum(map(len, stats.step_tokens.values()))
         if not 0 < decoding == stats.sequences:
             return
@@ -313,7 +313,7 @@ class _Speculation:
         self._predicted.inc(tokens / stats.predicted_goodput)
         if stats.drafted:
             self._plain.inc(tokens / stats.predicted_plain_goodput)
-        else:  # a plain step: only the search for drafts was in vain, and that is measured, not predicted
+        else:  # without drafts, the step would only have saved the time of drafting
             self._plain.inc(seconds - stats.seconds.get("draft", 0.0))
 
 

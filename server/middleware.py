@@ -1,7 +1,7 @@
-"""Request ids, errors as responses, and the limit on a body's size. API keys are in `server.auth`.
+"""Request ids, error responses, and the limit on the size of bodies. API keys are in `server.auth`.
 
-Middleware is pure ASGI here: Starlette's BaseHTTPMiddleware puts a queue and a task between a route and its client,
-which costs time for every chunk of a stream and hides that the client has gone.
+Middleware here is pure ASGI: Starlette's BaseHTTPMiddleware puts a queue and a task between route and client, which
+slows down every chunk of a stream and hides that the client has disconnected.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pilotfish.errors import EngineDeadError, EngineNotReadyError, ParameterError
-from pilotfish.server.errors import ApiError, as_api_error
+from pilotfish.server.errors import ApiError
 from pilotfish.server.generation.facts import RequestFacts, facts_of
 from pilotfish.server.generation.flow import Endpoint
 from pilotfish.server.metrics import Metrics
@@ -29,16 +29,16 @@ from pilotfish.server.telemetry.tracing import Tracing
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 CLIENT_GONE = 499
-"""nginx's status for a request whose client has closed the connection."""
+"""nginx's status for a request whose client closed the connection."""
 OTHER_ROUTE = "other"
 MODELS_PATH = "/v1/models"
 MODEL_ROUTE = f"{MODELS_PATH}/{{id}}"
 
 
 class RequestContext:
-    """The outermost middleware. Gives each request its facts, with an id (the client's own x-request-id, if it is sane)
-    that every response carries; answers 500 where a route raised something unexpected; counts, logs and traces what was
-    answered. `routes` are the application's paths, `endpoints` those that generate text, by path.
+    """The outermost middleware. Gives each request its facts, with an id (the client's x-request-id, if valid) that the
+    response repeats; answers unexpected exceptions with status 500; counts, logs and traces each response. `routes` are
+    the application's paths, `endpoints` the endpoints that generate text, by path.
     """
 
     def __init__(
@@ -74,9 +74,9 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception as error:
-            api_error = facts.failed(as_api_error(error, facts.request_id))
+            response = facts.error_response(error)
             if status == 0:
-                await api_error.response(facts.error_form)(scope, receive, send_with_id)
+                await response(scope, receive, send_with_id)
         finally:
             self._ended(scope, facts, status or CLIENT_GONE)
 
@@ -91,18 +91,17 @@ class RequestContext:
         log_request(scope, status, now - facts.arrival, trace_id)
 
     def _route(self, path: str) -> str:
-        """The route's own path: a client's must not become a label."""
+        """Return the path of the route: a client's own string must not become a label."""
         if path in self._routes:
             return path
         return MODEL_ROUTE if path.startswith(f"{MODELS_PATH}/") else OTHER_ROUTE
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Make every meaningful error of a route a response in the endpoint's form; others are RequestContext's."""
+    """Answer the known errors of routes in the endpoint's form; RequestContext handles all others."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        facts = facts_of(request.scope)
-        response = facts.failed(as_api_error(error, facts.request_id)).response(facts.error_form)
+        response = facts_of(request.scope).error_response(error)
         if isinstance(error, HTTPException) and error.headers:
             response.headers.update(error.headers)
         return response
@@ -114,7 +113,7 @@ def install_handlers(app: FastAPI) -> None:
 
 
 class BodyLimit:
-    """Refuses a body of more than `limit` bytes with status 413, before it is read if its length is declared."""
+    """Refuses bodies of more than `limit` bytes with status 413, before reading them if the length is declared."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
@@ -124,9 +123,8 @@ class BodyLimit:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         length = Headers(scope=scope).get("content-length", "")
-        if length.isdigit() and int(length) > self._limit:
-            facts = facts_of(scope)
-            return await facts.failed(self._refusal()).response(facts.error_form)(scope, receive, send)
+        if length.isdecimal() and int(length) > self._limit:
+            return await facts_of(scope).error_response(self._refusal())(scope, receive, send)
         received = 0
 
         async def counted() -> Message:
@@ -135,7 +133,7 @@ class BodyLimit:
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 if received > self._limit:
-                    raise HTTPException(413, self._refusal().message)  # FastAPI lets this kind through
+                    raise HTTPException(413, self._refusal().message)  # FastAPI would turn others into 400
             return message
 
         await self._app(scope, counted, send)

@@ -31,17 +31,16 @@ from pilotfish.text.tokenizer import Tokenizer, load_tokenizer
 
 KEEP_ALIVE_SECONDS = 75
 CLOSE_SECONDS = 5
-"""Time that connections have to close once the last answer is written."""
+"""Time for connections to close after the last answer has been written."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def serve(engine_config: EngineConfig, config: ServerConfig, console: Console) -> int:
-    """Serve until SIGTERM or Ctrl-C; returns the process's exit status: 0 after a drain, 1 if the engine could not
-    start, 128 and the signal's number if a second signal cut the drain short. On a node other than 0: `run_node`'s.
+    """Serve until SIGTERM or Ctrl-C. Returns the process's exit status: 0 after a drain, 1 if the engine could not
+    start, 128 plus the signal's number if a second signal cut the drain short. On nodes other than 0: `run_node`'s.
 
-    Raises ConfigError or ModelError for what is wrong with the settings or the model's files, before anything is
-    started.
+    Raises ConfigError or ModelError for wrong settings or model files, before anything is started.
     """
     engine_config.check()
     config.check()
@@ -60,7 +59,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, console: Console) -
 
 
 def _hold_ranks(config: EngineConfig, console: Console, weights: bool) -> int:
-    """Run a host other than node 0, which has neither HTTP nor a tokenizer."""
+    """Run a node other than 0, which needs neither HTTP nor a tokenizer."""
     files = resolve(config.model, console.progress, weights)
     if config.draft_tensor_parallel_size > 1:
         find(config.drafter, files.name, console.progress)
@@ -133,7 +132,7 @@ class _Run:
         uvicorn_config = uvicorn.Config(
             app,
             log_config=None,
-            access_log=False,  # server.telemetry.request_log has more to say
+            access_log=False,  # server.telemetry.request_log logs more
             ws="none",
             lifespan="on",
             server_header=False,
@@ -154,7 +153,7 @@ class _Run:
             await asyncio.gather(announcement, drain, return_exceptions=True)
 
     async def _announce(self, url: str) -> None:
-        """Announce that the model is loaded. An engine that cannot start ends the server."""
+        """Wait for the engine and announce that it is ready. Ends the server if the engine cannot start."""
         try:
             info = await self._engine.wait_ready()
         except EngineDeadError as error:
@@ -177,13 +176,13 @@ class _Run:
         self._console.line("Stopping now")
         self._forced = True
         self._status = 128 + number
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # its complaints on cut connections do not help
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # of cut connections
         self._engine.kill()
         if self._server is not None:
             self._server.should_exit = self._server.force_exit = True
 
     async def _drain_when_asked(self) -> None:
-        """Take no more requests, let the running ones finish, then stop uvicorn."""
+        """Once asked to stop, accept no more requests, let the running ones finish, and stop uvicorn."""
         await self._asked.wait()
         assert self._gate is not None
         assert self._server is not None
@@ -203,7 +202,7 @@ class _Run:
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's event loop if it is installed, which it is on Linux and macOS alone."""
+    """Return uvloop's event loop factory if it is installed, as it is on Linux and macOS; None otherwise."""
     try:
         import uvloop
     except ImportError:
@@ -213,7 +212,7 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 @contextlib.contextmanager
 def _bound(config: ServerConfig) -> Iterator[socket.socket]:
-    """A socket bound to the configured host and port, so that a port in use is found before a model is loaded."""
+    """Yield a socket bound to the configured host and port: a port in use is found before a model is loaded."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -235,12 +234,12 @@ def _read_template(path: str | None) -> str | None:
 
 
 def logs_of(config: ServerConfig) -> Logs:
-    """The logging options of this process and the engine's."""
+    """Return the logging options of this process and of the engine's."""
     return Logs(format=config.log_format, level=config.log_level)
 
 
 def configure_logging(config: ServerConfig) -> None:
-    """Log one line for each message to standard error; libraries log only warnings and errors."""
+    """Log each message as one line to standard error; libraries log only warnings and errors."""
     logs.configure(logs_of(config))
     for name in ("uvicorn.error", "httpx", "huggingface_hub", "asyncio", "opentelemetry", "urllib3"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))

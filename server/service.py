@@ -1,11 +1,10 @@
-"""Service: what the routes work with, one for each application. They reach it through FastAPI's dependencies."""
+"""Service: the state that an application's routes share. They receive it as a FastAPI dependency."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import time
-from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -23,13 +22,13 @@ from pilotfish.text.detokenizer import Vocabulary
 from pilotfish.text.tokenizer import Tokenizer
 
 LONG_TEXT = 8192
-"""Texts of this many characters or more are tokenized in a thread: they take about 1 ms, which streams would feel."""
+"""Texts of at least this many characters are tokenized in a thread: they take about 1 ms, which would delay streams."""
 STUCK_SECONDS = 60.0
-"""The engine is not ready once it has made no step for this long with requests in flight."""
+"""The engine counts as stuck after this long without a step while requests are in flight."""
 
 
 class Service:
-    """The engine, the tokenizer and everything between them and a route. `names`: what clients may call the model."""
+    """The engine, the tokenizer and the rest that routes need. `names` are the model's names for clients."""
 
     def __init__(
         self,
@@ -50,7 +49,7 @@ class Service:
         self._fingerprint = ""
 
     def ready(self) -> EngineInfo:
-        """The engine's info. Raises ApiError 503 while it loads, stops or is dead."""
+        """Return the engine's info. Raises ApiError 503 while it loads, stops or is dead."""
         if self.engine.state == "dead" and not self.gate.closed:
             raise engine_dead(self.engine.error)
         if self.engine.state in ("stopping", "dead") or self.gate.closed:
@@ -61,28 +60,24 @@ class Service:
 
     @property
     def stuck(self) -> bool:
-        """True if there is work, but the engine has made no step for a long time."""
+        """Whether there is work, but the engine has made no step for a long time."""
         since = max(self.metrics.last_step, self.gate.busy_since)
         return self.gate.in_flight > 0 and time.monotonic() - since > STUCK_SECONDS
 
     def fingerprint(self, info: EngineInfo) -> str:
-        """OpenAI's system_fingerprint: while it stays the same, the same seed gives the same text."""
+        """Return OpenAI's system_fingerprint: while it is the same, the same seed gives the same text."""
         if not self._fingerprint:
             parts = (__version__, info.model, info.dtype, info.device, info.kernels, info.tensor_parallel_size)
             self._fingerprint = "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
         return self._fingerprint
 
     def check_model(self, name: str | None) -> None:
-        """Raise ApiError 404 for a model that is not served here."""
+        """Raise ApiError 404 for a model that is not served."""
         if name is not None and name not in self.names:
             raise model_not_found(name, self.names)
 
-    def admit(self, count: int, info: EngineInfo, param: str) -> AbstractContextManager[None]:
-        """Admit `count` sequences (see `Gate.admit`)."""
-        return self.gate.admit(count, info.max_num_seqs + self.config.max_queue, param)
-
     async def encode(self, text: str, param: str, add_special_tokens: bool) -> tuple[int, ...]:
-        """Token ids of a text that the client sent as `param`."""
+        """Return the token ids of a text that the client sent as `param`. Raises ParameterError."""
         try:
             if len(text) < LONG_TEXT:
                 return tuple(self.tokenizer.encode(text, add_special_tokens))
@@ -93,25 +88,26 @@ class Service:
     def render(
         self, messages: list[Message], add_generation_prompt: bool = True, variables: dict[str, Any] | None = None
     ) -> str:
-        """The prompt of a conversation. `variables` are for the model's chat template. Raises ParameterError if the
-        template refuses them."""
+        """Return the prompt of a conversation. `variables` are passed to the model's chat template. Raises ApiError 400
+        for reserved names, ParameterError if the template fails."""
         for name in _TEMPLATE_ARGUMENTS.intersection(variables or {}):
             raise bad_parameter("chat_template_kwargs", f"chat_template_kwargs must not have {name!r}")
-        plain = [{"role": _ROLES.get(message.role, message.role), "content": message.content} for message in messages]
-        for given, message in zip(plain, messages, strict=True):
-            if message.name is not None:
-                given["name"] = message.name
+        plain = [
+            {"role": _ROLES.get(message.role, message.role), "content": message.content}
+            | ({} if message.name is None else {"name": message.name})
+            for message in messages
+        ]
         return self.tokenizer.apply_chat_template(plain, add_generation_prompt, **(variables or {}))
 
 
 _ROLES = {"developer": "system"}
-"""OpenAI's newer names of roles, which the templates of open models do not know."""
+"""OpenAI's newer role names, by the names that the templates of open models know."""
 _TEMPLATE_ARGUMENTS = frozenset({"messages", "conversation", "chat_template", "add_generation_prompt", "tokenize"})
-"""Arguments of the template that are not the client's to set."""
+"""Arguments of the template that clients must not set."""
 
 
 def check_length(param: str, length: int, info: EngineInfo) -> None:
-    """Raise ApiError 400 for a prompt that leaves no room in the model's context for an answer."""
+    """Raise ApiError 400 for a prompt that leaves no room for an answer in the model's context."""
     if length + 1 > info.max_model_len:
         raise ApiError(
             400,
@@ -122,7 +118,7 @@ def check_length(param: str, length: int, info: EngineInfo) -> None:
         )
 
 
-async def get_service(request: Request) -> Service:  # async, since FastAPI gives others a thread
+async def get_service(request: Request) -> Service:  # async: FastAPI would run a plain function in a thread
     service: Service = request.app.state.service
     return service
 

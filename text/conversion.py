@@ -1,7 +1,7 @@
-"""Builds a tokenizer.json from a GGUF file's vocabulary, or from a slow tokenizer's files, and keeps it in the cache.
+"""Converts a GGUF file's vocabulary, or a slow tokenizer's files, to a tokenizer.json in the cache.
 
-transformers does it, but needs torch and seconds: so it happens once, in a child process
-(`python -m pilotfish.text.conversion SOURCE FOLDER`), and the API process stays without torch.
+transformers does the conversion, but takes seconds and needs torch. So it runs once, in a child process
+(`python -m pilotfish.text.conversion SOURCE FOLDER`), and the API process imports no torch.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pilotfish.checkpoints.catalog import ModelFiles, cache_folder
 from pilotfish.errors import ModelError
 
 REVISION = 1
-"""Incremented when the conversion below changes, so that results of an older one are not used."""
-
-SOURCES = ("tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+"""Incremented when the conversion changes, so that older results are not used."""
+SUFFIXES = frozenset({".jinja", ".json", ".model", ".txt"})
+"""Suffixes of the files in a folder that a tokenizer is converted from."""
 
 
 def converted_folder(files: ModelFiles) -> Path:
-    """A folder with a tokenizer.json for `files`, converted now if it is not in the cache. Raises ModelError."""
+    """Return a folder with a tokenizer.json for `files`, converting it if it is not in the cache. Raises ModelError."""
     target = cache_folder() / "tokenizers" / f"{files.path.stem}-{_fingerprint(files)}"
     if (target / "tokenizer.json").is_file():
         return target
@@ -40,25 +40,26 @@ def converted_folder(files: ModelFiles) -> Path:
         if result.returncode != 0:
             lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
             raise ModelError(f"cannot convert the tokenizer of {files.path}: {lines[-1]}")
-        # Another process may have been faster; its folder is as good as this one.
+        # Another process may have been faster: its folder is equivalent.
         with contextlib.suppress(OSError):
             os.rename(folder, target)
     return target
 
 
 def _environment() -> dict[str, str]:
-    """The child's environment: it finds the same packages as this process, whatever the working directory is."""
+    """Return the child's environment, in which it finds the same packages as this process."""
     return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "HF_HUB_OFFLINE": "1"}
 
 
 def _fingerprint(files: ModelFiles) -> str:
-    """A digest that changes with the files that a tokenizer is built from, and with what builds it."""
-    sources = [files.path] if files.format == "gguf" else [files.path / name for name in SOURCES]
+    """Return a digest of the files that a tokenizer is converted from, and of the versions that convert it."""
+    sources = [files.path]
+    if files.format != "gguf":
+        sources = sorted(path for path in files.path.iterdir() if path.suffix in SUFFIXES)
     digest = hashlib.sha256(f"{REVISION} {version('transformers')}".encode())
     for path in sources:
-        if path.is_file():
-            status = path.stat()
-            digest.update(f" {path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+        status = path.stat()
+        digest.update(f" {path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -83,9 +84,9 @@ def convert(source: Path, folder: Path) -> None:
 
 
 def _add_special_tokens(tokenizer: Any, metadata: dict[str, Any]) -> None:
-    """Put begin- and end-of-text tokens around a text if the GGUF file asks for them, which transformers does not.
+    """Add begin- and end-of-text tokens to encoded text if the GGUF file asks for them, which transformers ignores.
 
-    If the file does not say, llama.cpp's defaults apply: a begin-of-text token for SentencePiece and Llama 3.
+    Without a setting in the file, llama.cpp's defaults apply: a begin-of-text token for SentencePiece and Llama 3.
     """
     from tokenizers.processors import TemplateProcessing
 

@@ -1,5 +1,5 @@
-"""Incremental detokenization: the text of an answer as it grows, stop strings, and which tokens' log-probabilities may
-be shown yet. The work for a token does not depend on the length of the answer. The tokenizer is in `text.tokenizer`.
+"""Incremental detokenization: the growing text of an answer, stop strings, and log-probabilities held back until their
+text is shown. The work for a token does not depend on the length of the answer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 
 
 class TokenBytes(Protocol):
-    """The parts of a tokenizer that are needed here."""
+    """The parts of a tokenizer that detokenization needs."""
 
     @property
     def special_ids(self) -> frozenset[int]: ...
@@ -21,8 +21,7 @@ class TokenBytes(Protocol):
 
 
 class TokenLogprobs(Protocol):
-    """The log-probability of a token and of the likeliest ones at its position, as the engine gives them. They are only
-    passed on here."""
+    """The engine's log-probabilities of a token and of the likeliest ones at its position, passed through unread."""
 
     @property
     def logprob(self) -> float: ...
@@ -31,23 +30,23 @@ class TokenLogprobs(Protocol):
 
 
 class Vocabulary:
-    """The bytes of each token, asked of the tokenizer once."""
+    """The bytes of each token, cached."""
 
     def __init__(self, tokenizer: TokenBytes) -> None:
         special = tokenizer.special_ids
         self.bytes_of: Callable[[int], bytes] = cache(tokenizer.token_bytes)
-        """The bytes that spell a token, a special one included."""
+        """Returns the bytes of a token, including special tokens."""
         self.text_bytes_of: Callable[[int], bytes] = cache(
             lambda id_: b"" if id_ in special else tokenizer.token_bytes(id_)
         )
-        """The bytes that a token adds to a text without special tokens: none for a special one."""
+        """Returns the bytes of a token; b"" for special tokens."""
 
 
 class Detokenizer:
-    """Turns ids that come one after another into text: the same text as from all of them at once.
+    """Decodes token ids incrementally, to the same text as all of them at once.
 
-    Bytes that are not a whole character yet are held back; bytes that cannot become one turn into U+FFFD by WHATWG's
-    "maximal subpart" replacement, as in Python and the tokenizers library.
+    Bytes of an incomplete character are held back. Invalid bytes become U+FFFD by WHATWG's "maximal subpart"
+    replacement, as in Python and the tokenizers library.
     """
 
     def __init__(self, vocabulary: Vocabulary, skip_special_tokens: bool = True) -> None:
@@ -63,7 +62,7 @@ class Detokenizer:
         return self._decode(b"", True)
 
     def breaks(self, id_: int) -> bool:
-        """True if `id_` does not continue what is held back, which then becomes a U+FFFD before it."""
+        """Whether `id_` does not continue the bytes held back, which then become a U+FFFD before it."""
         first = self._bytes_of(id_)[:1]
         if not self._held or not first:
             return False
@@ -79,9 +78,9 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Finds the first stop string in a text that comes in parts, and holds back what may still become one.
+    """Finds the first stop string in a text that arrives in parts, holding back text that may still become one.
 
-    If one part completes several, the one that begins first counts; among those, the shortest.
+    If a part completes several stop strings, the one that begins first counts; among those, the shortest.
     """
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
@@ -90,13 +89,13 @@ class StopStrings:
         self._held = ""
 
     def feed(self, text: str, armed: bool = True) -> tuple[str, bool]:
-        """Add text; return the text that may be shown, and whether it ends here. Unless `armed`, a stop string that
-        `text` completes does not count, now or later."""
+        """Add text. Returns the text that may be shown, and whether a stop string ends it. Unless `armed`, stop strings
+        that `text` completes are ignored, now and later."""
         if not self._stops:
             return text, False
         window = self._held + text
         if armed:
-            # A stop string that was complete before did not count: a match must end in the new part.
+            # Stop strings completed by earlier parts were ignored: a match must end in the new part.
             found = [
                 (at, len(stop))
                 for stop in self._stops
@@ -117,7 +116,7 @@ class StopStrings:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest suffix of `text` that is a proper prefix of `stop`."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
     while at >= 0:
         if stop.startswith(text[at:]):
@@ -128,18 +127,18 @@ def _overlap(text: str, stop: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TokenEntry:
-    """A token whose log-probability was asked for."""
+    """A token with its log-probability."""
 
     token_id: int
     offset: int
-    """Characters of text before it."""
+    """Number of characters of text before it."""
     logprobs: TokenLogprobs | None
-    """None for the first token of a prompt, which nothing predicts."""
+    """None for the first token of a prompt, which has no prediction."""
 
 
 @dataclass(slots=True)
 class Piece:
-    """The text that an answer has grown by, and the entries of the tokens that begin in it."""
+    """An addition to an answer: text, and the entries of the tokens that begin in it."""
 
     text: str
     entries: Sequence[TokenEntry] = ()
@@ -148,10 +147,10 @@ class Piece:
 
 
 class AnswerText:
-    """The text of one answer. Its token ids come in any portions, and the text is the same whatever they are.
+    """The text of one answer. It does not depend on the portions in which token ids arrive.
 
-    `offset` is where the answer's text begins (after an echoed prompt), in characters. Stop strings do not count before
-    `min_tokens` tokens are there. `tokens` counts up to and including the one that completed a stop string.
+    `offset` is the number of characters before the answer (an echoed prompt). Stop strings are ignored up to
+    `min_tokens` tokens. `tokens` counts up to and including the token that completed a stop string.
     """
 
     def __init__(
@@ -172,7 +171,7 @@ class AnswerText:
         self._waiting: deque[TokenEntry] = deque()
         self.tokens = 0
         self.stopped = False
-        """True once a stop string has ended it."""
+        """Whether a stop string has ended the text."""
 
     def feed(
         self,
@@ -182,7 +181,7 @@ class AnswerText:
         last: bool = False,
         stop_token: bool = False,
     ) -> Piece:
-        """Add tokens. `last`: nothing follows; `stop_token`: the last of `ids` counts, but adds no text."""
+        """Add tokens. With `last`, nothing follows; with `stop_token`, the last of `ids` counts, but adds no text."""
         spelled = ids[:-1] if stop_token else ids
         if self._plain and logprobs is None:
             self.tokens += len(ids)
@@ -212,7 +211,7 @@ class AnswerText:
         return shown
 
     def _ripe(self, all_of_them: bool) -> list[TokenEntry]:
-        """The entries of tokens whose text has begun to be shown: others could reveal a stop string."""
+        """Return the entries of tokens whose text has begun to be shown: others could reveal a stop string."""
         entries = []
         while self._waiting and (all_of_them or self._waiting[0].offset < self._shown):
             entries.append(self._waiting.popleft())

@@ -1,9 +1,9 @@
 """The model's tokenizer and chat template: text to ids, ids to text, messages to a prompt.
 
-transformers' fast tokenizer class does the work: for a folder with a tokenizer.json it needs no torch, and loads in
-about a second, import included. (`tokenizers` and jinja2 alone take 0.2 s, but then special tokens and the template's
-environment would have to be kept in step here.) Building a tokenizer from a GGUF file or from a slow tokenizer's files
-does need torch and takes seconds: `text.conversion` does it once, in a child process, and caches the result.
+It wraps transformers' fast tokenizer, which needs no torch and about a second, import included, to load a folder with a
+tokenizer.json. (`tokenizers` and jinja2 alone take 0.2 s, but special tokens and the template's environment would have
+to follow transformers.) Converting a GGUF file or a slow tokenizer's files needs torch and takes seconds:
+`text.conversion` does it once, in a child process, and caches the result.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Tokenizer:
     """A fast tokenizer with its chat template. Safe to use from several threads at once."""
 
     chat_template: str | None
-    """The jinja2 template of a conversation, the default one if the model has several; None: not a chat model."""
+    """The jinja2 chat template, the default one if the model has several; None: not a chat model."""
     special_ids: frozenset[int]
-    """Tokens that the tokenizer marks as special, which `decode` leaves out."""
+    """Tokens marked as special, which `decode` can leave out."""
     eos_token_ids: frozenset[int]
-    """Tokens that end an answer: those in generation_config.json or config.json, and the tokenizer's own eos_token."""
+    """Tokens that end an answer: those of generation_config.json or config.json, and the tokenizer's eos_token."""
     bos_token_id: int | None
     vocab_size: int
     """One more than the highest token id; the model's own vocabulary may be padded to more."""
@@ -39,7 +39,7 @@ class Tokenizer:
     def __init__(self, inner: PreTrainedTokenizerFast, eos_ids: Sequence[int] = ()) -> None:
         self._inner = inner
         self._backend: Backend = inner.backend_tokenizer
-        self._backend.no_truncation()  # tokenizer.json may hold what training has left there
+        self._backend.no_truncation()  # tokenizer.json may have truncation and padding left over from training
         self._backend.no_padding()
         added = self._backend.get_added_tokens_decoder()
         self._added = {id_: token.content for id_, token in added.items()}
@@ -53,11 +53,11 @@ class Tokenizer:
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. With `add_special_tokens`, the begin-of-text token is put before it if there is one;
-        pass False for what `apply_chat_template` returned, which has it already.
+        """Return the token ids of `text`. With `add_special_tokens`, the begin-of-text token, if any, is put before it;
+        pass False for the result of `apply_chat_template`, which has it already.
 
-        Special tokens that are spelled out in the text become those tokens. Raises ParameterError("prompt") for text
-        that is not valid Unicode.
+        Special tokens spelled out in the text become those tokens. Raises ParameterError("prompt") for text that is not
+        valid Unicode.
         """
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -65,17 +65,17 @@ class Tokenizer:
             raise ParameterError("prompt", "the prompt is not valid Unicode text (it has a lone surrogate)") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`. Bytes that are not valid UTF-8 become U+FFFD; ids without a token are left out."""
+        """Return the text of `ids`. Invalid UTF-8 becomes U+FFFD; ids without a token are left out."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token(self, id: int) -> str:
-        """The text of one token inside a text: a leading space is kept, a special token spelled out. U+FFFD stands for
-        bytes that are only part of a character (see `token_bytes`)."""
+        """Return the text of one token: a leading space is kept, a special token spelled out. Bytes that are only part
+        of a character become U+FFFD (see `token_bytes`)."""
         return self.token_bytes(id).decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
-        """The exact UTF-8 bytes that a token adds to a text, which may be part of a character; b"" for an id that only
-        pads the model's vocabulary."""
+        """Return the exact UTF-8 bytes that a token adds to a text, which may be part of a character; b"" for an id
+        that only pads the model's vocabulary."""
         if id in self._added:
             return self._added[id].encode()
         token = self._backend.id_to_token(id)
@@ -90,10 +90,10 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
-        """The prompt of a conversation: messages as OpenAI writes them, with text as content. Encode it with
-        add_special_tokens=False. `kwargs` are the template's own variables (tools, enable_thinking, ...).
+        """Return the prompt of a conversation: messages in OpenAI's form, with text as content. Encode it with
+        add_special_tokens=False. `kwargs` are variables of the template (tools, enable_thinking, ...).
 
-        Raises ParameterError("messages") if the model has no chat template or its template refuses the messages.
+        Raises ParameterError("messages") if the model has no chat template, or its template refuses the messages.
         """
         if self.chat_template is None:
             raise ParameterError(
@@ -107,25 +107,25 @@ class Tokenizer:
                 tokenize=False,
                 **kwargs,
             )
-        except Exception as error:  # the template is the model's, its data the client's: anything can come out of it
+        except Exception as error:  # model's template, client's data: anything can be raised
             raise ParameterError("messages", f"the model's chat template refuses these messages: {error}") from error
         return str(text)
 
 
 def load_tokenizer(files: ModelFiles) -> Tokenizer:
-    """The tokenizer of a model's files. Raises ModelError if there is none or it cannot be read.
+    """Load the tokenizer of a model. Raises ModelError if there is none or it cannot be read.
 
-    The first time takes seconds for a GGUF file (see above).
+    The first time takes seconds for a GGUF file, which is converted.
     """
     folder = files.path
     if files.format == "gguf" or not (folder / "tokenizer.json").is_file():
         folder = converted_folder(files)
     verbosity = transformers_logging.get_verbosity()
-    # It warns of every tokenizer_class but its own, though tokenizer.json holds everything that is needed.
+    # It would warn of any tokenizer_class but its own, although tokenizer.json is sufficient.
     transformers_logging.set_verbosity_error()
     try:
         inner = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # whatever the files hold comes out as any kind of exception, the Rust side's included
+    except Exception as error:  # malformed files raise any kind of exception, including Rust's
         raise ModelError(f"cannot read the tokenizer of {files.name!r} in {folder}: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -142,7 +142,7 @@ def _kinds_of_decoder(backend: Backend) -> tuple[bool, bool]:
 
 
 def _byte_alphabet() -> dict[str, bytes]:
-    """GPT-2's spelling of bytes: Latin-1's printable characters are themselves, the others U+0100 and on."""
+    """Return GPT-2's spelling of bytes: printable Latin-1 stands for itself, U+0100 and on for the others."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     spelled = {chr(byte): bytes([byte]) for byte in printable}

@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 import yaml
@@ -149,4 +148,4 @@ def _secret(name: str, value: Any) -> bool:
     """Return whether a value is a secret: API keys, and URLs with a password."""
     if name == "api_key":
         return bool(value)
-    return isinstance(value, str) and "://" in value and urlsplit(value).password is not None
+    return isinstance(value, str) and re.search(r"://[^/?#]*:[^/?#]*@", value) is not None

@@ -1,6 +1,6 @@
-"""The one flow by which every endpoint generates text: check, admit, tokenize, ask the engine, stream or collect.
+"""The flow shared by all endpoints that generate text: check, admit, tokenize, generate, stream or collect.
 
-`flow` is its course and `Endpoint` what an endpoint brings to it; `spec` is a request in the flow's terms; `answer` is
-one answer while it comes in, `follow` how it comes, `usage` and `logprobs` what is reported of it; `events` are
-server-sent events; `facts` is what is noted for logs and traces.
+`flow` has the flow and the `Endpoint` interface; `spec` is a request in shared terms; `answer` is the state of one
+answer, `follow` receives answers from the engine, `usage` and `logprobs` report on them; `events` writes server-sent
+events; `facts` collects facts for logs and traces.
 """

@@ -1,5 +1,5 @@
-"""Answer: one answer while it comes in. Deltas of the engine go in, pieces of text come out, and what happened on the
-way is counted. Which JSON the pieces become is the endpoint's business.
+"""Answer: the state of one answer. It turns the engine's deltas into pieces of text, and counts tokens, times and
+drafts. The endpoint makes JSON of the pieces.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ class Answer:
     """One answer to one prompt. Times are time.monotonic() seconds."""
 
     index: int
-    """Its position among all answers of the request."""
+    """Its index among all answers of the request."""
     prompt_index: int
     spec: GenerationSpec
     request: Request
     text: AnswerText
     echo: str = ""
-    """The prompt's text, until the first piece has it."""
+    """The text of the prompt, until it is put before the first piece."""
     echo_offsets: Sequence[int] = ()
-    """Characters before each token of an echoed prompt."""
+    """Number of characters before each token of an echoed prompt."""
 
     finish_reason: str | None = None
     outcome: Outcome | None = None
-    """The outcome that is counted for it; None before its end."""
+    """The outcome counted in the metrics; None before the end."""
     scheduled: float | None = None
     first_token: float | None = None
     last_token: float = 0.0
     first_tokens: int = 0
-    """Tokens that the first delta brought."""
+    """Number of tokens in the first delta."""
     cached_tokens: int = 0
     drafts: Counter[str] = field(default_factory=Counter)
-    """Steps in which a drafter's draft was chosen; below, the drafted tokens, and those that were accepted."""
+    """Steps that used a draft, by drafter; `drafted` and `accepted` count its tokens."""
     drafted: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)
     logprob_sum: float = 0.0
 
     @property
     def tokens(self) -> int:
-        """Tokens so far, the one that ended it included."""
+        """Number of tokens so far, including the one that ended the answer."""
         return self.text.tokens
 
     @property
     def end(self) -> str:
-        """The reason for its end: its finish_reason, or else "abort" or "error"."""
+        """The reason for the end: the finish_reason, or else "abort" or "error"."""
         return self.finish_reason or self.outcome or "abort"
 
     @property
@@ -61,19 +61,19 @@ class Answer:
 
     @property
     def decode_rate(self) -> float | None:
-        """Tokens per second after the first delta; None if there were none."""
+        """Tokens per second after the first delta; None without any."""
         after = self.tokens - self.first_tokens
         seconds = self.last_token - (self.first_token or 0.0)
         return after / seconds if after > 0 and seconds > 0 else None
 
     @property
     def drafter(self) -> str:
-        """The drafter that drafted most tokens for it, or "none"."""
+        """The drafter that drafted the most tokens, or "none"."""
         return max(self.drafted, key=lambda name: self.drafted[name], default=NO_DRAFTER)
 
     def take(self, delta: Delta, metrics: Metrics) -> Piece:
-        """Add a delta and return what it adds to the text. The last piece has a finish_reason; a stop string can make
-        any piece the last."""
+        """Add a delta and return the text that it adds. The last piece has a finish_reason; a stop string can make any
+        piece the last."""
         if delta.scheduled is not None:
             self.scheduled, self.cached_tokens = delta.scheduled, delta.cached_prompt_tokens
         if self.spec.only_echo:

@@ -1,4 +1,4 @@
-"""Server-sent events, and waiting for work while watching whether the client is still there."""
+"""Server-sent events, and work that is cancelled when the client disconnects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from pilotfish.server.errors import as_api_error
 from pilotfish.server.generation.answer import Answer
 from pilotfish.server.generation.facts import RequestFacts, facts_of
 from pilotfish.server.generation.follow import Pieces
@@ -21,17 +20,17 @@ from pilotfish.text.detokenizer import Piece
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
-"""The end of a stream, as OpenAI's completions and chat have it."""
+"""The end of OpenAI's streams."""
 
 _encode = msgspec.json.Encoder().encode
 
 
 class ClientGoneError(Exception):
-    """The client has closed its connection before it was answered."""
+    """The client closed the connection before the response was complete."""
 
 
 def event(data: msgspec.Struct) -> bytes:
-    """One event. A struct with a tag becomes an event with that name: `class Created(Struct, tag_field="type",
+    """Encode one event. A struct with a tag becomes an event of that name: `class Created(Struct, tag_field="type",
     tag="response.created")` is sent as "event: response.created"."""
     return b"%b%b\n\n" % (_prefix(type(data)), _encode(data))
 
@@ -43,21 +42,23 @@ def _prefix(kind: type[msgspec.Struct]) -> bytes:
 
 
 class Chunks(Protocol):
-    """Makes the events of one streamed response as its answers come in."""
+    """Makes the events of one streamed response from the pieces of its answers."""
 
-    def begin(self) -> Sequence[msgspec.Struct]: ...
+    def begin(self) -> Sequence[msgspec.Struct]:
+        """Return the events before the first piece."""
+        ...
 
     def add(self, answer: Answer, piece: Piece) -> Sequence[msgspec.Struct]:
-        """The events for a piece; the last piece of an answer has a finish_reason."""
+        """Return the events of a piece; the last piece of an answer has a finish_reason."""
         ...
 
     def end(self) -> Sequence[msgspec.Struct]:
-        """The events behind those of all answers."""
+        """Return the events after the last piece of all answers."""
         ...
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`. Raises ClientGoneError, with `work` cancelled, if the client closes its connection first.
+    """Return the result of `work`. Raises ClientGoneError, with `work` cancelled, if the client disconnects first.
 
     The request's body must have been read.
     """
@@ -74,10 +75,10 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 
 
 class EventStream(Response):
-    """A response of server-sent events: those that `chunks` makes of `pieces`, and `end`.
+    """A response of server-sent events: those that `chunks` makes of `pieces`, then `end`.
 
-    What `pieces` raises becomes an event in the endpoint's form of errors, as the status is sent by then. `admission`
-    is left when the stream has ended, in whatever way.
+    An exception from `pieces` becomes an event in the endpoint's form of errors, as the status has been sent by then.
+    `admission` is released when the stream ends, however it does.
     """
 
     media_type = "text/event-stream"
@@ -108,7 +109,7 @@ class EventStream(Response):
                         await send({"type": "http.response.body", "body": body, "more_body": True})
                 body = b"".join(map(event, chunks.end()))
             except Exception as error:
-                body = event(facts.error_form(facts.failed(as_api_error(error, facts.request_id))))
+                body = event(facts.error_form(facts.failed(error)))
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": self._end, "more_body": False})

@@ -1,4 +1,4 @@
-"""The facts of an HTTP request: noted on its way, read by the log, traces and metrics once it has been answered."""
+"""Facts about an HTTP request, collected while it is handled, for the log, traces and metrics after the response."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from starlette.responses import Response
 from starlette.types import Scope
 
-from pilotfish.server.errors import ApiError, ErrorForm, openai_error
+from pilotfish.server.errors import ApiError, ErrorForm, as_api_error, openai_error
 from pilotfish.server.generation.answer import Answer
 from pilotfish.server.generation.spec import GenerationSpec
 
@@ -17,36 +18,41 @@ _KEY = "facts"
 
 @dataclass(frozen=True, slots=True)
 class GenerationFacts:
-    """A request that was given to the engine."""
+    """What is known of a request that was sent to the engine."""
 
     id: str
     """The response's id."""
     operation: str
-    """OpenTelemetry's name for what the endpoint does, such as "chat"."""
+    """OpenTelemetry's gen_ai.operation.name of the endpoint, such as "chat"."""
     spec: GenerationSpec
     answers: Sequence[Answer]
     prompts: Sequence[str] | None = None
-    """The prompts' texts, where they may be logged."""
+    """The text of the prompts, if it may be logged."""
 
 
 @dataclass(slots=True)
 class RequestFacts:
-    """The facts of one request: `RequestContext` puts them into its scope's state."""
+    """Facts about one request, which `RequestContext` stores in the scope's state."""
 
     request_id: str
     arrival: float = field(default_factory=time.monotonic)
     """time.monotonic() seconds."""
     error_form: ErrorForm = openai_error
-    """The form in which the endpoint's clients expect an error."""
+    """The form of the endpoint's errors."""
     error: str | None = None
-    """The code of the error that was the answer, or that ended the stream."""
+    """The code of the error that was the response, or ended the stream."""
     generation: GenerationFacts | None = None
-    """None unless the request was given to the engine."""
+    """None unless the request was sent to the engine."""
 
-    def failed(self, error: ApiError) -> ApiError:
-        """Notes the error that the client is told of, and returns it."""
-        self.error = error.code
-        return error
+    def failed(self, error: Exception) -> ApiError:
+        """Record an error, and return it as the client receives it."""
+        known = as_api_error(error, self.request_id)
+        self.error = known.code
+        return known
+
+    def error_response(self, error: Exception) -> Response:
+        """Record an error, and return the response in the endpoint's form."""
+        return self.failed(error).response(self.error_form)
 
     def put_into(self, scope: Scope) -> None:
         scope.setdefault("state", {})[_KEY] = self

@@ -1,6 +1,6 @@
-"""The course of a request that generates text, whichever its endpoint is; and `Endpoint`, what one brings to it.
+"""The flow of a request that generates text, and `Endpoint`, the interface of the endpoints that use it.
 
-An endpoint is its request type, its response types and an adapter between them and this (see `server.routes.chat`).
+An endpoint consists of a request type, response types and an adapter to this flow (see `server.routes.chat`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Body = TypeVar("Body")
 
 @dataclass(frozen=True, slots=True)
 class Reply(Generic[Body]):
-    """A response on its way: what was asked, and the answers."""
+    """A response in the making: the request and its answers."""
 
     body: Body
     spec: GenerationSpec
@@ -50,7 +50,7 @@ class Reply(Generic[Body]):
     fingerprint: str
 
     def head(self, object_: str) -> tuple[str, str, int, str, str]:
-        """The fields of `protocol.usage.Response`."""
+        """Return the fields of `protocol.usage.Response`."""
         return self.id, object_, self.created, self.spec.model, self.fingerprint
 
     def usage(self) -> Usage:
@@ -71,30 +71,30 @@ class Endpoint(ABC, Generic[Body]):
     operation: ClassVar[str]
     """OpenTelemetry's gen_ai.operation.name."""
     prompt_param: ClassVar[str]
-    """The field that errors about the prompt name."""
+    """The name of the prompt's field, for errors."""
     end_of_stream: ClassVar[bytes] = DONE
     error_form: ErrorForm = staticmethod(openai_error)
 
     @abstractmethod
     def spec(self, body: Body) -> GenerationSpec:
-        """Translate a request, but for its prompts. Raises ApiError 400 for fields that contradict each other."""
+        """Translate a request, except for its prompts. Raises ApiError 400 for fields that contradict each other."""
 
     @abstractmethod
     def prompts(self, body: Body, service: Service) -> Sequence[Prompt]:
-        """The request's prompts, each as text or as token ids: `spec.prompts` of them."""
+        """Return the request's `spec.prompts` prompts, each as text or as token ids."""
 
     @abstractmethod
     def whole(self, reply: Reply[Body], pieces: Sequence[Piece]) -> msgspec.Struct:
-        """The response of a request that is not streamed; `pieces` are the whole answers, in the order of
+        """Return the response of a request that is not streamed. `pieces` are the whole answers, in the order of
         `reply.answers`."""
 
     @abstractmethod
     def chunks(self, reply: Reply[Body]) -> Chunks:
-        """The maker of the events of a request that is streamed."""
+        """Return the object that makes the events of a streamed response."""
 
 
 async def generate(endpoint: Endpoint[Body], body: Body, request: Request, service: Service) -> Response:
-    """Answer a request. Raises ApiError, and what the engine raises, until a stream begins."""
+    """Answer a request. Raises ApiError and the engine's errors until a stream begins."""
     info = service.ready()
     spec = endpoint.spec(body)
     service.check_model(spec.model)
@@ -102,15 +102,16 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
     identity = f"{endpoint.id_prefix}{uuid.uuid4().hex}"
     with ExitStack() as admission:
         param = "n" if spec.answers > 1 else endpoint.prompt_param
-        admission.enter_context(service.admit(spec.sequences, info, param))
+        limit = info.max_num_seqs + service.config.max_queue
+        admission.enter_context(service.gate.admit(spec.sequences, limit, param))
         answers: list[Answer] = []
         for i, prompt in enumerate(endpoint.prompts(body, service)):
             name = identity if spec.prompts == 1 else f"{identity}-{i}"
             asked = await _ask(service, info, spec, endpoint.prompt_param, prompt, name, facts.arrival)
             seed = service.engine.draw_seed() if asked.params.seed is None else asked.params.seed
             for one in fan_out(asked, spec.answers, seed):
-                text, echo, offsets = _text(service, spec, prompt, asked)
-                answers.append(Answer(len(answers), i, spec, one, text, echo, offsets))
+                text = _text(service.vocabulary, spec, prompt, one)
+                answers.append(Answer(len(answers), i, spec, one, *text))
         reply = Reply(body, spec, answers, service.vocabulary, identity, int(time.time()), service.fingerprint(info))
         facts.generation = GenerationFacts(identity, endpoint.operation, spec, answers, _prompts(service, answers))
         pieces = follow_all(service.engine, answers, service.metrics)
@@ -126,7 +127,7 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
 async def _ask(
     service: Service, info: EngineInfo, spec: GenerationSpec, param: str, prompt: Prompt, name: str, arrival: float
 ) -> EngineRequest:
-    """The engine's request for one prompt, which the client sent as `param`. It is checked, but not sent yet."""
+    """Make and check the engine's request for one prompt, which the client sent as `param`."""
     ids = await service.encode(prompt, param, spec.add_special_tokens) if isinstance(prompt, str) else tuple(prompt)
     check_length(param, len(ids), info)
     asked = EngineRequest(
@@ -142,17 +143,17 @@ async def _ask(
 
 
 def _text(
-    service: Service, spec: GenerationSpec, prompt: Prompt, asked: EngineRequest
+    vocabulary: Vocabulary, spec: GenerationSpec, prompt: Prompt, asked: EngineRequest
 ) -> tuple[AnswerText, str, Sequence[int]]:
-    """The text of an answer yet to come, the prompt to show before it, and the offsets of the prompt's tokens.
+    """Return the empty text of an answer, the prompt to echo before it, and the offsets of the prompt's tokens.
 
-    A prompt of ids may end within a character, which its answer then completes. A prompt of text is echoed as it was
-    sent, whatever the tokenizer makes of it.
+    A prompt of ids may end within a character, which the answer then completes. A prompt of text is echoed as it was
+    sent, however it was tokenized.
     """
-    detokenizer = Detokenizer(service.vocabulary, spec.skip_special_tokens)
+    detokenizer = Detokenizer(vocabulary, spec.skip_special_tokens)
     echo, offsets = "", list[int]()
     if spec.echo:
-        own = Detokenizer(service.vocabulary, spec.skip_special_tokens) if isinstance(prompt, str) else detokenizer
+        own = Detokenizer(vocabulary, spec.skip_special_tokens) if isinstance(prompt, str) else detokenizer
         parts = [own.feed((id_,)) for id_ in asked.prompt_ids]
         offsets = list(accumulate(map(len, parts[:-1]), initial=0))
         echo = prompt if isinstance(prompt, str) else "".join(parts)
@@ -163,7 +164,7 @@ def _text(
 
 
 def _prompts(service: Service, answers: Sequence[Answer]) -> list[str] | None:
-    """The prompts' texts, if the server's log may have them."""
+    """Return the text of the prompts, if it may be logged."""
     if not service.config.log_prompts:
         return None
     prompts = {answer.prompt_index: answer.request.prompt_ids for answer in answers}.values()
@@ -171,7 +172,7 @@ def _prompts(service: Service, answers: Sequence[Answer]) -> list[str] | None:
 
 
 async def _collect(answers: Sequence[Answer], pieces: Pieces) -> list[Piece]:
-    """The whole answers, each as one piece."""
+    """Return the whole answers, each as one piece."""
     parts: list[list[Piece]] = [[] for _ in answers]
     async with aclosing(pieces):
         async for answer, piece in pieces:

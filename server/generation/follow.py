@@ -1,4 +1,4 @@
-"""Answers on their way from the engine: pieces of text as they come, of one answer or of several at once."""
+"""Receives answers from the engine: pieces of text as they arrive, of one answer or of several at once."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from pilotfish.server.metrics import Metrics, Outcome
 from pilotfish.text.detokenizer import Piece
 
 Pieces = AsyncGenerator[tuple[Answer, Piece], None]
-"""Pieces, each with the answer that it is of."""
+"""Pieces, each with its answer."""
 
 
 def follow_all(engine: AsyncEngine, answers: Sequence[Answer], metrics: Metrics) -> Pieces:
-    """The pieces of several answers as they come. If one fails, or this is closed, all of them end."""
-    if len(answers) == 1:  # every chunk goes through here: no task, no queue
+    """Yield the pieces of several answers as they arrive. If one fails, or the generator is closed, all of them end."""
+    if len(answers) == 1:  # the common case needs no task and no queue for each chunk
         return follow(engine, answers[0], metrics)
     return _merge(engine, answers, metrics)
 
 
 async def follow(engine: AsyncEngine, answer: Answer, metrics: Metrics) -> Pieces:
-    """The pieces of one answer; the last has a finish_reason. The request has left the engine by then, and also if
-    this is closed or cancelled. Raises what `AsyncEngine.generate` does, and ApiError for a request that the engine
-    has given up.
+    """Yield the pieces of one answer; the last has a finish_reason. The request has left the engine by then, and also
+    if the generator is closed or cancelled. Raises the errors of `AsyncEngine.generate`, and ApiError for a request
+    that the engine gave up.
     """
     outcome: Outcome = "error"
     last = None
@@ -74,7 +74,7 @@ async def _merge(engine: AsyncEngine, answers: Sequence[Answer], metrics: Metric
             async with aclosing(follow(engine, answer, metrics)) as pieces:
                 async for item in pieces:
                     queue.put_nowait(item)
-        except Exception as error:  # raised where it can be caught, below
+        except Exception as error:  # raised again below
             queue.put_nowait(error)
 
     tasks = [asyncio.create_task(put_all(answer)) for answer in answers]

@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's two forms: that of completions, and that of chat."""
+"""Log-probabilities in OpenAI's two forms, for completions and for chat."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pilotfish.server.protocol.completions import CompletionLogprobs
 from pilotfish.text.detokenizer import TokenEntry, Vocabulary
 
 LOWEST = -9999.0
-"""OpenAI's value for a token that cannot be drawn: JSON has no infinity."""
+"""OpenAI's value for a token that cannot be sampled: JSON has no infinity."""
 
 
 def completion_logprobs(entries: Sequence[TokenEntry], vocabulary: Vocabulary) -> CompletionLogprobs:
-    """Four lists, with an item for each token."""
+    """Return four lists with an item for each token."""
     tops: list[dict[str, float] | None] = []
     for entry in entries:
         if entry.logprobs is None:
@@ -32,7 +32,7 @@ def completion_logprobs(entries: Sequence[TokenEntry], vocabulary: Vocabulary) -
 
 
 def chat_logprobs(entries: Sequence[TokenEntry], vocabulary: Vocabulary) -> ChatLogprobs:
-    """An object for each token, with the bytes that it stands for."""
+    """Return an object for each token, with its bytes."""
 
     def fields(id_: int, logprob: float) -> tuple[str, float, list[int]]:
         spelled = vocabulary.bytes_of(id_)
@@ -40,7 +40,7 @@ def chat_logprobs(entries: Sequence[TokenEntry], vocabulary: Vocabulary) -> Chat
 
     content = []
     for entry in entries:
-        assert entry.logprobs is not None  # only a prompt's first token has none, and a chat does not echo its prompt
+        assert entry.logprobs is not None  # only a prompt's first token has none, and chat echoes no prompt
         top = [TopLogprob(*fields(id_, logprob)) for id_, logprob in entry.logprobs.top]
         content.append(TokenLogprob(*fields(entry.token_id, entry.logprobs.logprob), top))
     return ChatLogprobs(content)

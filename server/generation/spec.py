@@ -1,5 +1,5 @@
-"""GenerationSpec: a request in terms that all endpoints share. An endpoint makes it of its own request
-type; `fit` then turns it into the engine's SamplingParams for a prompt of a certain length.
+"""GenerationSpec: a request in terms that all endpoints share. An endpoint makes it from its own request type; `fit`
+turns it into the engine's SamplingParams for a prompt of a given length.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pilotfish.server.protocol.common import GenerationRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSpec:
-    """A request in shared terms, but for the prompts themselves."""
+    """A request in shared terms, without its prompts."""
 
     model: str
     params: SamplingParams
-    """The parameters as they were sent: not checked yet, and without max_tokens."""
+    """The parameters as sent: not checked yet, and without max_tokens."""
     max_tokens: int | None = None
-    """None: all that the context has room for after the prompt."""
+    """None: as many as fit into the context after the prompt."""
     max_tokens_param: str = "max_tokens"
     """The client's name for max_tokens."""
     stream: bool = False
@@ -42,15 +42,15 @@ class GenerationSpec:
     echo: bool = False
     """Put the prompt before each answer."""
     only_echo: bool = False
-    """Show the prompt alone."""
+    """Show only the prompt."""
     show_logprobs: bool = True
-    """False: log-probabilities are asked of the engine, if at all, only to rank answers."""
+    """False: log-probabilities serve at most to rank answers."""
     speculation: str | None = None
     prediction: str | None = None
 
     @property
     def sequences(self) -> int:
-        """Sequences that the engine decodes for it."""
+        """Number of sequences that the engine decodes."""
         return self.prompts * self.answers
 
 
@@ -58,13 +58,13 @@ _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
     "logit_bias", "min_tokens", "ignore_eos", "seed",
 )  # fmt: skip
-"""Fields of GenerationRequest that SamplingParams has by the same name; None is a field's default."""
+"""Fields that GenerationRequest and SamplingParams share; None stands for the default."""
 
 
 def spec_of(
     body: GenerationRequest, *, logprobs: int | None = None, prompt_logprobs: int | None = None, **own: Any
 ) -> GenerationSpec:
-    """The spec of a request of OpenAI's kind; `own` are fields that the endpoint says itself.
+    """Make the spec of a GenerationRequest; `own` are fields that the endpoint sets itself.
 
     Raises ApiError 400 for fields that contradict each other.
     """
@@ -98,12 +98,12 @@ def spec_of(
 
 
 def fit(spec: GenerationSpec, prompt_tokens: int, info: EngineInfo) -> SamplingParams:
-    """Checked parameters for a prompt of that many tokens: max_tokens is cut to what the context has room for.
+    """Return checked parameters for a prompt of `prompt_tokens` tokens, max_tokens cut to what fits into the context.
 
     Raises ParameterError with the client's name for the parameter at fault.
     """
     room = info.max_model_len - prompt_tokens
-    # A larger top_k means the same, and need not fit into a message.
+    # A larger top_k has the same effect, but may not fit into a message to the engine.
     params = replace(
         spec.params,
         max_tokens=room if spec.max_tokens is None else spec.max_tokens,

@@ -1,4 +1,4 @@
-"""The reports on a request's answers: OpenAI's usage, and Pilotfish's timings."""
+"""Reports on the answers of a request: OpenAI's usage and Pilotfish's timings."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pilotfish.server.protocol.usage import (
 )
 
 PREDICTION = "prediction"
-"""The drafter whose tokens OpenAI's usage counts."""
+"""The drafter whose tokens OpenAI's usage reports."""
 
 
 def usage_of(answers: Sequence[Answer]) -> Usage:
-    """Tokens of all answers; a prompt counts once, however many answers it has."""
+    """Count the tokens of all answers; a prompt counts once, however many answers it has."""
     prompts = {answer.prompt_index: answer for answer in reversed(answers)}.values()  # the first answer to each
     prompt_tokens = sum(len(answer.request.prompt_ids) for answer in prompts)
     completion_tokens = sum(answer.tokens for answer in answers)
@@ -36,7 +36,7 @@ def usage_of(answers: Sequence[Answer]) -> Usage:
 
 
 def timings_of(answers: Sequence[Answer]) -> Timings:
-    """The timings of all answers together, from the first of them to the last."""
+    """Return the timings of all answers together, from the first to the last."""
     arrival = answers[0].request.arrival
     scheduled = min((answer.scheduled for answer in answers if answer.scheduled is not None), default=None)
     first = min((answer.first_token for answer in answers if answer.first_token is not None), default=None)

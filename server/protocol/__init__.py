@@ -1,5 +1,5 @@
-"""The HTTP API's types: requests (pydantic, which checks them) and responses (msgspec structs, which encode fast).
+"""The HTTP API's types: requests (pydantic models, which validate) and responses (msgspec structs, which encode fast).
 
-A response type stands beside its request type: its fields are written in their order, and one that is UNSET is left
-out. A struct with a tag is an event that has a name (see `server.generation.events`).
+Response types are beside their request types. Fields are written in order; UNSET ones are left out. A struct with a tag
+is a named event (see `server.generation.events`).
 """

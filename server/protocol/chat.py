@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import Field, PlainValidator, field_validator
+from pydantic import Field, PlainValidator
 
-from pilotfish.server.protocol.common import ApiModel, GenerationRequest, Unsupported, unsupported, wrong
+from pilotfish.server.protocol.common import ApiModel, GenerationRequest, Unsupported, only, unsupported, wrong
 from pilotfish.server.protocol.usage import Response, Timings, Usage
 
 MAX_TOP_LOGPROBS = 20
@@ -17,7 +17,7 @@ Role = Literal["system", "developer", "user", "assistant"]
 
 
 def _content(value: Any) -> str:
-    """Returns the text, or the text parts joined by newlines."""
+    """Return the text, or the text parts joined by newlines."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
@@ -36,11 +36,9 @@ def _content(value: Any) -> str:
 def _role(value: Any) -> Role:
     if value in ("tool", "function"):
         raise unsupported(f"is {value!r}, but this server does not support tools")
-    roles: tuple[Role, ...] = get_args(Role)
-    for role in roles:
-        if value == role:
-            return role
-    raise wrong(f"is {value!r}, but must be one of {', '.join(map(repr, roles))}")
+    if value not in get_args(Role):
+        raise wrong(f"is {value!r}, but must be one of {', '.join(map(repr, get_args(Role)))}")
+    return cast(Role, value)
 
 
 class Message(ApiModel):
@@ -50,7 +48,7 @@ class Message(ApiModel):
     content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[dict[str, str]])]
     name: str | None = None
 
-    # OpenAI's client sends these back with an answer: null or empty, as long as there are no tools.
+    # OpenAI's client sends these back with an answer; they are null or empty.
     refusal: Unsupported = None
     tool_calls: Unsupported = None
     function_call: Unsupported = None
@@ -58,19 +56,24 @@ class Message(ApiModel):
     annotations: Unsupported = None
 
 
+_ONLY_TEXT = 'must be {"type": "text"} or left out: this server does not support structured output'
+_ONLY_TEXT_OUT = 'must be ["text"] or left out: this model answers in text'
+_NO_TOOLS = "is not supported by this server, which has no tools: leave it out"
+
+
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: int | None = None
-    """The newer name of max_tokens. Default: all that the context has room for."""
+    """The newer name of max_tokens. Default: as many as fit into the context."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
-    response_format: Any = None
-    modalities: Any = None
-    tool_choice: Any = None
+    response_format: Annotated[Any, only({"type": "text"}, otherwise=_ONLY_TEXT)] = None
+    modalities: Annotated[Any, only(["text"], otherwise=_ONLY_TEXT_OUT)] = None
+    tool_choice: Annotated[Any, only("none", "auto", otherwise=_NO_TOOLS)] = None
     chat_template_kwargs: dict[str, Any] | None = None
     """Values for the model's chat template, such as {"enable_thinking": false}."""
 
-    # OpenAI's fields that have no effect on the text here.
+    # OpenAI's fields that have no effect here.
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -87,30 +90,9 @@ class ChatRequest(GenerationRequest):
     reasoning_effort: Unsupported = None
     verbosity: Unsupported = None
 
-    @field_validator("response_format")
-    @classmethod
-    def _plain_text(cls, value: Any) -> Any:
-        if value not in (None, {"type": "text"}):
-            raise unsupported('must be {"type": "text"} or left out: this server does not support structured output')
-        return value
-
-    @field_validator("modalities")
-    @classmethod
-    def _only_text(cls, value: Any) -> Any:
-        if value not in (None, ["text"]):
-            raise unsupported('must be ["text"] or left out: this model answers in text')
-        return value
-
-    @field_validator("tool_choice")
-    @classmethod
-    def _no_tool(cls, value: Any) -> Any:
-        if value not in (None, "none", "auto"):
-            raise unsupported("is not supported by this server, which has no tools: leave it out")
-        return value
-
 
 class TopLogprob(msgspec.Struct):
-    """A token, its log-probability and its UTF-8 bytes, which may be a part of a character."""
+    """A token, its log-probability and its UTF-8 bytes, which may be part of a character."""
 
     token: str
     logprob: float
@@ -118,7 +100,7 @@ class TopLogprob(msgspec.Struct):
 
 
 class TokenLogprob(TopLogprob):
-    """A token of the answer, beside the likeliest tokens at its position, likeliest first."""
+    """A token of the answer, with the likeliest tokens at its position, likeliest first."""
 
     top_logprobs: list[TopLogprob]
 
@@ -148,7 +130,7 @@ class ChatCompletion(Response):
 
 
 class ChatDelta(msgspec.Struct):
-    """A chunk's addition to a message: the first has its role, the last is empty."""
+    """A chunk's addition to a message: the role in the first chunk, nothing in the last."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET

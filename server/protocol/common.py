@@ -1,7 +1,7 @@
-"""The fields that completions and chat share, and the checks that pydantic's own types do not make.
+"""The fields that completions and chat share, and validators beyond pydantic's own types.
 
-Types are strict: "0.7" is not a number. Fields that neither OpenAI nor Pilotfish knows are refused. Bounds of sampling
-parameters are the engine's (`engine.params`); those of what the engine never sees are here.
+Types are strict: "0.7" is not a number. Unknown fields are refused. The engine checks the bounds of sampling parameters
+(`engine.params`); bounds of values that it never sees are here.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ Prompt = str | list[int]
 
 
 class ApiModel(BaseModel):
-    """A JSON object with these fields and no others."""
+    """A JSON object that refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 def wrong(problem: str) -> PydanticCustomError:
-    """Returns the error for a parameter's wrong value: `problem` follows its name in the message."""
+    """Return the error for a wrong value; `problem` follows the parameter's name in the message."""
     return PydanticCustomError("invalid_parameter", "{problem}", {"problem": problem})
 
 
 def unsupported(problem: str) -> PydanticCustomError:
-    """Returns the error for a parameter that asks for what this server cannot do (yet)."""
+    """Return the error for a request that this server does not support; `problem` as for `wrong`."""
     return PydanticCustomError("unsupported_parameter", "{problem}", {"problem": problem})
 
 
@@ -57,17 +57,26 @@ def _logit_bias(value: Any) -> dict[int, float]:
     for key, bias in value.items():
         if not str(key).isdecimal() or isinstance(bias, bool) or not isinstance(bias, int | float):
             raise wrong(f"has {key!r}: {bias!r}, but must have token ids as keys and numbers as values")
-        biases[int(key)] = float(bias)
+        try:
+            biases[int(key)] = float(bias)
+        except (ValueError, OverflowError) as error:
+            raise wrong(f"has a number that is too large: {error}") from error
     return biases
 
 
-def _neutral(value: Any) -> None:
-    if value not in (None, [], {}, ""):
-        raise unsupported("is not supported by this server: leave it out")
+def only(*allowed: Any, otherwise: str) -> AfterValidator:
+    """Return a validator that accepts null and the `allowed` values; `otherwise` as the problem in `unsupported`."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value not in allowed:
+            raise unsupported(otherwise)
+        return value
+
+    return AfterValidator(check)
 
 
 def _prediction(value: Any) -> str | None:
-    """Returns the predicted text; its parts are joined without anything between them."""
+    """Return the predicted text, its parts joined without a separator."""
     if value is None:
         return None
     form = 'must be an object such as {"type": "content", "content": "the text that is expected"}'
@@ -89,19 +98,19 @@ def _prediction(value: Any) -> str | None:
 Stops = Annotated[tuple[str, ...], PlainValidator(_stops, json_schema_input_type=str | list[str] | None)]
 LogitBias = Annotated[dict[int, float], PlainValidator(_logit_bias, json_schema_input_type=dict[str, float] | None)]
 Prediction = Annotated[str | None, PlainValidator(_prediction, json_schema_input_type=dict[str, Any] | None)]
-Unsupported = Annotated[Any, AfterValidator(_neutral)]
-"""A field of OpenAI's that this server does not support: only null or an empty value is accepted."""
+Unsupported = Annotated[Any, only([], {}, "", otherwise="is not supported by this server: leave it out")]
+"""A field of OpenAI's API that this server does not support: only null and empty values are accepted."""
 Choices = Annotated[int | None, Field(ge=1, le=MAX_CHOICES)]
 
 
 class StreamOptions(ApiModel):
     include_usage: bool = False
     include_obfuscation: bool | None = None
-    """Accepted without effect: OpenAI's own servers pad chunks against observers of the network."""
+    """Accepted without effect: OpenAI pads chunks to hide their length."""
 
 
 class GenerationRequest(ApiModel):
-    """The fields that completions and chat share. null stands for a field's default."""
+    """The fields that completions and chat share. null stands for the default."""
 
     model: str
     temperature: float | None = None
@@ -112,15 +121,15 @@ class GenerationRequest(ApiModel):
     max_tokens: int | None = None
     n: Choices = None
     seed: int | None = None
-    """The same seed gives the same text, whatever else the server does at the time."""
+    """The same seed gives the same text, whatever other requests are running."""
     stop: Stops = ()
     prediction: Prediction = None
-    """The text that the answer is expected to be: it is drafted from, and never changes the answer."""
+    """The expected text of the answer, used to draft from; never changes the answer."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
 
-    # Extensions, by the names that other servers of open models use.
+    # Extensions, named as in other servers of open models.
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -131,11 +140,11 @@ class GenerationRequest(ApiModel):
     skip_special_tokens: bool = True
 
     speculation: str | None = None
-    """Pilotfish's own: "auto", "off" or a drafter's name; null: the server's default. Never changes the text."""
+    """Pilotfish's own: "auto", "off" or a drafter; null: the server's default. Never changes the text."""
 
     @property
     def choices(self) -> int:
-        """Answers to each prompt."""
+        """Number of answers to each prompt."""
         return self.n or 1
 
     @property

@@ -17,7 +17,7 @@ MAX_BEST_OF = 128
 
 
 def _prompts(value: Any) -> list[Prompt]:
-    """Returns a list of prompts, whichever of the four forms was sent."""
+    """Return a list of prompts for any of the four forms."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
@@ -46,7 +46,7 @@ class CompletionRequest(GenerationRequest):
 
 
 class CompletionLogprobs(msgspec.Struct):
-    """An item for each token. A token that is a part of a character is spelled "bytes:\\xe2\\x82"."""
+    """An item for each token. A token that is part of a character is spelled "bytes:\\xe2\\x82"."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -55,7 +55,7 @@ class CompletionLogprobs(msgspec.Struct):
 
 
 class CompletionChoice(msgspec.Struct):
-    """A choice of a whole response, or what a chunk adds to it."""
+    """A choice of a whole response, or a chunk's addition to it."""
 
     index: int
     text: str

@@ -1,4 +1,4 @@
-"""Requests and responses of POST /tokenize and /detokenize, in vLLM's form."""
+"""Requests and responses of POST /tokenize and /detokenize, compatible with vLLM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TokenizeRequest(ApiModel):
     prompt: str | None = None
     messages: list[Message] | None = None
     add_special_tokens: bool | None = None
-    """Default: true for a prompt, false for messages, whose chat template has them."""
+    """Default: true for a prompt, false for messages, whose chat template adds them."""
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None

@@ -1,4 +1,4 @@
-"""The parts that all responses with generated text share: head, usage and timings."""
+"""The parts that all responses with generated text share: common fields, usage and timings."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class Usage(msgspec.Struct):
 
 
 class DrafterTimings(msgspec.Struct):
-    """One drafter's share in an answer."""
+    """One drafter's share of an answer."""
 
     steps: int
-    """Steps in which one of its drafts was chosen."""
+    """Number of steps that used one of its drafts."""
     drafted_tokens: int
-    """Drafted tokens that were verified."""
+    """Number of drafted tokens that were verified."""
     accepted_tokens: int
     mean_length: float
-    """Mean length of its drafts, as far as they were verified."""
+    """Mean number of verified tokens in its drafts."""
 
 
 class Timings(msgspec.Struct):
-    """Times and drafts of an answer. Several choices count together, from the first of them to the last."""
+    """Times and drafts of an answer. Several choices count together, from the first to the last."""
 
     queue_ms: float | None
     """Time from the request's arrival to its first step."""
@@ -46,13 +46,13 @@ class Timings(msgspec.Struct):
     decode_ms: float | None
     """Time from the first token to the last."""
     tokens_per_second: float | None
-    """Tokens after the first step that brought any, per second of decode_ms; null if there were none."""
+    """Tokens after the first step, per second of decode_ms; null without any."""
     drafter: str
-    """The drafter that drafted most tokens, or "none"."""
+    """The drafter that drafted the most tokens, or "none"."""
     drafted_tokens: int
     accepted_tokens: int
     drafters: dict[str, DrafterTimings]
-    """Each drafter's share, the one with the most steps first."""
+    """The share of each drafter, most steps first."""
     cached_tokens: int
     """Prompt tokens found in the prefix cache."""
 

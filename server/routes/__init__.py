@@ -1,4 +1,4 @@
-"""The routes, one file an endpoint or a group of them."""
+"""The routes: one file for each endpoint or group of endpoints."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Chat(Endpoint[ChatRequest]):
 
 
 class ChatChunks(OpenAIChunks[ChatRequest, ChatChunk]):
-    """Each choice has a chunk with its role, those with its text, and one with its finish_reason."""
+    """Makes a chunk with the role of each choice, chunks with its text, and one with its finish_reason."""
 
     def begin(self) -> Sequence[ChatChunk]:
         role = ChatDelta(role="assistant", content="", refusal=None)

@@ -36,7 +36,7 @@ class Completions(Endpoint[CompletionRequest]):
             body,
             prompts=len(body.prompt),
             answers=answers,
-            max_tokens=max_tokens or 1,  # for the log-probabilities of the prompt the engine must make a step
+            max_tokens=max_tokens or 1,  # the prompt's log-probabilities need a step of the engine
             logprobs=0 if body.logprobs is None and ranked else body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
             add_special_tokens=body.add_special_tokens,
@@ -57,7 +57,7 @@ class Completions(Endpoint[CompletionRequest]):
         return body.prompt
 
     def whole(self, reply: Reply[CompletionRequest], pieces: Sequence[Piece]) -> Completion:
-        """Keeps the likeliest answers to each prompt, with best_of."""
+        """Return the response; with best_of, it has the likeliest answers to each prompt."""
         kept, count, shown = [], reply.spec.answers, reply.body.choices
         for start in range(0, len(pieces), count):
             own = list(zip(reply.answers[start : start + count], pieces[start : start + count], strict=True))

@@ -15,7 +15,7 @@ router = APIRouter()
 
 @router.get("/health")
 async def health(service: ServiceDependency) -> Response:
-    """200 while the engine lives, loading included; 503 once it is dead and only a restart helps."""
+    """Return 200 while the engine loads or runs; 503 once it is dead and the server must be restarted."""
     if service.engine.state == "dead":
         return _status(503, "dead", service.engine.error)
     return _status(200, "alive")
@@ -23,7 +23,7 @@ async def health(service: ServiceDependency) -> Response:
 
 @router.get("/ready")
 async def ready(service: ServiceDependency) -> Response:
-    """200 while requests are taken and the engine makes steps."""
+    """Return 200 while requests are accepted and the engine makes steps."""
     try:
         service.ready()
     except ApiError as error:

@@ -1,4 +1,4 @@
-"""Chunks of OpenAI's streams, as completions and chat share them."""
+"""The chunks of OpenAI's streams, shared by completions and chat."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Chunk = TypeVar("Chunk", ChatChunk, CompletionChunk)
 
 
 class OpenAIChunks(Generic[Body, Chunk]):
-    """Chunks with one choice each, and usage and timings at the end: in the last chunk, or, with include_usage, in one
-    of their own."""
+    """Makes chunks with one choice each. Timings are in the last chunk; with include_usage, usage and timings are in an
+    additional one."""
 
     def __init__(self, reply: Reply[Body], chunk_type: type[Chunk], object_: str) -> None:
         self.reply = reply
@@ -31,7 +31,7 @@ class OpenAIChunks(Generic[Body, Chunk]):
         return ()
 
     def chunk(self, choice: Any) -> Chunk:
-        """The chunk of a choice; of the last one, if `choice` has a finish_reason and no other choice is unfinished."""
+        """Return the chunk of a choice; the last one if `choice` has a finish_reason and no other is unfinished."""
         if choice.finish_reason is not None:
             self._unfinished -= 1
             if not self._unfinished and self._usage is UNSET:

@@ -15,7 +15,7 @@ router = APIRouter()
 
 @router.post("/tokenize", **returns(Tokenized))
 async def tokenize(body: TokenizeRequest, service: ServiceDependency) -> Response:
-    """The ids of a prompt, or of a conversation as /v1/chat/completions would give it to the model."""
+    """Return the token ids of a prompt, or of a conversation as /v1/chat/completions would send it to the model."""
     info = service.ready()
     service.check_model(body.model)
     if body.messages is not None:
@@ -29,7 +29,7 @@ async def tokenize(body: TokenizeRequest, service: ServiceDependency) -> Respons
 
 @router.post("/detokenize", **returns(Detokenized))
 async def detokenize(body: DetokenizeRequest, service: ServiceDependency) -> Response:
-    """The text of ids, special tokens included."""
+    """Return the text of token ids, including special tokens."""
     info = service.ready()
     service.check_model(body.model)
     for id_ in body.tokens:

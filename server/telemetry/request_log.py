@@ -1,5 +1,5 @@
-"""The log's line for each request: what was asked, how it ended and how fast. It has no text of prompts or answers, but
-for the prompts with `--log-prompts`."""
+"""The log line of each request: what was requested, how it ended and how fast. It never has the text of answers, and
+that of prompts only with `--log-prompts`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ logger = logging.getLogger("server.requests")
 
 
 def log_request(scope: Scope, status: int, seconds: float, trace_id: str | None = None) -> None:
-    """Log a request that was answered `seconds` after it came in. Probes are logged at level debug alone, their 503s
-    included, since they come time and again."""
+    """Log a request that was answered `seconds` after its arrival. Probes are frequent, so they are logged at level
+    debug, including their 503s."""
     facts, path = facts_of(scope), scope["path"]
     level = logging.DEBUG if path in OPEN_PATHS and status in (200, 503) else logging.INFO
     if not logger.isEnabledFor(level):
@@ -39,7 +39,7 @@ def log_request(scope: Scope, status: int, seconds: float, trace_id: str | None 
 
 
 def summary_of(generation: GenerationFacts) -> dict[str, Any]:
-    """Fields that sum up the answers of a request, named as in `Timings` where that has them."""
+    """Return fields that sum up the answers of a request, named as in `Timings` where it has them."""
     answers, spec = generation.answers, generation.spec
     usage, timings = usage_of(answers), timings_of(answers)
     return {
@@ -63,5 +63,5 @@ def summary_of(generation: GenerationFacts) -> dict[str, Any]:
 
 
 def _printable(path: str) -> str:
-    """The path without control characters, which a terminal could take for commands, and cut to 200 characters."""
+    """Return up to 200 characters of the path, control characters escaped, since a terminal could execute them."""
     return path.encode("unicode_escape").decode()[:200]

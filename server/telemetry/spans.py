@@ -1,8 +1,8 @@
 """OpenTelemetry spans of requests, sent by OTLP over HTTP. Needs the extra pilotfish[otel].
 
-A request's spans are made once it has been answered, from the times that were noted on its way, so tracing costs a
-stream nothing while it runs. Names and attributes follow OpenTelemetry's semantic conventions for HTTP servers and for
-generative AI (gen_ai.*); attributes that these do not define are called pilotfish.*.
+Spans are made from recorded times once a request has been answered, so tracing does not slow down streams. Names and
+attributes follow OpenTelemetry's semantic conventions for HTTP servers and for generative AI (gen_ai.*); others are
+named pilotfish.*.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from pilotfish.server.generation.facts import GenerationFacts, facts_of
 from pilotfish.server.telemetry.request_log import summary_of
 
 FLUSH_MS = 3000
-"""Time that sending the last spans may take when the server ends."""
+"""Maximum time for sending the last spans when the server ends."""
 
 _SUMMARY = ("drafter", "drafted_tokens", "accepted_tokens", "cached_tokens", "queue_ms", "ttft_ms", "tokens_per_second")
 
 
 class SpanTracing:
-    """Tracing by OpenTelemetry (see `server.telemetry.tracing.Tracing`). `url` None: as OTEL_EXPORTER_OTLP_* say;
-    `exporter` replaces OTLP, for tests.
+    """Tracing by OpenTelemetry (see `server.telemetry.tracing.Tracing`). `url` None: the variables OTEL_EXPORTER_OTLP_*
+    set it; `exporter` replaces OTLP, for tests.
 
-    Sampler, resource, batches, headers and propagators are set by OpenTelemetry's own environment variables.
+    OpenTelemetry's environment variables also set sampler, resource, batches, headers and propagators.
     """
 
     def __init__(self, url: str | None = None, exporter: SpanExporter | None = None) -> None:
@@ -81,13 +81,13 @@ class SpanTracing:
 
 
 def _clock() -> Callable[[float], int]:
-    """Returns a function from time.monotonic() seconds to nanoseconds since 1970."""
+    """Return a function from time.monotonic() seconds to nanoseconds since 1970."""
     offset = time.time_ns() - time.monotonic_ns()
     return lambda seconds: int(seconds * 1e9) + offset
 
 
 def _answer_spans(tracer: Tracer, parent: Span, answer: Answer, clock: Callable[[float], int]) -> None:
-    """Make the spans queue, prefill and decode, as many of them as there were."""
+    """Make the spans queue, prefill and decode, as far as the answer got."""
     arrival, last = answer.request.arrival, answer.last_token
     stages: list[tuple[str, float, float, dict[str, int]]] = []
     if answer.scheduled is not None:

@@ -1,5 +1,5 @@
-"""Switches tracing on where it is configured. The spans are made in `server.telemetry.spans`, which needs
-the extra pilotfish[otel]; this module does not.
+"""Enables tracing if it is configured. `server.telemetry.spans` makes the spans and needs the extra pilotfish[otel];
+this module does not.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ class Tracing(Protocol):
     """Records requests as traces."""
 
     def record(self, scope: Scope, route: str, status: int, ended: float) -> str | None:
-        """Record a request that was answered at `ended`, in time.monotonic() seconds. Returns the id of its trace; None
-        if it is not sampled."""
+        """Record a request that was answered at `ended`, in time.monotonic() seconds. Returns the id of its trace, or
+        None if it is not sampled."""
         ...
 
     def close(self) -> None:
-        """Send what has not been sent yet; this takes a few seconds at most."""
+        """Send the remaining spans; this takes a few seconds at most."""
         ...
 
 
 def open_tracing(endpoint: str | None) -> Tracing | None:
-    """Tracing to an OTLP receiver: `endpoint`, or the one that OpenTelemetry's own variables name; None without either.
+    """Start tracing to the OTLP receiver `endpoint`, or to the one that OpenTelemetry's variables name; None without
+    either.
 
-    Raises ConfigError for an endpoint that is not a URL, or if the extra is not installed; a variable alone, which may
-    be meant for other programs, then only leads to a warning.
+    Raises ConfigError for an endpoint that is not a URL, or if the extra is not installed. If only a variable names the
+    receiver, it may be meant for other programs, so a missing extra is just a warning.
     """
     named = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none":
@@ -56,10 +57,13 @@ def open_tracing(endpoint: str | None) -> Tracing | None:
 
 
 def traces_url(endpoint: str) -> str:
-    """The URL to send spans to, from an OTLP receiver's address as OTEL_EXPORTER_OTLP_ENDPOINT has it. Raises
-    ConfigError."""
-    parts = urlsplit(endpoint)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    """Return the URL for spans at an OTLP receiver, given as for OTEL_EXPORTER_OTLP_ENDPOINT. Raises ConfigError."""
+    try:
+        parts = urlsplit(endpoint)
+        valid = parts.scheme in ("http", "https") and bool(parts.netloc)
+    except ValueError:  # such as "http://[::1"
+        valid = False
+    if not valid:
         raise ConfigError(
             f"otlp_endpoint is {endpoint!r}, but must be the URL of an OTLP receiver over HTTP, "
             "such as http://127.0.0.1:4318"

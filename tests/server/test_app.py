@@ -267,6 +267,13 @@ async def test_a_body_that_is_too_large_is_413(serving: Any, counted: bool) -> N
         assert (await served.complete()).status_code == 200
 
 
+async def test_a_length_that_is_no_number_is_not_converted(serving: Any) -> None:
+    """A superscript two is a digit to str.isdigit, but not to int."""
+    async with serving() as served:
+        headers = [(b"content-length", "\xb2".encode("latin-1"))]
+        assert (await served.http.request("GET", "/version", headers=headers)).status_code == 200
+
+
 async def test_keys_are_asked_for_everywhere_but_by_probes(serving: Any) -> None:
     async with serving(api_key=("one", "zwei-ä")) as served:
         for headers in ({}, {"authorization": "Bearer two"}, {"authorization": "one"}, {"authorization": "Bearer "}):
@@ -282,7 +289,7 @@ async def test_keys_are_asked_for_everywhere_but_by_probes(serving: Any) -> None
 
 async def test_seeds_and_limits_reach_the_engine(serving: Any) -> None:
     async with serving(max_queue=8) as served:
-        await served.complete(n=3, seed=11, max_tokens=10**30, top_k=10**30, speculation="off")
+        await served.complete(n=3, seed=11, max_tokens=10**400, top_k=10**400, speculation="off")
         first, *others = served.engine.requests
         assert first.params.seed == 11
         assert len({request.params.seed for request in served.engine.requests}) == 3

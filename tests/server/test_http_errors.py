@@ -32,6 +32,8 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str, str]] = [
     ({"logit_bias": {"512": 1}}, "logit_bias", "between 0 and 511"),
     ({"logit_bias": {"5": 101}}, "logit_bias", "between -100 and 100"),
     ({"logit_bias": {"a": 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": {"5": 10**400}}, "logit_bias", "too large"),
+    ({"min_tokens": 10**400}, "min_tokens", "must not exceed max_tokens"),
     ({"stop": ["x"] * 17}, "stop", "at most 16"),
     ({"stop": ""}, "stop", "1 to 1000"),
     ({"stop_token_ids": [512]}, "stop_token_ids", "between 0 and 511"),

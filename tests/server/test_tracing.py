@@ -174,7 +174,7 @@ def test_a_receiver_that_is_not_there_stops_nothing(start: Callable[..., Running
     assert running.process.wait(60) == 0
 
 
-@pytest.mark.parametrize("endpoint", ["collector:4317", "grpc://collector:4317", "4318", "http://"])
+@pytest.mark.parametrize("endpoint", ["collector:4317", "grpc://collector:4317", "4318", "http://", "http://[::1"])
 def test_an_endpoint_that_is_no_url_is_refused(endpoint: str) -> None:
     with pytest.raises(ConfigError, match=r"otlp_endpoint is .* but must be the URL"):
         open_tracing(endpoint)

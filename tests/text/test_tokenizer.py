@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pilotfish.checkpoints.catalog import ModelFiles, resolve
 from pilotfish.errors import ModelError, ParameterError
+from pilotfish.text.conversion import _fingerprint
 from pilotfish.text.tokenizer import Tokenizer, load_tokenizer
 from tests.support.tiny import CHAT_TEMPLATE, build_model, train_tokenizer
 from tests.support.tiny_gguf import write_gguf
@@ -183,6 +184,16 @@ def test_tokenizers_that_cannot_be_read_are_model_errors(tiny_llama: Path, tmp_p
     with pytest.raises(ModelError, match=r"cannot convert the tokenizer of .*bare\.gguf"):
         load_tokenizer(resolve(str(path)))
     assert list((cache / "tokenizers").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "added_tokens.json", "chat_template.jinja", "generation_config.json"])
+def test_a_changed_file_of_a_slow_tokenizer_is_converted_again(name: str, tmp_path: Path) -> None:
+    files = ModelFiles("model", "huggingface", tmp_path)
+    found = {_fingerprint(files)}
+    for content in ("", "changed"):
+        (tmp_path / name).write_text(content)
+        found.add(_fingerprint(files))
+    assert len(found) == 3
 
 
 NEUTRAL = """

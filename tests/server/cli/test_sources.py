@@ -190,6 +190,7 @@ def values(draw: st.DrawFn) -> dict[str, Any]:
 @given(given_values=values())
 @example(given_values={"model": "\x85"})  # what YAML, but few others, takes for the end of a line
 @example(given_values={"model": "a\u2028b\nc"})
+@example(given_values={"otlp_endpoint": "http://[::1"})  # not a valid URL
 def test_what_is_printed_can_be_read_again(given_values: dict[str, Any]) -> None:
     made = ServeSettings(
         msgspec.convert({k: v for k, v in given_values.items() if k in EngineConfig.__struct_fields__}, EngineConfig),
