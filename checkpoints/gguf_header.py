@@ -1,8 +1,8 @@
-"""A GGUF file's header: metadata and where its tensors lie, but not what they hold. No torch.
+"""A GGUF file's header: its metadata, and where its tensors lie. No torch.
 
 The format is specified in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3). The gguf
 package's own reader makes several numpy objects for every token and merge of the vocabulary, which takes 2.4 s for
-SmolLM2's; here long lists are stepped over, since the tokenizer is transformers' business, and it takes 0.05 s.
+SmolLM2's; here long lists are skipped, since the tokenizer is transformers' business, and it takes 0.05 s.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LONGEST_LIST = 256
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies in the file. `shape` is in torch's order (GGUF's own is the reverse)."""
+    """A tensor's location in the file. `shape` is in torch's order (GGUF's own is the reverse)."""
 
     name: str
     kind: GGMLQuantizationType
@@ -36,10 +36,11 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Header:
+    """What a GGUF file says of itself before its tensors' data."""
+
     path: Path
     metadata: dict[str, Any]
-    tensors: dict[str, StoredTensor]
-    """By their names."""
+    tensors: dict[str, StoredTensor]  # by name
 
     @property
     def architecture(self) -> Any:
@@ -89,7 +90,7 @@ class _Parser:
         self._at = 0
 
     def header(self) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-        """Metadata and tensors."""
+        """Parse the metadata and the tensors."""
         if self._data[:4] != b"GGUF":
             raise ValueError("it does not start with 'GGUF'")
         self._at = 4

@@ -13,10 +13,10 @@ from pilotfish.errors import ModelError
 @dataclass(frozen=True, slots=True)
 class Values:
     path: Path
-    """The file that they are from, for errors."""
+    """The file that they come from, for error messages."""
     raw: Mapping[str, Any]
     prefix: str = ""
-    """Stands before every name in `raw`."""
+    """Prefix of every name in `raw`."""
 
     def get(self, name: str, default: Any = None) -> Any:
         return self.raw.get(self.prefix + name, default)

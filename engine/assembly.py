@@ -1,8 +1,8 @@
-"""Assembly: the models that one rank computes, on their way from files to captured passes.
+"""Assembly: loads the models that one rank computes, allocates their caches and captures their passes.
 
-Rank 0 and its followers go through the same steps with the same code, so they cannot disagree on which models there are
-and in which order, on the size of their caches, or on the passes that are captured. A model that is not sharded is rank
-0's alone. What an engine has besides models is in `build`; how ranks keep step is in `ranks`.
+Rank 0 and its followers run the same code, so they cannot disagree on the models and their order, the size of the
+caches, or the captured passes. Only rank 0 has models that are not sharded. `build` makes the rest of an engine;
+`ranks` keeps ranks in step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pilotfish.engine.speculation.drafters.registry import check_speculation, fi
 class Assembly:
     """Loads the models of rank `comm.rank` when it is made; then `room`, `allocate` and `capture`, in this order.
 
-    Raises what `load_model` and `load_draft` do, and ConfigError for a `speculation` that these drafters have not.
+    Raises what `load_model` and `load_draft` do, and ConfigError for a `speculation` that is none of these drafters.
     """
 
     def __init__(self, config: EngineConfig, comm: Communicator, progress: Progress) -> None:
@@ -41,7 +41,7 @@ class Assembly:
         )
         self.config = config = msgspec.structs.replace(config, block_size=self.platform.block_size)
         draft_comm = comm if config.draft_tensor_parallel_size > 1 else ALONE
-        # Without a part in a draft, a rank need not have its files.
+        # A rank that computes no draft model need not have its files.
         takes_part = comm.rank == 0 or draft_comm.size > 1
         self.sources = find(config.drafter, self.files.name, progress) if takes_part else []
         if comm.rank == 0:
@@ -67,12 +67,12 @@ class Assembly:
 
     @property
     def padding(self) -> int:
-        """Blocks of every cache that are no sequence's, behind those that are: captured passes are padded into them."""
+        """Blocks at the end of every cache that belong to no sequence: captured passes write their padding there."""
         return int(self.captures)
 
     def room(self) -> CacheRoom:
-        """What is free for caches on this rank once its weights are loaded, and what a block of all of them takes:
-        the target's block comes with one of each draft's, so that all caches hold the same number of tokens."""
+        """The memory that is free for caches on this rank now that its weights are loaded, and the bytes of one block
+        in all of them: all caches have the same number of blocks."""
         free = free_memory(self.platform.device)
         if self.captures:
             self._graph_memory = self.config.cuda_graph_memory or int(GRAPH_SHARE * free)
@@ -84,8 +84,8 @@ class Assembly:
         return CacheRoom(free - self._graph_memory, sum(sizes))
 
     def allocate(self, num_blocks: int, lead: Callable[[int], Lead] | None = None) -> None:
-        """Allocate caches of `num_blocks` blocks for sequences, and make the runners and drafters. `lead` makes rank
-        0's Lead of the sharded model of this number."""
+        """Allocate caches of `num_blocks` blocks for sequences, and make the runners and drafters. On rank 0,
+        `lead` makes the Lead of the sharded model with this number."""
         self._num_blocks, self._lead = num_blocks, lead
         self.runner = self._runner(self.target, self._caches(self.target.config, self.target.comm.size))
         self.drafters = [
@@ -101,7 +101,7 @@ class Assembly:
         ]
 
     def capture(self, max_model_len: int) -> None:
-        """Capture the passes of all models, if any are captured here; other ranks do so at the same time."""
+        """Capture the passes of all models, if this device captures any; all ranks do so at the same time."""
         if self._make_graphs is None:
             return
         config = self.config

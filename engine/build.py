@@ -1,4 +1,4 @@
-"""Build: from an EngineConfig to the parts of an engine. Runs once, at start."""
+"""Builds the parts of an engine from an EngineConfig, once, at start."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ from pilotfish.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Engine:
+    """The parts of an engine, which `EngineCore` puts to work."""
+
     info: EngineInfo
     runner: ModelRunner
     pool: BlockPool
@@ -39,7 +41,7 @@ class Engine:
     """The other ranks, if the model is sharded."""
 
     def check(self) -> None:
-        """Raise RankError if a rank has failed: what was computed since then is not to be used."""
+        """Raise RankError if a rank has failed: results since then must not be used."""
         if self.ranks is not None:
             self.ranks.check()
 
@@ -65,7 +67,7 @@ def build(config: EngineConfig, progress: Progress, last_words: LastWords | None
     parse_entries(config.drafter)
     if config.tensor_parallel_size == 1:
         return _build(config, progress, None)
-    # Once, and not by all ranks of this host at the same time.
+    # Download and check once here, not in all ranks of this host at the same time.
     files = resolve(config.model, progress, config.load_format != "dummy")
     find(config.drafter, files.name, progress)
     check_divides(read_config(files), config.tensor_parallel_size, model=files.name)
@@ -96,7 +98,7 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
     if ranks is not None:
         ranks.wait_prepared()
 
-    def try_target(rows: int) -> None:  # what it writes to the cache nobody reads
+    def try_target(rows: int) -> None:  # nobody reads what it writes to the cache
         assembly.runner.run(assembly.runner.trial(rows))
         synchronize(platform.device)
 
@@ -133,7 +135,7 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
 
 
 def _num_blocks(assembly: Assembly, progress: Progress, ranks: Ranks | None) -> int:
-    """The number of blocks for sequences, which all caches have on all ranks."""
+    """The number of blocks for sequences, the same in all caches on all ranks."""
     config, own, on_gpu = assembly.config, assembly.room(), assembly.platform.device.type == "cuda"
     rooms, sharing = ([own], 1) if ranks is None else (ranks.rooms(own, progress), ranks.sharing)
     count = count_blocks(config, rooms, sharing, on_gpu) - assembly.padding

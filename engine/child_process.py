@@ -1,7 +1,7 @@
-"""Child processes of an engine: how they are started, told their task, watched, and end with their parent.
+"""Child processes of an engine: how they are started, given a task, watched, and ended with their parent.
 
-A child reads one line of JSON from its standard input, which its parent then holds open for as long as it lives: end of
-file there means that the parent has gone, however it went.
+A child reads one line of JSON from its standard input, which its parent then holds open: end of file there means that
+the parent has ended, for whatever reason.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HEARTBEAT_SECONDS = 1.0
 
 def command_of(module: str) -> tuple[str, ...]:
     """The command that runs a module of this package as a process."""
-    # -P: the folder that a user happens to stand in is not where `pilotfish`, or anything that it imports, comes from.
+    # -P: never import `pilotfish`, or anything that it imports, from the current folder.
     return (sys.executable, "-P", "-m", module)
 
 
@@ -45,13 +45,13 @@ def ignore_signals() -> None:
 
 
 def read_task(kind: type[T]) -> T:
-    """Read what this process was started with."""
+    """Read the task that this process was started with."""
     with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as stdin:
         return msgspec.json.decode(stdin.readline(), type=kind)
 
 
 def encode_task(task: msgspec.Struct) -> bytes:
-    """What a parent writes for `read_task`."""
+    """The bytes that a parent writes for `read_task`."""
     return msgspec.json.encode(task) + b"\n"
 
 
@@ -87,10 +87,10 @@ def heartbeat_seconds(timeout: float) -> float:
 
 
 class PatientClock:
-    """A clock that stands still while its process does: stopped, or on a machine that is paused or overloaded, where
-    those that it watches may have had no chance to speak either.
+    """A clock that stands still while its process does: when it is stopped, or its machine is paused or overloaded, so
+    that the processes that it watches may have been unable to report, too.
 
-    `most`: seconds between two readings that count in full; of a longer time so much is counted.
+    `most`: the most seconds that are counted between two readings.
     """
 
     def __init__(self, most: float = 2 * HEARTBEAT_SECONDS) -> None:

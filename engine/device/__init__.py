@@ -1,4 +1,4 @@
-"""Devices, in the few ways in which the engine cares about them, and getting small tensors there."""
+"""Helpers for devices: copying small tensors to them, compute capability, timing, waiting, and freeing memory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 
 def on_device(values: torch.Tensor | Seq[Any], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A host tensor, or one of these numbers, on `device`; the host does not wait for a GPU to have it.
+    """Copy a host tensor, or a tensor of these numbers, to `device` without waiting for a GPU.
 
-    torch.tensor(values, device="cuda") would: it copies out of pageable memory, behind all that is running there.
+    torch.tensor(values, device="cuda") would wait: it copies from pageable memory, behind all that is queued there.
     """
     tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=dtype)
     if device.type != "cuda":
@@ -26,8 +26,8 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
 
 
 class PassTimer:
-    """Measures how long a pass of the model takes on its device: on the CPU the launch, which returns when all is done;
-    on a GPU the time between two events in its stream, as the host is elsewhere meanwhile."""
+    """Measures how long a pass of the model takes: on the CPU the launch, which returns when all is done; on a GPU the
+    time between two events in its stream, while the host goes on."""
 
     def __init__(self, device: torch.device) -> None:
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
@@ -36,18 +36,19 @@ class PassTimer:
         self._began = self._launched = 0.0
 
     def begin(self) -> None:
-        """Just before the pass is launched."""
+        """Call it just before the pass is launched."""
         self._began = time.perf_counter()
         if self._events is not None:
             self._events[0].record()
 
     def launched(self) -> None:
+        """Call it once the pass is launched."""
         if self._events is not None:
             self._events[1].record()
         self._launched = time.perf_counter()
 
     def seconds(self) -> float:
-        """Seconds that the last pass took; waits for it."""
+        """Wait for the last pass; return the seconds that it took."""
         if self._events is None:
             return self._launched - self._began
         self._events[1].synchronize()
@@ -59,12 +60,12 @@ class PassTimer:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given; the CPU always has."""
+    """Wait until the device has done all that is queued there; on the CPU nothing ever is."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def give_back_memory(device: torch.device) -> None:
-    """Give back what torch keeps of a GPU's memory without using it, for others to count it as free."""
+    """Free the GPU memory that torch caches without using it, so that it counts as free."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

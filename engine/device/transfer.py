@@ -1,7 +1,7 @@
-"""From the host to the device without waiting for it: arrays that belong together go in one copy.
+"""Copies from the host to the device that do not wait for it; arrays that belong together go in one copy.
 
-To wait for a copy is to wait for everything that the device has been given before it, which is the whole forward pass.
-Copies out of pinned memory need no waiting; torch's caching allocator for it reuses no buffer before its copy is done.
+Waiting for a copy means waiting for everything queued before it, which is the whole forward pass. Copies from pinned
+memory need no waiting; torch's caching allocator for it reuses no buffer before its copy is done.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from pilotfish.engine.device import on_device
 
 ALIGNMENT = 16
-"""Bytes: an array begins at a multiple of it, more than any kernel asks of ids and lengths."""
+"""Arrays begin at multiples of so many bytes, more than any kernel requires of ids and lengths."""
 
 _TORCH = {
     np.dtype(np.int64): torch.int64,
@@ -62,7 +62,7 @@ def to_device(buffer: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def copy_to(buffer: np.ndarray, out: torch.Tensor) -> None:
-    """Copy the buffer, (bytes,) uint8, to `out`, which is as long; the host does not wait for a GPU to have it."""
+    """Copy the buffer, (bytes,) uint8, to `out`, which is as long, without waiting for a GPU."""
     source = torch.from_numpy(buffer)
     if out.device.type == "cuda":
         source = source.pin_memory()
@@ -79,5 +79,5 @@ def arrays_to_device(arrays: Seq[np.ndarray], device: torch.device) -> list[torc
 
 
 def ids_to_device(ids: Seq[int], device: torch.device) -> torch.Tensor:
-    """(len(ids),) int64."""
+    """The ids on `device`, (len(ids),) int64."""
     return arrays_to_device([np.array(ids, dtype=np.int64)], device)[0]

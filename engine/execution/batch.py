@@ -1,5 +1,5 @@
-"""Batches of spans. A span is the positions of one sequence that a step computes; HostBatch packs all spans of a pass
-into one buffer on the host, once; FlatBatch is the same as tensors on a device."""
+"""Batches of spans. A Span is the positions of one sequence that a step computes; a HostBatch has all spans of a pass
+in one buffer on the host; a FlatBatch is the same as tensors on a device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Span:
     start: int
     blocks: Seq[int]
     logit_rows: int = 0
-    """Logits are wanted of this many of its last rows."""
+    """Number of its last rows whose logits are wanted."""
 
     @property
     def stop(self) -> int:
@@ -32,8 +32,8 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class HostBatch:
-    """What a pass over some spans needs, in host memory: one buffer, which can go to a device or to another process as
-    it is, and its arrays by name."""
+    """The inputs of a pass over some spans, in host memory: one buffer, which can go to a device or to another process
+    as it is, and its arrays by name."""
 
     layout: BatchLayout
     buffer: np.ndarray  # (layout.size,) uint8
@@ -45,7 +45,7 @@ class HostBatch:
 
     @staticmethod
     def unpack(shape: BatchShape, buffer: np.ndarray, block_size: int) -> HostBatch:
-        """The batch that another process has packed, on its buffer, which is not copied."""
+        """The batch that another process has packed, as views of its buffer."""
         layout = BatchLayout(shape)
         arrays = layout.on_host(buffer)
         query_lens = np.diff(arrays.cu_query_lens).tolist()
@@ -103,7 +103,7 @@ def pack(spans: Seq[Span], block_size: int) -> HostBatch:
     for table, span, context in zip(arrays.block_tables, spans, contexts, strict=True):
         used = -(-context // block_size)
         table[:used] = span.blocks[:used]
-    # Row r of all is position r - end + context of its span.
+    # Row r of the batch is position r - end + context of its sequence.
     rows = np.arange(shape.rows)
     arrays.positions[:] = rows + np.repeat(arrays.context_lens - ends, lengths)
     blocks, offsets = np.divmod(arrays.positions, block_size)

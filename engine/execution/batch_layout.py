@@ -1,6 +1,6 @@
 """The layout of a pass's batch: its arrays by name, with dtype and shape, and where each of them lies in one buffer.
 
-Another array of a pass, such as the adapter of each row, is a line in `BatchArrays` and its filling in `batch.pack`.
+A new array, such as the adapter of each row, is a line in `BatchArrays` and is filled in `batch.pack`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ class BatchShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BatchArrays(Generic[A]):
-    """The arrays of a batch, in the order in which they lie in its buffer. The rows of all spans stand one after the
-    other.
+    """The arrays of a batch, in the order of its buffer. The spans' rows follow one another.
 
     An annotation holds an array's dtype and its shape, as names of sizes in BatchShape.
     """
@@ -44,13 +43,13 @@ class BatchArrays(Generic[A]):
     token_ids: Annotated[A, np.int64, "rows"]
     positions: Annotated[A, np.int64, "rows"]
     logit_rows: Annotated[A, np.int64, "wanted"]
-    """Which rows' logits are wanted."""
+    """The rows whose logits are wanted."""
     slots: Annotated[A, np.int64, "rows"]
-    """block * block_size + offset: where each row's key and value go."""
+    """Where each row's key and value are written: block * block_size + offset."""
     cu_query_lens: Annotated[A, np.int32, "bounds"]
     """Rows cu_query_lens[i] to cu_query_lens[i + 1] are those of span i."""
     context_lens: Annotated[A, np.int32, "spans"]
-    """Keys that a span's last row sees, the span's own included."""
+    """Number of keys that a span's last row sees, the span's own included."""
     cu_context_lens: Annotated[A, np.int32, "bounds"]
     block_tables: Annotated[A, np.int32, "spans", "max_blocks"]
     """Entries past a span's context are 0 and never read."""

@@ -1,16 +1,16 @@
 """Captured passes (CUDA graphs): the launches of a pass, recorded once for each bucket and replayed as one.
 
 A captured pass computes what it computed at its capture: the same kernels, sizes and addresses. So a bucket's inputs
-lie in a static buffer, into which a batch is copied, padded to the bucket; what it returns lies in static buffers as
-well, which the next pass of the same model overwrites. `buckets` says which buckets there are; `runner` computes
-eagerly what fits none.
+lie in a static buffer, into which a batch is copied, padded to the bucket; its outputs lie in static buffers as well,
+which the next pass of the same model overwrites. `buckets` says which buckets there are; `runner` computes eagerly what
+fits none.
 
 The buffers are written and read in the order of the device's stream, so a pass may be launched while the one before it
 still runs, if everything that reads its outputs was launched before.
 
-Padding never disturbs what is not padding. Its keys and values go to a block that is no sequence's. A padding span sees
-only those. Rows that make a span longer see one key more each, as rows of a draft would, and their results are not
-read.
+Padding never changes other results. Its keys and values go to a block that belongs to no sequence, and a padding span
+sees only those. Rows that make a span longer see one more key each, as rows of a draft would, and nobody reads their
+results.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ WARM_UPS = 2
 
 
 class GraphBackend(Protocol):
-    """Records what a function does to tensors that stay where they are, and does it again."""
+    """Records what a function does to tensors that stay where they are, and replays it."""
 
     name: str
 
     def capture(self, function: Callable[[], None], inputs: Seq[torch.Tensor], outputs: Seq[torch.Tensor]) -> Replay:
         """Record `function`, which reads `inputs`, which are filled, and writes `outputs`. It neither waits for the
-        device nor looks at a value: what it makes of anything else on the host is fixed from now on. It may be called
-        several times."""
+        device nor reads a value from it; everything on the host is fixed by the recording. It may be called several
+        times."""
         ...
 
     def memory(self) -> int:
@@ -57,8 +57,8 @@ class GraphBackend(Protocol):
 
 
 class CudaGraphs:
-    """torch.cuda.CUDAGraph. All graphs share a pool of memory: what a pass needs for the time that it runs, the next
-    one may have. Only one runs at a time, as all are replayed on the same stream."""
+    """torch.cuda.CUDAGraph. All graphs share a pool of memory, which is safe since they are replayed on the same
+    stream, one at a time."""
 
     name = "cuda"
 
@@ -76,7 +76,7 @@ class CudaGraphs:
                 function()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do meanwhile, such as NCCL's watchdog, is none of the graph's business.
+        # thread_local: other threads, such as NCCL's watchdog, may call CUDA meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             function()
         return graph.replay
@@ -101,7 +101,7 @@ class EagerGraphs:
 def graph_backend(
     enforce_eager: bool, attention: AttentionBackend, device: torch.device
 ) -> Callable[[], GraphBackend] | None:
-    """How to make the backend, once all but graphs is in memory; None where every pass is to be eager."""
+    """Returns what makes the backend, to be called once all else is in memory; None if every pass is to be eager."""
     if enforce_eager or device.type != "cuda":
         return None
     if not attention.capturable:
@@ -118,11 +118,11 @@ class GraphPlan:
     buckets: tuple[Bucket, ...]
     """Captured in this order, as far as there is memory for them."""
     max_len: int
-    """Most tokens of a sequence."""
+    """Maximum number of tokens of a sequence."""
     padding_block: int
-    """The block of the model's KV cache that is no sequence's."""
+    """The block of the model's KV cache that belongs to no sequence."""
     memory: int
-    """Bytes that the backend may have taken before another bucket is captured."""
+    """Bytes of captures beyond which no further bucket is captured."""
 
 
 Pass = Callable[[FlatBatch, torch.Tensor, Seq[torch.Tensor]], Seq[torch.Tensor]]
@@ -133,8 +133,8 @@ Pass = Callable[[FlatBatch, torch.Tensor, Seq[torch.Tensor]], Seq[torch.Tensor]]
 class GraphedPasses:
     """The captured passes of one model. All ranks of a sharded model capture the same buckets in the same order.
 
-    `inputs`: what rows have beside their tokens, static, (most rows, ...) each. The outputs of `run` are static, too,
-    and hold until the next `run`.
+    `inputs`: static buffers for what rows have besides their tokens, (most rows, ...) each. The outputs of `run` are
+    static, too, and valid until the next `run`. `captured` has the buckets that were captured, fewest rows first.
     """
 
     def __init__(
@@ -158,27 +158,22 @@ class GraphedPasses:
             if not _all_agree(plan.backend.memory() < plan.memory, comm, device):
                 break
             self._replays[bucket] = self._capture(bucket, function, plan)
-        self._captured = tuple(self._replays)
-        missing = len(plan.buckets) - len(self._captured)
+        self.captured = tuple(self._replays)
+        missing = len(plan.buckets) - len(self.captured)
         logger.info(
             "graphs of %s: %d passes captured, up to %d sequences and %d tokens of each; all graphs take %d MiB%s",
             name,
-            len(self._captured),
-            max((bucket.spans for bucket in self._captured), default=0),
-            max((bucket.length for bucket in self._captured), default=0),
+            len(self.captured),
+            max((bucket.spans for bucket in self.captured), default=0),
+            max((bucket.length for bucket in self.captured), default=0),
             plan.backend.memory() >> 20,
             f"; {missing} more would exceed cuda_graph_memory ({plan.memory >> 20} MiB)" if missing else "",
         )
 
-    @property
-    def captured(self) -> tuple[Bucket, ...]:
-        """The buckets that have been captured, by their rows."""
-        return self._captured
-
     def find(self, host: HostBatch) -> Bucket | None:
-        """Which captured pass computes this batch, if one does. The batch alone decides, so all ranks agree."""
+        """The captured pass that can compute this batch, by the batch alone, so that all ranks agree; None if none can."""
         shape = host.shape
-        bucket = fitting(self._captured, shape.spans, max(host.query_lens), shape.rows)
+        bucket = fitting(self.captured, shape.spans, max(host.query_lens), shape.rows)
         return bucket if bucket and shape.max_blocks <= self._layouts[bucket].batch.shape.max_blocks else None
 
     def run(
@@ -190,8 +185,8 @@ class GraphedPasses:
     ) -> tuple[torch.Tensor, ...]:
         """The outputs of the batch, (rows of the bucket, ...) each.
 
-        inputs: (rows of the batch, ...) each; token_ids: (rows,) on the device, in place of the batch's, of a batch of
-        one row a span.
+        inputs: (rows of the batch, ...) each; token_ids: (rows,) on the device, to replace those of a batch with one
+        row per span.
         """
         assert self._outputs is not None
         layout = self._layouts[bucket]
@@ -205,7 +200,7 @@ class GraphedPasses:
                 static.index_copy_(0, real_rows[:rows], given)
         if token_ids is not None:
             if bucket.length != 1:
-                raise ValueError("tokens on the device can be given to passes of one row a span only")
+                raise ValueError("tokens on the device can be given to passes of one row per span only")
             batch.arrays.token_ids[:rows].copy_(token_ids)
         self._replays[bucket]()
         return tuple(output[: bucket.rows] for output in self._outputs)
@@ -230,8 +225,8 @@ class GraphedPasses:
 
 @dataclass(frozen=True, slots=True)
 class _PaddedLayout:
-    """A bucket's batch in the static buffer: its arrays, and behind them `real_rows`, (rows,) int64, which tells the
-    bucket's row of each row of the batch."""
+    """A bucket's batch in the static buffer: its arrays, and behind them `real_rows`, (rows,) int64: the bucket's row
+    of each row of the batch."""
 
     bucket: Bucket
     batch: BatchLayout
@@ -283,8 +278,8 @@ class _PaddedLayout:
         return buffer
 
     def tensors(self, buffer: torch.Tensor) -> tuple[FlatBatch, torch.Tensor]:
-        """Views of the static buffer: the batch, and `real_rows`. What attention reads of the host are bounds that hold
-        for every batch."""
+        """Views of the static buffer: the batch, and `real_rows`. The lengths that attention reads on the host are
+        bounds that hold for every batch."""
         spans, longest = self.bucket.spans, self.batch.shape.max_blocks * self.block_size
         arrays = self.batch.on_device(buffer)
         real_rows = buffer[self.batch.size :].view(torch.int64)[: self.bucket.rows]
@@ -292,7 +287,7 @@ class _PaddedLayout:
 
 
 def _all_agree(willing: bool, comm: Communicator, device: torch.device) -> bool:
-    """Whether all ranks are willing."""
+    """Whether all ranks are willing, by a collective."""
     if comm.size == 1:
         return willing
     votes = comm.all_reduce(torch.full((1, 1), float(willing), device=device))

@@ -1,4 +1,4 @@
-"""From a model's name to a loaded model: files, shape, weights."""
+"""Loads a model by its name: finds its files, and reads its shape and its weights."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def load_model(
     progress: Progress,
     comm: Communicator = ALONE,
 ) -> tuple[DecoderModel, Platform, ModelFiles]:
-    """Read a model's weights onto its device: all, or what rank `comm.rank` has of a sharded model.
+    """Load a model, or the part of it that rank `comm.rank` has, onto its device.
 
-    `platform` is the target's; None: `name` is the target, and gets the one that `config` chooses for it.
+    `platform` is the target's, if `name` is a draft model; None: `name` is the target, and its platform is chosen.
     `max_positions` 0: as many as the model was made for. Raises ModelError, ConfigError.
     """
     files = resolve(name, weights=config.load_format != "dummy")
@@ -54,7 +54,7 @@ def load_model(
     positions = max_positions or shape.max_position
     with torch.inference_mode():
         model = DecoderModel(shape, platform.kernels, platform.attention, weights, positions, platform.device, comm)
-    give_back_memory(platform.device)  # of parts that have become one matrix, and of what was read ahead
+    give_back_memory(platform.device)  # of fused parts, and of tensors that were read ahead
     return model, platform, files
 
 
@@ -66,7 +66,7 @@ def _weights(
     parts: Mapping[str, Part],
     progress: Progress,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Those parts of a model's tensors, in the dtypes that they are computed with."""
+    """These parts of a model's tensors, in the dtypes that they are computed with."""
     device, dtype = platform.device, platform.dtype
     dummy = config.load_format == "dummy"
     tensors = tensors_of(shape)
@@ -94,13 +94,11 @@ def _weights(
 def load_shared(
     target: DecoderModel, platform: Platform, config: EngineConfig, embedding: bool, head: bool, progress: Progress
 ) -> SharedWeights:
-    """The target's embedding and head, those of the two that an EAGLE-3 head on rank 0 needs: whole, read once more
-    where the target has only a part of them here. What is not needed may be a part."""
+    """The target's embedding and head for an EAGLE-3 head on rank 0. Where the target is sharded, the ones that are
+    needed are read once more, whole; the other may be a part."""
     shared = SharedWeights(target.embedding, target.head)
     head_name = EMBEDDING if target.config.tie_embeddings else HEAD
-    names = {EMBEDDING} if embedding else set()
-    if head:
-        names.add(head_name)
+    names = {name for name, needed in ((EMBEDDING, embedding), (head_name, head)) if needed}
     if target.comm.size == 1 or not names:
         return shared
     files = resolve(config.model, weights=config.load_format != "dummy")

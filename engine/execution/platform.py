@@ -1,4 +1,4 @@
-"""Platform: where and how a model computes, chosen from the settings and what this machine has."""
+"""Platform: where and how a model computes, chosen by the settings and what this machine has."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Platform:
     kernels: Kernels[Any]
     attention: AttentionBackend
     needs: AttentionNeeds
-    """What the attention backend was chosen for, with the block size that it settled on."""
+    """What the attention backend was chosen for, with the resulting block size."""
 
     @property
     def block_size(self) -> int:
@@ -45,14 +45,14 @@ class Platform:
 
     @property
     def kernels_name(self) -> str:
-        """The kernels' name, and the attention backend's where it is not theirs."""
+        """The kernels' name, followed by the attention backend's if it is another one."""
         return self.kernels.name + (f"+{self.attention.name}" if self.attention.name != self.kernels.name else "")
 
 
 def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) -> Platform:
     """Choose where `model`, sharded over `ranks`, will compute, and set up its threads.
 
-    Raises ConfigError where the settings ask for what this machine or model cannot do.
+    Raises ConfigError for settings that this machine or model cannot satisfy.
     """
     device = _choose_device(config)
     name = config.dtype
@@ -70,7 +70,7 @@ def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) ->
     else:
         kernels = NativeKernels()
         kernels.set_threads(thread_count(config))
-        # What is left to torch is small, and its threads, which spin, would only be in the way of the kernels' own.
+        # Little is left to torch, and its threads, which spin, would only slow down the kernels' own.
         torch.set_num_threads(1)
     needs = AttentionNeeds(
         device=device,
@@ -118,7 +118,7 @@ def _why_not_native(
 
 
 def check_draft(platform: Platform, name: str, model: ModelConfig, config: EngineConfig, ranks: int = 1) -> None:
-    """Raise ConfigError where a draft model, sharded over `ranks`, cannot compute as the target does."""
+    """Raise ConfigError if a draft model, sharded over `ranks`, cannot compute on the target's platform."""
     reason = why_not(platform.attention.name, replace(platform.needs, head_dim=model.head_dim))
     if reason:
         raise ConfigError(f"drafter {name!r}: {reason}; attention_backend names another one for both models")
@@ -131,8 +131,8 @@ def check_draft(platform: Platform, name: str, model: ModelConfig, config: Engin
 def choose_quantization(
     config: EngineConfig, model: ModelConfig, capability: tuple[int, int] | None
 ) -> Quantization | None:
-    """How the layers' matrices are quantized once they are loaded, on a device of this compute capability (None: the
-    CPU). Raises ConfigError for a scheme that it cannot compute with."""
+    """How the layers' matrices are quantized once they are loaded, on a device of this compute capability (None: a
+    CPU). Raises ConfigError for a scheme that the device cannot compute with."""
     stored, setting = model.quantization, config.quantization
     if setting in SCHEMES:
         if reason := SCHEMES[setting].why_not(capability):
@@ -144,6 +144,7 @@ def choose_quantization(
 
 
 def thread_count(config: EngineConfig) -> int:
+    """CPU threads of a process: `num_threads`, or one per core that it may use."""
     if config.num_threads:
         return config.num_threads
     if hasattr(os, "sched_getaffinity"):

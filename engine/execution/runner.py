@@ -1,6 +1,5 @@
-"""Runners: spans in, logits out. ModelRunner runs the target or a draft model; HeadRunner an EAGLE-3 head, which reads
-hidden states beside tokens. Both replay a captured pass where there is one for the batch (`graphs`), and compute it
-eagerly where there is none."""
+"""Runners: spans in, logits out. ModelRunner runs the target or a draft model, HeadRunner an EAGLE-3 head, which also
+reads hidden states. Both replay a captured pass if there is one for the batch (`graphs`), and else compute eagerly."""
 
 from __future__ import annotations
 
@@ -20,21 +19,21 @@ from pilotfish.engine.models.features import FeatureTap
 
 
 class Lead(Protocol):
-    """Lets the other ranks of a sharded model do what this one does, while this one does it."""
+    """Makes the other ranks of a sharded model do what rank 0 does, at the same time."""
 
     def capturing(self, name: str) -> AbstractContextManager[None]:
-        """While the passes of this model are captured."""
+        """Held while the passes of this model are captured."""
         ...
 
     def computing(self, host: HostBatch) -> AbstractContextManager[None]:
-        """While a pass over this batch is computed. Raises RankError when a rank has failed."""
+        """Held while a pass over this batch is computed. Raises RankError if a rank has failed."""
         ...
 
 
 class ModelRunner:
-    """Runs a model over spans. What `run` returns holds until the next `run`; the features in a tap are the caller's.
+    """Runs a model over spans. The result of `run` is valid until the next `run`; features in a tap are the caller's.
 
-    `lead` is rank 0's of a sharded model; the other ranks' runners have none, and are given every batch by it.
+    `lead` is given on rank 0 of a sharded model alone; it sends every batch to the other ranks.
     """
 
     def __init__(
@@ -55,8 +54,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture(self, name: str, plan: GraphPlan, feature_layers: tuple[int, ...] = ()) -> None:
-        """Capture the plan's passes. `feature_layers`: those of the taps that `run` will be given. All ranks of a
-        sharded model capture at the same time; only rank 0 has taps."""
+        """Capture the plan's passes. `feature_layers` are those of the taps given to `run`, on rank 0 only. All ranks
+        of a sharded model capture at the same time."""
 
         def function(batch: FlatBatch, real_rows: torch.Tensor, inputs: Seq[torch.Tensor]) -> Seq[torch.Tensor]:
             arrays = batch.arrays
@@ -76,22 +75,23 @@ class ModelRunner:
         """Sequences of the largest captured pass; 1 where none is captured."""
         return max((bucket.spans for bucket in self._graphs.captured), default=1) if self._graphs else 1
 
-    def run(self, spans: Seq[Span], tap: FeatureTap | None = None) -> torch.Tensor:
+    def run(
+        self, spans: Seq[Span], tap: FeatureTap | None = None, token_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Compute the spans in one pass; afterwards their keys and values are in the cache, and all rows' features in
-        `tap`.
+        `tap`. For `token_ids` see `run_batch`.
 
         Returns the logits of each span's last `logit_rows` rows, spans in order: (sum of logit_rows, vocab_size), in
         the model's dtype.
         """
-        return self.run_batch(pack(spans, self.block_size), tap)
+        return self.run_batch(pack(spans, self.block_size), tap, token_ids)
 
     @torch.inference_mode()
     def run_batch(
         self, host: HostBatch, tap: FeatureTap | None = None, token_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`run`, of spans that are packed. `token_ids`, (rows,) int64 on the device, stand for the batch's own, which
-        has one row a span: tokens that the host has not seen. (Other ranks need them, too, so with a `lead` the host
-        waits for them.)"""
+        """As `run`, of packed spans. `token_ids`, (rows,) int64 on the device, replace those of a batch with one row
+        per span: tokens that the host has not seen. (With a `lead` the host waits for them, to send them.)"""
         if self._lead is None:
             return self._compute(host, tap, token_ids)
         if token_ids is not None:
@@ -116,20 +116,16 @@ class ModelRunner:
             return hidden.new_empty(0, self.model.config.vocab_size)
         return self.model.logits(hidden)
 
-    def run_on_device(self, spans: Seq[Span], token_ids: torch.Tensor) -> torch.Tensor:
-        """`run` of spans of one row each, whose tokens, (spans,) int64, are on the device."""
-        return self.run_batch(pack(spans, self.block_size), None, token_ids)
-
     def trial(self, rows: int) -> list[Span]:
-        """Spans of so many rows in all, to measure what a pass takes; they are in the cache's first blocks, so only
-        while there are no sequences. As many spans as a captured pass may have, else one."""
+        """Spans of `rows` rows in all, to time a pass: as many as the largest captured pass has, or one. They use the
+        cache's first blocks, so there must be no sequences."""
         count = min(rows, self.most_spans)
         lengths = [rows // count + (i < rows % count) for i in range(count)]
         return [Span([0] * length, 0, [0] * -(-length // self.block_size), length) for length in lengths]
 
 
 class HeadRunner:
-    """Runs an EAGLE-3 head. What `run` returns holds until the next `run`."""
+    """Runs an EAGLE-3 head. The result of `run` is valid until the next `run`."""
 
     def __init__(self, model: Eagle3Model, cache: LayerCache, block_size: int, device: torch.device) -> None:
         self.model = model
@@ -149,7 +145,7 @@ class HeadRunner:
             return wanted, self.model.logits(wanted)
 
         most = max(bucket.rows for bucket in plan.buckets)
-        # Zeros, not just any memory: rows of padding are computed, too.
+        # Zeros, not uninitialised memory: rows of padding are computed, too.
         hidden = torch.zeros(most, self.model.config.decoder.hidden_size, dtype=self.model.dtype, device=self.device)
         self._graphs = GraphedPasses(name, function, plan, self.block_size, self.device, ALONE, (hidden,))
 
@@ -158,7 +154,7 @@ class HeadRunner:
         self, spans: Seq[Span], hidden: torch.Tensor, token_ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The head's output and its logits, (sum of logit_rows, ...) each, of spans whose rows have these hidden
-        states, (rows, hidden_size). `token_ids` as in ModelRunner.run_batch."""
+        states, (rows, hidden_size). For `token_ids` see ModelRunner.run_batch."""
         host = pack(spans, self.block_size)
         if self._graphs is not None and (bucket := self._graphs.find(host)) is not None:
             out, logits = self._graphs.run(bucket, host, (hidden,), token_ids)

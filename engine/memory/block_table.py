@@ -1,4 +1,4 @@
-"""BlockTable: the KV blocks of one sequence, in order: where its tokens lie, and which of them others may share.
+"""BlockTable: the KV blocks of one sequence, in order, and which of them others may share.
 
 `block_pool` knows which blocks exist and evicts them; keys and values lie in `kv_cache`.
 """
@@ -23,17 +23,18 @@ class BlockTable:
     """
 
     def __init__(self, pool: BlockPool, root: bytes | None = None) -> None:
-        """`root`, by default the pool's, is the digest that a first block's builds on: only tables of one root share
-        blocks. What else than tokens decides over keys and values goes into it, hashed with the pool's own, which is
-        secret."""
+        """`root`, by default the pool's, is the parent digest of the first block: only tables with the same root share
+        blocks. Whatever keys and values depend on besides the tokens goes into it, hashed with the pool's root, which
+        is secret."""
         self.pool = pool
         self.blocks = array("i")  # copied as it is into each step's block tables
         self._root = pool.root if root is None else root
         self._digested = 0  # blocks whose digests are known: claimed, or full and computed
-        self._digest = self._root  # of the last of them
+        self._digest = self._root  # the digest of the last of them
 
     def claim_prefix(self, tokens: Sequence[int]) -> int:
-        """Take references to the longest cached chain of full blocks that begins `tokens`; its length in tokens.
+        """Take references to the longest cached chain of full blocks that begins `tokens`; return its length in
+        tokens.
 
         At least one token is left over, as its logits must be computed. Raises ValueError unless the table is empty.
         """
@@ -51,7 +52,7 @@ class BlockTable:
         return len(self.blocks) * self.pool.block_size
 
     def reserve(self, length: int) -> bool:
-        """Own blocks for the first `length` tokens; False, and nothing changed, if the pool has not enough."""
+        """Own blocks for the first `length` tokens; False, and nothing changed, if the pool has too few."""
         missing = -(-length // self.pool.block_size) - len(self.blocks)
         if missing <= 0:
             return True
@@ -64,8 +65,8 @@ class BlockTable:
     def commit(self, tokens: Sequence[int], computed: int) -> None:
         """Let others find the blocks that lie within `tokens[:computed]`, whose keys and values are in the cache.
 
-        Called after each step, with the same tokens as before or more of them; costs time for the newly full blocks
-        alone. Never count a drafted token as computed before it is accepted: the next step overwrites it. Raises
+        Called after each step, with the same tokens as before or more of them; only newly full blocks take time.
+        Never count a drafted token as computed before it is accepted: the next step overwrites it. Raises
         ValueError if `computed` exceeds the tokens or the table.
         """
         room = len(self.blocks) * self.pool.block_size
@@ -85,7 +86,7 @@ class BlockTable:
         self._digested, self._digest = 0, self._root
 
     def slots(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Where in the cache tokens [start, stop) lie: (stop - start,) int64, block * block_size + offset.
+        """The slots of tokens [start, stop) in the cache: (stop - start,) int64, block * block_size + offset.
 
         Raises IndexError for tokens beyond the blocks that are reserved.
         """
@@ -97,7 +98,7 @@ class BlockTable:
         return blocks[index] * size + offset
 
     def _next_digest(self, tokens: Sequence[int], index: int) -> bytes:
-        """The digest of block `index`, whose parent's is `self._digest`: of the text up to and with that block.
+        """The digest of the text up to the end of block `index`; `self._digest` is that of the block before it.
 
         Cryptographic, since a collision would show one client's text to another.
         """

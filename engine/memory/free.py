@@ -1,4 +1,4 @@
-"""How much memory is free, on the host (a container's limit counts) or on a GPU."""
+"""Free memory of the host, within a container's limit, or of a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The KV cache's tensors, and how many blocks of them fit. `block_pool` knows which block belongs to whom."""
+"""The KV cache's tensors, and how many blocks of them fit. `block_pool` hands the blocks out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pilotfish.engine.models.layout import num_kv_heads
 
 
 class CacheRoom(NamedTuple):
-    """The memory of a rank, as far as it matters to its KV caches."""
+    """The memory that a rank has for its KV caches, and what a block of them takes."""
 
     free: int
     """Bytes that could be allocated now."""
@@ -23,7 +23,7 @@ class CacheRoom(NamedTuple):
 
 
 def count_blocks(config: EngineConfig, rooms: Sequence[CacheRoom], sharing: int, on_gpu: bool) -> int:
-    """The number of blocks that fit on every rank. `rooms`: of all ranks in order, of which each `sharing` in a row
+    """The number of blocks that fit on every rank. `rooms` are the ranks', in order; every `sharing` consecutive ranks
     share one memory."""
     if config.kv_cache_memory:
         return min(config.kv_cache_memory // room.block_bytes for room in rooms)

@@ -1,5 +1,4 @@
-"""How much memory the engine's processes take, as metrics tell it. What is free for a KV cache is in `free`. No torch
-where there is no GPU."""
+"""Memory that the engine's processes use, for metrics. Imports torch only for a GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ class MemoryMeter:
     """Reads this process's memory, but not at every step: a reading takes some 20 microseconds."""
 
     def __init__(self, device: str, rank: int = 0, others: Callable[[], tuple[RankMemory, ...]] = lambda: ()) -> None:
-        """`others` tells what is known of ranks in other processes."""
+        """`others` returns the last readings of ranks in other processes."""
         self._allocated: Callable[[], int] | None = None
         if device.startswith("cuda"):
             import torch
@@ -44,7 +43,7 @@ class MemoryMeter:
         return RankMemory(rank=self._rank, resident=self._process.memory_info().rss, gpu=gpu)
 
     def read_if_due(self) -> tuple[RankMemory, ...]:
-        """Read every rank's memory; () where the last reading is younger than INTERVAL_SECONDS."""
+        """As `read_all`, but () if the last reading is younger than INTERVAL_SECONDS."""
         now = time.monotonic()
         if now < self._next:
             return ()
@@ -52,5 +51,5 @@ class MemoryMeter:
         return self.read_all()
 
     def read_all(self) -> tuple[RankMemory, ...]:
-        """Read every rank's memory."""
+        """Read this process's memory; the other ranks' last readings follow."""
         return (self.read(), *self._others())

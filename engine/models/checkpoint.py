@@ -1,6 +1,6 @@
-"""From a model's files to its ModelConfig and its tensors: the family declares them, a format's reader reads them.
+"""Reads a model's ModelConfig and its tensors from its files: the family declares them, a format's reader reads them.
 
-No torch until weights are read: the planner and the server's process come here, too.
+No torch until weights are read: the planner and the server's process use this, too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def read_hf_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     raw = read_json(path)
     if is_eagle3(folder):
-        raise ModelError(f"{folder} is an EAGLE-3 head, which drafts for a model and is none by itself")
+        raise ModelError(f"{folder} is an EAGLE-3 head, which drafts for a model and is not one by itself")
     family = find_family(raw.get("model_type"), f"{path}: model_type", "model_types")
     return replace(family.read_hf(Values(path, raw)), quantization=read_quantization(path, raw))
 
@@ -54,8 +54,8 @@ def iter_weights(
     """Every tensor under Hugging Face's name, in `dtype`, one at a time, in the order of the computation as far as they
     lie in one file.
 
-    parts: the parts of tensors that are wanted, for instance a rank's (see `Layout.parts`); no more is read where the
-    format allows it. None: all tensors, whole. device: where files are read straight to; None: the CPU.
+    parts: the parts of tensors to read, for instance a rank's (see `Layout.parts`), and no more where the format allows
+    it; None: all tensors, whole. device: the device to read to, where the format can; None: the CPU.
 
     A quantized checkpoint's matrices come as they are, each followed by its scales (see `weights.quantization`).
     A tied head is left out. Raises ModelError if a tensor is missing, is not one of this model's, or has another shape

@@ -1,4 +1,4 @@
-"""ModelConfig: a decoder's shape, whichever file format it came from. Families read it, models are built from it."""
+"""ModelConfig: a decoder's shape, whichever file format it came from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
     freq_factors: tuple[float, ...] | None = None
-    """What each of the head_dim / 2 frequencies is divided by: GGUF files have llama3's scaling in this form."""
+    """Divisors of the head_dim / 2 frequencies: the form that llama3's scaling has in GGUF files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,21 +43,21 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
-    """Keys that a query sees, itself included; None: all."""
+    """Number of keys that a query sees, its own included; None: all."""
     sliding_layers: tuple[bool, ...] = ()
-    """For each layer whether it has the sliding window; empty: every layer is as `sliding_window` says."""
+    """Whether each layer has the sliding window; empty: all do, if there is one."""
     local_rope: RopeConfig | None = None
-    """Rotary embedding of the layers with a sliding window; None: `rope`, as the others."""
+    """Rotary embedding of the layers with a sliding window; None: `rope`."""
     attention_scale: float | None = None
-    """What scores are multiplied by before the softmax; None: head_dim ** -0.5."""
+    """Factor of the scores before the softmax; None: head_dim ** -0.5."""
     sandwich_norms: bool = False
-    """Attention and MLP have a norm after them as well."""
+    """Whether attention and MLP have a norm after them as well."""
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     dtype: str = "float32"
-    """The checkpoint's own ("float32", "bfloat16", "float16")."""
+    """The checkpoint's dtype: "float32", "bfloat16" or "float16"."""
     quantization: Quantization | None = None
-    """The checkpoint's; None: it has plain weights."""
+    """How the checkpoint is quantized; None: it has plain weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,5 +79,5 @@ class Eagle3Config:
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
-    """A low, a middle and a high layer: those that the public EAGLE-3 heads were trained on unless they say others."""
+    """A low, a middle and a high layer: those that public EAGLE-3 heads read unless they name others."""
     return (2, num_layers // 2, num_layers - 3)

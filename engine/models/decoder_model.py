@@ -1,7 +1,7 @@
 """DecoderModel: the one model class of all decoder-only families: token embedding, decoder layers, final norm, head.
 
 It is written once against `Kernels`, `AttentionBackend` and `Decoder`, and knows no sequences, only rows and their
-batch. What the numbers of a `ModelConfig` do not say of a family is in its `Family`, one file per family.
+batch. Whatever of a family is not in a `ModelConfig` is in its `Family`, one file per family.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pilotfish.engine.models.weight_store import LayerWeights, WeightStore
 
 
 class DecoderModel:
-    """Rows in, hidden states out; `logits` of those rows that are asked for.
+    """Computes hidden states of rows, and logits of the rows that are wanted.
 
-    Of a sharded model it is one rank's part: all ranks call the same methods with the same rows. `config` is the whole
-    model's. `embedding` and `head` are (layout.vocab_part, hidden_size), and the same matrix where they are tied.
+    If the model is sharded, this is one rank's part: all ranks call the same methods with the same rows. `config` is
+    the whole model's. `embedding` and `head` are (layout.vocab_part, hidden_size), and the same matrix if tied.
 
     `weights` has the parts of rank `comm.rank` (see `Layout`). They are consumed one by one: a fused matrix is laid out
     as soon as its parts are there, so that the peak is the model and a few tensors. Raises ModelError if a tensor is
@@ -84,8 +84,8 @@ class DecoderModel:
         caches: list[LayerCache],  # one for each layer
         tap: FeatureTap | None = None,
     ) -> torch.Tensor:
-        """Hidden states after the last layer, before the final norm: (rows, hidden_size). The rows' keys and values are
-        in the caches afterwards, and what `tap` wants of the layers in between is in it."""
+        """Hidden states after the last layer, before the final norm: (rows, hidden_size). Writes the
+        rows' keys and values to the caches, and gives `tap` the hidden states that it takes."""
         hidden = self._embed(token_ids)
         if self.embedding_scale is not None:
             hidden.mul_(self.embedding_scale)
@@ -103,8 +103,8 @@ class DecoderModel:
         return self.comm.all_reduce(embedded.masked_fill_(elsewhere.unsqueeze(1), 0.0))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(rows, hidden_size) as `forward` returns them -> (rows, vocab_size), on rank 0; what it returns elsewhere is
-        not to be read."""
+        """(rows, hidden_size) as `forward` returns them -> (rows, vocab_size), on rank 0; the result elsewhere
+        must not be read."""
         normed = self._kernels.rms_norm(hidden, self._norm, self.config.rms_norm_eps)
         logits = self._kernels.linear(normed, self.head)
         if self.comm.size == 1:

@@ -27,15 +27,15 @@ from pilotfish.engine.models.weight_store import LayerWeights, WeightStore
 
 @dataclass(frozen=True, slots=True)
 class SharedWeights:
-    """What a head may take from its target: the embedding, and the head where the vocabularies are one."""
+    """The matrices that a head may share with its target: the embedding, and the head if the vocabulary is the same."""
 
     embedding: PreparedLinear
     head: PreparedLinear
 
 
 class Eagle3Model:
-    """`weights` are those of `eagle3_checkpoint.read_weights`; an embedding or a head that is not among them is the
-    target's, which the shape must allow."""
+    """An EAGLE-3 head of the weights that `eagle3_checkpoint.read_weights` returns. An embedding or a head that is not
+    among them is taken from `shared`."""
 
     def __init__(
         self,

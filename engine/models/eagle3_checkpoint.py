@@ -7,9 +7,9 @@
 - speculators' (github.com/vllm-project/speculators): config.json has `speculators_model_type` "eagle3" and the layer's
   shape in `transformer_layer_config`; tensors `layers.0.*` and the same others; model.safetensors.
 
-`d2t[i]` is what must be added to the head's token i to have the target's; `t2d` says the same as a mask, and is not
-needed. Matrices may also be stored as int8 with one scale a row (`NAME.weight` int8, `NAME.weight_scale` float32):
-so the heads that come with Pilotfish are kept small. torch is imported only to read weights.
+`d2t[i]` is the target's id of the head's token i, minus i; `t2d` says the same as a mask, and is not needed. Matrices
+may also be stored as int8 with one scale per row (`NAME.weight` int8, `NAME.weight_scale` float32), as in the heads
+that come with Pilotfish. torch is imported only to read weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EMBEDDING, HEAD, FUSION = "embed_tokens.weight", "lm_head.weight", "fc.weight"
 TARGET_IDS = "target_ids"
 
 _UNUSED = ("t2d", "verifier_norm.weight", "verifier_lm_head.weight", "rotary_emb.inv_freq")
-"""What checkpoints hold for training, or what follows from the rest."""
+"""Tensors that are only needed for training, or follow from the others."""
 
 
 def read_config(folder: Path) -> Eagle3Config:
@@ -62,7 +62,7 @@ def read_config(folder: Path) -> Eagle3Config:
 
 
 def tensors_of(config: Eagle3Config) -> dict[str, Tensor]:
-    """Every tensor by its name, as `read_weights` gives it; head and embedding may be the target's."""
+    """Every tensor by its name, as `read_weights` returns it; head and embedding may be the target's."""
     return by_name(_tensors(config))
 
 
@@ -87,7 +87,7 @@ def check_target(name: str, head: Eagle3Config, target: ModelConfig) -> None:
             f"{target.hidden_size}: it was made for another target"
         )
     layers = head.features_of(target)
-    if max(layers) > target.num_layers:
+    if min(layers) < 0 or max(layers) > target.num_layers:
         raise ConfigError(
             f"drafter {name!r} reads layers {layers}, the target has {target.num_layers}: it was made for another "
             "target"
@@ -100,7 +100,7 @@ def optional(config: Eagle3Config) -> set[str]:
 
 
 def declared_name(stored: str) -> str:
-    """The declared name of a stored tensor: its name without what the layouts differ in."""
+    """The declared name of a stored tensor, which is the same in both layouts."""
     name = stored.removeprefix("model.")
     for prefix in ("midlayer.", "layers.0."):
         if name.startswith(prefix):
@@ -113,7 +113,7 @@ def read_weights(folder: Path, config: Eagle3Config, dtype: torch.dtype) -> dict
     target's vocabulary as it is. Quantized matrices stay as they are if they can be computed with in `dtype`, each with
     its scales, (rows, 1) float32 (see `weights.quantization`).
 
-    Raises ModelError if one is missing, unknown, or has another shape than the configuration makes it.
+    Raises ModelError if one is missing, unknown, or has another shape than the configuration gives it.
     """
     loaded = {declared_name(name): tensor for name, tensor in _load(folder).items()}
     stored = {name: tensor for name, tensor in loaded.items() if not name.endswith(_UNUSED)}
@@ -151,7 +151,8 @@ def _target_ids(folder: Path, config: Eagle3Config, offsets: torch.Tensor) -> to
     ids = torch.arange(config.draft_vocab_size) + offsets.long()
     if int(ids.min()) < 0 or int(ids.max()) >= config.decoder.vocab_size:
         raise ModelError(
-            f"{folder}: tensor 'd2t' leads to token {int(ids.max())}, but the vocabulary is {config.decoder.vocab_size}"
+            f"{folder}: tensor 'd2t' leads to tokens {int(ids.min())} to {int(ids.max())}, but the vocabulary is "
+            f"{config.decoder.vocab_size}"
         )
     return ids
 

@@ -1,4 +1,4 @@
-"""Family: all that the engine knows of the models of one family, which one file beside this one declares.
+"""Family: everything that the engine knows of a family of models, which one file beside this one declares.
 
 A family's file imports no torch until it makes a layer: the planner and the server's process read declarations, too.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pilotfish.engine.models.weight_store import LayerWeights
 
 _ROTARY_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Old checkpoints hold the rotary frequencies, which follow from the configuration."""
+"""Rotary frequencies in old checkpoints, which follow from the configuration."""
 
 
 def declared_name(stored: str) -> str | None:
@@ -34,20 +34,22 @@ def declared_name(stored: str) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
+    """The names of a family, the readers of its files, its tensors, and its layer."""
+
     model_types: tuple[str, ...]
     """Values of `model_type` in config.json."""
     gguf_architectures: tuple[str, ...]
     """Values of `general.architecture` in GGUF files."""
     read_hf: Callable[[Values], ModelConfig]
-    """Reads config.json. Raises ModelError for a model that the engine does not know. Defaults of fields that it leaves
-    out are those of transformers' configuration classes."""
+    """Reads config.json. Raises ModelError for a model that the engine does not know. Fields that the file leaves
+    out have the defaults of transformers' configuration classes."""
     read_gguf: Callable[[Header], ModelConfig] = gguf_config
-    """Reads a GGUF file's header, likewise."""
+    """Reads a GGUF file's header. Raises ModelError, too."""
     tensors: Callable[[ModelConfig], Iterable[Tensor]]
     """Declares every tensor of a model, in the order of the computation; a tied head is not among them."""
     declared_name: Callable[[str], str | None] = declared_name
     """The declared name of a tensor of a Hugging Face folder, or None for one that is not used."""
     layer: Callable[[LayerWeights, ModelConfig, AttentionParams, torch.Tensor], DecoderLayer]
-    """Makes a layer of its weights, the model's config, the layer's attention and its table of `cos_sin_table`."""
+    """Makes a layer from its weights, the model's config, the layer's attention and its table of `cos_sin_table`."""
     scaled_embedding: bool = False
-    """Token embeddings are multiplied by sqrt(hidden_size)."""
+    """Whether token embeddings are multiplied by sqrt(hidden_size)."""

@@ -1,4 +1,4 @@
-"""Features: hidden states of a few of the target's layers, taken as they pass, for a head that reads them."""
+"""Features: hidden states of a few of the target's layers, taken during its pass, for a head that reads them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FeatureTap:
         self.features: torch.Tensor | None = None
 
     def take(self, layer: int, hidden: torch.Tensor) -> None:
-        """Called by a model with what enters `layer`, (rows, hidden_size); it is copied where it is wanted."""
+        """Called by a model with the hidden states that enter `layer`, (rows, hidden_size); copies them if wanted."""
         for index, wanted in enumerate(self.layers):
             if wanted == layer:
                 rows, size = hidden.shape
@@ -29,7 +29,7 @@ class FeatureTap:
 
 @dataclass(frozen=True, slots=True)
 class FeatureRows:
-    """Rows [first, stop) of a pass's `features`, (rows, size), cut out when they are read, which most never are."""
+    """Rows [first, stop) of a pass's `features`, (rows, size), sliced only when they are read, since most never are."""
 
     features: torch.Tensor
     first: int

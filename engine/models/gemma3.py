@@ -1,6 +1,6 @@
 """Gemma 3, the text part (arXiv 2503.19786).
 
-What sets it apart from the Llama family: embeddings are scaled by sqrt(hidden_size); attention and MLP have a norm
+It differs from the Llama family: embeddings are scaled by sqrt(hidden_size); attention and MLP have a norm
 before and another after them; a norm multiplies by 1 + its weight; query and key are normed, head by head; most layers
 see a sliding window only and rotate by a base frequency of their own; the MLP's gate is GELU's tanh approximation.
 """
@@ -56,7 +56,7 @@ _FIXED: dict[str, Any] = {
     "use_bidirectional_attention": False,
 }
 _VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
-"""The part of Gemma 3 that sees images, which the engine does not use."""
+"""Tensors of the part that reads images, which the engine does not use."""
 
 
 def tensors(config: ModelConfig) -> Iterator[Tensor]:
@@ -74,7 +74,7 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
 
 
 def declared_name(stored: str) -> str | None:
-    """A model that also sees images has its text part under "language_model."."""
+    """See `Family.declared_name`. A model that also reads images has its text part under "language_model."."""
     if _VISION.match(stored):
         return None
     name = stored.removeprefix("language_model.")
@@ -102,7 +102,7 @@ def layer(
 
 
 def read_hf(values: Values) -> ModelConfig:
-    """Gemma 3 by itself, or the text part of the model that sees images. Its published files leave out much."""
+    """Read a text model, or the text part of one that also reads images. Published files leave out many fields."""
     raw = dict(_DEFAULTS)
     for part in (values.raw, values.get("text_config") or {}):
         raw.update((name, value) for name, value in part.items() if value is not None)
@@ -140,7 +140,7 @@ def read_hf(values: Values) -> ModelConfig:
 
 
 def read_gguf(header: Header) -> ModelConfig:
-    """Values that files leave out are those that llama.cpp's src/models/gemma3.cpp takes."""
+    """Values that files leave out have the defaults of llama.cpp's src/models/gemma3.cpp."""
     values = header.values
     if (cap := values.get("final_logit_softcapping", 0.0)) != 0.0:
         raise values.error(f"gemma3.final_logit_softcapping is {cap}, but the engine knows Gemma 3 without")
@@ -154,7 +154,7 @@ def read_gguf(header: Header) -> ModelConfig:
         sliding = tuple(map(bool, pattern))
     if len(sliding) != layers:
         raise values.error(f"sliding_window_pattern has {len(sliding)} layers, but the model {layers}")
-    # Only the 27B model, which the number of its layers gives away, scales by something else than a head's size.
+    # Only the 27B model, recognised by its number of layers, does not scale by the size of a head.
     scale = (values.size("embedding_length") // values.size("attention.head_count")) ** -0.5 if layers == 62 else None
     return gguf_config(
         header,

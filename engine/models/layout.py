@@ -1,10 +1,10 @@
-"""Layout: which part of a model lies on which tensor-parallel rank, after Megatron-LM (arXiv 1909.08053). No torch.
+"""Layout: the part of a model on each tensor-parallel rank, after Megatron-LM (arXiv 1909.08053). No torch.
 
 - Tensors are sharded by the axes that their family declares: each rank has some of the query heads, of the key-value
   heads, of the MLP's inner size, and of the vocabulary.
-- Where ranks outnumber key-value heads, each head is on several ranks, those whose queries read it.
-- Where columns are sharded, each rank has a summand of the result, and rank 0 alone adds the bias.
-- Heads and inner size must divide. The vocabulary need not: the last ranks' parts are shorter, and padded to be equal.
+- If ranks outnumber key-value heads, each head is on all the ranks whose queries read it.
+- If columns are sharded, each rank computes a summand of the result, and rank 0 alone adds the bias.
+- Heads and inner size must divide by the number of ranks. The vocabulary need not: the last ranks' parts are padded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_RANKS = 16
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Rank `rank` of `size`. Sizes are those of this rank. Raises ConfigError for a model that cannot be sharded so."""
+    """The part of rank `rank` of `size`; sizes are this rank's. Raises ConfigError if the model cannot be sharded."""
 
     config: ModelConfig
     rank: int = 0
@@ -62,8 +62,7 @@ class Layout:
         return {name: tensor for name, tensor in tensors if self.rank == 0 or not tensor.first_rank_only}
 
     def parts(self) -> dict[str, Part]:
-        """The part of each tensor that this rank reads, in the order of the computation; a tensor that it does not need
-        is not there."""
+        """The part of each of these tensors that this rank reads."""
         return {name: self._part(tensor) for name, tensor in self.tensors().items()}
 
     def _part(self, tensor: Tensor) -> Part:
@@ -87,12 +86,12 @@ class Layout:
 
 
 def num_kv_heads(config: ModelConfig, ranks: int) -> int:
-    """Key-value heads on each rank: split, or one each where ranks outnumber them."""
+    """Key-value heads on each rank: one if ranks outnumber them."""
     return max(1, config.num_kv_heads // ranks)
 
 
 def what_does_not_divide(config: ModelConfig, ranks: int, scheme: str | None = None) -> list[str]:
-    """Why a model, its matrices quantized by `scheme`, cannot be sharded over so many ranks; nothing if it can."""
+    """Reasons why a model, its matrices quantized by `scheme`, cannot be sharded over so many ranks; [] if it can."""
     sizes = {"num_heads": config.num_heads, "intermediate_size": config.intermediate_size}
     reasons = [f"{name} ({size}) does not divide by {ranks}" for name, size in sizes.items() if size % ranks]
     if config.num_kv_heads % ranks and ranks % config.num_kv_heads:
@@ -129,6 +128,6 @@ def check_divides(
 
 
 def use_one_of(counts: Sequence[int]) -> str:
-    """Returns "use 1, 2 or 4", the end of an error about a number of ranks that cannot be."""
+    """The end of an error about an impossible number of ranks, such as "use 1, 2 or 4"."""
     *most, last = map(str, counts)
     return f"use {', '.join(most)} or {last}" if most else f"use {last}"

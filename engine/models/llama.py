@@ -28,14 +28,15 @@ _DEFAULTS: dict[str, dict[str, int]] = {
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
     "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "head_dim": 128},
 }
-"""Of fields that config.json leaves out. One that is null has none: num_key_value_heads is then num_attention_heads."""
+"""Defaults of fields that config.json leaves out. A null field has none: num_key_value_heads is then
+num_attention_heads."""
 
 
 def tensors(config: ModelConfig) -> Iterator[Tensor]:
     yield from embedding(config)
     for i in range(config.num_layers):
         hf, gguf = f"model.layers.{i}.", f"blk.{i}."
-        # llama.cpp's converter permutes the rows of Llama's own query and key, and not of Qwen's.
+        # llama.cpp's converter permutes the rows of query and key of "llama" models only.
         paired_rows = config.head_dim if config.architecture == "llama" else 0
         yield norm(f"{hf}input_layernorm", f"{gguf}attn_norm", config.hidden_size)
         yield from attention(config, f"{hf}self_attn.", gguf, paired_rows=paired_rows)
@@ -81,7 +82,7 @@ def read_hf(values: Values) -> ModelConfig:
 
 
 def _sliding_window(values: Values) -> int | None:
-    """Mistral's holds for all layers; Qwen's only where it is switched on, and there may be layers without."""
+    """The model's sliding window: Mistral's is for all layers, Qwen's only used if use_sliding_window is set."""
     kind, window = values.get("model_type"), values.get("sliding_window")
     kinds = set(values.get("layer_types") or ())
     if kind == "llama" or window is None:

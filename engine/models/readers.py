@@ -1,4 +1,4 @@
-"""What families' readers of config.json and of GGUF headers have in common. No torch, no transformers."""
+"""The common part of all families' readers of config.json and of GGUF headers. No torch, no transformers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _ROPE_FIELDS: Mapping[str, Mapping[str, str]] = {
         "original_max_position": "original_max_position_embeddings",
     },
 }
-"""RopeConfig's fields and Hugging Face's names of them, by rope_type."""
+"""RopeConfig's fields, and Hugging Face's names for them, by rope_type."""
 
 
 def hf_rope(values: Values) -> RopeConfig:
@@ -132,8 +132,8 @@ def gguf_rope(header: Header) -> RopeConfig:
 
 
 def gguf_dtype(header: Header) -> str:
-    """The file's own dtype where it is plain. Quantized files nearly always come from bfloat16 models, and float16
-    could overflow where those do not."""
+    """The dtype of the file's matrices; bfloat16 if they are quantized, since most such files come from bfloat16
+    models, whose values could overflow in float16."""
     plain = {Kind.F32: "float32", Kind.F16: "float16"}
     kinds = {tensor.kind for tensor in header.tensors.values() if len(tensor.shape) == 2}
     return plain.get(next(iter(kinds)), "bfloat16") if len(kinds) == 1 else "bfloat16"

@@ -1,4 +1,4 @@
-"""The families of models that the engine knows. A new one is a file beside this one and an entry of FAMILIES."""
+"""The families of models that the engine knows. A new one is a file beside this one and an entry in FAMILIES."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NamedBy = Literal["model_types", "gguf_architectures"]
 
 
 def find_family(name: Any, what: str, *named_by: NamedBy) -> Family:
-    """The family that has `name` among its names of those kinds. Raises ModelError, which says `what` the name is."""
+    """The family that has `name` among its names of these kinds. Raises ModelError, which calls the name `what`."""
     for family in FAMILIES:
         if any(name in getattr(family, kind) for kind in named_by):
             return family
@@ -47,4 +47,5 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def count(tensors: Iterable[Tensor]) -> int:
+    """Numbers in these tensors."""
     return sum(prod(tensor.shape) for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Tables for rotary position embedding (arXiv 2104.09864), with the scalings that stretch it to longer contexts."""
+"""Tables for rotary position embedding (arXiv 2104.09864), with its scalings for longer contexts."""
 
 from __future__ import annotations
 
@@ -40,10 +40,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
 
 
 def _llama3(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
-    """Llama 3.1's scaling, as in Meta's llama-models reference: low frequencies, which the original context is too
-    short for to have shown a whole turn of, are slowed down by `factor`, high ones stay, and those between are blended
-    by how many turns they make in the original context."""
-    turns = rope.original_max_position / (2 * math.pi / frequencies)
-    kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    """Llama 3.1's scaling, as in Meta's llama-models reference: frequencies with few rotations in the original context
+    are lowered by `factor`, those with many stay, and those between are interpolated."""
+    rotations = rope.original_max_position / (2 * math.pi / frequencies)
+    kept = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     kept = kept.clamp(0.0, 1.0)
     return (1 - kept) * frequencies / rope.factor + kept * frequencies

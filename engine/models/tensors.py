@@ -1,7 +1,7 @@
-"""The vocabulary in which families declare their tensors, from the parts that decoders have in common. No torch.
+"""The building blocks of which families declare their tensors: norms, matrices, attention, MLPs. No torch.
 
-Sharding follows Megatron-LM (arXiv 1909.08053): rows of query, key, value, gate and up, columns of the output and down
-projections, whose results are summed over the ranks; a bias goes with its rows.
+Sharding follows Megatron-LM (arXiv 1909.08053): query, key, value, gate and up are sharded by rows, the output and down
+projections by columns, their results summed over the ranks; a bias is sharded like the rows of its matrix.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""WeightStore: gathers a model's tensors as they are read, and lays out each matrix as soon as its parts are there."""
+"""WeightStore: collects a model's tensors as they are read, and lays out each matrix once its parts are complete."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pilotfish.errors import ModelError
 
 
 class WeightStore:
-    """Collects the parts of `tensors` that one rank has, fuses and lays out the matrices, as the tensors declare it.
+    """Collects one rank's parts of `tensors`; fuses and lays out the matrices as the tensors declare it.
 
-    padded_rows: what matrices whose rows run over the vocabulary are padded to with rows of zeros; 0: they are not.
+    padded_rows: matrices with a row per token of the vocabulary are padded to so many with zeros; 0: they are not.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class WeightStore:
     ) -> None:
         self._declared, self._kernels, self._device, self._padded_rows = tensors, kernels, device, padded_rows
         self.dtype = torch.get_default_dtype()
-        """Of the weights that are not quantized, as far as they have been added."""
+        """The dtype of the norms, and so of all plain weights, once one has been added."""
         self._norms: dict[str, torch.Tensor] = {}
         self._parts: dict[str, torch.Tensor] = {}  # of matrices and biases, and scales, that are not laid out yet
         self._linears: dict[str, PreparedLinear] = {}
@@ -35,7 +35,7 @@ class WeightStore:
                 self._names.setdefault(tensor.linear, []).append(name)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a tensor under its declared name, or the scales of one, in any order."""
+        """Add a tensor under its declared name, or its scales; in any order."""
         declared, tensor = self._declared[name.removesuffix(SCALE)], tensor.to(self._device)
         if declared.linear is None:
             self._norms[name], self.dtype = tensor, tensor.dtype
@@ -65,14 +65,14 @@ class WeightStore:
         return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
 
     def norm(self, name: str) -> torch.Tensor:
-        """What a norm multiplies by. A sum is float32, since it would lose most of a bfloat16 weight's digits."""
+        """The factors of a norm; in float32 if they are a sum, which would lose most of a bfloat16 weight's digits."""
         if name not in self._norms:
             raise ModelError(f"the model's files have no tensor {name!r}")
         offset, weight = self._declared[name].norm_offset, self._norms.pop(name)
         return offset + weight.float() if offset else weight
 
     def linear(self, path: str) -> PreparedLinear:
-        """The matrix that the tensors of that path make."""
+        """The matrix that the tensors of this path make up."""
         if path not in self._linears:
             there = sorted(name for name in self._parts if self._declared[name.removesuffix(SCALE)].linear == path)
             raise ModelError(
@@ -96,7 +96,7 @@ class LayerWeights:
 
 
 def _padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """The same with rows of zeros at the end, so that there are `rows`."""
+    """The tensor with zeros appended, to `rows` rows."""
     if len(tensor) == rows:
         return tensor
     padded = tensor.new_zeros(rows, *tensor.shape[1:])

@@ -1,4 +1,4 @@
-"""Random weights of a model's shapes, for benchmarks: a model's speed does not depend on its weights' values."""
+"""Random weights of a model's shapes, for benchmarks: speed does not depend on the weights' values."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from pilotfish.engine.weights.tensors import Part, Tensor, whole
 def iter_weights(
     tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, parts: Mapping[str, Part]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """See `engine.models.checkpoint.iter_weights`; made on `device`. The same shapes give the same weights on such a
-    device.
+    """See `engine.models.checkpoint.iter_weights`; made on `device`.
 
-    A tensor follows from its name and shape, and is made whole before a part of it is taken: the ranks of a sharded
-    model have the very weights of the model that is not sharded. Matrices keep the size of what they multiply, norms
+    A tensor depends on its name, shape and type of device alone, and is made whole before a part of it is taken, so a
+    sharded model has the same weights as a whole one. Matrices keep the magnitude of their input, and norms
     multiply by 1, so that numbers stay finite in every dtype.
     """
     generator = torch.Generator(device)

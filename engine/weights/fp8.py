@@ -1,14 +1,15 @@
 """Weights in 8-bit floating point (float8_e4m3fn, arXiv 2209.05433), with a scale for each output channel.
 
-Three ways in which Llama 3.1's fp8 checkpoints are published, all with `weight_scale` beside each weight:
+It reads the three formats in which fp8 checkpoints of Llama 3.1 are published, all with a `weight_scale` beside each
+weight:
 
 - "fbgemm_fp8", Meta's own: a scale for each output channel (transformers, integrations/fbgemm_fp8.py);
 - "compressed-tensors" with 8-bit floats, llm-compressor's: a scale for each output channel or for the whole matrix
   (https://github.com/vllm-project/compressed-tensors);
 - "fp8", AutoFP8's: a scale for the whole matrix (https://github.com/neuralmagic/AutoFP8).
 
-Activations get the scale of each row, whatever scale was found for them when the checkpoint was made; the product is
-`engine.kernels.fp8`'s.
+Activations get a scale for each row, whatever static scale the checkpoint has for them. `engine.kernels.fp8` computes
+the product.
 """
 
 from __future__ import annotations
@@ -25,20 +26,21 @@ LARGEST = 448.0
 """The largest number in float8_e4m3fn."""
 
 _TINY = 1e-12
-"""Lower bound of a row's largest number, so that a row of zeros has a scale to be divided by."""
+"""Lower bound of a row's largest number, so that the scale of a row of zeros is not 0."""
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `Scheme.quantize`. A row's largest number becomes 448. Activations are quantized by it, too."""
+    """See `Scheme.quantize`. A row's largest number becomes 448. Activations are quantized in the same way."""
     import torch
 
     x = x.float()
     scale = x.abs().amax(1, keepdim=True).clamp_(min=_TINY).div_(LARGEST)
-    # Clamped, because the division may round up to what is no number in fp8, or NaN on some devices.
+    # Clamped, because the division may round up past the largest number, which becomes NaN on some devices.
     return (x / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
 
 
 def modules_left(found: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """See `Scheme.modules_left`."""
     method = found.get("quant_method")
     if method == "fbgemm_fp8":
         return tuple(found.get("modules_to_not_convert") or ())
@@ -53,7 +55,7 @@ def modules_left(found: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def _is_fp8(weights: Mapping[str, Any]) -> bool:
-    """Whether that is compressed-tensors' description of weights that the engine can read."""
+    """Whether compressed-tensors' description is of fp8 weights that the engine can read."""
     by = weights.get("strategy") in ("tensor", "channel") and weights.get("symmetric", True)
     return by and (weights.get("type"), weights.get("num_bits")) == ("float", 8)
 

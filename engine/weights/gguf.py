@@ -33,7 +33,7 @@ def iter_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """See `engine.models.checkpoint.iter_weights`; on the CPU, dequantized in float32, then rounded to `dtype`.
 
-    Rows are read as far as they are wanted, and of them the blocks that hold a wanted column are dequantized.
+    Only wanted rows are read, and of these only the blocks that hold a wanted column are dequantized.
     """
     import torch
 
@@ -46,14 +46,14 @@ def iter_weights(
         for name, part in parts.items():
             tensor, values = tensors[name], torch.from_numpy(read_array(path, file, found[name], part))
             if tensor.paired_rows:
-                values = _halves(values, len(values) // tensor.paired_rows)
+                values = _unpaired(values, tensor.paired_rows)
             if tensor.norm_offset:
                 values = values - tensor.norm_offset
             yield name, values.to(dtype)
 
 
 def read_array(path: Path, file: BinaryIO, stored: StoredTensor, part: Part) -> np.ndarray:
-    """That part of a vector or matrix, in float32; `file` is `path`, open."""
+    """Read a part of a vector or matrix, in float32; `file` is `path`, opened."""
     block, size = GGML_QUANT_SIZES[stored.kind]
     if len(part) == 1:
         (columns,), rows, height = part, slice(0, 1), 1
@@ -72,13 +72,13 @@ def read_array(path: Path, file: BinaryIO, stored: StoredTensor, part: Part) -> 
 
 
 def _derived(name: str) -> bool:
-    """Whether the tensor holds rotary frequencies: those of the whole model are in its RopeConfig, old files have
-    copies in each layer."""
+    """Whether the tensor holds rotary frequencies: the model's are in its RopeConfig, and old files have copies in each
+    layer."""
     return name == ROPE_FACTORS or name.endswith((".attn_rot_embd.weight", ".rope_freqs.weight"))
 
 
 def _dequantized(path: Path, stored: StoredTensor, raw: np.ndarray, width: int) -> np.ndarray:
-    """(rows, bytes) uint8 -> (rows, width) float32."""
+    """Dequantize (rows, bytes) uint8 -> (rows, width) float32."""
     if stored.kind == Kind.F32:
         return np.ascontiguousarray(raw).view(np.float32)
     step = max(1, CHUNK // width)
@@ -93,8 +93,6 @@ def _dequantized(path: Path, stored: StoredTensor, raw: np.ndarray, width: int) 
     return values
 
 
-def _halves(values: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head from (x0, y0, x1, y1, ...), where llama.cpp's converter puts the pairs that are rotated
-    together, to Hugging Face's (x0, x1, ..., y0, y1, ...)."""
-    size = len(values) // heads
-    return values.view(heads, size // 2, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
+def _unpaired(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Reorder each head's `size` rows as `Tensor.paired_rows` says, from llama.cpp's order to Hugging Face's."""
+    return values.view(-1, size // 2, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)

@@ -1,5 +1,4 @@
-"""Quantized weights: the schemes there are, and which of a model's matrices they take. No torch until there are
-tensors.
+"""Quantized weights: the schemes, and which of a model's matrices they apply to. No torch until there are tensors.
 
 In a sequence of tensors a quantized matrix is followed by its scales, under the matrix's name and SCALE: (out_features,
 1) float32, matrix times scale being the weight.
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 SCHEMES: Mapping[str, Scheme] = {scheme.name: scheme for scheme in (fp8.SCHEME, int8.SCHEME)}
 
 SCALE = "_scale"
-"""Ends the name of a weight's scales, after the weight's own name."""
+"""Suffix that makes a weight's name that of its scales."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +43,14 @@ class Quantization:
 
 
 def _names(pattern: str, module: str) -> bool:
-    """compressed-tensors: a name, or "re:" and what a name begins with; transformers: also a part of a name's path."""
+    """Whether the pattern matches the module: it is a name or a part of its path, or "re:" and a regular expression."""
     if pattern.startswith("re:"):
         return re.match(pattern[3:], module) is not None
     return f".{pattern}." in f".{module}."
 
 
 def scheme_of(dtype: torch.dtype) -> Scheme | None:
-    """The scheme whose numbers have this dtype; None: it is one of plain weights."""
+    """The scheme that stores numbers in this dtype; None for a dtype of plain weights."""
     return next((scheme for scheme in SCHEMES.values() if scheme.dtype == dtype), None)
 
 
@@ -76,7 +75,7 @@ def quantized(
     device: torch.device,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The same weights, with the matrices that `quantization` takes quantized on `device`, each followed by its scales.
-    What is quantized by the same scheme already stays as it is."""
+    Matrices that are quantized by the same scheme already stay as they are."""
     scheme = SCHEMES[quantization.scheme]
     for name, tensor in weights:
         if tensor.dtype == scheme.dtype or name not in tensors or not quantization.takes(tensors[name]):
@@ -88,8 +87,8 @@ def quantized(
 
 
 def read_quantization(path: Path, raw: Mapping[str, Any]) -> Quantization | None:
-    """What `raw`, the config.json at `path`, says of its weights; None: they are plain. Raises ModelError for schemes
-    that the engine does not know."""
+    """The quantization that `raw`, the config.json at `path`, describes; None: the weights are plain. Raises ModelError
+    for schemes that the engine does not know."""
     found = raw.get("quantization_config") or raw.get("compression_config")
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""Results of jobs, in order, computed by a few threads ahead of their consumer."""
+"""Runs jobs in a few threads ahead of the consumer of their results."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Job(Generic[T]):
 
 
 def read_ahead(jobs: Iterable[Job[T]], threads: int, limit: int) -> Generator[T, None, None]:
-    """Yield the jobs' results in order. Those that wait, and the one yielded last, have at most `limit` bytes together;
-    if that one alone has more, one waits beside it. Raises what a job raises."""
+    """Yield the jobs' results in order. Those that wait and the one yielded last take at most `limit` bytes together,
+    or one waits beside the last. Raises what a job raises."""
     waiting: deque[tuple[int, Future[T]]] = deque()
     ahead = last = 0  # bytes of those that wait, and of the one yielded last, which the consumer still has
     with ThreadPoolExecutor(threads, "weights") as pool:

@@ -1,9 +1,8 @@
 """Weights of a Hugging Face folder: one model.safetensors, or several with model.safetensors.index.json.
 
 safetensors checks the files; tensors are read here, by pread instead of from its mapping: exactly the bytes of a slice,
-into memory that is given back as soon as they are on their device. (A mapping's pages count as this process's memory
-until the whole file is closed, and a page fault reads its surroundings, too: of rows of which a few columns are wanted,
-all.)
+into memory that is freed as soon as they are on their device. (A mapping's pages count as this process's memory until
+the file is closed, and a page fault reads its surroundings, too: all of a row of which a few columns are wanted.)
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -32,7 +31,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 THREADS = 4
 """Threads that read."""
 FILES = 4
-"""Files that are read at a time, where there are as many."""
+"""Most files that are read at a time."""
 READ_AHEAD = 1 << 30
 """Most bytes that are read and not yet taken; less if the files are small."""
 CHUNK = 4 << 20
@@ -57,7 +56,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Where a tensor lies."""
+    """A tensor's location."""
 
     path: Path
     file: int
@@ -80,9 +79,9 @@ def iter_weights(
     name_of: Callable[[str], str | None],
     quantization: Quantization | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """See `engine.models.checkpoint.iter_weights`. Several files are read at a time. What is read ahead of the caller,
-    with what it was given last, is less than a quarter of the largest file, or a single tensor beside that last one;
-    and what is on another device than the CPU is not on the host any more.
+    """See `engine.models.checkpoint.iter_weights`. Several files are read at a time. Tensors that are read ahead, with
+    the one yielded last, take at most READ_AHEAD bytes and a quarter of the largest file, or there is one beside the
+    last; those on another device than the CPU are no longer on the host.
 
     name_of: the declared name of a stored tensor, or None for one that is not used.
     """
@@ -138,7 +137,7 @@ def _check(
 
 
 def _side_by_side(parts: Mapping[str, Part], found: Mapping[str, Stored]) -> Iterator[tuple[str, Part]]:
-    """The same parts, FILES files' in turns: those of a file in the order of `parts`."""
+    """The same parts, alternating between FILES files; those of one file keep the order of `parts`."""
     by_file: dict[int, deque[str]] = {}
     for name in parts:
         by_file.setdefault(found[name].file, deque()).append(name)
@@ -154,7 +153,7 @@ def _side_by_side(parts: Mapping[str, Part], found: Mapping[str, Stored]) -> Ite
 def _job(
     name: str, part: Part, found: Mapping[str, Stored], dtype: torch.dtype, device: torch.device
 ) -> Job[list[tuple[str, torch.Tensor]]]:
-    """Reads the part of a tensor, and of its scales if it is quantized."""
+    """The job that reads the part of a tensor, and of its scales if it is quantized."""
     stored, scale = found[name], found.get(name + SCALE)
     kept = dtype if scale is None else stored.dtype
 
@@ -170,13 +169,12 @@ def _job(
 def _read_scale(stored: Stored, rows: slice, device: torch.device) -> torch.Tensor:
     """(rows, 1) float32, from a scale for each output channel or one for all."""
     count = prod(stored.shape)
-    flat = Stored(stored.path, stored.file, stored.name, stored.dtype, (count,), stored.offset)
-    scale = _read(flat, (slice(0, 1) if count == 1 else rows,), torch.float32, device)
+    scale = _read(replace(stored, shape=(count,)), (slice(0, 1) if count == 1 else rows,), torch.float32, device)
     return scale.view(-1, 1).expand(rows.stop - rows.start, 1)
 
 
 def _read(stored: Stored, part: Part, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """That part of a vector or matrix, in `dtype` on `device`."""
+    """Read a part of a vector or matrix, in `dtype` on `device`."""
     tensor = torch.empty(shape_of(part), dtype=dtype, device=device)
     if not tensor.numel():
         return tensor
@@ -199,7 +197,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _fill(memory: memoryview, stored: Stored, part: Part) -> None:
-    """Read that part of a vector or matrix, row by row if it is not whole rows."""
+    """Read a part of a vector or matrix into `memory`, row by row unless its rows are whole."""
     size = stored.dtype.itemsize
     rows, width = part[0], prod(stored.shape[1:]) * size
     if len(part) == 1 or shape_of(part[1:]) == stored.shape[1:]:
@@ -236,7 +234,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _open(path: Path, stack: ExitStack) -> list[Stored]:
-    """The tensors of a file, which stays open as long as `stack`."""
+    """The tensors of a file, which stays open until `stack` is closed."""
     try:
         with safe_open(path, framework="numpy"):  # checks that the header describes the file
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

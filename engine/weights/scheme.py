@@ -19,16 +19,16 @@ SCALE_BYTES = 4
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
     name: str
-    """As `--quantization` takes it."""
+    """Its name in settings, errors and SCHEMES."""
     storage: str
-    """torch's name of the dtype of the stored numbers, which no other scheme and no plain weight has."""
+    """torch's name of the stored dtype, which no other scheme and no plain weight has."""
     safetensors: str
-    """What safetensors files call that dtype."""
+    """safetensors' name of that dtype."""
     bytes: int
-    """Of a stored number."""
+    """Bytes of a stored number."""
     quantize: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-    """(rows, columns) in any floating dtype -> the same in `storage`, and scales (rows, 1) float32, so that the matrix
-    is about their product. A row does not depend on the other rows."""
+    """Quantizes (rows, columns) in any floating dtype -> the same shape in `storage`, and scales (rows, 1) float32, so
+    that their product approximates the matrix. A row does not depend on the other rows."""
     multiple: int = 1
     """Both sizes of a matrix on one rank must be multiples of this."""
     kernels: tuple[str, ...]
@@ -36,16 +36,16 @@ class Scheme:
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     """The dtypes of activations that they compute with."""
     on_cpu: bool = False
-    """A CPU computes with the stored numbers directly. Where not, the result is the same arithmetic in float32."""
+    """Whether a CPU computes with the stored numbers directly, and not by the same arithmetic in float32."""
     capability: tuple[int, int] | None = None
     """The compute capability of the first CUDA devices that compute with the stored numbers; None: none does."""
     arithmetic: str | None = None
-    """The dtype in which a device multiplies, as `Device.flops` names it; None: the activations' own."""
+    """The dtype in which a device multiplies, as `Device.flops` names it; None: that of the activations."""
     modules_left: Callable[[Mapping[str, Any]], tuple[str, ...] | None] = lambda _: None
-    """Of a config.json's quantization_config: the modules that it leaves unquantized, or None if it describes another
-    scheme. Raises ValueError, which says what is not known, for a variant that the engine cannot read."""
+    """Returns the modules that a config.json's quantization_config leaves unquantized, or None if it describes another
+    scheme. Raises ValueError, which names the variant, if the engine cannot read it."""
     checkpoints: str = ""
-    """Which checkpoints `modules_left` knows, for an error."""
+    """The checkpoints that `modules_left` knows, for an error message."""
     unused: tuple[str, ...] = ()
     """Last components of the names of tensors that such checkpoints have and the engine does not use."""
 
@@ -76,5 +76,5 @@ class Scheme:
         return f"needs compute capability {wanted} or newer, not {has}"
 
     def size_bytes(self, rows: int, columns: int) -> int:
-        """Of a matrix with its scales."""
+        """Bytes of a matrix with its scales."""
         return rows * columns * self.bytes + rows * SCALE_BYTES

@@ -25,11 +25,11 @@ class Tensor:
     name: str
     """Hugging Face's name."""
     shape: tuple[int, ...]
-    """Of the whole tensor: (size,) or (out_features, in_features)."""
+    """Shape of the whole tensor: (size,) or (out_features, in_features)."""
     gguf: str
     """GGUF's name."""
     axes: tuple[Axis | None, ...]
-    """For each dimension what it is sharded by over tensor-parallel ranks; None: it is not."""
+    """What each dimension is sharded by over tensor-parallel ranks; None: it is not sharded."""
     linear: str | None = None
     """The prepared matrix that it becomes a part of, by its module path: tensors with the same path are fused, their
     rows in the order of their declaration. None: a norm."""
@@ -76,7 +76,7 @@ def check_names(where: object, found: Collection[str], expected: Collection[str]
     if missing := [name for name in expected if name not in found]:
         raise ModelError(f"{where} lacks {_listed(missing)}")
     if unknown := [name for name in found if name not in expected]:
-        raise ModelError(f"{where} has {_listed(sorted(unknown))}, which a model of this configuration has not")
+        raise ModelError(f"{where} has {_listed(sorted(unknown))}, which a model of this configuration does not have")
 
 
 def check_shape(where: object, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:

@@ -153,7 +153,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("PILOTFISH_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ModelError, match="PILOTFISH_CACHE names another folder"):
+    with pytest.raises(ModelError, match="set PILOTFISH_CACHE to another folder"):
         fetch(entry)
 
 

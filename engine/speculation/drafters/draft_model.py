@@ -143,7 +143,7 @@ class DraftModelDrafter:
         ]
 
     def _next_pass(self, spans: list[Span], kept: torch.Tensor | None, tokens: torch.Tensor | None) -> torch.Tensor:
-        return self._runner.run(spans) if tokens is None else self._runner.run_on_device(spans, tokens)
+        return self._runner.run(spans, token_ids=tokens)
 
     def backlog(self, sequence: Sequence) -> int:
         """Tokens of the sequence that are not in the draft's cache, the last one at least."""

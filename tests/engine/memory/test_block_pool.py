@@ -245,8 +245,8 @@ PoolMachine.TestCase.settings = settings(
 TestPoolAgainstModel = PoolMachine.TestCase
 
 
-def computed_table(pool: BlockPool, tokens: list[int]) -> BlockTable:
-    table = BlockTable(pool)
+def computed_table(pool: BlockPool, tokens: list[int], root: bytes | None = None) -> BlockTable:
+    table = BlockTable(pool, root)
     assert table.reserve(len(tokens))
     table.commit(tokens, len(tokens))
     return table
@@ -290,6 +290,16 @@ def test_two_sequences_that_compute_the_same_text_at_once() -> None:
     first.release()
     third.release()
     assert (pool.cached, pool.available) == (2, 6)
+
+
+def test_a_released_table_keeps_its_root() -> None:
+    pool = BlockPool(num_blocks=4, block_size=2)
+    other, table = computed_table(pool, [1, 2]), computed_table(pool, [1, 2], b"an adapter")
+    own = list(table.blocks)
+    other.release()
+    table.release()
+    assert table.claim_prefix([1, 2, 3]) == 2
+    assert list(table.blocks) == own
 
 
 def test_rejected_tokens_are_never_shared() -> None:

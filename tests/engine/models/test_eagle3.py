@@ -17,7 +17,7 @@ from pilotfish.engine.models.checkpoint import read_hf_config
 from pilotfish.engine.models.config import Eagle3Config, ModelConfig, RopeConfig, default_feature_layers
 from pilotfish.engine.models.eagle3 import Eagle3Model, SharedWeights
 from pilotfish.engine.weights import int8
-from pilotfish.errors import ModelError
+from pilotfish.errors import ConfigError, ModelError
 from pilotfish.tools.training.eagle3 import Eagle3Draft
 
 VOCAB, DRAFT_VOCAB, HIDDEN, TARGET_HIDDEN = 96, 32, 64, 64
@@ -145,6 +145,7 @@ def test_a_draft_with_an_embedding_and_the_target_s_vocabulary(tmp_path: Path) -
         (lambda config, tensors: tensors.pop("d2t"), "d2t"),
         (lambda config, tensors: tensors.update({"d2t": torch.full((DRAFT_VOCAB,), VOCAB)}), "d2t"),
         (lambda config, tensors: tensors.update({"d2t": torch.zeros(3, dtype=torch.int64)}), "d2t"),
+        (lambda config, tensors: tensors["d2t"].fill_(0)[:1].fill_(-1), "leads to tokens -1 to"),
         (lambda config, tensors: config.update({"norm_before_fc": True}), "norm_before_fc"),
         (lambda config, tensors: config.update({"num_hidden_layers": 2}), "num_hidden_layers"),
         (
@@ -191,6 +192,14 @@ def test_int8_rows_are_within_half_a_step(tmp_path: Path) -> None:
 def test_default_feature_layers_are_those_of_the_published_drafts() -> None:
     assert default_feature_layers(32) == (2, 16, 29)  # Llama-3.1-8B
     assert default_feature_layers(80) == (2, 40, 77)  # Llama-3.3-70B
+
+
+@pytest.mark.parametrize(("layers", "named"), [((), "2, 0, -2"), ((0, 1, 2), "0, 1, 2")])
+def test_a_target_must_have_the_layers_that_are_read(layers: tuple[int, ...], named: str) -> None:
+    target = decoder(kv_heads=2)
+    shape = Eagle3Config(decoder=target, draft_vocab_size=VOCAB, target_hidden_size=HIDDEN, feature_layers=layers)
+    with pytest.raises(ConfigError, match=rf"drafter 'head' reads layers \({named}\), the target has 1:"):
+        eagle3_checkpoint.check_target("head", shape, target)
 
 
 def decoder(kv_heads: int) -> ModelConfig:
