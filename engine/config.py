@@ -1,4 +1,4 @@
-"""EngineConfig: every setting of the engine, one schema for flags, YAML and code.
+"""EngineConfig: every setting of the engine; one schema for flags, YAML and code.
 
 The server's own settings (host, port, keys) live in `server.config`. Sizes are bytes, times seconds, lengths tokens.
 """
@@ -27,16 +27,16 @@ LoadFormat = Literal["auto", "dummy"]
 
 
 CACHE_SHARES = {"cpu": 0.05, "gpu": 0.9}
-"""The shares that `kv_cache_share` 0 stands for."""
+"""The defaults of `kv_cache_share`, which 0 stands for."""
 
 
 def cache_share(kv_cache_share: float, on_gpu: bool) -> float:
-    """The share itself, or if it is 0, the default for the device that the model runs on."""
+    """The share itself, or the default for the device if it is 0."""
     return kv_cache_share or CACHE_SHARES["gpu" if on_gpu else "cpu"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an engine is started with. Each field's docstring is the help text of its flag.
+    """The settings of an engine. Each field's docstring is the help text of its flag.
 
     Raises ConfigError from `check()`; msgspec raises ValidationError for a value of the wrong type.
     """
@@ -80,10 +80,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Seconds that a rank may be silent, or stuck in a pass that the others wait for, before the engine ends with an
     error that names it; also for rank 0 itself while requests are in flight."""
     enforce_eager: bool = False
-    """Launch every kernel of every pass by itself, even where passes could be captured as CUDA graphs."""
+    """Never capture passes as CUDA graphs: launch every kernel of every pass individually."""
     cuda_graph_memory: NotNegative = 0
-    """Maximum memory for captured CUDA graphs on a GPU, in bytes; 0: a twentieth of the memory that is free once the
-    weights are loaded."""
+    """Maximum memory for captured CUDA graphs on a GPU, in bytes; 0: a twentieth of the memory that is free after
+    loading the weights."""
 
     max_model_len: NotNegative = 0
     """Maximum number of tokens of prompt and answer together; 0: the model's own limit, or what the KV cache holds if
@@ -100,7 +100,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_cache_memory: NotNegative = 0
     """Size of the KV cache in bytes; 0: by `kv_cache_share`."""
     kv_cache_share: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    """Share of the memory that is free once the weights are loaded to use for the KV cache. 0: 0.05 on the CPU, whose
+    """Share of the memory that is free after loading the weights to use for the KV cache. 0: 0.05 on the CPU, whose
     memory other programs need, too, and 0.9 on a GPU."""
     prefix_caching: bool = True
     """Keep the KV cache of finished requests, as long as there is room, for prompts that start with the same tokens."""

@@ -171,7 +171,7 @@ class GraphedPasses:
         )
 
     def find(self, host: HostBatch) -> Bucket | None:
-        """The captured pass that can compute this batch, by the batch alone, so that all ranks agree; None if none can."""
+        """The captured pass for this batch, if there is one. It depends on the batch alone, so all ranks agree."""
         shape = host.shape
         bucket = fitting(self.captured, shape.spans, max(host.query_lens), shape.rows)
         return bucket if bucket and shape.max_blocks <= self._layouts[bucket].batch.shape.max_blocks else None

@@ -1,5 +1,5 @@
-"""AsyncEngine: the server's handle on an engine process. It starts the process, feeds it, hands out what it says, and
-notices when it ends. No torch here. The process itself is in `main`; the same engine without a process is `engine.llm`.
+"""AsyncEngine: the server's handle on an engine process. It starts the process, sends requests, delivers outputs, and
+notices when it ends. No torch. The process itself is in `main`; the same engine without a process is `engine.llm`.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ ENGINE_COMMAND = child_process.command_of("pilotfish.engine.process.main")
 STOP_SECONDS = 5.0
 """How long the process may take to end after each of: Shutdown, the end of its standard input, SIGKILL."""
 LAST_WORDS_SECONDS = 1.0
-"""How long after the process has ended by itself its last messages may still come in."""
-MESSAGES_PER_TURN = 64
-"""Messages that are handled before the event loop gets its turn."""
+"""How long the last messages of a process that has ended by itself may take to arrive."""
+MESSAGES_PER_READ = 64
+"""Messages that are handled before control returns to the event loop."""
 
 
 class AsyncEngine:
@@ -56,8 +56,8 @@ class AsyncEngine:
 
     `state` goes from "starting" to "ready" to "stopping" to "dead", or to "dead" from any of them; `error` then says
     why. `on_stats` and `on_loading` are called from the event loop, once for each step and each report of progress.
-    `logs` says how the process logs; `command` starts it: one that calls `engine.process.main.run`. Raises ConfigError
-    for settings that contradict each other.
+    `logs` is the logging of the process; `command` starts it, and must call `engine.process.main.run`. Raises
+    ConfigError for settings that contradict each other.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class AsyncEngine:
         self._command = tuple(command)
         self._seeds = random.SystemRandom() if config.seed is None else random.Random(config.seed)
         self._requests: dict[str, asyncio.Queue[Delta | EngineDeadError] | None] = {}
-        """By id, until the engine has reported the end; None once nobody listens any more."""
+        """By id, until the engine has reported the end; None once nobody reads the deltas."""
         self._settled = asyncio.Event()
         """Set when the engine is ready, or never will be."""
         self._ended = asyncio.Event()
@@ -89,22 +89,22 @@ class AsyncEngine:
         self._watch: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
         self._heard = False
-        """Something has come from the engine since this was last set to False."""
+        """Whether the engine has sent a message since this was last set to False."""
 
     @property
     def in_flight(self) -> int:
-        """Requests that the engine has not ended yet; an aborted one counts until its memory is free."""
+        """Number of requests that the engine has not ended yet; an aborted one counts until its memory is free."""
         return len(self._requests)
 
     @property
     def pid(self) -> int | None:
-        """The engine process, while it runs."""
+        """The id of the engine process, while it runs."""
         if self._process is None or self._process.returncode is not None:
             return None
         return self._process.pid
 
     def draw_seed(self) -> int:
-        """A seed for a request that brings none: the next of a fixed sequence if `config.seed` is set, else random."""
+        """A seed for a request without one: the next of a fixed sequence if `config.seed` is set, else random."""
         return self._seeds.getrandbits(63)
 
     async def start(self) -> None:
@@ -137,11 +137,11 @@ class AsyncEngine:
         return self.info
 
     def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        """The request's deltas, one by one as its steps made them; the last has a finish_reason.
+        """Yield the request's deltas, one per step; the last has a finish_reason.
 
         Raises, at the call: ParameterError for a request that the engine can never serve, or whose id is in use;
         EngineNotReadyError while the engine loads or stops; EngineDeadError. The request is sent when the first delta
-        is asked for, which can raise the same if things have changed by then; any delta can raise EngineDeadError.
+        is awaited, which can raise the same if the state has changed by then; any delta can raise EngineDeadError.
         Closing the generator, or cancelling the task that waits on it, aborts the request.
         """
         check_request(request, self._ready(request))
@@ -152,7 +152,7 @@ class AsyncEngine:
         return self._stream(msgspec.structs.replace(request, params=params, arrival=arrival))
 
     def kill(self) -> None:
-        """End the process without a word to it; requests in flight end with EngineDeadError. `stop` waits for it."""
+        """Kill the process; requests in flight end with EngineDeadError. `stop` waits for its end."""
         if self._process is not None and self._process.returncode is None:
             self.state = "stopping"
             with contextlib.suppress(ProcessLookupError):
@@ -168,9 +168,9 @@ class AsyncEngine:
             self.state = "stopping"
             self._send(Shutdown())
             await asyncio.wait({self._watch}, timeout=STOP_SECONDS)
-        elif self.state == "starting":  # it does not listen while it loads
+        elif self.state == "starting":  # it reads no messages while it loads
             self.state = "stopping"
-        elif self.state == "stopping":  # another call of this has asked it
+        elif self.state == "stopping":  # another call has sent Shutdown
             await asyncio.wait({self._watch}, timeout=STOP_SECONDS)
         assert self._process.stdin is not None
         for end in (self._process.stdin.close, self._process.kill):
@@ -207,7 +207,7 @@ class AsyncEngine:
                 if item.finish_reason is not None:
                     return
         finally:
-            # The id stays taken until the engine says that it has ended: nobody else must get this one's end.
+            # The id stays in use until the engine reports the end, which must not go to another request.
             if self._requests.get(request.id) is queue:
                 self._requests[request.id] = None
                 self._send(Abort((request.id,)))
@@ -247,19 +247,19 @@ class AsyncEngine:
             queue.put_nowait(delta)
 
     async def _watch_process(self, process: asyncio.subprocess.Process, directory: str) -> None:
-        """Wait for the end of the process, whatever its cause; then everything that waits for it is told."""
+        """Wait for the end of the process, whatever its cause; then end everything that waits for it."""
         code = await process.wait()
         if self._listening is not None:
             self._listening.cancel()
         stopped = self.state == "stopping"
-        if code >= 0:  # else it had no time for any
+        if code >= 0:  # else it could not send any
             await self._last_words()
         self._die("the engine was stopped" if stopped else f"the engine process {child_process.how_it_ended(code)}")
         self._disconnect(directory)
 
     async def _watch_silence(self, process: asyncio.subprocess.Process) -> None:
-        """End a process that says nothing for `rank_timeout` seconds while requests wait for it: it is stopped, or its
-        interpreter is."""
+        """End a process that sends nothing for `rank_timeout` seconds while requests are in flight: it, or its
+        interpreter, is stopped."""
         timeout, clock = self.config.rank_timeout, child_process.PatientClock()
         since = clock.now()
         while True:
@@ -279,14 +279,14 @@ class AsyncEngine:
                 return
 
     async def _last_words(self) -> None:
-        """Let in what the process sent before it ended, and a thread of this one may still be reading."""
+        """Wait for messages that the process sent before it ended, which ZeroMQ's thread may still be reading."""
         if self.state == "stopping" and not self._requests:
             return
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), LAST_WORDS_SECONDS)
 
     def _die(self, reason: str) -> None:
-        """Every request that is still in flight ends here, with its reason. The first reason stands."""
+        """End every request in flight with this reason, unless there has been one already."""
         if self.state == "dead":
             return
         self.state, self.error = "dead", reason
@@ -306,9 +306,9 @@ class AsyncEngine:
 class _Connection:
     """The client's ends of the two sockets, read by the event loop itself.
 
-    zmq.asyncio does the same through a future for each message, at four times the cost where messages have piled up.
-    ZeroMQ's file descriptor tells of changes, not of messages, and any call on a socket may swallow a change: so this
-    reads until there is nothing left, and reads from a socket that does nothing else.
+    zmq.asyncio makes a future for each message, which takes four times as long when messages have piled up. ZeroMQ's
+    file descriptor signals changes, not messages, and any call on a socket may consume a signal: so this reads until
+    nothing is left, from a socket that does nothing else.
     """
 
     def __init__(self, task: EngineTask, receive: Callable[[FromEngine], None]) -> None:
@@ -326,14 +326,14 @@ class _Connection:
         self._loop.add_reader(self._reader.fileno(), self._read)
 
     def connect(self) -> None:
-        """Ready to send; before the engine is, ZeroMQ would retry in its own time."""
+        """Connect to the engine once it listens; before that, ZeroMQ would retry at its own intervals."""
         self._writer.connect(self._to_engine)
 
     def send(self, message: ToEngine) -> None:
         self._writer.send(self._encode(message), zmq.NOBLOCK)
 
     def _read(self) -> None:
-        for _ in range(MESSAGES_PER_TURN):
+        for _ in range(MESSAGES_PER_READ):
             if self._reader.closed:
                 return
             try:

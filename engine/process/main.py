@@ -1,9 +1,9 @@
-"""The engine process: one EngineCore behind two sockets. What crosses them is in `messages`; `client` starts the
-process and talks to it.
+"""The engine process: one EngineCore behind two sockets. The messages are in `messages`; `client` starts the process
+and talks to it.
 
 `python -m pilotfish.engine.process.main` is started with an `EngineTask` (see `engine.child_process`), and ends with
-its parent. Signals to stop do not end it: they are the parent's to act on. Where a model is sharded over ranks, this
-process is rank 0; it starts the others of its host.
+its parent. It ignores SIGINT and SIGTERM, on which its parent acts. If a model is sharded over ranks, this process is
+rank 0 and starts the others of its host.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LINGER_MS = 2000
-"""How long the last messages may take to leave, when the process ends."""
+"""How long the last messages may take to be sent when the process ends."""
 
 
 class Core(Protocol):
-    """What this process needs of an EngineCore, without the torch that comes with importing one."""
+    """The part of EngineCore that this process uses: importing EngineCore itself would import torch."""
 
     @property
     def info(self) -> EngineInfo: ...
@@ -75,7 +75,7 @@ CreateCore = Callable[[EngineConfig, Progress, LastWords], Core]
 def run(create_core: CreateCore) -> int:
     """Serve until told to stop, and return the exit status: 0 after a Shutdown, 1 after a failure (sent as Failed).
 
-    `create_core` is called once, after the watch on the parent has begun: slow imports belong into it.
+    `create_core` is called once, after the watch on the parent has begun: slow imports belong in it.
     """
     child_process.ignore_signals()
     task = child_process.read_task(EngineTask)
@@ -90,16 +90,16 @@ def run(create_core: CreateCore) -> int:
             lambda what, share: connection.send(Loading(what, share)),
             lambda reason: _last_words(task, reason),
         )
-        # What is loaded stays: keep it out of every later collection, which would stall a step for long.
+        # Exclude everything that is loaded from later collections, which would stall a step for long.
         gc.collect()
         gc.freeze()
         connection.send(Ready(core.info))
         ready = True
         _serve(core, connection)
     except Exception as error:
-        if isinstance(error, RankError) and ready:  # another process's fault, whose log has the traceback
+        if isinstance(error, RankError) and ready:  # the traceback is in the other process's log
             logger.error("the engine failed: %s", error)
-        elif isinstance(error, PilotfishError) and not ready:  # the settings' or the files': a traceback says no more
+        elif isinstance(error, PilotfishError) and not ready:  # wrong settings or files: a traceback adds nothing
             logger.error("the engine cannot start: %s", error)
         else:
             logger.exception("the engine failed")
@@ -111,7 +111,7 @@ def run(create_core: CreateCore) -> int:
 
 
 def _serve(core: Core, connection: _Connection) -> None:
-    """Step while there is work, and sleep on the socket while there is none; return after a Shutdown."""
+    """Step while there is work, else wait for messages; return after a Shutdown."""
     requests = _Requests(core, connection)
     unsent: FinishedStep | None = None
     while not requests.stopping:
@@ -119,7 +119,7 @@ def _serve(core: Core, connection: _Connection) -> None:
         if not core.has_work():
             continue
         step = core.launch()
-        if core.asynchronous:  # while the pass runs: what the last one brought, and what has come since
+        if core.asynchronous:  # while the pass runs, send the last step's outputs and read messages
             if unsent is not None:
                 requests.send(unsent)
                 unsent = None
@@ -132,7 +132,7 @@ def _serve(core: Core, connection: _Connection) -> None:
 
 
 class _Requests:
-    """The requests in flight, between the core and the client."""
+    """Passes requests from the client to the core, and deltas back."""
 
     def __init__(self, core: Core, connection: _Connection) -> None:
         self._core, self._connection = core, connection
@@ -140,7 +140,7 @@ class _Requests:
         self.stopping = False
 
     def take_in(self, wait: bool) -> None:
-        """Pass on every message that has come; with `wait`, at least one."""
+        """Handle every message that has arrived; with `wait`, at least one."""
         for message in self._connection.receive(wait):
             match message:
                 case Submit(request=request):
@@ -160,7 +160,7 @@ class _Requests:
                         self._core.abort(request_id)
 
     def send(self, step: FinishedStep) -> None:
-        """Send what a step has brought, with its account."""
+        """Send a step's deltas and its stats."""
         self._live.difference_update(delta.request_id for delta in step.deltas if delta.finish_reason is not None)
         self._connection.send(Outputs(tuple(step.deltas), self._core.settle(step)))
 
@@ -188,7 +188,7 @@ class _Connection:
         self._writer.send(self._encode(message))
 
     def receive(self, wait: bool) -> list[ToEngine]:
-        """Every message that has come; with `wait`, at least one."""
+        """Return every message that has arrived; with `wait`, at least one."""
         messages: list[ToEngine] = []
         flags = 0 if wait else zmq.NOBLOCK
         try:
@@ -205,7 +205,7 @@ class _Connection:
 
 
 def _beat(task: EngineTask) -> None:
-    """Tell the client that this process runs, until it ends: the task of a thread."""
+    """Send heartbeats to the client, in a thread, until this process ends."""
     interval = child_process.heartbeat_seconds(task.config.rank_timeout)
     with _sending(task, linger_ms=0) as send:
         while True:
@@ -222,7 +222,7 @@ def _last_words(task: EngineTask, reason: str) -> None:
 
 @contextmanager
 def _sending(task: EngineTask, linger_ms: int) -> Iterator[Callable[[FromEngine], None]]:
-    """Send to the client from a thread of its own, which takes a socket of its own."""
+    """Returns what sends to the client from another thread, which needs a socket of its own."""
     with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
         socket.linger = linger_ms
         socket.connect(task.from_engine)

@@ -11,15 +11,15 @@ from pilotfish.logs import Logs
 
 
 class EngineTask(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine process is started with.
+    """The task that an engine process is started with.
 
-    Each side binds the socket that it reads and connects the one that it writes: a connected PUSH socket queues at
-    once, so nothing that is sent waits for the other side to be there.
+    Each side binds the socket that it reads and connects the one that it writes: a connected PUSH socket queues
+    messages at once, so no sender waits for the other side to exist.
     """
 
     config: EngineConfig
     directory: str
-    """Folder that is private to the process and its parent, and holds their sockets."""
+    """Private folder of the process and its parent, which holds their sockets."""
     logs: Logs = Logs()
 
     @property
@@ -44,11 +44,11 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
-    """Stop at once; what still runs ends with finish_reason "abort"."""
+    """Stop at once; requests that still run end with finish_reason "abort"."""
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):
-    """How far start-up is: what is being done, and the share of it that is done (0 to 1)."""
+    """Progress of start-up: an activity, and the share of it that is done (0 to 1)."""
 
     what: str
     share: float
@@ -61,14 +61,14 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
-    """What a step has brought; without stats: the refusal of a request."""
+    """A step's deltas and stats; without stats, the refusal of a request."""
 
     deltas: tuple[Delta, ...]
     stats: StepStats | None = None
 
 
 class Alive(msgspec.Struct, frozen=True, tag="alive"):
-    """The engine's process runs; it may be at work on a long step."""
+    """A heartbeat of the engine process, which may be busy with a long step."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -1,12 +1,12 @@
-"""Tensor parallelism (arXiv 1909.08053): the processes that compute a sharded model together, and how they speak.
+"""Tensor parallelism (arXiv 1909.08053): the processes that compute a sharded model together, and their channels.
 
 A *rank* is a process with its shard of the models. Rank 0 is the engine process itself: it schedules, samples and
-drafts, and is the *leader* (`leader`), which gives every pass to the others before it computes its own shard. A rank
+drafts, and is the *leader* (`leader`), which sends every pass to the others before it computes its own shard. A rank
 above 0 is a *worker* process (`worker`), which runs a *follower* (`follower`): it has no sequences and computes the
-passes that it is given. A *node* is a host; on every host but the leader's a parent process (`node`) holds the workers.
+passes that it receives. A *node* is a host; on every host but the leader's a parent process (`node`) holds the workers.
 
 Two channels connect them, beside the tensors' own (`torch_group`). The *pass channel* (`channel`) carries orders and
-batches from the leader to all followers. The *control channel* carries what concerns starting, watching and ending; its
-ends are the leader's *watch* (`watch`), which finds out who has failed (`peers`), and a *link* (`link`) in every other
-process. Both have a thread of their own, which speaks while a pass runs or hangs. What crosses is in `wire`.
+batches from the leader to all followers. The *control channel* is for starting, watching and ending; its ends
+are the leader's *watch* (`watch`), which determines the rank that failed (`peers`), and a *link* (`link`) in every
+other process. Both run in threads of their own, even while a pass runs or hangs. The messages are in `wire`.
 """

@@ -1,5 +1,4 @@
-"""The pass channel: what the leader tells all followers in order, orders at the start and then the batch of every pass.
-The control channel's ends are `watch` and `link`."""
+"""The pass channel: carries the leader's orders at the start, and then the batch of every pass, to all followers."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ class Header:
     key: bytes
     kind: int
     model: int = 0
-    """Whose pass it is: 0 for the target, then the sharded draft models."""
+    """Number of the model: 0 for the target, then the sharded draft models."""
     number: int = 0
     """Number of the pass, counted from 1: a gap is a lost message."""
     shape: BatchShape = _NO_BATCH
@@ -48,17 +47,16 @@ class Header:
 
 
 class PassChannel:
-    """The leader's end. What is published goes to whoever has subscribed to this engine's key, so `wait_for` them
-    first."""
+    """The leader's end. Messages reach the followers that have subscribed to this engine's key: `wait_for` them."""
 
     def __init__(self, endpoint: str) -> None:
-        """Listen at `endpoint`, as for zmq's bind. Raises zmq.ZMQError where that cannot be."""
+        """Listen at `endpoint`, as for zmq's bind. Raises zmq.ZMQError if it cannot."""
         self.key = os.urandom(KEY_BYTES)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.XPUB)
         self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)  # every subscription, not only the first to a key
         self._socket.ipv6 = True
-        self._socket.set_hwm(0)  # nothing is dropped; what can pile up is a pass or two, for which the leader waits
+        self._socket.set_hwm(0)  # drop nothing; at most a pass or two can pile up, since the leader waits for them
         self._socket.linger = 0
         try:
             self._socket.bind(endpoint)

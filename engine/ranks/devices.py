@@ -1,4 +1,4 @@
-"""Which device a rank computes on."""
+"""Assigns each rank its device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pilotfish.errors import ConfigError
 
 
 def assign_device(config: EngineConfig, rank: int) -> tuple[EngineConfig, torch.device]:
-    """Give a rank its host's GPU of its number, or its share of the cores. Returns the settings with this rank's
+    """Assign a rank the GPU of its index on the host, or its share of the cores. Returns the settings with this rank's
     threads, and the device. Raises ConfigError for a host with fewer GPUs than ranks."""
     local_size = ranks_per_host(config)
     if config.device != "cpu" and torch.cuda.is_available():

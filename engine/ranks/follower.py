@@ -1,5 +1,5 @@
-"""What a rank above 0 does: it loads its shards of the models, then computes every pass that the leader gives out. It
-has no sequences: what a pass needs to know of them is in its batch."""
+"""The work of a rank above 0: it loads its shards of the models, then computes every pass that the leader sends. It has
+no sequences: everything that a pass needs of them is in its batch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Assemble = Callable[[EngineConfig, Communicator, Progress], Assembly]
 
 
 def follow(task: WorkerTask, welcome: Welcome, link: Link, assemble: Assemble = Assembly) -> None:
-    """Take part, for as long as this process lives. Raises what stands in the way."""
+    """Compute passes until this process ends. Raises whatever prevents it."""
     config, device = assign_device(task.config, task.rank)
     size = config.tensor_parallel_size
     orders = PassReader(welcome)
@@ -60,7 +60,7 @@ def follow(task: WorkerTask, welcome: Welcome, link: Link, assemble: Assemble = 
 
 
 class _Passes:
-    """The passes of a follower, and how far they have come."""
+    """Computes a follower's passes, and counts them for its beats."""
 
     def __init__(self, comm: TorchGroup, memory: MemoryMeter) -> None:
         self.memory = memory
@@ -68,7 +68,7 @@ class _Passes:
         self._begun = 0
 
     def beat(self) -> Beat:
-        """The next beat; called by another thread."""
+        """The next beat; called in the link's thread."""
         read = self.memory.read_if_due()
         return Beat(self._begun, self._comm.entered, read[0] if read else None)
 

@@ -14,19 +14,19 @@ from pilotfish.engine.config import EngineConfig
 from pilotfish.logs import Logs
 
 STOP_SECONDS = 5.0
-"""How long a worker may take to end once it is told to."""
+"""Time that a worker has to end before it is killed."""
 WORKER_COMMAND = child_process.command_of("pilotfish.engine.ranks.worker")
 
 
 class WorkerTask(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is started with."""
+    """The task that a worker is started with."""
 
     config: EngineConfig
     rank: int
     endpoint: str
-    """The leader's end of the control channel."""
+    """Address of the control channel."""
     directory: str | None = None
-    """Folder of the sockets, if they are files; the worker removes it if the leader has gone without doing so."""
+    """Folder of the sockets, if they are files; the worker removes it if the leader has ended without doing so."""
     logs: Logs = Logs()
 
 
@@ -37,7 +37,7 @@ def start_worker(
     directory: str | None = None,
     command: Sequence[str] = WORKER_COMMAND,
 ) -> subprocess.Popen[bytes]:
-    """Start a rank of this host. It ends when the standard input of what is returned is closed."""
+    """Start a rank of this host. It ends when its standard input is closed."""
     # In a process group of its own: a terminal's Ctrl-C does not reach it, and if its parent dies while it is stopped,
     # its group is orphaned, for which the kernel ends it (POSIX: SIGHUP and SIGCONT).
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=child_process.environment(), process_group=0)
@@ -49,7 +49,7 @@ def start_worker(
 
 
 def end_workers(workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End ranks of this host, and wait until they are gone."""
+    """End ranks of this host, and wait until they have ended."""
     for worker in workers:
         if worker.stdin is not None:
             with contextlib.suppress(OSError):

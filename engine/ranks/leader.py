@@ -1,5 +1,5 @@
-"""The leader's side of tensor parallelism: rank 0 starts the ranks of its host, meets all of them, and gives every pass
-to them before it computes its own shard. `watch` watches them; what they do is in `follower`."""
+"""The leader's side of tensor parallelism: rank 0 starts the ranks of its host, connects to all ranks, and sends every
+pass to them before it computes its own shard. `watch` watches them; `follower` is their side."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Local:
-    """What the leader has on its own host for the others: their processes, and the folder of their sockets."""
+    """The leader's resources on its host: the workers' processes, and the folder of the sockets."""
 
     directory: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="pilotfish-"))
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -46,10 +46,10 @@ class _Local:
 
 @dataclass(slots=True)
 class Ranks:
-    """The other ranks of an engine, as the leader has them: make it with `start_ranks`, and `close` it at the end."""
+    """The leader's handle on the other ranks: made by `start_ranks`; `close` it at the end."""
 
     config: EngineConfig
-    """The engine's, with rank 0's threads."""
+    """The engine's settings, with rank 0's threads."""
     comm: TorchGroup
     _device: torch.device
     _watch: Watch
@@ -57,7 +57,7 @@ class Ranks:
     _local: _Local
 
     def reported(self, progress: Progress) -> Progress:
-        """`progress` that tells of the slowest rank. Calling it raises RankError once the engine has failed."""
+        """`progress` of the slowest rank. Calling it raises RankError once the engine has failed."""
 
         def report(what: str, share: float) -> None:
             self.check()
@@ -67,17 +67,17 @@ class Ranks:
 
     @property
     def sharing(self) -> int:
-        """The number of ranks in a row that share a memory: on the CPU those of a host."""
+        """The number of consecutive ranks that share a memory: on the CPU those of a host."""
         return 1 if self._device.type == "cuda" else ranks_per_host(self.config)
 
     def rooms(self, own: CacheRoom, progress: Progress) -> list[CacheRoom]:
-        """The room of all ranks, once all are loaded; `own` is rank 0's."""
+        """Wait until all ranks have loaded; return the room of each. `own` is rank 0's."""
         self._watch.wait_for(Loaded, lambda ranks: progress(f"waiting for {ranks}", 0.0))
         self._channel.order(Measure())
         return [own, *(CacheRoom(each.free, each.block_bytes) for each in self._watch.wait_for(Measured))]
 
     def allocate(self, num_blocks: int, max_model_len: int) -> None:
-        """Let all ranks allocate their KV caches and capture passes, as rank 0 does; `wait_prepared` waits for it."""
+        """Order all ranks to allocate their KV caches and capture passes; `wait_prepared` waits for it."""
         self._channel.order(Allocate(num_blocks, max_model_len))
 
     def wait_prepared(self) -> None:
@@ -88,11 +88,11 @@ class Ranks:
         return ModelLead(model, self._device, self._channel, self._watch)
 
     def check(self) -> None:
-        """Raise RankError if a rank has failed: what has been computed since is not to be used."""
+        """Raise RankError if a rank has failed: results since then must not be used."""
         self._watch.check()
 
     def memory(self) -> tuple[RankMemory, ...]:
-        """What the ranks above 0 have said last."""
+        """The last readings of the ranks above 0."""
         return self._watch.memory()
 
     def close(self, error: str = "") -> None:
@@ -105,7 +105,7 @@ class Ranks:
 
 @dataclass(frozen=True, slots=True)
 class ModelLead:
-    """Rank 0's Lead of a sharded model: each pass goes to the other ranks first."""
+    """Rank 0's Lead of a sharded model: sends each pass to the other ranks first."""
 
     model: int
     device: torch.device
@@ -125,7 +125,7 @@ class ModelLead:
 
     @contextmanager
     def _together(self, when: str) -> Iterator[None]:
-        """What all ranks do at the same time: if it fails here alone, the others are in the middle of it, for good."""
+        """Guards work that all ranks do together: if it fails here, the engine ends, since the others would hang."""
         try:
             yield
         except CollectiveError:
@@ -137,7 +137,7 @@ class ModelLead:
 
 
 def _end_of_work(device: torch.device) -> Callable[[], bool]:
-    """Tells whether the device has done all that it has been given up to now."""
+    """Returns what tells whether the device has done all that is queued there now."""
     if device.type != "cuda":
         return lambda: True
     event = torch.cuda.Event()
@@ -151,10 +151,10 @@ def start_ranks(
     last_words: LastWords | None = None,
     command: Sequence[str] = WORKER_COMMAND,
 ) -> Ranks:
-    """Start the ranks of this host, wait for those of others, and meet them all. They load from then on.
+    """Start the ranks of this host, wait for those of others, and connect to all. They load from then on.
 
-    `last_words` end this process where its main thread cannot. Raises ConfigError for what this host cannot do,
-    RankError for a rank that does not come.
+    `last_words` ends this process if its main thread is stuck. Raises ConfigError for what this host cannot do,
+    RankError for a rank that does not join.
     """
     size = config.tensor_parallel_size
     own_config, device = assign_device(config, 0)

@@ -1,5 +1,5 @@
-"""Link: the end of the control channel that belongs to a worker, or to the parent of another host's workers. A thread
-of its own sends beats and hears the leader's, whatever the process's main thread waits for. No torch."""
+"""Link: the end of the control channel in a worker, or in the parent of another host's workers. A thread of its own
+sends beats and receives the leader's, even while the main thread is blocked. No torch."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 
 POLL_MS = 50
 JOIN_SECONDS = 600.0
-"""How long the ranks and hosts of an engine wait for each other at the start."""
+"""How long the ranks and hosts of an engine wait for one another at the start."""
 LINGER_MS = 1000
 
 
 class Link:
-    """Speaks with the leader from when it is made until `close`.
+    """The connection to the leader, from when it is made until `close`.
 
-    `on_end` is called, in the link's thread, when the leader says that the engine ends (with its reason, "" for none),
-    or when it has been silent for too long.
+    `on_end` is called in the link's thread when the leader says that the engine ends (with the reason; "" if it was
+    stopped), or when the leader has been silent for too long.
     """
 
     def __init__(self, config: EngineConfig, rank: int, endpoint: str, on_end: Callable[[str], None]) -> None:
@@ -48,25 +48,25 @@ class Link:
         self._thread.start()
 
     def wait_welcome(self) -> Welcome:
-        """Wait for the leader to be there and to take this process in. Raises RankError if it does not come."""
+        """Wait for the leader to admit this process. Raises RankError if it does not within JOIN_SECONDS."""
         began = time.monotonic()
         while time.monotonic() - began < JOIN_SECONDS:
             try:
                 return self._welcome.get(timeout=30)
             except queue.Empty:
                 logger.info("waiting for rank 0 at %s", self._endpoint)
-        raise RankError(f"rank 0 was not to be found at {self._endpoint} within {JOIN_SECONDS:.0f} s")
+        raise RankError(f"rank 0 could not be found at {self._endpoint} within {JOIN_SECONDS:.0f} s")
 
     def send(self, message: ToLeader) -> None:
         self._outbox.put(message)
 
     def fail(self, error: str, consequence: bool = False) -> None:
-        """Tell the leader why this process ends, and see the message off."""
+        """Tell the leader why this process ends, and close."""
         self.send(RankFailed(error, consequence))
         self.close()
 
     def close(self) -> None:
-        """Send what is left, and stop."""
+        """Send the messages that are left, and stop."""
         self._closing.set()
         self._thread.join(2 + LINGER_MS / 1000)
 

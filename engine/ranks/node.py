@@ -1,8 +1,7 @@
-"""A node: the process of a host other than node 0, which holds that host's ranks and ends with the engine. No torch, no
-model, no HTTP.
+"""The parent process of the ranks of a host other than node 0; it ends with the engine. No torch, no model, no HTTP.
 
-Its ranks speak with the leader themselves. This process starts them, tells the leader how one of them ended, which the
-leader cannot see from its own host, and hears from the leader when the engine ends.
+Its ranks talk to the leader themselves. This process starts them, tells the leader when one of them has ended, which
+the leader cannot see from its own host, and learns from the leader when the engine ends.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from pilotfish.engine.child_process import how_it_ended
 from pilotfish.engine.config import EngineConfig
@@ -26,38 +24,29 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
 REASON_SECONDS = 5.0
-"""How long the leader may take to say why the engine ends, once a rank of this host has ended."""
+"""How long the leader has to say why the engine ends, once a rank of this host has ended."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """The leader says that the engine ends, or is silent; `reason` is "" where the engine was stopped."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Signalled:
-    number: int
-
-
-_Events = queue.SimpleQueue[_Ended | _Signalled]
+_Events = queue.SimpleQueue[str | signal.Signals]
+"""Why the engine ends, or "" if it was stopped; or a signal to this process."""
 
 
 def run_node(config: EngineConfig, command: Sequence[str] = WORKER_COMMAND) -> int:
-    """Hold this host's ranks until the engine ends; return the exit status: 0 if it was stopped, 1 if it failed, 128
-    and the signal's number if this process was told to end, which ends the engine. Raises ConfigError for a master_addr
-    that is no name or address.
+    """Run this host's ranks until the engine ends; return the exit status: 0 if it was stopped, 1 if it failed, 128
+    plus the number of a signal to this process, which ends the engine. Raises ConfigError for a master_addr that does
+    not resolve.
 
-    The model's files must be here already: ranks would fetch them all at once.
+    The model's files must be here already: the ranks would all download them at once.
     """
-    addresses_of(config.master_addr or "")  # a name that has none is better found out here
+    addresses_of(config.master_addr or "")  # fail here if there are none
     endpoint, ranks = control_endpoint(config), ranks_of(config)
     events: _Events = queue.SimpleQueue()
-    handlers = {number: signal.signal(number, lambda number, _: events.put(_Signalled(number))) for number in SIGNALS}
-    link = Link(config, -1, endpoint, lambda reason: events.put(_Ended(reason)))
+    handlers = {
+        number: signal.signal(number, lambda number, _: events.put(signal.Signals(number))) for number in SIGNALS
+    }
+    link = Link(config, -1, endpoint, events.put)
     workers = {rank: start_worker(config, rank, endpoint, None, command) for rank in ranks}
     name = f"node {config.node_rank} (ranks {', '.join(map(str, ranks))})"
     logger.info("%s: meeting node 0 at %s", name, endpoint.removeprefix("tcp://"))
@@ -71,7 +60,7 @@ def run_node(config: EngineConfig, command: Sequence[str] = WORKER_COMMAND) -> i
 
 
 def _hold(name: str, workers: dict[int, subprocess.Popen[bytes]], link: Link, events: _Events) -> int:
-    """Wait for the end, whoever brings it; returns the exit status."""
+    """Wait for the end of the engine; return the exit status."""
     died: str | None = None
     deadline = 0.0
     while True:
@@ -79,13 +68,13 @@ def _hold(name: str, workers: dict[int, subprocess.Popen[bytes]], link: Link, ev
             event = events.get(timeout=POLL_SECONDS)
         except queue.Empty:
             event = None
-        if isinstance(event, _Signalled):
-            logger.info("%s: told to end by %s, and the engine with it", name, signal.Signals(event.number).name)
-            link.send(Died(min(workers), -event.number))
-            return 128 + event.number
-        if isinstance(event, _Ended):
-            if event.reason:
-                logger.error("%s ends with the engine: %s", name, event.reason)
+        if isinstance(event, signal.Signals):
+            logger.info("%s: told to end by %s, and the engine with it", name, event.name)
+            link.send(Died(min(workers), -event))
+            return 128 + event
+        if event is not None:
+            if event:
+                logger.error("%s ends with the engine: %s", name, event)
                 return 1
             logger.info("%s: the engine was stopped, and its ranks here have ended", name)
             return 0

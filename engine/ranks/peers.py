@@ -1,5 +1,5 @@
-"""Peers: what the leader knows of the other ranks: who has come, what each has said, and which of them has failed. No
-sockets, no threads, no torch: those are `watch`'s."""
+"""Peers: what the leader knows of the other ranks: which have joined, what each has sent, and which has failed. No
+sockets, no threads, no torch: `watch` has those."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pilotfish.engine.ranks.topology import ranks_of
 from pilotfish.engine.ranks.wire import Beat, Died, Hello, Prepared, RankFailed, RankLoading, ToLeader
 
 CONSEQUENCE_SECONDS = 2.0
-"""How long the cause of a failed collective may take to show, before the failure itself counts as the cause."""
+"""How long the cause of a failed collective may take to appear before the failure itself counts as the cause."""
 EXIT_SECONDS = 0.3
 """How long the reason of a process that ended by itself may take to arrive."""
 HOST_SETTINGS = frozenset({"node_rank", "num_threads", "master_addr", "seed"})
@@ -30,7 +30,7 @@ Answer = TypeVar("Answer", bound=msgspec.Struct)
 
 @dataclass(slots=True)
 class Peer:
-    """Another rank, as the leader knows it. Times are those of the watch's clock."""
+    """Another rank. Times are those of the watch's clock."""
 
     rank: int
     process: subprocess.Popen[bytes] | None = None
@@ -40,7 +40,7 @@ class Peer:
     heard: float | None = None
     beat: Beat = field(default_factory=Beat)
     loading: dict[str, float] = field(default_factory=dict)
-    """Share that is done, by what is being done."""
+    """Progress (0 to 1) by activity."""
     answers: dict[type, msgspec.Struct] = field(default_factory=dict)
     exit: int | None = None
     exited: float = 0.0
@@ -54,34 +54,34 @@ class Peer:
 
 
 class Peers:
-    """All ranks but the leader. One thread at a time may use it."""
+    """All ranks but the leader. Only one thread at a time may use it."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.leader = f"rank 0 (pid {os.getpid()}, {socket.gethostname()})"
         self._config = config
         self._ranks = [Peer(rank) for rank in range(1, config.tensor_parallel_size)]
         self._nodes: set[int] = set()
-        """Hosts whose parent process has come."""
+        """Hosts whose parent process has joined."""
 
     def adopt(self, rank: int, process: subprocess.Popen[bytes]) -> None:
-        """`process` is a rank of this host."""
+        """Note that `process` is a rank of this host."""
         peer = self._ranks[rank - 1]
         peer.host, peer.pid, peer.process = socket.gethostname(), process.pid, process
 
     def kill(self) -> None:
-        """Leave none of this host's ranks running."""
+        """Kill the ranks of this host that still run."""
         for peer in self._ranks:
             if peer.process is not None and peer.process.poll() is None:
                 peer.process.kill()
 
-    # What they say.
+    # Messages.
 
     def complete(self) -> bool:
-        """Whether everyone has come who is expected."""
+        """Whether all expected processes have joined."""
         return len(self._nodes) == self._config.nnodes - 1 and all(peer.heard is not None for peer in self._ranks)
 
     def why_not(self, hello: Hello) -> str | None:
-        """Why a process cannot take part, if so: most often for settings that differ from the leader's."""
+        """Why a process cannot join, if so: most often because its settings differ from the leader's."""
         ours, theirs = msgspec.structs.asdict(self._config), msgspec.structs.asdict(hello.config)
         different = [name for name in ours if name not in HOST_SETTINGS and ours[name] != theirs[name]]
         if different:
@@ -96,7 +96,7 @@ class Peers:
         return None
 
     def greet(self, hello: Hello, now: float) -> None:
-        """Take a process in, against which there is nothing."""
+        """Admit a process, unless `why_not` has a reason against it."""
         if hello.rank < 0:
             self._nodes.add(hello.config.node_rank)
         else:
@@ -104,7 +104,7 @@ class Peers:
             peer.host, peer.pid, peer.heard = hello.host, hello.pid, now
 
     def hear(self, sender: int, message: ToLeader, now: float) -> None:
-        """Note what rank `sender`, or -1 for a host's parent process, has said."""
+        """Note a message from rank `sender`, or -1 for a host's parent process."""
         rank = message.rank if isinstance(message, Died) else sender
         if not 1 <= rank <= len(self._ranks):
             return
@@ -133,7 +133,7 @@ class Peers:
         return [peer.answers[kind] for peer in self._ranks]  # type: ignore[misc]
 
     def waited_for(self, kind: type[msgspec.Struct]) -> str:
-        """The ranks that have not sent a message of this kind yet, and what they are at."""
+        """The ranks that have not sent a message of this kind yet, and their progress."""
         late = [peer for peer in self._ranks if kind not in peer.answers]
         doing = {next(reversed(peer.loading.items())) for peer in late if peer.loading}
         ranks = ", ".join(str(peer.rank) for peer in late)
@@ -141,17 +141,17 @@ class Peers:
         return f"{'rank' if len(late) == 1 else 'ranks'} {ranks}" + (f" ({at})" if at else "")
 
     def slowest(self, what: str, own: float) -> float:
-        """The least share of `what` that is done on any rank that does it, `own` included, which is the leader's."""
+        """The least progress with `what` of any rank that is at it; `own` is the leader's."""
         return min([own, *(peer.loading[what] for peer in self._ranks if what in peer.loading)])
 
     def memory(self) -> tuple[RankMemory, ...]:
         """The last reading of each rank that has sent one."""
         return tuple(peer.beat.memory for peer in self._ranks if peer.beat.memory is not None)
 
-    # What is wrong with them.
+    # Failures.
 
     def failure(self, now: float) -> str | None:
-        """Why the engine cannot go on, if so; the causes that explain the others first."""
+        """Why the engine cannot go on, if so: the root cause of several failures."""
         for peer in self._ranks:
             if peer.exit is None and peer.process is not None:
                 peer.exit, peer.exited = peer.process.poll(), now
@@ -164,7 +164,7 @@ class Peers:
                     return f"{peer.name} {how_it_ended(peer.exit)}"
         for peer in self._ranks:
             if peer.heard is None and now > JOIN_SECONDS:
-                return f"{peer.name} has not come within {now:.0f} s"
+                return f"{peer.name} has not joined within {now:.0f} s"
             if peer.heard is not None and now - peer.heard > self._config.rank_timeout:
                 return f"{peer.name} was silent for {now - peer.heard:.0f} s: it is stopped, or cannot be reached"
         for peer in self._ranks:
@@ -173,8 +173,8 @@ class Peers:
         return None
 
     def who_hangs(self, number: int, own: int, waited: float) -> str:
-        """Who is behind in pass `number`, which has not ended for `waited` seconds; the leader has entered `own`
-        collectives."""
+        """The ranks that are behind in pass `number`, which has made no progress for `waited` seconds; the leader has
+        entered `own` collectives."""
         entered = {self.leader: own} | {peer.name: peer.beat.collectives for peer in self._ranks}
         least, most = min(entered.values()), max(entered.values())
         if least == most:

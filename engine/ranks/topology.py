@@ -1,4 +1,4 @@
-"""Which ranks there are, and where they find each other. No torch."""
+"""The ranks of each host, and the addresses at which they find each other. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pilotfish.errors import ConfigError
 
 
 def ranks_per_host(config: EngineConfig) -> int:
-    """Hosts have the same number of ranks each, in order."""
+    """The number of ranks of each host; hosts have consecutive ranks."""
     return config.tensor_parallel_size // config.nnodes
 
 
@@ -20,12 +20,12 @@ def ranks_of(config: EngineConfig) -> range:
 
 
 def control_endpoint(config: EngineConfig) -> str:
-    """Where several hosts find the leader's end of the control channel."""
+    """Address of the control channel for several hosts."""
     return f"tcp://{bracketed(config.master_addr or '')}:{config.master_port}"
 
 
 def addresses_of(master: str) -> list[str]:
-    """IP addresses of node 0. Raises ConfigError where it has none."""
+    """IP addresses of node 0. Raises ConfigError if it has none."""
     try:
         found = socket.getaddrinfo(master, None, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -34,8 +34,8 @@ def addresses_of(master: str) -> list[str]:
 
 
 def listening_address(master: str) -> str:
-    """What to listen on to be reached at `master`: that address where it is one of this machine's, else "*" for all of
-    them, as where it is the name of a service in front of it."""
+    """The address to listen on to be reached at `master`: its own if it is one of this machine's, else "*" for all, for
+    instance behind a service's name."""
     for address in addresses_of(master):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
@@ -47,5 +47,5 @@ def listening_address(master: str) -> str:
 
 
 def bracketed(host: str) -> str:
-    """A host as it stands before a port."""
+    """A host as it is written before a port."""
     return f"[{host}]" if ":" in host else host

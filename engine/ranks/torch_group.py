@@ -1,8 +1,8 @@
-"""A Communicator over torch.distributed: gloo on the CPU, NCCL on CUDA. The ranks have found one store already, which
-`leader` serves.
+"""A Communicator over torch.distributed: gloo on the CPU, NCCL on CUDA. The ranks meet in a store that `leader`
+serves.
 
-The process groups are made by hand, not through `torch.distributed.init_process_group`, whose group is one for the
-whole process: a process may have several engines, one after the other or side by side.
+The process groups are made by hand, not through `torch.distributed.init_process_group`, whose group is global: a
+process may have several engines, one after the other or side by side.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOption
 from pilotfish.errors import CollectiveError, ConfigError
 
 NCCL_TIMEOUT = timedelta(hours=1)
-"""A collective may wait for as long as a rank computes; who hangs is found out by the watch, which knows more."""
+"""A collective may wait for as long as a rank computes; the watch, which knows more, finds the rank that hangs."""
 
 
 def collective_seconds(rank_timeout: float) -> float:
-    """How long a collective on the CPU may wait for the others: so long that the watch, which knows more, comes
+    """How long a collective on the CPU may wait for the others: long enough for the watch, which knows more, to act
     first."""
     return max(30.0, 2 * rank_timeout)
 
@@ -34,8 +34,8 @@ class TorchGroup:
     """The ranks of one model; a `Communicator`. One thread at a time may use it.
 
     `entered` counts the collectives that this rank has entered: of two ranks that wait for each other, the one with
-    fewer is the one that hangs. On CUDA they are entered when they are queued, and none is counted that is replayed
-    with a CUDA graph.
+    fewer is the one that hangs. On CUDA they are counted when they are queued, and not when they are
+    replayed with a CUDA graph.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device, backend: Any) -> None:
@@ -59,8 +59,8 @@ class TorchGroup:
             options.asyncOp = False  # on the current stream, as all that comes before and after it
             self._wait(lambda: self._backend.allreduce([x], options))
             return x
-        # Not gloo's own sum: it cuts the tensor into pieces, each summed from another rank on, so that a row's last
-        # bits would depend on the rows beside it.
+        # Not gloo's own sum: it cuts the tensor into pieces, each summed in another order of ranks, so that a row's
+        # last bits would depend on the rows beside it.
         flat = x.reshape(1, -1)
         parts = flat.new_empty(self.size, flat.shape[1])
         self._wait(lambda: self._backend._allgather_base(parts, flat.contiguous(), AllgatherOptions()))
@@ -81,28 +81,32 @@ class TorchGroup:
         return torch.cat(parts, dim=1) if parts else x
 
     def abort(self) -> None:
-        """Let a collective that waits fail, from another thread. On CUDA nothing else ends one whose peer has gone."""
+        """Make a waiting collective fail, from another thread. On CUDA nothing else ends one whose peer has ended."""
         with suppress(RuntimeError):
             self._backend.abort()
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         with suppress(RuntimeError):
             self._backend.shutdown()
 
     def _wait(self, start: Callable[[], Any]) -> None:
         try:
             work = start()
-            if work is not None:  # else it is on the current stream already
+            if work is not None:  # else it is queued on the current stream
                 work.wait()
         except RuntimeError as error:
             raise CollectiveError(f"rank {self.rank} could not complete a collective: {error}") from error
 
 
-def serve_store(host: str | None, size: int) -> dist.TCPStore:
-    """The store in which the ranks meet, in this process, on any free port: of `host` alone if that is an address of
-    this machine's, of all its addresses otherwise."""
-    listener = listen(host)
+def serve_store(host: str, size: int) -> dist.TCPStore:
+    """Serve the store in which the ranks meet, on any free port: of `host` alone if that is an address of this
+    machine's, of all its addresses otherwise."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, 0), family=family)
+    except OSError:
+        listener = socket.create_server(("", 0))
     # The store takes the socket over.
     return dist.TCPStore(
         "localhost",
@@ -115,15 +119,15 @@ def serve_store(host: str | None, size: int) -> dist.TCPStore:
 
 
 def join_store(host: str, port: int, size: int, timeout: float) -> dist.TCPStore:
-    """The store that rank 0 serves."""
+    """Connect to the store that rank 0 serves."""
     return dist.TCPStore(host, port, size, is_master=False, timeout=timedelta(seconds=timeout), wait_for_workers=False)
 
 
 def connect(store: dist.Store, rank: int, size: int, device: torch.device, master: str, timeout: float) -> TorchGroup:
-    """Meet the other ranks in `store`: all of them call this, and none returns before all have.
+    """Connect to the other ranks through `store`: all of them call this, and none returns before all have.
 
-    `master`: the address of rank 0, towards which this host is reached; `timeout`: seconds that a collective on the CPU
-    may wait for the others. Raises CollectiveError where they do not come, ConfigError where torch lacks the backend.
+    `master`: address of rank 0, which determines this host's own address; `timeout`: seconds that a collective on the
+    CPU may wait for the others. Raises CollectiveError if they do not join, ConfigError if torch lacks the backend.
     """
     store.set_timeout(timedelta(seconds=timeout))
     options: Any
@@ -132,7 +136,7 @@ def connect(store: dist.Store, rank: int, size: int, device: torch.device, maste
         if device.type == "cuda":
             if not dist.is_nccl_available():
                 raise ConfigError("tensor_parallel_size needs NCCL on CUDA, which this torch was built without")
-            # Left to itself, torch ends a process whose collective has failed; here the watch does, and says why.
+            # By default torch ends a process whose collective has failed; here the watch does, and says why.
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = NCCL_TIMEOUT
@@ -149,21 +153,9 @@ def connect(store: dist.Store, rank: int, size: int, device: torch.device, maste
     return TorchGroup(rank, size, device, backend)
 
 
-def listen(host: str | None) -> socket.socket:
-    """A listening socket on any free port; see `serve_store`."""
-    for address in (host, ""):
-        family = socket.AF_INET6 if ":" in (address or "") else socket.AF_INET
-        try:
-            return socket.create_server((address or "", 0), family=family)
-        except OSError:
-            if not address:
-                raise
-    raise AssertionError
-
-
 def _own_address(master: str) -> str:
-    """This host's address on the way to rank 0's."""
+    """This host's address on the route to rank 0."""
     family, kind, protocol, _, address = socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
-        probe.connect(address)  # of datagrams: nothing is sent
+        probe.connect(address)  # a datagram socket: nothing is sent
         return str(probe.getsockname()[0])

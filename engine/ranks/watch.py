@@ -1,5 +1,5 @@
-"""Watch: the leader's thread that hears the other ranks, and ends the engine, with the culprit's name, when one of them
-ends, falls silent or hangs. No torch. Who the culprit is `peers` finds out."""
+"""Watch: the leader's thread that listens to the other ranks, and ends the engine, with the culprit's name, when one of
+them ends, falls silent or hangs. No torch. `peers` determines the culprit."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ logger = logging.getLogger(__name__)
 
 POLL_MS = 50
 LAST_WORDS_SECONDS = 2.0
-"""How long the main thread may take to notice that the engine has failed, before its last words are said for it."""
+"""How long the main thread has to notice that the engine has failed, before its last words are sent for it."""
 TEARDOWN_SECONDS = 15.0
-"""How long it may take to end the process once it has noticed."""
+"""How long it has to end the process once it has noticed."""
 LATE_SECONDS = 2.0
-"""How long processes of other hosts are waited for that have not come when the engine ends at its start."""
+"""How long to wait, when the engine ends at its start, for processes of other hosts that have not joined."""
 LINGER_MS = 500
 
 
 class Watch:
-    """Watches from when it is made until `close`. `endpoint`: where it listens, as for zmq's bind. `welcome` answers
-    each process that comes. `abort` lets a collective fail that the main thread waits in. `last_words`, if there are
-    any, tell the client and end this process. Raises zmq.ZMQError if it cannot listen there.
+    """Watches from when it is made until `close`. `endpoint`: where it listens, as for zmq's bind. `welcome` is the
+    answer to each process that joins. `abort` makes a collective fail in which the main thread waits. `last_words`, if
+    given, tells the client and ends this process. Raises zmq.ZMQError if it cannot listen there.
 
     Times are those of a PatientClock, which stands still while this process does.
     """
@@ -59,7 +59,7 @@ class Watch:
         """Guards the peers and the reason."""
         self._reason: str | None = None
         self._error = ""
-        """What `close` was given."""
+        """The argument of `close`."""
         self._noticed = threading.Event()
         self._closing = threading.Event()
         self._clock = PatientClock()
@@ -82,30 +82,30 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
         self._thread.start()
 
-    # What the main thread says and asks.
+    # Called by the main thread.
 
     def adopt(self, rank: int, process: subprocess.Popen[bytes]) -> None:
-        """`process` is a rank of this host."""
+        """Note that `process` is a rank of this host."""
         with self._changed:
             self._peers.adopt(rank, process)
 
     def counts(self, entered: Callable[[], int]) -> None:
-        """`entered` tells how many collectives the leader has entered."""
+        """Set what returns the number of collectives that the leader has entered."""
         self._entered = entered
 
     def begin(self) -> None:
-        """The leader begins something that all ranks do together. Raises RankError if the engine has failed."""
+        """Note that the leader begins work that all ranks do together. Raises RankError if the engine has failed."""
         self.check()
         self._finished = lambda: False
 
     def begin_pass(self) -> int:
-        """As `begin`, of a pass, whose number it returns."""
+        """As `begin`, for a pass; return its number."""
         self.begin()
         self._passes += 1
         return self._passes
 
     def end(self, finished: Callable[[], bool]) -> None:
-        """The leader has done its part, or has given it to its device: `finished` tells when that is through."""
+        """Note that the leader has done its part, or queued it on its device: `finished` tells whether it is done."""
         self._finished = finished
 
     def check(self) -> None:
@@ -115,13 +115,13 @@ class Watch:
             raise RankError(self._reason)
 
     def fail(self, reason: str) -> None:
-        """Let the engine end for a reason that the leader knows itself."""
+        """End the engine for a reason that the leader found itself."""
         with self._changed:
             if self._reason is None and not self._closing.is_set():
                 self._end_engine(reason)
 
     def why(self, seconds: float = CONSEQUENCE_SECONDS + 1) -> RankError:
-        """The cause, once it is known, of a collective of the leader's that failed."""
+        """Wait for the cause of a failed collective of the leader's to be known, and return it."""
         with self._changed:
             self._changed.wait_for(lambda: self._reason is not None, seconds)
         self._noticed.set()
@@ -130,8 +130,8 @@ class Watch:
         )
 
     def wait_for(self, kind: type[Answer], tell: Callable[[str], None] = lambda waited_for: None) -> list[Answer]:
-        """Wait for a message of this kind from each rank, and return them by rank, from 1 on. `tell` is called now and
-        then with the ranks that are waited for. Raises RankError if a rank ends instead."""
+        """Wait for a message of this kind from each rank, and return them by rank, from 1 on. `tell` is called
+        repeatedly with the ranks that it waits for. Raises RankError if a rank ends instead."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._reason is not None or self._peers.answers(kind) is not None, 0.2)
@@ -143,16 +143,17 @@ class Watch:
             tell(waited_for)
 
     def slowest(self, what: str, own: float) -> float:
-        """The least share of `what` that is done on any rank that does it, the leader's own included."""
+        """See `Peers.slowest`."""
         with self._changed:
             return self._peers.slowest(what, own)
 
     def memory(self) -> tuple[RankMemory, ...]:
         """The last reading of each rank above 0 that has sent one."""
-        return self._peers.memory()
+        with self._changed:
+            return self._peers.memory()
 
     def close(self, error: str = "") -> None:
-        """Watch no more: ranks may end now. They are told why, if the engine was not just stopped."""
+        """Stop watching, and tell the ranks to end; `error` is the reason, "" if the engine was stopped."""
         self._error = error
         self._noticed.set()
         self._closing.set()
@@ -171,7 +172,7 @@ class Watch:
                     try:
                         message = decode(data)
                     except msgspec.MsgspecError:
-                        logger.warning("something that is no rank speaks to rank 0; it was not listened to")
+                        logger.warning("rank 0 ignored a message that no rank could have sent")
                         continue
                     with self._changed:
                         self._hear(identity, message)
@@ -191,13 +192,13 @@ class Watch:
         self._context.destroy(linger=LINGER_MS)
 
     def _tell(self, message: FromLeader, *identities: bytes) -> None:
-        """Tell these processes; by default all that have come."""
+        """Send a message to these processes; by default to all that have joined."""
         data = msgspec.msgpack.encode(message)
         for identity in identities or self._identities:
             self._socket.send_multipart([identity, data])
 
     def _tell_the_end(self, reason: str) -> None:
-        """Tell everyone why the engine ends; those, too, that are only on their way here from another host."""
+        """Tell all processes why the engine ends, also those of other hosts that are only about to join."""
         self._tell(End(reason))
         expected = self._config.tensor_parallel_size - 1 + self._config.nnodes - 1
         deadline = time.monotonic() + LATE_SECONDS
@@ -215,12 +216,12 @@ class Watch:
             self._peers.hear(sender, message, self._clock.now())
 
     def _greet(self, identity: bytes, hello: Hello) -> None:
-        """Take a process in, or refuse it."""
+        """Admit a process, or refuse it."""
         who = f"rank {hello.rank}" if hello.rank >= 0 else f"node {hello.config.node_rank}"
         who += f" (pid {hello.pid}, {hello.host})"
-        if self._peers.complete():  # as one that a service manager started once more
+        if self._peers.complete():  # such as one that a service manager restarted
             logger.warning("%s was sent away: the engine has all its ranks", who)
-            refusal = "the engine has all its ranks already; end it before you start its nodes once more"
+            refusal = "the engine has all its ranks already; end it before you start its nodes again"
             self._tell(End(refusal), identity)
             return
         self._identities[identity] = hello.rank
@@ -230,11 +231,10 @@ class Watch:
         self._peers.greet(hello, self._clock.now())
         self._tell(self._welcome, identity)
         if hello.config.node_rank:
-            logger.info("%s has come", who)
+            logger.info("%s has joined", who)
 
     def _look(self) -> str | None:
-        """Why the engine cannot go on, if so. To look may itself fail: a device that has failed can no longer be asked
-        how far it is."""
+        """Why the engine cannot go on, if so. Finding out may itself fail: a failed device cannot be queried."""
         try:
             return self._peers.failure(self._now) or self._hanging()
         except Exception as error:
@@ -242,7 +242,7 @@ class Watch:
             return f"{self._peers.leader} failed: {type(error).__name__}: {error}"
 
     def _hanging(self) -> str | None:
-        """Who is behind in a pass that does not end."""
+        """Which ranks are behind in a pass that makes no progress, if there is one."""
         own = self._entered()
         if self._finished() or (self._passes, own) != self._last_progress:
             self._last_progress, self._progress_at = (self._passes, own), self._now
@@ -257,7 +257,7 @@ class Watch:
         self._changed.notify_all()
 
     def _after_the_end(self) -> None:
-        """Leave nothing running, and do not let the main thread stay stuck."""
+        """Tell and kill the ranks, and end this process if the main thread is stuck."""
         self._tell_the_end(self._reason or "")
         self._peers.kill()
         self._abort()

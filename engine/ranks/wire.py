@@ -1,5 +1,4 @@
-"""Messages between the ranks' processes, beside tensors and batches: msgspec structs in MessagePack. The package's
-docstring tells who sends them. No torch."""
+"""Messages between the ranks' processes, besides tensors and batches: msgspec structs in MessagePack. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from pilotfish.engine.memory.usage import RankMemory
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """A worker is there, or (rank -1) a process that holds the workers of another host."""
+    """A worker asks to join, or (rank -1) the parent process of another host's workers."""
 
     rank: int
     host: str
@@ -28,7 +27,7 @@ class Joined(msgspec.Struct, frozen=True, tag="joined"):
 
 
 class RankLoading(msgspec.Struct, frozen=True, tag="loading"):
-    """How far a rank's start-up is, as in `engine.process.messages.Loading`."""
+    """Progress of a rank's start-up, as in `engine.process.messages.Loading`."""
 
     what: str
     share: float
@@ -39,7 +38,7 @@ class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
 
 
 class Measured(msgspec.Struct, frozen=True, tag="measured"):
-    """The memory that a rank has for KV caches, and needs."""
+    """The memory that a rank has for its KV caches, and what a block takes; see CacheRoom."""
 
     free: int
     """Bytes that could be allocated now."""
@@ -54,7 +53,7 @@ class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
 
 
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
-    """A sign of life; from a follower, how far it is."""
+    """A heartbeat; a follower's has its progress."""
 
     passes: int = 0
     """Passes that it has begun."""
@@ -72,7 +71,7 @@ class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class Died(msgspec.Struct, frozen=True, tag="died"):
-    """A rank of another host has ended; its parent says so."""
+    """A rank of another host has ended; sent by its parent."""
 
     rank: int
     code: int
@@ -83,10 +82,10 @@ class Died(msgspec.Struct, frozen=True, tag="died"):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """The process belongs to the engine, and finds here what else it needs to take part."""
+    """The process is admitted; these are the addresses that it needs."""
 
     key: bytes
-    """What messages on this engine's pass channel begin with."""
+    """Prefix of messages on this engine's pass channel."""
     passes: str
     """ZeroMQ endpoint of the pass channel."""
     store_host: str

@@ -1,6 +1,6 @@
 """The process of a rank above 0: `python -m pilotfish.engine.ranks.worker`, started by `launch.start_worker`. It ends
-with its parent, when the leader says so, and when the leader falls silent. What it computes is `follower`'s, which
-needs torch; nothing here does."""
+with its parent, when the leader says so, or when the leader falls silent. Its work is in `follower`, which needs torch;
+nothing here does."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ Follow = Callable[[WorkerTask, Welcome, Link], None]
 
 
 def run(import_follow: Callable[[], Follow]) -> int:
-    """Take part until the leader ends this process. Returns the exit status after a failure, which the leader has been
-    told.
+    """Run until the leader ends this process. Reports a failure to the leader and returns the exit status.
 
-    `import_follow` is called once, after the watch on the parent has begun and before the leader is greeted: imports
-    hold the interpreter for seconds on a busy machine, and a rank that is known may not fall silent.
+    `import_follow` is called once, after the watch on the parent has begun and before the rank joins: imports block the
+    interpreter for seconds on a busy machine, and a rank that has joined may not fall silent.
     """
     child_process.ignore_signals()
     task = child_process.read_task(WorkerTask)
-    # What all ranks find worth a line, the leader has said.
+    # At level info every rank would log the same lines as the leader.
     logs.configure(msgspec.structs.replace(task.logs, level="warning") if task.logs.level == "info" else task.logs)
     child_process.end_with_parent(lambda: _remove(task.directory))
 
@@ -59,7 +58,7 @@ def run(import_follow: Callable[[], Follow]) -> int:
 
 
 def main(import_follow: Callable[[], Follow]) -> None:
-    """Run, and end this process: threads of gloo, NCCL and the kernels may be waiting for ranks that have gone."""
+    """Run, and end this process at once: threads of gloo, NCCL and the kernels may wait for ranks that have ended."""
     _exit(run(import_follow))
 
 

@@ -251,7 +251,7 @@ def test_buckets(max_num_seqs: int, drafted: int, rows: int) -> None:
 def test_a_token_from_the_device_needs_its_own_row(make: Callable[..., LLM]) -> None:
     runner = make(Poisoned(), drafter=("ngram",)).core.engine.runner
     host = pack([Span([1, 2], 0, [0], 2)], 16)
-    with pytest.raises(ValueError, match="one row a span"):
+    with pytest.raises(ValueError, match="one row per span"):
         runner.run_batch(host, None, torch.tensor([1, 2]))
 
 
