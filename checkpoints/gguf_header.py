@@ -54,8 +54,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read the header. Raises ModelError for a file that is not GGUF version 2 or 3 in little-endian order, or cut
-    short."""
+    """Read the header. Raises ModelError unless the file is whole and GGUF version 2 or 3 in little-endian order."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return Header(path, *_Parser(data).header())

@@ -22,8 +22,7 @@ class Values:
         return self.raw.get(self.prefix + name, default)
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A positive integer; `default` where it is missing or null. Raises ModelError for any other value, such as a
-        list with one for each layer."""
+        """A positive integer; `default` if it is missing or null. Raises ModelError for anything else."""
         value = default if self.get(name) is None else self.get(name)
         if not isinstance(value, int) or value < 1:
             raise self.error(f"{self.prefix}{name} is {value!r}, but must be a positive number")

@@ -1,8 +1,7 @@
 """Assembly: loads the models that one rank computes, allocates their caches and captures their passes.
 
 Rank 0 and its followers run the same code, so they cannot disagree on the models and their order, the size of the
-caches, or the captured passes. Only rank 0 has models that are not sharded. `build` makes the rest of an engine;
-`ranks` keeps ranks in step.
+caches, or the captured passes. Only rank 0 has models that are not sharded. `build` makes the rest of an engine.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ class Engine:
 def build(config: EngineConfig, progress: Progress, last_words: LastWords | None = None) -> Engine:
     """Build the engine, and start the other ranks of a sharded model. For `last_words` see `engine.child_process`.
 
-    Raises ConfigError for settings that cannot work together, ModelError for a model that cannot be read, RankError for
-    a rank that fails.
+    Raises ConfigError for settings that contradict each other, ModelError for unreadable files, RankError for a failure
+    of a rank.
     """
     if config.node_rank:
         raise ConfigError(

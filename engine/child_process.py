@@ -32,8 +32,7 @@ def command_of(module: str) -> tuple[str, ...]:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a child, which imports from where this process does, whether or not the package is
-    installed."""
+    """The environment of a child: it imports from where this process does, even if the package is not installed."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
 
 
@@ -69,8 +68,7 @@ def end_with_parent(clean: Callable[[], object] = lambda: None) -> None:
 
 
 def how_it_ended(code: int) -> str:
-    """Describe the end of a process, to follow its name. `code`: its exit status, or the negative number of a
-    signal."""
+    """Describe the end of a process, to follow its name. `code`: exit status, or the negative number of a signal."""
     if code >= 0:
         return f"ended by itself with exit code {code}; its log says why"
     try:

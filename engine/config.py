@@ -118,8 +118,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Let the controller choose the drafter and the number of draft tokens with the highest predicted goodput, down to
     none; off: always as many as possible, by the first drafter that has any."""
     ngram_max: Positive = 4
-    """Length of the longest suffix that the n-gram drafter looks up; it falls back to shorter ones, down to
-    `ngram_min`."""
+    """Length of the longest suffix that the n-gram drafter looks up; then shorter ones, down to `ngram_min`."""
     ngram_min: Positive = 1
     """Length of the shortest suffix that the n-gram drafter looks up."""
     verification: Verification = "coupled"

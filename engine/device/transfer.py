@@ -33,8 +33,7 @@ def aligned(size: int) -> int:
 
 
 class PackedLayout:
-    """Where arrays of these dtypes (64 or 32 bits wide) and shapes lie, one after the other, in a buffer of `size`
-    bytes."""
+    """Where arrays of these dtypes (64 or 32 bits wide) and shapes lie in a buffer of `size` bytes, in order."""
 
     __slots__ = ("_arrays", "size")
 

@@ -32,8 +32,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class HostBatch:
-    """The inputs of a pass over some spans, in host memory: one buffer, which can go to a device or to another process
-    as it is, and its arrays by name."""
+    """The inputs of a pass in host memory: one buffer, which can be sent as it is, and its arrays by name."""
 
     layout: BatchLayout
     buffer: np.ndarray  # (layout.size,) uint8

@@ -51,8 +51,7 @@ def span_lengths(num_draft_tokens: int) -> tuple[int, ...]:
 
 
 def buckets(batches: Seq[int], lengths: Seq[int], max_rows: int) -> tuple[Bucket, ...]:
-    """The buckets in the order in which they are captured, fewest rows first: where kernels are short, a graph saves
-    most."""
+    """The buckets in the order of their capture, fewest rows first: a graph saves most where kernels are short."""
     every = (Bucket(spans, length) for spans in batches for length in lengths)
     return tuple(sorted((bucket for bucket in every if bucket.rows <= max_rows), key=lambda b: (b.rows, b.length)))
 

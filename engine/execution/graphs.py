@@ -2,15 +2,13 @@
 
 A captured pass computes what it computed at its capture: the same kernels, sizes and addresses. So a bucket's inputs
 lie in a static buffer, into which a batch is copied, padded to the bucket; its outputs lie in static buffers as well,
-which the next pass of the same model overwrites. `buckets` says which buckets there are; `runner` computes eagerly what
-fits none.
+which the next pass of the same model overwrites. `runner` computes eagerly what fits none of the `buckets`.
 
 The buffers are written and read in the order of the device's stream, so a pass may be launched while the one before it
 still runs, if everything that reads its outputs was launched before.
 
 Padding never changes other results. Its keys and values go to a block that belongs to no sequence, and a padding span
-sees only those. Rows that make a span longer see one more key each, as rows of a draft would, and nobody reads their
-results.
+sees only those. Rows that make a span longer see one more key each, as rows of a draft do; their results go unread.
 """
 
 from __future__ import annotations
@@ -47,8 +45,7 @@ class GraphBackend(Protocol):
 
     def capture(self, function: Callable[[], None], inputs: Seq[torch.Tensor], outputs: Seq[torch.Tensor]) -> Replay:
         """Record `function`, which reads `inputs`, which are filled, and writes `outputs`. It neither waits for the
-        device nor reads a value from it; everything on the host is fixed by the recording. It may be called several
-        times."""
+        device nor reads from it; the recording fixes everything on the host. It may be called several times."""
         ...
 
     def memory(self) -> int:

@@ -1,7 +1,6 @@
 """BlockPool: allocation, reference counts, prefix digests and eviction of the KV cache's blocks, by number.
 
-It holds no tensors (the cache itself is in `kv_cache`) and no tokens: a block's content is known by the digest that its
-table registers (`block_table`).
+It holds no tensors and no tokens: a block's content is known by the digest that its table registers (`block_table`).
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        # The parent digest of every first block. Secret, because clients choose the tokens: without it they cannot
-        # search for two texts with the same digest.
+        # Parent digest of every first block. Secret: clients, who choose the tokens, could search for collisions.
         self.root = os.urandom(DIGEST_SIZE)
         self._references = [0] * num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks

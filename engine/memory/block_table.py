@@ -33,8 +33,7 @@ class BlockTable:
         self._digest = self._root  # the digest of the last of them
 
     def claim_prefix(self, tokens: Sequence[int]) -> int:
-        """Take references to the longest cached chain of full blocks that begins `tokens`; return its length in
-        tokens.
+        """Claim the longest cached chain of full blocks that begins `tokens`; return its length in tokens.
 
         At least one token is left over, as its logits must be computed. Raises ValueError unless the table is empty.
         """

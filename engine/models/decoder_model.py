@@ -30,9 +30,8 @@ class DecoderModel:
     If the model is sharded, this is one rank's part: all ranks call the same methods with the same rows. `config` is
     the whole model's. `embedding` and `head` are (layout.vocab_part, hidden_size), and the same matrix if tied.
 
-    `weights` has the parts of rank `comm.rank` (see `Layout`). They are consumed one by one: a fused matrix is laid out
-    as soon as its parts are there, so that the peak is the model and a few tensors. Raises ModelError if a tensor is
-    missing.
+    `weights` has the parts of rank `comm.rank` (see `Layout`). They are consumed one by one, so that the peak
+    of memory is the model and a few tensors. Raises ModelError if a tensor is missing.
     """
 
     def __init__(
@@ -103,8 +102,7 @@ class DecoderModel:
         return self.comm.all_reduce(embedded.masked_fill_(elsewhere.unsqueeze(1), 0.0))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(rows, hidden_size) as `forward` returns them -> (rows, vocab_size), on rank 0; the result elsewhere
-        must not be read."""
+        """(rows, hidden_size) as `forward` returns them -> (rows, vocab_size), on rank 0 only."""
         normed = self._kernels.rms_norm(hidden, self._norm, self.config.rms_norm_eps)
         logits = self._kernels.linear(normed, self.head)
         if self.comm.size == 1:

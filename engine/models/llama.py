@@ -28,8 +28,7 @@ _DEFAULTS: dict[str, dict[str, int]] = {
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
     "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "head_dim": 128},
 }
-"""Defaults of fields that config.json leaves out. A null field has none: num_key_value_heads is then
-num_attention_heads."""
+"""Defaults of fields that config.json leaves out; a null num_key_value_heads is num_attention_heads all the same."""
 
 
 def tensors(config: ModelConfig) -> Iterator[Tensor]:

@@ -14,8 +14,7 @@ def cos_sin_table(rope: RopeConfig, head_dim: int, max_position: int) -> torch.T
     """(max_position, head_dim) float32: for each position the cosines of its head_dim / 2 angles, then their sines.
 
     The angles are products of float32 position and float32 frequency, as Hugging Face computes them: a more exact table
-    would disagree with the one that the models were trained and published with. Raises ModelError for a scaling that
-    is not known.
+    would differ from the one that models are trained with. Raises ModelError for an unknown scaling.
     """
     frequencies = inverse_frequencies(rope, head_dim)
     angles = torch.arange(max_position, dtype=torch.float32)[:, None] * frequencies

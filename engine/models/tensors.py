@@ -65,8 +65,7 @@ def embedding(config: ModelConfig) -> Iterator[Tensor]:
 def attention(
     config: ModelConfig, hf: str, gguf: str, *, inputs: int = 0, norm_offset: float = 0.0, paired_rows: int = 0
 ) -> Iterator[Tensor]:
-    """A layer's attention; `hf` and `gguf` are the prefixes of its names. inputs: in_features of query, key and value;
-    0: hidden_size."""
+    """A layer's attention; `hf` and `gguf` are prefixes of its names. inputs: in_features of qkv; 0: hidden_size."""
     hidden, queries = config.hidden_size, config.num_heads * config.head_dim
     keys = config.num_kv_heads * config.head_dim
     heads: tuple[tuple[str, int, Axis, int], ...] = (

@@ -159,8 +159,7 @@ class AsyncEngine:
                 self._process.kill()
 
     async def stop(self) -> None:
-        """End every request with finish_reason "abort", and the process; return when it is gone. May be called at any
-        time, and again."""
+        """End every request with finish_reason "abort", and the process; wait for its end. Callable at any time."""
         if self._watch is None or self._process is None:
             self._die("the engine was stopped before it was started")
             return
@@ -258,8 +257,7 @@ class AsyncEngine:
         self._disconnect(directory)
 
     async def _watch_silence(self, process: asyncio.subprocess.Process) -> None:
-        """End a process that sends nothing for `rank_timeout` seconds while requests are in flight: it, or its
-        interpreter, is stopped."""
+        """End a process that sends nothing for `rank_timeout` seconds while requests are in flight: it hangs."""
         timeout, clock = self.config.rank_timeout, child_process.PatientClock()
         since = clock.now()
         while True:

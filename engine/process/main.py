@@ -1,5 +1,4 @@
-"""The engine process: one EngineCore behind two sockets. The messages are in `messages`; `client` starts the process
-and talks to it.
+"""The engine process: one EngineCore behind two sockets, for `messages` to and from `client`, which starts it.
 
 `python -m pilotfish.engine.process.main` is started with an `EngineTask` (see `engine.child_process`), and ends with
 its parent. It ignores SIGINT and SIGTERM, on which its parent acts. If a model is sharded over ranks, this process is

@@ -35,8 +35,7 @@ _Events = queue.SimpleQueue[str | signal.Signals]
 
 def run_node(config: EngineConfig, command: Sequence[str] = WORKER_COMMAND) -> int:
     """Run this host's ranks until the engine ends; return the exit status: 0 if it was stopped, 1 if it failed, 128
-    plus the number of a signal to this process, which ends the engine. Raises ConfigError for a master_addr that does
-    not resolve.
+    plus the number of a signal to this process. Raises ConfigError for a master_addr that does not resolve.
 
     The model's files must be here already: the ranks would all download them at once.
     """

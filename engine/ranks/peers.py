@@ -96,7 +96,7 @@ class Peers:
         return None
 
     def greet(self, hello: Hello, now: float) -> None:
-        """Admit a process, unless `why_not` has a reason against it."""
+        """Admit a process that `why_not` has nothing against."""
         if hello.rank < 0:
             self._nodes.add(hello.config.node_rank)
         else:
@@ -173,8 +173,8 @@ class Peers:
         return None
 
     def who_hangs(self, number: int, own: int, waited: float) -> str:
-        """The ranks that are behind in pass `number`, which has made no progress for `waited` seconds; the leader has
-        entered `own` collectives."""
+        """Describe the ranks that are behind in pass `number` after `waited` seconds without progress; `own` is the
+        number of collectives that the leader has entered."""
         entered = {self.leader: own} | {peer.name: peer.beat.collectives for peer in self._ranks}
         least, most = min(entered.values()), max(entered.values())
         if least == most:

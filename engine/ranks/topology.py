@@ -34,8 +34,7 @@ def addresses_of(master: str) -> list[str]:
 
 
 def listening_address(master: str) -> str:
-    """The address to listen on to be reached at `master`: its own if it is one of this machine's, else "*" for all, for
-    instance behind a service's name."""
+    """The address to listen on to be reached at `master`: its own if it is this machine's, else "*" for all."""
     for address in addresses_of(master):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:

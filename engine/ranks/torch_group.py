@@ -1,5 +1,4 @@
-"""A Communicator over torch.distributed: gloo on the CPU, NCCL on CUDA. The ranks meet in a store that `leader`
-serves.
+"""A Communicator over torch.distributed: gloo on the CPU, NCCL on CUDA. The leader serves the store for meeting.
 
 The process groups are made by hand, not through `torch.distributed.init_process_group`, whose group is global: a
 process may have several engines, one after the other or side by side.
@@ -25,8 +24,7 @@ NCCL_TIMEOUT = timedelta(hours=1)
 
 
 def collective_seconds(rank_timeout: float) -> float:
-    """How long a collective on the CPU may wait for the others: long enough for the watch, which knows more, to act
-    first."""
+    """How long a collective on the CPU may wait for the others: longer than the watch, which knows more, takes."""
     return max(30.0, 2 * rank_timeout)
 
 
@@ -34,8 +32,7 @@ class TorchGroup:
     """The ranks of one model; a `Communicator`. One thread at a time may use it.
 
     `entered` counts the collectives that this rank has entered: of two ranks that wait for each other, the one with
-    fewer is the one that hangs. On CUDA they are counted when they are queued, and not when they are
-    replayed with a CUDA graph.
+    fewer is the one that hangs. On CUDA they count when they are queued, and not when a CUDA graph replays them.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device, backend: Any) -> None:

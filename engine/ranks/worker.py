@@ -1,6 +1,5 @@
 """The process of a rank above 0: `python -m pilotfish.engine.ranks.worker`, started by `launch.start_worker`. It ends
-with its parent, when the leader says so, or when the leader falls silent. Its work is in `follower`, which needs torch;
-nothing here does."""
+with its parent, when the leader says so, or when the leader falls silent. `follower` does the work. No torch."""
 
 from __future__ import annotations
 

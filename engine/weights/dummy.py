@@ -15,7 +15,7 @@ def iter_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """See `engine.models.checkpoint.iter_weights`; made on `device`.
 
-    A tensor depends on its name, shape and type of device alone, and is made whole before a part of it is taken, so a
+    A tensor depends on its name, shape, dtype and device type alone, and is made whole before a part of it is taken: a
     sharded model has the same weights as a whole one. Matrices keep the magnitude of their input, and norms
     multiply by 1, so that numbers stay finite in every dtype.
     """

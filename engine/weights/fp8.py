@@ -8,8 +8,7 @@ weight:
   (https://github.com/vllm-project/compressed-tensors);
 - "fp8", AutoFP8's: a scale for the whole matrix (https://github.com/neuralmagic/AutoFP8).
 
-Activations get a scale for each row, whatever static scale the checkpoint has for them. `engine.kernels.fp8` computes
-the product.
+Activations get a scale for each row, whatever static scale the checkpoint has. `engine.kernels.fp8` multiplies.
 """
 
 from __future__ import annotations

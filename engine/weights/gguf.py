@@ -72,8 +72,7 @@ def read_array(path: Path, file: BinaryIO, stored: StoredTensor, part: Part) -> 
 
 
 def _derived(name: str) -> bool:
-    """Whether the tensor holds rotary frequencies: the model's are in its RopeConfig, and old files have copies in each
-    layer."""
+    """Whether the tensor holds rotary frequencies, which are in the RopeConfig; old files have copies in each layer."""
     return name == ROPE_FACTORS or name.endswith((".attn_rot_embd.weight", ".rope_freqs.weight"))
 
 

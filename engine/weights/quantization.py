@@ -87,8 +87,7 @@ def quantized(
 
 
 def read_quantization(path: Path, raw: Mapping[str, Any]) -> Quantization | None:
-    """The quantization that `raw`, the config.json at `path`, describes; None: the weights are plain. Raises ModelError
-    for schemes that the engine does not know."""
+    """The quantization in `raw`, the config.json at `path`; None: plain weights. Raises ModelError if it is unknown."""
     found = raw.get("quantization_config") or raw.get("compression_config")
     if not found:
         return None
