@@ -1,5 +1,5 @@
-"""The speculator gets drafts for each step, of a length that makes sense, and reports what came of them. Which drafter
-drafts how much is the controller's choice; without a controller, sequences take the first proposal there is."""
+"""The speculator collects drafts for each step and reports their outcome. The controller chooses drafters and draft
+lengths; without a controller, each sequence takes the first proposal there is."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from pilotfish.engine.speculation.drafters.feature_router import FeatureRouter
 
 @dataclass(frozen=True, slots=True)
 class StepDrafts:
-    """The drafts for a step, and what was done to get them: the step hands it back with its outcome."""
+    """The drafts for a step and how they were made. The step passes it back with its outcome."""
 
     choice: Choice
     context: int = 0
     """Tokens in the KV cache of the sequences that decode."""
     prompts: bool = False
-    """Rows of prompts are in the step."""
+    """Whether the step has rows of prompts."""
     seconds: float = 0.0
-    """Time that the model-based drafters took."""
+    """Seconds that the model-based drafters took."""
 
     @property
     def drafts(self) -> Mapping[Sequence, Draft]:
@@ -34,9 +34,9 @@ class StepDrafts:
 
 
 class Speculator:
-    """Drafts at most `num_draft_tokens` tokens, fewer where answer or context end sooner, by the drafters and of the
-    length that the controller finds worth it. Without a controller, a sequence takes the first proposal of its
-    drafters, all of it, those of lookup drafters first. `clock` returns seconds.
+    """Drafts at most `num_draft_tokens` tokens for a sequence, fewer where its answer or context ends sooner, with the
+    drafters and draft lengths that the controller chooses. Without a controller, a sequence takes the whole of its
+    drafters' first proposal, lookup drafters first. `clock` returns seconds.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Speculator:
         self.lookups = {drafter.name: drafter for drafter in lookups}
         self.model_drafters = {drafter.name: drafter for drafter in model_drafters}
         self.features = FeatureRouter(self.model_drafters.values())
-        """Publishes the target's hidden states to the drafters that read them."""
+        """Passes the target's hidden states to the drafters that read them."""
         self._num_draft_tokens = num_draft_tokens
         self._max_model_len = max_model_len
         self._controller = controller
@@ -62,8 +62,7 @@ class Speculator:
         return (*self.lookups, *self.model_drafters)
 
     def draft(self, sequences: list[Sequence], prompt_rows: int = 0) -> StepDrafts:
-        """Drafts for those of `sequences` that have one; all of them decode in the next step, which computes
-        `prompt_rows` besides."""
+        """Draft for `sequences`, all of which decode in the next step; `prompt_rows` are its rows of prompts."""
         context = sum(len(sequence.tokens) for sequence in sequences)
         candidates = []
         for sequence in sequences:
@@ -80,12 +79,12 @@ class Speculator:
         return StepDrafts(choice, context, prompt_rows > 0, seconds)
 
     def observe_tokens(self, drafts: StepDrafts, sequence: Sequence, tokens: list[int]) -> None:
-        """The target's tokens at the positions that the step's drafts were for."""
+        """Report the target's tokens at the positions that the step's drafts were for."""
         if self._controller is not None:
             self._controller.observe_tokens(drafts.choice, sequence, tokens)
 
     def observe_step(self, drafts: StepDrafts, rows: int, seconds: Mapping[str, float], tokens: int) -> None:
-        """The step computed so many rows and committed so many tokens; `seconds` by its phases."""
+        """Report a step's rows, its `seconds` by phase, and its committed tokens."""
         if self._controller is not None:
             self._controller.observe_step(rows, seconds["forward"], drafts.context, drafts.prompts)
             beside = sum(seconds.values()) - seconds["forward"] - drafts.seconds
@@ -98,7 +97,7 @@ class Speculator:
             self._controller.release(sequence)
 
     def _chosen(self, controller: Controller, step: UpcomingStep) -> tuple[Choice, float]:
-        """The controller's choice, and the seconds that model-based drafters took for it."""
+        """Return the controller's choice, and the seconds that model-based drafters took for it."""
         if controller.should_skip(step):
             return Choice({}), 0.0
         begun, drafting = self._clock(), 0.0

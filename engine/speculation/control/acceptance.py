@@ -1,9 +1,10 @@
-"""How often drafts are right: by drafter, strength of evidence and position over all sequences, and a factor for each
-sequence. What was drafted but not verified counts, too, as soon as the tokens at its positions are known."""
+"""Acceptance rates: by drafter, class of evidence and position over all sequences, with a factor for each sequence.
+Drafts that were not verified count, too, as soon as the tokens at their positions are known."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -11,38 +12,39 @@ from dataclasses import dataclass, field
 from pilotfish.engine.draft import Draft
 
 PRIOR = 0.5
-"""Acceptance assumed of a drafter that was never seen and says nothing of itself, at every position."""
+"""Acceptance rate assumed of a drafter without a prior, at every position."""
 PRIOR_WEIGHT = 4.0
-"""In trials: of a drafter's prior, of its rate for a new class of evidence, of a position's for the next."""
+"""Weight, in trials, of a drafter's prior, of its rate for a new class of evidence, and of a position's rate for the
+next position."""
 MEMORY = 300.0
-"""Trials of a position that count; older ones fade."""
+"""Effective number of trials of a position; older ones decay."""
 OWN_WEIGHT = 3.0
-"""Accepted tokens after which a sequence's own experience counts as much as everybody's."""
+"""Expected tokens after which a sequence's own acceptance weighs as much as that of all sequences."""
 OWN_MEMORY = 50.0
 MOST = 0.98
 CONFIDENCES = 10
-"""Classes of a drafter's own confidence."""
+"""Number of classes of a drafter's confidence."""
 
 _Class = tuple[str, int]
 _ANY = -1
-"""The class of all of a drafter's drafts: what is known before there is evidence, and where a new class begins."""
+"""The class of all of a drafter's drafts, from which a new class starts."""
 _KEEP = 1 - 1 / MEMORY
 _KEEP_OWN = 1 - 1 / OWN_MEMORY
 _CONFIDENCE = 1000
-"""The first class of confidence; those of evidence are below it."""
+"""The first class of confidence; classes of evidence are below it."""
 
 
 @dataclass(slots=True)
 class _Rates:
-    """A class's trials by position."""
+    """The trials of a class, by position."""
 
     key: _Class
     tried: list[float]
     accepted: list[float]
     rates: list[float] = field(default_factory=list)
-    """Acceptance by position, when it was last asked for."""
+    """Acceptance rates by position, as last computed."""
     stale: bool = False
-    """Trials came in since."""
+    """Whether trials were added since."""
 
     def add(self, position: int, right: bool) -> None:
         self.tried[position] = self.tried[position] * _KEEP + 1
@@ -52,12 +54,12 @@ class _Rates:
 
 @dataclass(slots=True)
 class _Own:
-    """A sequence's trials of a drafter against what was expected of them: of first tokens, and of those behind."""
+    """A sequence's trials of a drafter, expected and accepted: of first tokens, and of later ones."""
 
     expected: list[float] = field(default_factory=lambda: [0.0, 0.0])
     accepted: list[float] = field(default_factory=lambda: [0.0, 0.0])
     factors: list[float] = field(default_factory=lambda: [1.0, 1.0])
-    """How much more often than others' they are right."""
+    """Acceptance relative to that of all sequences."""
 
 
 _NEW = _Own()
@@ -65,29 +67,29 @@ _NEW = _Own()
 
 @dataclass(slots=True)
 class _Pending:
-    """A draft that was right as far as is known, and how far that is."""
+    """A draft whose first `known` tokens were right, and whose others are still open."""
 
     draft: Draft
     known: int
 
 
 class Acceptance:
-    """`longest`: the most tokens of a draft. `priors`: what is assumed of a drafter's tokens until some were seen."""
+    """`longest`: maximum tokens of a draft. `priors`: by drafter, the rate assumed until some tokens were observed."""
 
     def __init__(self, longest: int = 8, priors: Mapping[str, float] | None = None) -> None:
         self.longest = longest
         self.priors = dict(priors or {})
         self._classes: dict[_Class, _Rates] = {}
-        self._own: dict[str, dict[str, _Own]] = {}
+        self._own: defaultdict[str, defaultdict[str, _Own]] = defaultdict(lambda: defaultdict(_Own))
         self._pending: dict[str, dict[str, _Pending]] = {}
 
     def expected(self, sequence_id: str, drafter: str) -> list[float]:
-        """Before a drafter is asked: probability that it will have a first 1, 2, ... `longest` tokens and that all of
-        them are accepted; not increasing."""
+        """Return the probability that a drafter, not yet asked, proposes 1, 2, ... `longest` tokens that are all
+        accepted; not increasing."""
         return self._survival(sequence_id, drafter, self._current((drafter, _ANY)))
 
     def survival(self, sequence_id: str, draft: Draft) -> list[float]:
-        """Probability that the first 1, 2, ... tokens of the draft are all accepted; not increasing."""
+        """Return the probability that the first 1, 2, ... tokens of the draft are all accepted; not increasing."""
         if not draft.confidences:
             rates = self._current((draft.drafter, draft.evidence))[: len(draft.tokens)]
         else:
@@ -95,8 +97,8 @@ class Acceptance:
         return self._survival(sequence_id, draft.drafter, rates)
 
     def at_best(self, drafter: str) -> list[float]:
-        """How often its tokens may be right behind right ones, by position, as far as trials do not speak against it:
-        two standard deviations above what is known; `longest` of them."""
+        """Return optimistic acceptance rates by position, each given that the tokens before are right: two standard
+        deviations above the estimates; `longest` of them."""
         rates = self._current((drafter, _ANY))
         tried = self._rates((drafter, _ANY)).tried
         return [
@@ -105,8 +107,8 @@ class Acceptance:
         ]
 
     def observe(self, sequence_id: str, drafts: Seq[Draft], tokens: Seq[int], asked: Mapping[str, int]) -> None:
-        """The tokens that came next, and drafts that were made for them, verified against or not. `asked`: by drafter,
-        the length that was asked for, where it may have stopped earlier of its own accord."""
+        """Compare a sequence's next tokens with the drafts made for them, verified or not. `asked`: by drafter, the
+        length that it was asked for, where it may have stopped earlier."""
         pending = self._pending.get(sequence_id)
         if pending:
             for drafter, item in list(pending.items()):
@@ -116,7 +118,7 @@ class Acceptance:
             agreed = self._compare(sequence_id, draft, 0, tokens)
             if agreed == len(draft.tokens):
                 if agreed < min(asked.get(draft.drafter, 0), self.longest):
-                    # Whoever asks for so many does not get them.
+                    # A longer draft was asked for, and its next token counts as not accepted.
                     self._rates((draft.drafter, _ANY)).add(agreed, False)
             elif agreed == len(tokens) and draft.drafter not in (pending or ()):
                 pending = self._pending.setdefault(sequence_id, {})
@@ -127,7 +129,7 @@ class Acceptance:
         self._own.pop(sequence_id, None)
 
     def trials(self, drafter: str) -> float:
-        """First tokens of the drafter that were seen to be right or wrong; old ones fade."""
+        """Return the number of the drafter's first tokens that were observed; old ones decay."""
         rates = self._classes.get((drafter, _ANY))
         return rates.tried[0] if rates else 0.0
 
@@ -142,17 +144,17 @@ class Acceptance:
         return chances
 
     def _go_on(self, sequence_id: str, pending: _Pending, tokens: Seq[int]) -> bool:
-        """Compare what is left of an earlier draft; whether there is more of it to compare."""
+        """Compare the rest of an earlier draft, and return whether some of it is still open."""
         agreed = self._compare(sequence_id, pending.draft, pending.known, tokens)
         pending.known += agreed
         return agreed == len(tokens) and pending.known < len(pending.draft.tokens)
 
     def _compare(self, sequence_id: str, draft: Draft, start: int, tokens: Seq[int]) -> int:
-        """Count the draft's tokens from `start` on against those that came, up to the first that differs; returns how
+        """Count trials of the draft's tokens from `start` on, up to the first that differs from `tokens`. Returns how
         many agreed."""
         drafted, drafter = draft.tokens, draft.drafter
         every, rates = self._rates((drafter, _ANY)), self._rates((drafter, draft.evidence))
-        own = self._own_of(sequence_id, drafter)
+        own = self._own[sequence_id][drafter]
         for position, token in enumerate(tokens, start):
             if position == len(drafted):
                 return position - start
@@ -169,17 +171,8 @@ class Acceptance:
                 return position - start
         return len(tokens)
 
-    def _own_of(self, sequence_id: str, drafter: str) -> _Own:
-        owns = self._own.get(sequence_id)
-        if owns is None:
-            owns = self._own[sequence_id] = {}
-        own = owns.get(drafter)
-        if own is None:
-            own = owns[drafter] = _Own()
-        return own
-
     def _current(self, key: _Class) -> list[float]:
-        """Acceptance by position, with all trials so far."""
+        """Return the acceptance rates by position, with all trials so far."""
         rates = self._rates(key)
         if rates.stale:
             self._resolve(rates)
@@ -193,7 +186,7 @@ class Acceptance:
         return rates
 
     def _resolve(self, rates: _Rates) -> None:
-        """A position that was hardly reached is taken to be like the one before it, the first like the drafter's."""
+        """Compute rates. A position with few trials is assumed to be like the one before, the first like the prior."""
         drafter, kind = rates.key
         if kind >= _CONFIDENCE:
             rate = (kind - _CONFIDENCE + 0.5) / CONFIDENCES

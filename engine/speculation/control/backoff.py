@@ -1,21 +1,20 @@
-"""Skips drafting for a while when it does not pay. Lookups and choices take time as well, and where drafts hardly pay,
-that is more than what they bring. Between two pauses a few steps are drafted for, to see whether that has changed."""
+"""The drafting backoff skips drafting for some steps where it does not pay: lookups and choices take time, which may
+exceed what drafts gain. Between two pauses a few steps are drafted for, to see whether that has changed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 MANY = 6
-"""Least number of sequences in a step for which drafting is skipped: for fewer, drafts bring more, and it takes less to
-find out."""
+"""Minimum number of sequences in a step that is skipped: with fewer, drafts gain more and choosing takes less time."""
 SHORTEST, LONGEST = 8, 64
-"""Steps of a pause; each is twice as long as the one before, as long as drafting does not pay."""
+"""Steps of a pause, which doubles each time until drafting pays."""
 AWAKE = 4
-"""Least number of steps between two pauses."""
+"""Minimum number of steps between two pauses."""
 SMOOTHING = 0.1
-"""Weight of a step against what is known."""
+"""Weight of a step in the moving averages."""
 HOPE = 1.5
-"""Gain that drafting is taken to bring, as a multiple of plain decoding, until it was seen."""
+"""Initial estimate of goodput with drafts, as a multiple of plain decoding's."""
 
 
 @dataclass(slots=True)
@@ -23,21 +22,21 @@ class _Load:
     gain: float = HOPE
     awake: int = 0
     left: int = 0
-    """Steps that are left of the pause."""
+    """Steps left of the pause."""
     length: int = SHORTEST
     """Steps of the next pause."""
 
 
 class DraftingBackoff:
-    """Keeps apart by load, which is whatever the caller counts it in."""
+    """Keeps a state for each load, in whatever units the caller measures it."""
 
     def __init__(self) -> None:
         self._loads: dict[int, _Load] = {}
         self._share = 0.0
 
     def should_skip(self, load: int, new_arrival: bool) -> bool:
-        """Count one more step, and return whether to skip drafting in it. `new_arrival`: a sequence has just begun,
-        which ends a pause."""
+        """Count a step, and return whether to skip drafting in it. `new_arrival`: a sequence has just begun, which ends
+        a pause."""
         state = self._loads.setdefault(load, _Load())
         if new_arrival:
             state.left = 0
@@ -47,8 +46,8 @@ class DraftingBackoff:
         return True
 
     def observe(self, load: int, gain: float, share: float) -> None:
-        """A step that was not skipped promised `gain` times plain decoding's goodput; finding that out took `share` of
-        the step."""
+        """Observe a step that was not skipped: it promised `gain` times plain decoding's goodput, and choosing took
+        `share` of a plain step's time."""
         state = self._loads.setdefault(load, _Load())
         self._share += SMOOTHING * (share - self._share)
         state.gain += SMOOTHING * (gain - state.gain)

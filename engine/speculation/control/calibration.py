@@ -1,4 +1,4 @@
-"""Calibration: a controller that starts with measured pass times. Runs once, at start."""
+"""Calibration: makes a controller with pass times that are measured at startup."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pilotfish.engine.speculation.control.cost import RowCost
 from pilotfish.engine.speculation.drafters.drafter import ModelDrafter
 
 CALIBRATED = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-"""Rows of the passes that are timed at start: as many as decoding and verification have."""
+"""Rows of the passes that are timed at startup, the sizes of decoding and verification."""
 
 
 def make_controller(
@@ -24,9 +24,9 @@ def make_controller(
     priors: Mapping[str, float],
     progress: Callable[[str, float], None],
 ) -> Controller:
-    """Make a controller that knows what passes take on this machine.
+    """Make a controller with the pass times of this machine.
 
-    `try_target` runs a pass of the target over so many rows; `priors` are those of all drafters, by name.
+    `try_target` runs a pass of the target over the given number of rows; `priors` are the drafters', by name.
     """
     controller = Controller(config.num_draft_tokens, priors)
     counts = [rows for rows in CALIBRATED if rows <= config.max_batch_tokens]
@@ -44,14 +44,14 @@ def make_controller(
 
 
 def _context_share(model: ModelConfig) -> float:
-    """What a token of context costs, as a share of a pass over one row, if both are but memory to be read. Of a draft
-    of the target's kind it is about the same; what it really is will be learned."""
+    """Return the cost of a token of context relative to a pass over one row, if both only read memory. It serves for
+    draft models, too, and is corrected by what is observed."""
     cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim
     return cached / parameter_count(model)
 
 
 def _timed(attempt: Callable[[int], object], counts: list[int]) -> dict[int, float]:
-    """Seconds of a pass by rows, each the better of two."""
+    """Return the seconds of a pass by rows, each the faster of two."""
     seconds: dict[int, float] = {}
     for rows in counts:
         times = []

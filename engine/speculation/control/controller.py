@@ -1,10 +1,10 @@
-"""The controller: which drafter drafts how much, sequence by sequence and step by step; "none" is always a choice.
+"""The controller chooses drafters and draft lengths for each sequence at each step; no draft is always a choice.
 
-It takes what promises the highest goodput of the whole batch: expected committed tokens over predicted seconds.
-Expectations come from the acceptance that it observes (`acceptance`), seconds from passes that were measured (`cost`,
-`forecast`); `plans` are the ways to go through a step, and `exploration` is what is done only to find out. The text
-never depends on its choices, and its choices depend only on what it was told, so it can be tested without a model or a
-clock. Nothing of a step is remembered here: what its outcome is compared with is in its `Choice`.
+It maximizes the goodput of the whole batch: expected committed tokens over predicted seconds. Expectations come from
+observed acceptance (`acceptance`), seconds from measured passes (`cost`, `forecast`); `plans` compares the ways to
+draft for a step, and `exploration` decides what is done only to learn. The text never depends on its choices, and its
+choices depend only on what it observes, so it can be tested without a model or a clock. It keeps no state of a step:
+what the outcome is compared with is in the step's `Choice`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 
 
 class Controller:
-    """In each step `ask` says which model-based drafters to ask, `choose` what to verify; `observe_*` tell what came of
-    it.
+    """At each step `ask` says which model-based drafters to ask, and `choose` what to verify; the `observe_*` methods
+    report the outcome.
 
-    `longest`: the most tokens of a draft. `priors`: by drafter, the probability that its first token is accepted,
-    assumed until some were seen. `target` and `drafting` may be calibrated before the first step.
+    `longest`: maximum tokens of a draft. `priors`: by drafter, the probability that its first token is accepted,
+    assumed until some have been observed. `target` and `drafting` may be calibrated before the first step.
     """
 
     def __init__(self, longest: int = 8, priors: Mapping[str, float] | None = None) -> None:
         self.acceptance = Acceptance(longest, priors)
         self.target = RowCost()
         self.drafting: dict[str, RowCost] = {}
-        """Passes of the model-based drafters, by name."""
+        """Costs of the model-based drafters' passes, by name."""
         self._forecast = Forecast(self.target, self.drafting)
         self._planner = DraftPlanner(self.acceptance, self._forecast, self.drafting)
         self._exploration = Exploration(self.acceptance, self._forecast, self._planner, self.target, self.drafting)
@@ -45,14 +45,14 @@ class Controller:
         self._longest = longest
 
     def should_skip(self, step: UpcomingStep) -> bool:
-        """Whether the step is not to be drafted for at all, because choosing takes more time than drafts save."""
+        """Return whether to skip drafting for the step, because choosing takes more time than drafts save."""
         if not step.candidates or step.decoding < MANY:
             return False
         new = any(candidate.sequence.output_len <= 1 for candidate in step.candidates)
         return self._backoff.should_skip(step.load, new)
 
     def ask(self, step: UpcomingStep) -> dict[str, list[DraftRequest]]:
-        """Which model-based drafters to ask, for which sequences and lengths."""
+        """Return the requests to make of model-based drafters, by name."""
         names = dict.fromkeys(name for candidate in step.candidates for name in candidate.backlog)
         if not names:
             return {}
@@ -94,10 +94,10 @@ class Controller:
         return {name: _requests(step, name, ask.candidates, ask.length, floor) for name, ask in asks.items()}
 
     def choose(self, step: UpcomingStep) -> Choice:
-        """Of the drafts that are there, the tokens worth verifying.
+        """Choose the tokens worth verifying among the available drafts.
 
-        Each sequence's best draft, and of all those the likeliest tokens first; a draft's tokens never get likelier
-        along it, so what is chosen is the beginning of each.
+        These are of each sequence's best draft, and of all those the likeliest tokens. A token is never likelier than
+        the one before it, so the choice is a prefix of each draft.
         """
         candidates = {candidate.sequence: candidate for candidate in step.candidates}
         if not self.target.known:
@@ -128,29 +128,29 @@ class Controller:
         )
 
     def observe_choosing(self, choice: Choice, seconds: float) -> None:
-        """Choosing took so long: `ask`, `choose` and the lookup drafters."""
+        """Observe the seconds that choosing took: `ask`, `choose` and the lookup drafters."""
         if choice.promise is not None:
             gain, plain = choice.promise
             self._backoff.observe(choice.load, gain, seconds / plain)
 
     def observe_step(self, rows: int, seconds: float, context: int = 0, prompts: bool = False) -> None:
-        """The target's pass over so many rows and tokens of context took so long. `prompts`: rows of prompts are among
-        them, most of which need no logits."""
+        """Observe the target's pass over `rows` rows and `context` tokens of context. `prompts`: whether rows of
+        prompts are among them, most of which need no logits."""
         self._forecast.observe_step(rows, seconds, context, prompts)
         self._exploration.passed(seconds)
 
     def observe_overhead(self, seconds: float, drawing: float, tokens: int) -> None:
-        """What the step took beside its passes, and of that the drawing of so many tokens."""
+        """Observe the seconds of a step beside its passes, and those of them spent `drawing` its tokens."""
         self._forecast.observe_overhead(seconds, drawing, tokens)
 
     def observe_drafting(self, drafter: str, passes: Seq[int], seconds: float, context: int = 0) -> None:
-        """A model-based drafter took so long for passes of so many rows, over sequences of so many tokens."""
+        """Observe a model-based drafter's passes: the rows of each, and the tokens of the sequences in `context`."""
         if passes:
             self._forecast.observe_drafting(drafter, passes, seconds, context)
             self._exploration.drafted(drafter, seconds)
 
     def observe_tokens(self, choice: Choice, sequence: Sequence, tokens: Seq[int]) -> None:
-        """The tokens that came where the step's drafts of the sequence were proposed, verified or not."""
+        """Observe the target's tokens at the positions of a sequence's drafts, whether verified or not."""
         candidate = choice.candidates.get(sequence)
         if candidate is None:
             self.acceptance.observe(sequence.id, (), tokens, {})
@@ -165,8 +165,8 @@ class Controller:
     def _worth_verifying(
         self, step: UpcomingStep, offers: list[Offer], seconds: list[float], plain_seconds: float
     ) -> list[Offer]:
-        """Those of the offers that are taken, best first. `seconds` of the step's pass by how many are; without any the
-        step takes `plain_seconds`."""
+        """Return the offers to take, best first. `seconds`: the step's, by the number of offers taken; with none taken,
+        the whole step takes `plain_seconds`."""
         offers.sort()
         cautious = [plain_seconds + CAUTION * (taken - seconds[0]) for taken in seconds]
         plain, *promised = goodputs(step.decoding, [-minus_gain for minus_gain, _, _ in offers], cautious)
@@ -174,7 +174,7 @@ class Controller:
         count = promised.index(max(promised)) + 1
         if not self._exploration.pays(step, gain, count, plain_seconds):
             return []
-        # Those who are behind count for more, but not for more than what a row brings elsewhere.
+        # Sequences that expect less weigh more, but a row must still yield the step's average for its time.
         taken = offers[:count]
         tokens = step.decoding + sum([chance for _, _, chance in taken])
         row = cautious[count] - cautious[count - 1]
@@ -185,7 +185,7 @@ class Controller:
 def _requests(
     step: UpcomingStep, name: str, candidates: Iterable[int], length: int, floor: float
 ) -> list[DraftRequest]:
-    """Requests to one drafter, for those of these candidates that may have it; noted in the candidates."""
+    """Make the requests to one drafter for those of `candidates` that may use it, and record them there."""
     requests = []
     for i in candidates:
         candidate = step.candidates[i]

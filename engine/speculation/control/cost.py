@@ -1,10 +1,9 @@
-"""What passes of a model cost, learned from the passes there were: seconds by token rows and context. No policy here.
+"""The cost of a model's passes, learned from observed passes: seconds by rows and context. No policy here.
 
-A Kalman filter (Kalman 1960), extended to the logarithm of seconds. Its state is how fast the machine is at present,
-which drifts with whatever else the machine does; the curve over rows, which hardly does; and what a token of context
-adds, which every sequence of a pass has to read. So passes of few rows and of many, some steps apart, say how the two
-compare, while the same pass again and again says how fast the machine is; and the filter knows how sure it is of a
-comparison.
+An extended Kalman filter (Kalman 1960) on the logarithm of seconds. Its state has the machine's present speed, which
+drifts with its other load; the curve over rows, which hardly drifts; and the cost of a token of context. So passes of
+few and of many rows, some steps apart, tell how the two compare, while repeated passes of one size tell the machine's
+speed, and the filter knows the uncertainty of a comparison.
 """
 
 from __future__ import annotations
@@ -16,63 +15,62 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 NOISE = 0.06
-"""Standard deviation of a measurement, relative, as all below."""
+"""Relative standard deviation of a measurement."""
 SPEED_DRIFT, SHAPE_DRIFT = 0.02, 0.001
-"""By how much the machine's speed, and each point of the shape, may change from one observation to the next."""
+"""Relative standard deviations of the change in the machine's speed, and in each point of the shape, between two
+observations."""
 SHAPE_DOUBT, SHAPE_REACH = 0.25, 1.5
-"""How far the shape may be from the calibrated one between what was calibrated; points so many octaves of rows apart
-have little to say about each other."""
+"""Relative standard deviation of the shape between calibrated points, and the octaves of rows over which correlation
+between points falls by a factor of e."""
 CALIBRATION_NOISE = 0.05
 CONTEXT_DOUBT, CONTEXT_DRIFT = 0.5, 0.002
-"""How far a token of context may be from the calibrated one, and how it may change."""
+"""Relative standard deviations of a context token's calibrated cost, and of its change between observations."""
 LEAST_CONTEXT = 1e-6
-"""Of a pass's seconds that a token of context is taken to cost at least: nothing could not be corrected."""
+"""Minimum cost of a token of context, as a share of a pass: a logarithm of 0 could not be corrected."""
 OUTLIER = 3.0
-"""A measurement counts for at most so many standard deviations: a machine has other things to do now and then."""
+"""Standard deviations at which a measurement is clipped, since other processes disturb some."""
 LEAST_TABLE = 32
-"""Rows that are tabulated at least, when anything is asked."""
+"""Minimum rows of the table of predictions."""
 KNOTS = 128
-"""Rows that the curve has points for unless it is calibrated for more; beyond them it goes on as a line."""
-
+"""Rows that the curve has points for, unless it is calibrated for more; beyond them it is a line."""
 
 _FIRST = 2
-"""Where in the state the curve begins: behind the logs of speed and of a context token's seconds."""
+"""Index in the state of the curve's first point, after the logs of speed and of a context token's seconds."""
 
 
 class RowCost:
-    """Seconds of a pass by its token rows, lines between points, never less for more rows; and by its context, the
-    tokens in the KV cache of all its sequences.
+    """Predicts a pass's seconds from its rows (piecewise linear, never less for more rows) and its context, the tokens
+    in the KV cache of all its sequences.
 
-    `calibrate` gives it a shape to start from, `observe` corrects it by what passes took.
+    `calibrate` sets the initial shape, and `observe` corrects it.
     """
 
     def __init__(self) -> None:
         self._rows: list[int] = []  # the curve's points, ascending
-        self._state = np.zeros(
-            0
-        )  # log speed; at speed 1 the logs of a context token's seconds and of those at each point
+        # The log of speed; at speed 1, the logs of a context token's seconds and of those at each point.
+        self._state = np.zeros(0)
         self._doubt = np.zeros((0, 0))  # covariance of the state
-        self._table: list[float] = []  # seconds without context of 0, 1, 2, ... rows, while the state stands
-        self._token = 0.0  # seconds of a token of context, as long
+        self._table: list[float] = []  # seconds of 0, 1, 2, ... rows without context; reset when the state changes
+        self._token = 0.0  # seconds of a token of context, with `_table`
         self._observed = 0
-        self._last: dict[int, int] = {}  # the observation that a point last had
+        self._last: dict[int, int] = {}  # index of each point's last observation
 
     @property
     def known(self) -> bool:
         return bool(self._rows)
 
     def calibrate(self, measured: dict[int, float], context_token: float = 0.0) -> None:
-        """Start from these seconds by rows, without context, and of a token of context."""
+        """Start from measured seconds by rows, without context, and from the seconds of a token of context."""
         rows = sorted(measured)
         logs = [math.log(measured[count]) for count in rows]
         self._begin(_points(max(KNOTS, rows[-1])), rows, logs, context_token)
 
     def observe(self, rows: int, seconds: float, context: int = 0, noise: float = NOISE) -> None:
-        """A pass of so many rows and tokens of context took so long."""
+        """Observe the seconds of a pass of `rows` rows over `context` tokens of context."""
         self.observe_passes((rows,), seconds, context, noise)
 
     def observe_passes(self, passes: Seq[int], seconds: float, context: int = 0, noise: float = NOISE) -> None:
-        """Passes of so many rows each, and so many tokens of context in all of them, took so long together."""
+        """Observe the total seconds of `passes`, the rows of each, over `context` tokens of context in all."""
         if not self._rows:
             self._begin(_points(max(KNOTS, *passes)), [passes[0]], [math.log(seconds / len(passes))], 0.0)
         entries, slopes, predicted = self._linear(passes, context)
@@ -93,11 +91,11 @@ class RowCost:
             self._last[self._nearest(rows)] = self._observed
 
     def age(self, rows: int) -> int:
-        """How many observations ago there was one of about so many rows, or since the start if there was none."""
+        """Return how many observations ago one was of about `rows` rows; all of them if none was."""
         return self._observed - self._last.get(self._nearest(rows), 0)
 
     def predict(self, rows: int, context: int = 0) -> float:
-        """Seconds; 0 before anything was measured."""
+        """Return the seconds of a pass; 0 before anything was measured."""
         if not self._rows:
             return 0.0
         return self._table_to(rows)[rows] + self._token * context
@@ -111,20 +109,20 @@ class RowCost:
         return self._token
 
     def seconds(self, first: int, last: int, context: int = 0) -> list[float]:
-        """Seconds of `first`, first + 1, ... `last` rows."""
+        """Return the seconds of `first`, first + 1, ... `last` rows."""
         table = self._table_to(last)
         reading = self._token * context
         return [seconds + reading for seconds in table[first : last + 1]]
 
     def uncertainty(self, rows: int, others: int, context: int = 0) -> float:
-        """Standard deviation, relative, of how passes of `rows` and of `others` rows compare."""
+        """Return the relative standard deviation of the ratio of passes of `rows` and of `others` rows."""
         entries, slopes, _ = self._linear((rows,), context)
         more, other, _ = self._linear((others,), context)
         entries, slopes = [*entries, *more], np.concatenate([slopes, -other])
         return math.sqrt(max(0.0, float(slopes @ self._doubt[np.ix_(entries, entries)] @ slopes)))
 
     def _begin(self, points: list[int], rows: list[int], logs: list[float], context_token: float) -> None:
-        """Lines between the measured; beyond the largest as steep as over its second half."""
+        """Interpolate between measured rows; beyond the largest, continue with the slope of its second half."""
         seconds = np.exp(logs)
         shape = np.interp(points, rows, seconds)
         half = bisect_left(rows, rows[-1] / 2)
@@ -132,7 +130,7 @@ class RowCost:
         shape += rise * np.maximum(0, np.array(points) - rows[-1])
         octaves = np.log2(points)
         doubt = SHAPE_DOUBT**2 * np.exp(-np.abs(octaves[:, None] - octaves) / SHAPE_REACH)
-        for count in rows:  # what was measured is known better, and what is near it a little
+        for count in rows:  # condition on the measured points
             at = points.index(_point(count, points))
             reach = doubt[:, at].copy()
             doubt -= np.outer(reach, reach / (reach[at] + CALIBRATION_NOISE**2))
@@ -145,7 +143,7 @@ class RowCost:
         self._doubt[_FIRST:, _FIRST:] = doubt
 
     def _linear(self, passes: Seq[int], context: int) -> tuple[list[int], np.ndarray, float]:
-        """Which entries of the state seconds depend on, the derivatives of their logarithm, and the seconds."""
+        """Return the state entries that the seconds depend on, the derivatives of their logarithm, and the seconds."""
         parts: dict[int, float] = {1: context * math.exp(self._state[1])}
         for rows in passes:
             high = min(bisect_left(self._rows, rows), len(self._rows) - 1)
@@ -175,9 +173,9 @@ class RowCost:
         return self._table
 
     def _tabulate(self, last: int, speed: float) -> list[float]:
-        """Seconds at this speed of 0, 1, ... `last` rows."""
+        """Return the seconds of 0, 1, ... `last` rows at this speed."""
         points = self._rows
-        # A class that took longer than a larger one did: more rows never take less time.
+        # More rows never take less time: a point above a later one is lowered to it.
         shape: list[float] = (speed * np.minimum.accumulate(np.exp(self._state[: _FIRST - 1 : -1]))[::-1]).tolist()
         table = shape[:1] * (points[0] + 1)
         for at in range(1, len(points)):
@@ -193,7 +191,7 @@ class RowCost:
 
 
 def _points(last: int) -> list[int]:
-    """Every row up to 16, then four an octave, up to `last` at least."""
+    """Return every row count up to 16, then four an octave, up to at least `last`."""
     points, rows = list(range(1, 17)), 16
     while points[-1] < last:
         points += [rows + rows * part // 4 for part in range(1, 5)]

@@ -1,6 +1,6 @@
-"""What is done to find out: drafts that would not pay as far as is known, new drafters, and steps without drafts; and
-when a drafter is not even thought about. Each answers a question that the controller asks in mid-choice. How rarely,
-and at what expense altogether, is `trials`'."""
+"""Exploration: what the controller does only to learn, such as drafts that would not pay by present estimates, new
+drafters, and steps without drafts; and when a drafter rests, without even a plan being made for it. `trials` bounds how
+often this happens and what it costs altogether."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from pilotfish.engine.speculation.control.plans import GAIN, Ask, DraftPlan, Dra
 from pilotfish.engine.speculation.control.trials import Trials
 
 SURE = 2.0
-"""A comparison of costs may be off by so many of its standard deviations."""
+"""Standard deviations by which a comparison of costs may be wrong."""
 PLAIN_EVERY = 64
-"""Steps after which a plain one is due where drafting is ahead of it by less than that."""
+"""Steps after which a plain one is due if drafting is ahead by less than `SURE` standard deviations."""
 MOST_LIKELY = 0.95
-"""Acceptance that a drafter could have at best. One that would not pay even so is not tried."""
+"""Highest acceptance rate that a drafter could have. One that would not pay even so is not tried."""
 TRIED = 2
-"""Most tokens of a trial."""
+"""Maximum tokens of a trial."""
 REST, NEARLY = 7, 0.97
-"""Steps in which a drafter is not thought about whose goodput alone is less than so much of plain decoding's."""
+"""Steps for which a drafter rests, and the multiple of plain decoding's goodput below which its own makes it rest."""
 SEEN = 16
-"""First tokens of a drafter after which its acceptance is known, and not its prior."""
+"""Observed first tokens below which a drafter is new: its acceptance is hardly more than its prior."""
 _ROWS = ""
-"""What is tried where the doubt is in what rows cost, and not in a drafter."""
+"""The subject of trials of the cost of rows, rather than of a drafter."""
 
 
 class Exploration:
-    """`load` is `UpcomingStep.load`."""
+    """Decides what to explore. `load` in its methods is `UpcomingStep.load`."""
 
     def __init__(
         self,
@@ -44,36 +44,36 @@ class Exploration:
         self._acceptance, self._forecast, self._planner = acceptance, forecast, planner
         self._target, self._drafting = target, drafting
         self._trials = Trials()
-        self._resting: dict[tuple[str, int], int] = {}  # steps, by drafter and load
+        self._resting: dict[tuple[str, int], int] = {}  # steps left, by drafter and load
         self._hoping: dict[tuple[str, int], int] = {}  # the same
         self._longest = acceptance.longest
 
     def passed(self, seconds: float) -> None:
-        """A step's pass took so long."""
+        """Observe the seconds of a step's pass."""
         self._trials.earn(seconds)
 
     def drafted(self, name: str, seconds: float) -> None:
-        """A model-based drafter took so long."""
+        """Observe the seconds that a model-based drafter took."""
         if self.is_new(name):
             self._trials.advanced(seconds)
 
     def agreed(self, candidate: Candidate, tokens: Seq[int], token_seconds: float) -> None:
-        """The tokens that came at a candidate's positions, of which plain decoding takes `token_seconds` each. To be
-        told before acceptance is."""
+        """Observe the tokens at a candidate's positions, each of which takes `token_seconds` in plain decoding. Call it
+        before `Acceptance.observe`."""
         for draft in candidate.drafts:
             if draft.drafter in candidate.asked and self.is_new(draft.drafter):
                 self._trials.advanced(-token_seconds * _agreed(draft.tokens, tokens[:-1]))
 
     def is_new(self, name: str) -> bool:
-        """Whether little more is known of a drafter than its prior."""
+        """Return whether little more is known of a drafter than its prior."""
         return self._acceptance.trials(name) < SEEN
 
     def won(self, name: str, load: int) -> None:
-        """The drafter pays without a trial."""
+        """Record that the drafter pays without a trial."""
         self._trials.won((name, load))
 
     def rests(self, name: str, load: int) -> bool:
-        """Whether a drafter that would not pay a few steps ago is not even thought about in this one."""
+        """Count a step, and return whether a drafter that recently would not have paid rests in it."""
         left = self._resting.get((name, load), 0)
         if left:
             self._resting[name, load] = left - 1
@@ -83,9 +83,8 @@ class Exploration:
     def rest_unless_hopeful(
         self, step: UpcomingStep, name: str, load: int, plans: Mapping[str, DraftPlan | None] | None
     ) -> None:
-        """Let a drafter rest that would not be asked if there were no other drafts either: those come and go with every
-        token. `plans`: with those drafters, if there are none, that are nearly worth it. That one is hopeful holds for
-        some steps, too."""
+        """Let a drafter rest unless it would nearly pay without any other drafts, which come and go with every token.
+        `plans`: by drafter, its plan alone, if already made. A hopeful drafter is not judged again for some steps."""
         if left := self._hoping.get((name, load), 0):
             self._hoping[name, load] = left - 1
             return
@@ -95,8 +94,9 @@ class Exploration:
         (self._hoping if hopeful else self._resting)[name, load] = REST
 
     def advance(self, step: UpcomingStep, name: str, ask: Ask) -> Ask | None:
-        """As much of what is wanted of a new drafter as it may cost: first those candidates that it has least to read
-        of, and at most one more than were seen of it, since its cost may differ from what it seemed."""
+        """Return the part of `ask` that a new drafter's budget allows, or None. Candidates with the least backlog come
+        first, and at most one more than the drafts observed so far, since its real cost may differ from the estimate.
+        """
         budget, length = self._budget(step), ask.length
         wanted = sorted(ask.candidates, key=lambda i: step.candidates[i].backlog[name])
         most, count = min(len(wanted), 1 + int(self._acceptance.trials(name))), 0
@@ -108,7 +108,7 @@ class Exploration:
         return Ask(sorted(wanted[:count]), length) if count else None
 
     def trial(self, step: UpcomingStep, best: DraftPlan, name: str, load: int) -> Ask | None:
-        """A trial of a drafter that does not pay, as far as is known, if one is due."""
+        """Return a trial of a drafter that does not pay by present estimates, if one is due."""
         cost = self._drafting.get(name)
         if cost is None or not cost.known:
             return None
@@ -120,15 +120,15 @@ class Exploration:
         loss = self._forecast.asking_seconds(step, name, candidates, length)
         if not self._trials.affordable(loss) or (self.is_new(name) and loss > self._budget(step)):
             return None
-        # Where the drafter may pay as far as is known, and too little is, trials go on; else they get rarer.
+        # If the drafter may pay within what is uncertain, trials go on; else they get rarer.
         likely = self._planner.would_pay(step, best, name, may, self._acceptance.at_best(name))
         possible = likely or self._planner.would_pay(step, best, name, may, [MOST_LIKELY] * self._longest)
         self._trials.done((name, load), loss if possible else 0.0, rarer=not likely)
         return Ask(candidates, length) if possible else None
 
     def lengthened(self, best: DraftPlan, name: str, load: int) -> int:
-        """The length to ask for: now and then one more than pays as far as is known, since nothing more will be
-        known of positions that are not drafted for."""
+        """Return the length to ask for: sometimes one more than pays by present estimates, since otherwise nothing is
+        learned about later positions."""
         candidates, length = best.asks[name]
         if length >= self._longest:
             return length
@@ -144,7 +144,7 @@ class Exploration:
         return length + int(possible)
 
     def pays(self, step: UpcomingStep, gain: float, count: int, plain_seconds: float) -> bool:
-        """Whether drafting is chosen that promises `gain` times plain decoding's goodput with `count` rows more."""
+        """Return whether to draft if that promises `gain` times plain decoding's goodput with `count` more rows."""
         subject = (_ROWS, step.load)
         old = self._target.age(step.rows) > PLAIN_EVERY
         if gain >= GAIN:
@@ -158,12 +158,12 @@ class Exploration:
         return possible
 
     def _budget(self, step: UpcomingStep) -> float:
-        """Seconds that new drafters may cost in this step."""
+        """Return the seconds that new drafters may cost in this step."""
         return self._trials.advance(self._forecast.seconds(step, 0)[0])
 
 
 def _agreed(drafted: Seq[int], tokens: Seq[int]) -> int:
-    """How many of the drafted tokens came."""
+    """Return how many of the drafted tokens agree, up to the first that does not."""
     return next(
         (i for i, (one, other) in enumerate(zip(drafted, tokens, strict=False)) if one != other),
         min(len(drafted), len(tokens)),

@@ -1,5 +1,5 @@
-"""Ways to go through a step: which candidate gets whose draft at which length, and what that promises. All of it from
-what is known at the moment: nothing is tried, learned or remembered here."""
+"""Plans for a step: which candidate gets which drafter's draft at which length, and the goodput that promises. They
+follow from present estimates; this module explores nothing and keeps no state."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ GAIN = 1.02
 """Drafting must promise this multiple of plain decoding's goodput, and a model-based drafter this multiple of
 what there is without it: predictions err, and a difference of a percent is noise."""
 HORIZON = 32
-"""Steps over which reading a text for the first time should pay off, less where the answer ends sooner."""
+"""Steps over which the first reading of a text should pay off; fewer if the answer ends sooner."""
 WORTHLESS = 0.5
-"""A token is not looked at whose chance is below this multiple of what its row costs at plain decoding's goodput."""
+"""Multiple of a row's price, at plain decoding's goodput, below whose chance a token is not considered."""
 ENOUGH = 2
-"""Lengths that promise less than a shorter one, after which longer ones are not looked at."""
+"""Number of lengths that promise less than a shorter one, after which the search ends."""
 
 
 Offer = tuple[float, int, float]
@@ -33,7 +33,7 @@ makes and sorts hundreds."""
 
 
 class Ask(NamedTuple):
-    """Drafts that a model-based drafter is asked for."""
+    """The candidates that a model-based drafter is asked to draft for, and the draft length."""
 
     candidates: list[int]
     length: int
@@ -41,8 +41,8 @@ class Ask(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DraftPlan:
-    """A way to go through a step: by candidate the `chances` of what it would get, as far as that goes; what it
-    `asks` of model-based drafters, by name, and the `drafting` seconds for that."""
+    """A plan for a step: by candidate, the `chances` of its drafted tokens; by name, the `asks` of model-based
+    drafters; and the seconds that those take, `drafting`."""
 
     goodput: float
     chances: list[list[float]]
@@ -52,24 +52,23 @@ class DraftPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Offered:
-    """What a drafter may bring a candidate."""
+    """A drafter's expected draft for a candidate."""
 
     candidate: int
     chances: list[float]
     reading: float = 0.0
-    """Seconds that it has to read before, a step's share of them."""
+    """Seconds to read the backlog, a step's share of them."""
 
 
 class DraftPlanner:
-    """Plans from what is known of `acceptance`, of steps (`forecast`) and of the passes of model-based drafters
-    (`drafting`, by name)."""
+    """Makes plans from `acceptance`, `forecast`, and the costs of model-based drafters' passes by name, `drafting`."""
 
     def __init__(self, acceptance: Acceptance, forecast: Forecast, drafting: Mapping[str, RowCost]) -> None:
         self._acceptance, self._forecast, self._drafting = acceptance, forecast, drafting
         self._longest = acceptance.longest
 
     def without(self, step: UpcomingStep) -> DraftPlan:
-        """The best that can be done with the drafts that are there."""
+        """Return the best plan with the available drafts."""
         offers = self.best_drafts(step)[1]
         chances: list[list[float]] = [[] for _ in step.candidates]
         for _, i, chance in offers:
@@ -79,8 +78,8 @@ class DraftPlanner:
     def with_drafter(
         self, step: UpcomingStep, best: DraftPlan, name: str, price: float, gain: float = GAIN
     ) -> DraftPlan | None:
-        """The best plan in which the drafter is asked, too; None if it can not come to `gain` times what `best`
-        promises. `price`: of a row, in tokens."""
+        """Return the best plan that also asks the drafter; None if it cannot reach `gain` times the goodput of `best`.
+        `price`: of a row, in tokens."""
         cost = self._drafting.get(name)
         if cost is None or not cost.known:
             return None
@@ -92,13 +91,13 @@ class DraftPlanner:
         return self._joined(step, best, name, price, offered, gain)
 
     def alone(self, step: UpcomingStep, plain: float, name: str, gain: float) -> DraftPlan | None:
-        """As `with_drafter`, if there were no other drafts. `plain`: the goodput without any."""
+        """As `with_drafter`, if there were no other drafts. `plain`: the goodput without any drafts."""
         nothing = DraftPlan(plain, [[] for _ in step.candidates])
         return self.with_drafter(step, nothing, name, self._forecast.row_price(step, plain), gain)
 
     def would_pay(self, step: UpcomingStep, best: DraftPlan, name: str, may: Seq[int], rates: Seq[float]) -> bool:
-        """Whether a drafter would pay for the candidates that `may`, if its tokens were right that often one after the
-        other."""
+        """Return whether a drafter would pay for the candidates in `may` if its tokens were accepted at these `rates`,
+        each given that the tokens before were."""
         chances, alive = [], 1.0
         for rate in rates:
             alive *= rate
@@ -108,8 +107,7 @@ class DraftPlanner:
         return plan is not None and plan.goodput >= GAIN * best.goodput
 
     def best_drafts(self, step: UpcomingStep) -> tuple[dict[int, Draft], list[Offer]]:
-        """By candidate the draft that is worth most; and each of those drafts' tokens that is worth anything, a draft's
-        in their order."""
+        """Return the most valuable draft by candidate, and the offers of those drafts' tokens, in order."""
         price = self._forecast.row_price(step, self._forecast.plain_goodput(step))
         least, count = WORTHLESS * price, step.decoding
         picked: dict[int, Draft] = {}
@@ -129,7 +127,7 @@ class DraftPlanner:
         return picked, offers
 
     def floor(self, step: UpcomingStep, plan: DraftPlan) -> float:
-        """The chance below which a token is not worth being drafted by those that the plan asks, let alone verified."""
+        """Return the chance below which the plan's drafters should stop, as further tokens are not worth drafting."""
         asked = sum(len(ask.candidates) for ask in plan.asks.values())
         if not asked:
             return 0.0
@@ -148,13 +146,13 @@ class DraftPlanner:
     def _joined(
         self, step: UpcomingStep, best: DraftPlan, name: str, price: float, offered: Seq[_Offered], gain: float
     ) -> DraftPlan | None:
-        """`best` with those candidates given to the drafter that gain by it, at the length that is best for all."""
+        """Return `best` with the candidates that gain by it given to the drafter, at the best length for them all."""
         cost, goodput = self._drafting[name], best.goodput
         most = max(2, len(step.candidates))
         token_context = cost.context_token * step.context / step.decoding
         passes = cost.seconds(0, most)
         a_row = (passes[most] - passes[1]) / (most - 1) + token_context
-        # By length: who gains by it, and how many tokens all of them do beyond what the rows of its passes cost.
+        # By length: the candidates that gain, and the tokens they gain beyond the cost of the drafter's rows.
         given: list[list[_Offered]] = [[] for _ in range(self._longest)]
         gained = [0.0] * self._longest
         for each in offered:

@@ -1,21 +1,21 @@
-"""When something that does not pay is tried again, and at what expense: exploration with a bound."""
+"""Schedule and budget of exploration: when something that does not pay is tried again, and at what cost."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 FIRST_RETRY, LAST_RETRY, GROWTH = 16, 1024, 1.5
-"""Steps until the first trial, and most steps between two; they grow so much with each trial that leads to nothing."""
+"""Steps until the first trial, maximum steps between two, and their growth with each trial without success."""
 SHARE = 0.01
-"""Of all steps' time that trials may cost."""
+"""Share of all steps' time that trials may cost."""
 SAVED = 64
-"""Most steps' time that is saved up for trials."""
+"""Maximum steps' time that is saved up for trials."""
 ADVANCE, ADVANCED_SHARE = 2.0, 0.01
-"""What drafters that were hardly seen may cost beyond what they bring, however much they promise: so many steps' time,
-and this share of all the time since the start."""
+"""Budget of new drafters beyond what they gain, however much they promise: in steps' time, plus a share of all time
+since the start."""
 
 Subject = tuple[str, int]
-"""What is tried, at which load: the same draft can pay for one stream and not for sixteen."""
+"""What is tried, and the load: the same draft can pay for one stream and not for sixteen."""
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class _Schedule:
 
 @dataclass(slots=True)
 class Trials:
-    """Trials of a subject come at growing intervals, and all of them together cost at most `SHARE` of the time."""
+    """Trials of a subject come at growing intervals, and all trials together cost at most `SHARE` of the time."""
 
     _schedules: dict[Subject, _Schedule] = field(default_factory=dict)
     _credit: float = 0.0
@@ -34,39 +34,37 @@ class Trials:
     _passed: float = 0.0
     """Seconds of all steps."""
     _advanced: float = 0.0
-    """Seconds that drafters took which were hardly seen, less those that their tokens saved."""
+    """Seconds that new drafters took, less those that their tokens saved."""
 
     def earn(self, seconds: float) -> None:
-        """A step took so long."""
+        """Count the seconds of a step."""
         self._credit = min(self._credit + SHARE * seconds, SAVED * seconds)
         self._passed += seconds
 
     def advance(self, step: float) -> float:
-        """Seconds that a drafter may cost in this step, which takes `step` without it, if hardly more than its prior is
-        known of it."""
+        """Return the seconds that a new drafter may cost in this step, which takes `step` seconds without it."""
         return ADVANCE * step + ADVANCED_SHARE * self._passed - self._advanced
 
     def advanced(self, seconds: float) -> None:
-        """Such a drafter took so long or, if negative, saved so much."""
+        """Count seconds that a new drafter took or, if negative, saved."""
         self._advanced = max(0.0, self._advanced + seconds)
 
     def wait(self, subject: Subject) -> None:
-        """One more step without the subject."""
+        """Count a step without the subject."""
         self._schedules.setdefault(subject, _Schedule()).waited += 1
 
     def due(self, subject: Subject) -> bool:
-        """One more step without the subject: is it time to try it, if that is affordable?"""
+        """Count a step without the subject, and return whether it is time to try it."""
         schedule = self._schedules.setdefault(subject, _Schedule())
         schedule.waited += 1
         return schedule.waited >= schedule.wait
 
     def affordable(self, loss: float) -> bool:
-        """Whether something may be tried that costs so many seconds."""
+        """Return whether the budget allows a trial that costs `loss` seconds."""
         return loss <= self._credit
 
     def done(self, subject: Subject, loss: float, rarer: bool) -> None:
-        """It is tried in this step (or, at no loss, it turned out that nothing can come of it). `rarer`: it is known
-        well enough to wait longer for the next trial."""
+        """Record a trial in this step, or with no loss, that it would be no use. `rarer`: wait longer for the next."""
         schedule = self._schedules[subject]
         self._credit -= max(0.0, loss)
         schedule.waited = 0
@@ -74,5 +72,5 @@ class Trials:
             schedule.wait = min(LAST_RETRY, round(GROWTH * schedule.wait))
 
     def won(self, subject: Subject) -> None:
-        """It pays by itself now: should that end, the first trial comes soon."""
+        """Reset the subject's schedule, since it pays by itself now: should that end, the next trial comes soon."""
         self._schedules.pop(subject, None)

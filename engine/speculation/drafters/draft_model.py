@@ -1,7 +1,7 @@
 """Drafting with a small model of the same vocabulary (arXiv 2211.17192, 2302.01318).
 
-The draft runs through the same ModelRunner, on the same kinds of span, batched over the sequences. It has a block pool
-and KV tensors of its own, so that whatever happens to a draft's cache never touches the target's.
+The draft model runs through the same ModelRunner, on the same kinds of span, batched over sequences. It has its own
+block pool and KV cache, so that nothing that happens there touches the target's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from pilotfish.checkpoints.catalog import ModelFiles, Progress
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.draft import NO_DRAFT, Draft
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.buckets import DRAFT_LENGTHS
 from pilotfish.engine.execution.graphs import GraphPlan
@@ -29,7 +29,7 @@ from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.decoder_model import DecoderModel
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest, LoadedDraft, MakeRunner, check_vocabulary
-from pilotfish.engine.speculation.drafters.growth import GrowingDraft, Growth
+from pilotfish.engine.speculation.drafters.growth import GrowingDraft, Growth, finished
 
 
 def load(
@@ -64,14 +64,14 @@ def _make(
 
 @dataclass(slots=True)
 class _Cached:
-    """What the draft's KV cache holds of a sequence: its first `committed` tokens, then `drafted` ones."""
+    """A sequence's part of the draft model's KV cache: its first `committed` tokens, then the `drafted` ones."""
 
     blocks: BlockTable
     committed: int = 0
     drafted: list[int] = field(default_factory=list)
 
     def catch_up(self, tokens: list[int]) -> int:
-        """Count what is still true now that the sequence is `tokens`; returns how many of them are cached."""
+        """Keep what is still valid now that the sequence is `tokens`, and return how many of them are cached."""
         for token in self.drafted:
             if self.committed >= len(tokens) or tokens[self.committed] != token:
                 break
@@ -82,10 +82,10 @@ class _Cached:
 
 
 class DraftModelDrafter:
-    """`name`: as requests call it; an engine may have several. `keep_probs` and `sync_free` are as in `Growth`;
-    by default drafts grow sync-free unless the device is the CPU.
+    """Drafts with a draft model. `keep_probs` and `sync_free` are as in `Growth`; by default drafts grow sync-free
+    unless the device is the CPU.
 
-    At most `max_batch_tokens` rows are caught up in a call: a sequence with a long prompt gets no draft until the draft
+    A call reads at most `max_batch_tokens` rows of backlog: a sequence with a long prompt gets no draft until the draft
     model has read it, chunk by chunk.
     """
 
@@ -131,27 +131,24 @@ class DraftModelDrafter:
         self.passes = ()
         if spans:
             logits = self._runner.run(spans)
-            for cached, tokens in read:  # in the cache only now
+            for cached, tokens in read:  # only now are they in the cache
                 cached.blocks.commit(tokens, cached.committed)
             later = self.growth.grow(logits, list(growing.values()), self._next_pass)
             self.passes = (sum(len(span.token_ids) for span in spans), *later)
         for identity, draft in growing.items():
             self._cached[identity].drafted = draft.computed
-        return [
-            growing[request.sequence.id].finished(self.name) if request.sequence.id in growing else NO_DRAFT
-            for request in requests
-        ]
+        return finished(requests, growing, self.name)
 
     def _next_pass(self, spans: list[Span], kept: torch.Tensor | None, tokens: torch.Tensor | None) -> torch.Tensor:
         return self._runner.run(spans, token_ids=tokens)
 
     def backlog(self, sequence: Sequence) -> int:
-        """Tokens of the sequence that are not in the draft's cache, the last one at least."""
+        """Return the tokens of the sequence that are not in the draft model's cache: at least the last one."""
         cached = self._cached.get(sequence.id)
         return len(sequence.tokens) - (cached.catch_up(sequence.tokens) if cached is not None else 0)
 
     def try_pass(self, rows: int) -> None:
-        """A pass over one span of so many rows, in the cache's first block: only while there are no sequences."""
+        """Compute a pass over one span of `rows` rows, in the cache's first blocks: only before there are sequences."""
         self._runner.run([replace(span, logit_rows=1) for span in self._runner.trial(rows)])
 
     def capture(self, planned: Callable[[tuple[int, ...]], GraphPlan]) -> None:
@@ -163,7 +160,7 @@ class DraftModelDrafter:
             cached.blocks.release()
 
     def _reserved(self, request: DraftRequest, asked: set[str]) -> _Cached | None:
-        """The sequence's cache with room for its tokens and the draft; None if there is none to be had."""
+        """Return the sequence's cache with room for its tokens and the draft; None if there is no room."""
         tokens = request.sequence.tokens
         cached = self._cached.get(request.sequence.id)
         if cached is None:

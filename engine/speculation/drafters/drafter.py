@@ -1,5 +1,5 @@
-"""What a drafter is: it proposes the next tokens of some sequences. Each is a file beside this one, and a line in
-`registry`."""
+"""The interfaces of drafters, which propose the next tokens of sequences. Each drafter is a file beside this one, and a
+line in `registry`."""
 
 from __future__ import annotations
 
@@ -25,55 +25,54 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DraftRequest:
-    """Ask for at most `limit` (>= 1) tokens to follow `sequence.tokens`."""
+    """A request for at most `limit` (>= 1) tokens to follow `sequence.tokens`."""
 
     sequence: Sequence
     limit: int
     floor: float = 0.0
-    """A drafter that knows how confident it is may stop where the product of its tokens' confidences is below this:
-    more would not pay."""
+    """A drafter with confidences may stop where the product of its tokens' confidences falls below this, since more
+    would not pay."""
 
 
 class Drafter(Protocol):
-    """A lookup drafter, or what all drafters have in common.
+    """What all drafters have in common, and all that a lookup drafter is.
 
     Proposals never change the text, only its speed: a drafter may be wrong, and may propose fewer tokens or none. It
-    reads `sequence.tokens` when asked and catches up with what was added since it last saw the sequence; it is not told
-    of acceptance. Tokens that it saw never change (a sequence only grows).
+    reads `sequence.tokens` when asked and catches up with what was added since; acceptance is not reported to it.
+    Tokens that it has read never change (a sequence only grows).
 
-    A drafter that is nothing more than this takes no time worth counting and is asked at every step; one that computes
-    is a `ModelDrafter`.
+    A lookup drafter takes a negligible time and is asked at every step; one that computes is a `ModelDrafter`.
     """
 
     name: str
-    """As requests, metrics and timings call it; no two of an engine have the same."""
+    """Its name in requests, metrics and timings, unique in an engine."""
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
-        """One Draft for each of `requests`, in their order."""
+        """Return one Draft for each of `requests`, in order."""
         ...
 
     def release(self, sequence: Sequence) -> None:
-        """Forget a sequence that has ended (or was never seen): its memory is free afterwards."""
+        """Free what is kept of a sequence that has ended (or was never seen)."""
         ...
 
 
 class ModelDrafter(Drafter, Protocol):
-    """A drafter that computes: in passes over rows, the first of which also reads what is new of each sequence, and
-    each makes a token for every sequence whose draft still grows."""
+    """A drafter that computes, in passes over rows. The first pass also reads the new tokens of each sequence, and each
+    pass drafts a token for every sequence whose draft still grows."""
 
     passes: tuple[int, ...]
-    """Rows of each pass of the last `propose`."""
+    """Number of rows of each pass of the last `propose`."""
 
     def backlog(self, sequence: Sequence) -> int:
-        """Rows of the sequence that a draft's first pass has to read: its last token at least."""
+        """Return the rows of the sequence that a draft's first pass has to read: at least its last token."""
         ...
 
     def try_pass(self, rows: int) -> None:
-        """Compute a pass over so many rows, to measure what it takes. Only before there are sequences."""
+        """Compute a pass over `rows` rows, to be timed. Only before there are sequences."""
         ...
 
     def capture(self, planned: Callable[[tuple[int, ...]], GraphPlan]) -> None:
-        """Capture its passes as graphs; `planned` makes a plan for spans of these lengths."""
+        """Capture its passes as graphs; `planned` makes a plan for spans of the given lengths."""
         ...
 
 
@@ -83,35 +82,35 @@ class FeatureReader(Protocol):
 
     name: str
     feature_layers: tuple[int, ...]
-    """Whose inputs it reads, as `engine.models.features.FeatureTap` numbers them."""
+    """The layers whose inputs it reads, as `engine.models.features.FeatureTap` numbers them."""
 
     def observe_features(self, sequence: Sequence, start: int, features: FeatureRows) -> None:
-        """The target has computed positions [start, start + len(features)) of `sequence`, none of which will change:
-        features of len(feature_layers) * hidden_size, which may be kept and are not written to."""
+        """Receive the features of positions [start, start + len(features)) of `sequence`, which are final: each has
+        len(feature_layers) * hidden_size numbers. They may be kept, and must not be written to."""
         ...
 
 
 MakeRunner = Callable[["DecoderModel", "list[LayerCache]"], "ModelRunner"]
-"""Makes the runner of a model of the target's kind, with its caches."""
+"""Makes the runner of a model of the target's kind, with the given caches."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedDraft:
-    """A draft whose weights are loaded. Its KV cache is not allocated yet: it is sized once all models are loaded."""
+    """A loaded draft model or head. Its KV cache is allocated later, once all models are loaded."""
 
     name: str
     model: Any
     shape: ModelConfig
     """Shape of the layers that have a KV cache."""
     make: Callable[[ModelConfig, EngineConfig, list[LayerCache], int, torch.device, MakeRunner], ModelDrafter]
-    """Makes it a drafter for a target of this shape, with caches of so many blocks for sequences, as many as the
-    target's."""
+    """Makes its drafter from the target's shape, the configuration, its caches, their number of blocks (as many as the
+    target's), the device, and a maker of runners."""
     ranks: int = 1
-    """Number of ranks that `model` is sharded over; 1: rank 0 has it whole."""
+    """Number of ranks that `model` is sharded over; 1: rank 0 holds it whole."""
 
 
 def check_vocabulary(name: str, draft: ModelConfig, target: ModelConfig) -> None:
-    """Raise ConfigError unless draft and target have as many tokens."""
+    """Raise ConfigError unless draft and target have vocabularies of the same size."""
     if draft.vocab_size != target.vocab_size:
         raise ConfigError(
             f"drafter {name!r} has a vocabulary of {draft.vocab_size} tokens, the target of {target.vocab_size}: a "

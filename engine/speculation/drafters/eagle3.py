@@ -1,8 +1,8 @@
 """Drafting with an EAGLE-3 head, which reads the target's hidden states (arXiv 2503.01840).
 
-Rows of the head's KV cache are numbered as the sequence's positions, less those before the first that it has features
-of: a prefix that came out of the target's prefix cache has none, and the head goes without. Rotary embedding is
-relative, so it does not matter where a sequence's rows begin.
+Row 0 of the head's KV cache is the first position that it has features for: there are none for a prefix from the
+target's prefix cache, and the head does without. Rotary embedding is relative, so it does not matter where a sequence's
+rows begin.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from pilotfish.checkpoints.catalog import ModelFiles, Progress
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.draft import NO_DRAFT, Draft
+from pilotfish.engine.draft import Draft
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.buckets import span_lengths
 from pilotfish.engine.execution.graphs import GraphPlan
@@ -35,12 +35,12 @@ from pilotfish.engine.models.features import FeatureRows
 from pilotfish.engine.sampling.sampler import argmax
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest, LoadedDraft, MakeRunner, check_vocabulary
-from pilotfish.engine.speculation.drafters.growth import GrowingDraft, Growth
+from pilotfish.engine.speculation.drafters.growth import GrowingDraft, Growth, finished
 from pilotfish.errors import ConfigError
 
 MOST_PENDING = 256
-"""Positions whose features are kept for a sequence that is not drafted for. When it is again, they are read at once; of
-a longer stretch only the last ones are, since a head that was told the target's features needs little more context."""
+"""Maximum positions whose features are kept for a sequence while it is not drafted for. Older ones are dropped, since a
+head that reads the target's features needs little more context."""
 
 
 def load(
@@ -74,9 +74,8 @@ def load(
             platform.dtype,
             shared,
         )
-    return LoadedDraft(
-        name, model, shape.decoder, partial(_make, name, model)
-    )  # whole, beside the target's first shard
+    # The head is whole, beside the target's first shard.
+    return LoadedDraft(name, model, shape.decoder, partial(_make, name, model))
 
 
 def _make(
@@ -104,24 +103,24 @@ def _make(
 
 @dataclass(slots=True)
 class _Known:
-    """What the head knows of a sequence."""
+    """A sequence's part of the head's KV cache, and its features that are not read yet."""
 
     blocks: BlockTable
     first: int = 0
     """The position of its first row."""
     computed: int = 0
-    """Its rows that are in the cache."""
+    """Number of rows in the cache."""
     pending: deque[FeatureRows] = field(default_factory=deque)
-    """Features of the positions from `first + computed` on, that are not."""
+    """Features of the positions from `first + computed` on."""
     rows_pending: int = 0
 
     @property
     def end(self) -> int:
-        """The position after the last one that features are known of."""
+        """The position after the last one with known features."""
         return self.first + self.computed + self.rows_pending
 
     def take(self, count: int) -> list[torch.Tensor]:
-        """The first of the pending features, whose rows will be in the cache then."""
+        """Remove and return the first `count` pending features, and count their rows as computed."""
         self.computed += count
         self.rows_pending -= count
         taken: list[torch.Tensor] = []
@@ -135,8 +134,8 @@ class _Known:
 
 
 class Eagle3Drafter:
-    """`keep_probs` and `sync_free` are as in `DraftModelDrafter`. `span_lengths`: tokens of a sequence in a captured
-    pass."""
+    """Drafts with an EAGLE-3 head. `keep_probs` and `sync_free` are as in `DraftModelDrafter`; `span_lengths` are a
+    sequence's tokens in the captured passes."""
 
     def __init__(
         self,
@@ -164,12 +163,12 @@ class Eagle3Drafter:
         self._known: dict[str, _Known] = {}
 
     def backlog(self, sequence: Sequence) -> int:
-        """Rows that a draft's first pass has to read; 0 where the head knows nothing of the sequence."""
+        """Return the rows that a draft's first pass has to read; 0 if the head has no features of the sequence."""
         known = self._known.get(sequence.id)
         return 0 if known is None else known.rows_pending
 
     def try_pass(self, rows: int) -> None:
-        """Compute a pass over so many rows, each a sequence's only one. What it writes to the cache nobody reads."""
+        """Compute a pass over `rows` rows, each a span of its own. What it writes to the cache is never read."""
         hidden = torch.zeros(rows, self._model.config.decoder.hidden_size, device=self._runner.device)
         _, logits = self._runner.run([Span([0], 0, [0], 1)] * rows, hidden.to(self._model.dtype))
         argmax(logits)
@@ -178,14 +177,14 @@ class Eagle3Drafter:
         self._runner.capture(self.name, planned(self._span_lengths))
 
     def observe_features(self, sequence: Sequence, start: int, features: FeatureRows) -> None:
-        """As FeatureReader's."""
+        """See `FeatureReader.observe_features`."""
         known = self._known.get(sequence.id)
         if known is None:
             known = self._known[sequence.id] = _Known(BlockTable(self._pool), first=start)
         end = start + len(features)
-        if start > known.end:  # the target found what lies between in its cache
+        if start > known.end:  # the target found the positions between in its prefix cache
             self._forget(known, start)
-        elif end <= known.end:  # computed anew, after a preemption
+        elif end <= known.end:  # recomputed after a preemption
             return
         elif start < known.end:
             features = features.behind(known.end - start)
@@ -201,7 +200,7 @@ class Eagle3Drafter:
             known.pending, known.rows_pending = pending, MOST_PENDING
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
-        """One Draft for each of `requests`; none for a sequence whose prompt the head has not read to its end."""
+        """Return one Draft for each of `requests`, empty while the head has not read the whole prompt."""
         growing: dict[str, GrowingDraft] = {}
         spans: list[Span] = []
         features: list[torch.Tensor] = []
@@ -236,10 +235,7 @@ class Eagle3Drafter:
 
             later = self.growth.grow(logits, list(growing.values()), next_pass)
             self.passes = (sum(len(span.token_ids) for span in spans), *later)
-        return [
-            growing[request.sequence.id].finished(self.name) if request.sequence.id in growing else NO_DRAFT
-            for request in requests
-        ]
+        return finished(requests, growing, self.name)
 
     def release(self, sequence: Sequence) -> None:
         known = self._known.pop(sequence.id, None)
@@ -250,6 +246,6 @@ class Eagle3Drafter:
         return known.rows_pending > 0 and known.blocks.reserve(rows)
 
     def _forget(self, known: _Known, first: int) -> None:
-        """Begin anew at position `first`."""
+        """Drop what is cached and pending, and start again at position `first`."""
         known.blocks.release()
         known.first, known.computed, known.pending, known.rows_pending = first, 0, deque(), 0

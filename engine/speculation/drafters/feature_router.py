@@ -1,5 +1,5 @@
-"""From the target's tap to the drafters that read its hidden states: each gets the columns of its own layers, of the
-rows that stay. Most of them are read much later or never, so nothing is copied for them at most steps."""
+"""The feature router passes the target's hidden states to the drafters that read them: each gets the columns of its
+layers, of the committed rows. Most are read much later or never, so most steps copy nothing."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import FeatureReader
 
 FEW = 16
-"""Rows of a sequence that are kept together with the whole pass's. Of a pass with more of one, which is a prompt's,
-each sequence's are copied: else whoever keeps a few would keep the prompt's as well."""
+"""Maximum rows of a sequence that are kept as a view of the whole pass. If one has more, which are a prompt's, each
+sequence's rows are copied: else a view of a few rows would keep the whole prompt's alive."""
 
 
 class KeptRows(NamedTuple):
-    """The rows of a pass that stay in a sequence."""
+    """A sequence's committed rows of a pass."""
 
     sequence: Sequence
     start: int
-    """The sequence's position of the first of them."""
+    """Position in the sequence of the first of them."""
     first: int
     """The rows are [first, stop) of the pass."""
     stop: int
 
 
 class FeatureRouter:
-    """`drafters`: of any kind; those that read no features get none."""
+    """Routes features to those of `drafters` that are a `FeatureReader`."""
 
     def __init__(self, drafters: Iterable[object]) -> None:
         self._readers = [each for each in drafters if isinstance(each, FeatureReader)]
         self.layers: tuple[int, ...] = tuple(
             dict.fromkeys(layer for reader in self._readers for layer in reader.feature_layers)
         )
-        """The layers that the target's tap has to take, each once."""
+        """The layers that the target's tap takes, each once."""
 
     def tap(self) -> FeatureTap | None:
-        """For the target's next pass."""
+        """Return a tap for the target's next pass; None if no drafter reads features."""
         return FeatureTap(self.layers) if self.layers else None
 
     def publish(self, features: torch.Tensor, kept: Iterable[KeptRows]) -> None:
-        """Give each reader its columns of the tap's features, (rows, len(layers) * hidden_size), which are not written
+        """Pass each reader its columns of the tap's features, (rows, len(layers) * hidden_size), which are not written
         to any more."""
         names = {reader.name for reader in self._readers}
         read = [each for each in kept if not names.isdisjoint(each.sequence.drafters)]
@@ -58,7 +58,7 @@ class FeatureRouter:
                     reader.observe_features(each.sequence, each.start, rows)
 
     def _columns(self, layers: tuple[int, ...], features: torch.Tensor) -> torch.Tensor:
-        """(rows, len(layers) * hidden_size), copied only where these layers are not all."""
+        """Return the columns of `layers`, (rows, len(layers) * hidden_size), copied only if they are not all layers."""
         if layers == self.layers:
             return features
         by_layer = dict(zip(self.layers, features.chunk(len(self.layers), dim=1), strict=True))

@@ -1,14 +1,14 @@
-"""Growth: drafts that grow token by token, one pass of a drafter's model for each. EAGLE-3 heads and draft models are
-its users; what they read before the first token is theirs.
+"""Growth: the loop that grows drafts token by token, one pass of a drafter's model for each. EAGLE-3 heads and draft
+models share it; they read a sequence's backlog themselves.
 
 On the CPU the host reads each token, and a draft ends where its drafter is no longer confident. On a GPU that would
 synchronize host and device between passes. There drafts grow sync-free: the host reads them once, when they are done,
-and what the drafter is not confident of is cut off then.
+and then cuts off what the drafter is not confident of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ import torch
 
 from pilotfish.engine.device import on_device
 from pilotfish.engine.device.transfer import ids_to_device
-from pilotfish.engine.draft import Draft
+from pilotfish.engine.draft import NO_DRAFT, Draft
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.sampling import device_sampler
@@ -29,8 +29,8 @@ from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 NextPass = Callable[[list[Span], torch.Tensor | None, torch.Tensor | None], torch.Tensor]
 """Runs a pass over spans of one row each and returns its logits, (spans, draft vocabulary).
 
-The second argument says which rows of the pass before go on, in the order of the spans, (spans,) int64 on the device;
-None: all of them. The third has the spans' tokens, (spans,) int64, where those are only on the device.
+The second argument has the rows of the previous pass that go on, in the order of the spans, (spans,) int64 on the
+device; None: all of them. The third has the spans' tokens, (spans,) int64, if those are only on the device.
 """
 
 
@@ -42,34 +42,42 @@ class GrowingDraft:
     blocks: BlockTable
     """The sequence's blocks in the drafter's own KV cache."""
     start: int
-    """Where in that cache the first drafted token goes."""
+    """Position in that cache of the first drafted token."""
     tokens: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
     probs: list[torch.Tensor] = field(default_factory=list)
     computed: list[int] = field(default_factory=list)
-    """Tokens that passes have written to the cache; on a device more than `tokens`, where those were cut."""
+    """Tokens that passes have written to the cache; sync-free, they may be more than `tokens`, which are cut."""
 
     @property
     def plain(self) -> bool:
-        """Whether the target takes the likeliest token of its raw logits."""
+        """Whether the target takes the argmax of its raw logits."""
         params = self.request.sequence.params
         return params.greedy and not params.alters_logits
 
     def span(self, token: int, depth: int) -> Span:
-        """The pass over the draft's token number `depth`, from 1."""
+        """Return the span of the draft's token number `depth`, from 1."""
         return Span([token], self.start + depth - 1, self.blocks.blocks, logit_rows=1)
 
-    def finished(self, drafter: str) -> Draft:
-        probs = torch.stack(self.probs) if self.probs else None
-        return Draft(tuple(self.tokens), probs, drafter, confidences=tuple(self.confidences))
+
+def finished(requests: list[DraftRequest], growing: Mapping[str, GrowingDraft], drafter: str) -> list[Draft]:
+    """Return a Draft for each of `requests`, from the grown drafts by sequence id."""
+    drafts = []
+    for request in requests:
+        if (grown := growing.get(request.sequence.id)) is None:
+            drafts.append(NO_DRAFT)
+        else:
+            probs = torch.stack(grown.probs) if grown.probs else None
+            drafts.append(Draft(tuple(grown.tokens), probs, drafter, confidences=tuple(grown.confidences)))
+    return drafts
 
 
 class Growth:
     """Grows the drafts of one drafter.
 
-    keep_probs: also keep the distributions that tokens are drawn from, which rejection verification needs.
-    sync_free: let drafts grow without the host reading them in between, where that can be: not with `keep_probs`, nor
-    where a distribution depends on the tokens before.
+    keep_probs: keep the distributions that tokens are drawn from, which rejection verification needs.
+    sync_free: grow drafts without the host reading tokens in between, where possible: not with `keep_probs`, nor if a
+    distribution depends on the tokens before.
     target_ids: the token id of each column of the draft's logits, (draft vocabulary,) int64 on the device, where the
     draft has a vocabulary of its own; `vocab_size` is then the target's.
     """
@@ -123,7 +131,7 @@ class Growth:
             logits = next_pass(spans, kept, None)
 
     def _draw(self, logits: torch.Tensor, drafts: list[GrowingDraft]) -> tuple[list[int], list[float]]:
-        """The next token of each draft, as the target will draw it, and the drafter's confidence in it."""
+        """Return the next token of each draft, drawn with the target's noise, and the drafter's confidence in it."""
         if not self._keep_probs and all(draft.plain for draft in drafts):
             columns = argmax(logits)
             tokens = columns if self._host_ids is None else [self._host_ids[column] for column in columns]
@@ -161,18 +169,18 @@ class Growth:
     def _draw_sync_free(
         self, logits: torch.Tensor, drafts: list[GrowingDraft], depth: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `_draw`, but (len(drafts),) int64 and float32 on the device."""
+        """As `_draw`, but returns tensors on the device, (len(drafts),) int64 and float32."""
         if all(draft.plain for draft in drafts):
             columns = logits.argmax(1)
             chances = chances_of(logits, columns)
             return columns if self._target_ids is None else self._target_ids.index_select(0, columns), chances
-        # How many tokens are drafted is known here, and not which: nothing that is drawn here depends on it.
+        # The drafted tokens are unknown on the host: only their number matters here.
         spans = [LogitSpan(draft.request.sequence, (0,) * depth, rows=1) for draft in drafts]
         adjusted = adjust(self._whole(logits), spans, self._eos_token_ids)
         return device_sampler.draw(adjusted, rows_of(spans), chances=True)
 
     def _whole(self, logits: torch.Tensor) -> torch.Tensor:
-        """Over the target's vocabulary: (rows, vocab), -inf for tokens that the draft cannot say."""
+        """Return the logits over the target's vocabulary, (rows, vocab): -inf for tokens outside the draft's."""
         if self._target_ids is None:
             return logits
         whole = logits.new_full((len(logits), self._vocab_size), float("-inf"))
@@ -195,7 +203,7 @@ def _read(drawn: list[tuple[list[int], torch.Tensor, torch.Tensor]], drafts: lis
 
 
 def _confident(chances: Seq[float], floor: float) -> int:
-    """Tokens up to the first at which the product of the chances falls below the floor, and that one."""
+    """Return the number of tokens up to and including the first at which the product of chances is below the floor."""
     survival = 1.0
     for count, chance in enumerate(chances, start=1):
         survival *= chance

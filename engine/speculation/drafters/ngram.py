@@ -1,4 +1,4 @@
-"""NgramDrafter: prompt lookup decoding: what followed the last few tokens when they last occurred, in prompt or answer.
+"""NgramDrafter: prompt lookup decoding, which drafts what followed the last few tokens where they occurred before.
 
 The idea is Apoorv Saxena's prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding), also known as n-gram
 speculation. Here the text is indexed as it arrives, so that no draft ever scans it.
@@ -18,7 +18,7 @@ from pilotfish.errors import ConfigError
 class NgramDrafter:
     """Looks up the last `ngram_max` tokens, then fewer, down to `ngram_min`, and drafts what followed them.
 
-    Of several occurrences the most recent counts, as a text repeats what it said last: a list's format, a loop, a name.
+    Of several occurrences the most recent counts, since texts repeat what came last: a list's format, a loop, a name.
     A longer match is stronger evidence and gets a longer draft, 2n + 1 tokens for a match of n.
     Time and memory are proportional to the tokens times the number of lengths. Raises ConfigError unless
     1 <= ngram_min <= ngram_max.
@@ -33,7 +33,7 @@ class NgramDrafter:
         self._indices: dict[str, _Index] = {}
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
-        """One Draft for each of `requests`; none where no suffix occurs earlier in the text."""
+        """Return one Draft for each of `requests`, empty if no suffix occurs earlier in the text."""
         return [self._draft(request.sequence, request.limit) for request in requests]
 
     def release(self, sequence: Sequence) -> None:
@@ -75,14 +75,12 @@ class _Index:
     followers: list[dict[tuple[int, ...], int]]
     """For each length, longest first: the position after an n-gram's most recent occurrence that a token follows."""
     end: int = 0
-    """Tokens that are indexed."""
+    """Number of tokens that are indexed."""
 
 
 def _copy(tokens: list[int], start: int, count: int) -> tuple[int, ...]:
-    """`count` tokens from `start` on, as if they were appended while copying (LZ77's overlapping copy).
-
-    So a text with period p is continued with period p, to the full count.
-    """
+    """Return `count` tokens from `start` on, as if they were appended while copying (LZ77's overlapping copy): a text
+    of period p is continued with period p."""
     copied = tokens[start : start + count]
     period = len(tokens) - start
     if count > period:

@@ -1,4 +1,4 @@
-"""PredictionDrafter: drafts from what the client expects as the answer, edited or not (OpenAI: Predicted Outputs)."""
+"""PredictionDrafter: drafts from the answer that the client expects (OpenAI: Predicted Outputs)."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 
 LONGEST_GRAM = 3
-"""Tokens of the answer's end that are looked up in the prediction, and then fewer."""
+"""Number of the answer's last tokens that are looked up in the prediction first; then fewer."""
 NEAR = 8
-"""A single token says little: it counts only this close behind the position where the answer left the prediction."""
+"""A single matching token is weak evidence: it counts only this close after the last certain position."""
 TRUSTED = 4
-"""Tokens in a row that must agree before a position is taken for where the answer is, and not for a coincidence."""
+"""Tokens in a row that must agree before a position is certain, and not a coincidence."""
 STRONGEST = 5
 
 
 class PredictionDrafter:
     """Follows the request's `prediction_ids` from their beginning, and drafts what comes next, while the answer agrees.
 
-    Where it disagrees, one token is taken to be replaced, and the text behind it is drafted. If that is wrong, too, the
-    answer's last 3 tokens are looked up in the prediction, then 2, then 1 (only nearby): so it finds its way behind
-    what was inserted, left out, or replaced by something longer. Of several positions the next one from where the
-    answer last was in the prediction for certain counts, else the last one before. Where nothing is found, there is no
-    draft.
+    Where it disagrees, one token is assumed to be replaced, and the text after it is drafted. If that is wrong, too,
+    the answer's last 3 tokens are looked up in the prediction, then 2, then 1 (only nearby), which recovers from
+    insertions, deletions and longer replacements. Of several positions the next one after the last certain position
+    counts, else the last one before it. Where nothing is found, there is no draft.
 
     `evidence`: 0 for the guess that a token was replaced, else 1 to 6 by the number of tokens that agreed in a row, 1
-    for none (the answer's beginning), then by powers of two. Drafts are as long as they may be at the beginning, else
-    2n + 3 for n tokens that agree. A token of the answer costs a few lookups, however long the prediction is; memory
-    is proportional to it, and what is looked up is indexed at the first disagreement.
+    for none (the answer's beginning), then by powers of two. Drafts have the full length at the beginning, else 2n + 3
+    tokens for n that agree. A token of the answer costs a few lookups, however long the prediction is; memory is
+    proportional to it, and its index is made at the first disagreement.
     """
 
     name = "prediction"
@@ -40,7 +39,7 @@ class PredictionDrafter:
         self._followers: dict[str, _Follower] = {}
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
-        """One Draft for each of `requests`; none without a prediction, or while the answer is nowhere in it."""
+        """Return one Draft for each of `requests`, empty without a prediction, or while the answer is not in it."""
         return [self._draft(request.sequence, request.limit) for request in requests]
 
     def release(self, sequence: Sequence) -> None:
@@ -74,17 +73,17 @@ class _Follower:
 
     prediction: tuple[int, ...]
     end: int
-    """Tokens of the sequence that were followed."""
+    """Number of tokens of the sequence that were followed."""
     position: int | None = 0
-    """Where the prediction goes on; None while the answer is nowhere in it."""
+    """Position in the prediction of the expected next token; None while the answer is not in it."""
     agreed: int = 0
-    """Tokens before `position` that are the answer's last ones, as far as is known."""
+    """Known number of tokens before `position` that are the answer's last ones."""
     guessed: bool = False
-    """Whether `position` is but a guess: that one token was replaced by another."""
+    """Whether `position` is the guess that one token was replaced."""
     certain: int = 0
     """The last position that was no coincidence."""
     grams: list[dict[tuple[int, ...], list[int]]] = field(default_factory=list)
-    """For each length, longest first: the positions behind an n-gram of the prediction, ascending."""
+    """For each length, longest first: the positions after each n-gram of the prediction, ascending."""
 
     def catch_up(self, tokens: list[int], prompt_len: int) -> None:
         for end in range(self.end, len(tokens)):
@@ -98,7 +97,7 @@ class _Follower:
         self.end = len(tokens)
 
     def _find(self, recent: list[int]) -> None:
-        """Align anew, by the answer's last tokens: what is behind them in the prediction, if they are there."""
+        """Find the position again, by looking up the answer's last tokens in the prediction."""
         left, self.guessed = self.position, False
         if not self.grams:
             self.grams = [_index(self.prediction, length) for length in range(LONGEST_GRAM, 0, -1)]
@@ -106,12 +105,12 @@ class _Follower:
             found = positions.get(tuple(recent[-length:])) if length <= len(recent) else None
             if found is None:
                 continue
-            # What is before the certain place has been said.
+            # What is before the certain position was in the answer already.
             next_ = bisect_left(found, self.certain + 1)
             if length > 1 or (next_ < len(found) and found[next_] <= self.certain + NEAR):
                 self.position, self.agreed = found[min(next_, len(found) - 1)], length
                 return
-        # Just off the certain way: perhaps another token stands for this one.
+        # At the first disagreement after a certain position: perhaps one token was replaced.
         self.guessed = left is not None and left == self.certain
         self.position, self.agreed = (self.certain + 1 if self.guessed else None), 0
 

@@ -1,4 +1,4 @@
-"""The registry of drafters: which kinds there are, how a configuration names them, and how they are loaded and made.
+"""The registry of drafters: their kinds, their names in a configuration, and how they are loaded and made.
 
 A new drafter is one file beside this one and one line in `REGISTRY`. The line names the drafter's module, which is
 imported when an engine needs it: the server, the planner and the command line read the registry without torch.
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DrafterKind:
-    """A kind of drafter: a lookup drafter, which needs no files, or a model-based one, which `recognise` finds files
-    for."""
+    """A kind of drafter: a lookup drafter, which needs no files, or a model-based one, whose files `recognise`
+    recognises."""
 
     name: str
     """A lookup drafter's name in `--drafter`, requests and metrics; of a model-based drafter, what its files are."""
     prior: float
     """Probability that the first token of a draft is accepted, assumed until the engine has seen some."""
     module: str = ""
-    """The module that implements it; by default the one of this package that is called as the kind is."""
+    """The module that implements it; by default this package's module of the kind's name."""
     always: bool = False
-    """Loaded in every engine without being named: it costs nothing until a request brings what it drafts from."""
+    """Whether every engine loads it without being asked: it costs nothing until a request has what it drafts from."""
     recognise: Callable[[ModelFiles], bool] | None = None
     """Whether a model's files are of this kind. None for a lookup drafter. Raises ModelError for unreadable files."""
     sharded: bool = False
@@ -50,7 +50,7 @@ class DrafterKind:
         return self.recognise is not None
 
     def implementation(self) -> Any:
-        """The module with the kind's `make` or `load`."""
+        """Import the module with the kind's `make` or `load`."""
         return import_module(self.module or f"{__package__}.{self.name.replace('-', '_')}")
 
 
@@ -70,33 +70,33 @@ REGISTRY: tuple[DrafterKind, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A drafter that a configuration names, before it is loaded."""
+    """A drafter named in a configuration, before it is loaded."""
 
     name: str
-    """As requests, metrics and timings call it."""
+    """Its name in requests, metrics and timings."""
     kind: DrafterKind
     files: ModelFiles | None = None
-    """The model's; None for a lookup drafter."""
+    """The model's files; None for a lookup drafter."""
 
 
 def lookup_names() -> tuple[str, ...]:
-    """The lookup drafters that `--drafter` can name."""
+    """Return the lookup drafters that `--drafter` can name."""
     return tuple(kind.name for kind in REGISTRY if not kind.needs_files and not kind.always)
 
 
 def kind_of(files: ModelFiles) -> DrafterKind:
-    """The kind of drafter that these files hold. Raises ModelError for files that cannot be read."""
+    """Return the kind of drafter of these files. Raises ModelError for files that cannot be read."""
     return next(kind for kind in REGISTRY if kind.recognise is not None and kind.recognise(files))
 
 
 def default_entries(target_name: str) -> tuple[str, ...]:
-    """The entries of `EngineConfig.drafter` for a target where the configuration has none: all lookup drafters, and the
-    drafts that come with the target."""
+    """Return the default of `EngineConfig.drafter` for a target: all lookup drafters, and the drafts that come with the
+    target."""
     return (*lookup_names(), *DRAFTS.get(target_name, ()))
 
 
 def parse_entries(entries: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, what) of each entry of `EngineConfig.drafter`; the name is "" where it follows from the files.
+    """Return (name, drafter) of each entry of `EngineConfig.drafter`; the name is "" where it follows from the files.
 
     Raises ConfigError for an entry that is empty, given twice, or whose name is taken.
     """
@@ -120,11 +120,11 @@ def parse_entries(entries: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def find(entries: Sequence[str], target_name: str, progress: Progress | None = None) -> list[Source]:
-    """The drafters that `EngineConfig.drafter` names for a target (none named: `default_entries`), then those that are
-    always there.
+    """Return the drafters that `EngineConfig.drafter` names for a target (`default_entries` if it names none), then
+    those that are always loaded.
 
-    Downloads what is not on this machine yet. Raises ConfigError for names that are not unique, ModelError for a model
-    that cannot be found or read.
+    Downloads files that are not on this machine yet. Raises ConfigError for names that are not unique, ModelError for a
+    model that cannot be found or read.
     """
     found = []
     lookups = {kind.name: kind for kind in REGISTRY if kind.name in lookup_names()}
@@ -151,7 +151,7 @@ def check_speculation(speculation: str, sources: Sequence[Source]) -> None:
 
 
 def priors(sources: Iterable[Source]) -> dict[str, float]:
-    """Each drafter's prior, by its name."""
+    """Return each drafter's prior, by name."""
     return {source.name: source.kind.prior for source in sources}
 
 
@@ -180,5 +180,5 @@ def load_draft(
 
 
 def _reserved() -> set[str]:
-    """Names that mean something else, so no draft model can have them."""
+    """Return names with another meaning, which no draft model can have."""
     return {"auto", "none", "off", "vanilla"} | {kind.name for kind in REGISTRY if not kind.needs_files}

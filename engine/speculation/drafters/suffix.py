@@ -1,4 +1,4 @@
-"""SuffixDrafter: the longest suffix of the text that occurred before, of any length, and what followed it most often.
+"""SuffixDrafter: drafts what most often followed the longest suffix of the text that occurred before, of any length.
 
 The text is kept as a suffix automaton (Blumer, Blumer, Haussler, Ehrenfeucht, Chen, Seiferas, 1985), which grows with
 each token. That a text's own repeated suffixes make good drafts is SuffixDecoding's observation (arXiv 2411.04975).
@@ -14,10 +14,10 @@ from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 
 COUNTED = 32
-"""Suffixes (classes of them) whose counts a new token updates, longest first. A text that repeats one token has as many
-as it has tokens, and would take quadratic time; there the counts of its shortest suffixes lag behind."""
+"""Classes of suffixes whose counts a new token updates, longest first. A text that repeats one token has as many as it
+has tokens, which would take quadratic time; there the counts of its shortest suffixes lag behind."""
 STRONGEST = 8
-"""Matches of at least so many tokens are one class of evidence."""
+"""Matches of at least this many tokens are one class of evidence."""
 
 
 class SuffixDrafter:
@@ -37,7 +37,7 @@ class SuffixDrafter:
         self._automata: dict[str, _Automaton] = {}
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
-        """One Draft for each of `requests`; none where the last token is new to the text."""
+        """Return one Draft for each of `requests`, empty if the last token is new to the text."""
         return [self._draft(request.sequence, request.limit) for request in requests]
 
     def release(self, sequence: Sequence) -> None:
@@ -73,25 +73,25 @@ class _Automaton:
     lengths: list[int] = field(default_factory=lambda: [0])
     """Tokens of the state's longest string."""
     counts: list[int] = field(default_factory=lambda: [0])
-    """Places at which its strings end."""
+    """Number of positions at which the state's strings end."""
     best: list[int] = field(default_factory=lambda: [-1])
-    """The token that followed most often, and most recently among such; -1 if none has."""
+    """The token that followed most often, the most recent of equals; -1 if none has."""
     last: int = 0
     """The state of the whole text."""
     end: int = 0
-    """Tokens of the text."""
+    """Number of tokens of the text."""
 
     @property
     def repeated(self) -> int:
-        """The state of the longest suffix that occurs earlier, too; 0 if none does."""
+        """The state of the longest suffix that also occurs earlier; 0 if none does."""
         return max(0, self.links[self.last])
 
     def followed(self, state: int) -> int:
-        """How often the state's best token has followed it."""
+        """Return how often the state's best token has followed it."""
         return self.counts[self.following[state][self.best[state]]]
 
     def walk(self, state: int, count: int) -> tuple[int, ...]:
-        """`count` tokens from a state on that has followers, each the best after those before it."""
+        """Return `count` tokens from a state that has followers, each the best after those before it."""
         tokens = []
         for _ in range(count):
             token = self.best[state]
@@ -119,7 +119,7 @@ class _Automaton:
                 fits = lengths[shared] == lengths[node] + 1
                 links[state] = shared if fits else self._split(shared, node, token)
             self.last = state
-            # First what ends here, then what it has followed: the suffixes of the text with and without the token.
+            # First count the suffixes that end here, then update the best followers of those that the token followed.
             for _ in range(COUNTED):
                 if state <= 0:
                     break
