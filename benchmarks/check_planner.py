@@ -1,11 +1,11 @@
-"""Is `pilotfish plan` right on this machine? Measures it as a device, runs the benchmark, compares tokens per second.
+"""Compare `pilotfish plan` with `pilotfish bench` on this machine: measured as a device, in tokens per second.
 
     python benchmarks/check_planner.py --model smollm2-135m --model gemma-3-270m --concurrency 1,8 --rounds 3
 
-Everything happens in turn in one process: each round measures the device once and visits every model with every arm, so
-that both sides see the machine in the same moods. The best round of each counts. The prediction is told the lengths of
-the prompts and answers, and, of an arm that drafts, how many tokens were drafted and accepted in a step; no seconds.
-The arm "draft" is the target drafting for itself: what it drafts is accepted, and what that costs is k more passes.
+Everything runs in one process: each round measures the device once and visits every model with every arm, so that a
+machine whose speed drifts affects both sides alike. The best round of each counts. The prediction gets the lengths of
+the prompts and answers and, for arms that draft, the mean number of tokens drafted and accepted in a step; no seconds.
+The arm "draft" is the target as its own draft model: every draft is accepted, at the cost of k more passes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
 
+from closed_loop import RequestLength, play
 from measure_device import DeviceMeter
 
 from pilotfish.checkpoints.catalog import resolve
@@ -31,7 +32,6 @@ from pilotfish.tools.bench.arms import arms_of
 from pilotfish.tools.bench.rows import Row
 from pilotfish.tools.bench.runner import Benchmark, run, warm_up
 from pilotfish.tools.planner.devices import Device
-from pilotfish.tools.planner.load import RequestLength, play
 from pilotfish.tools.planner.models import PlannedModel, read_shape
 from pilotfish.tools.planner.roofline import draft_seconds, pass_seconds, step_seconds
 
@@ -57,7 +57,7 @@ class Bench:
         return max(rows, key=lambda row: row.tokens_per_second)
 
     def predicted(self, device: Device, measured: Row) -> float:
-        """Tokens per second of the load that `measured` was."""
+        """Return the predicted tokens per second under the load of `measured`."""
         (prompts,) = self.benchmark.suites.values()
         answer, load = self.benchmark.params.max_tokens, measured.concurrency
         requests = [RequestLength(len(prompt), answer) for prompt in islice(cycle(prompts), max(len(prompts), load))]
@@ -72,7 +72,7 @@ class Bench:
             return step
 
         total = play(requests, load, MAX_BATCH_TOKENS, seconds, drafted, tokens)
-        if measured.arm == DRAFT:  # the draft reads the prompts, too, as many rows at a time
+        if measured.arm == DRAFT:  # the draft model reads the prompts, too, as many rows at a time
             together = min(load, max(1, MAX_BATCH_TOKENS // max(each.prompt for each in requests)))
             lengths = [each.prompt for each in requests]
             reading = [pass_seconds(self.model, device, 1, together * n, together, n, 0) for n in lengths]
@@ -108,7 +108,7 @@ def make_bench(
 
 
 def drafted_in_a_step(row: Row) -> float:
-    """Tokens that a request verifies in a step, on average."""
+    """Return the mean number of drafted tokens that a request verifies in a step."""
     return (row.mean_accepted_length - 1) / row.acceptance_rate if row.acceptance_rate else 0.0
 
 

@@ -1,21 +1,20 @@
-"""Load on OpenAI-compatible servers, in turn: who is how much faster, on a machine whose speed drifts.
+"""Compare OpenAI-compatible servers under load, in turns, so that ratios hold on a machine whose speed drifts.
 
     python benchmarks/compare_servers.py \\
         --server vanilla=http://127.0.0.1:8000 --extra 'vanilla={"speculation": "off"}' \\
         --server ngram=http://127.0.0.1:8000 --server other=http://127.0.0.1:9000@its-model-name \\
         --concurrency 1,8 --max-tokens 128 --rounds 3 --json out.json
 
-Each round visits every server at every concurrency (A B A B ...) with as many requests in flight as that says: a new
-one starts when one ends. Figures are medians over the rounds; a ratio is taken within its round, to the first server.
-What the columns mean:
+Each round visits every server at every concurrency (A B A B ...), in a closed loop: a new request starts when one ends.
+Figures are medians over the rounds; a ratio is taken within its round, to the first server. The columns:
 
 - tokens/s: output tokens of a visit (the server's own `usage`) by its duration, first request to last token;
 - TTFT p50: from sending a request to its first text, the median of the requests;
 - ITL p50: (last text - first text) / (tokens - 1) of a request, the median of the requests;
 - pause p99: 99th percentile of the pauses between two chunks of a stream, which can bring several tokens each.
 
-Requests carry a system message with a number of their own, so that no prefix cache spares a visit what an earlier one
-has computed (--plain leaves it out). Needs httpx.
+Each request has a numbered system message, so that no visit profits from the prefix cache of an earlier one (--plain
+leaves it out). Needs httpx.
 """
 
 from __future__ import annotations
@@ -156,8 +155,8 @@ def read_prompts(path: Path) -> list[str]:
 def read_servers(args: Any) -> list[Server]:
     extras = {name: json.loads(body) for name, _, body in (extra.partition("=") for extra in args.extra)}
     servers = []
-    for name, _, place in (server.partition("=") for server in args.server):
-        url, _, model = place.partition("@")
+    for name, _, address in (server.partition("=") for server in args.server):
+        url, _, model = address.partition("@")
         url = url.rstrip("/")
         model = model or httpx.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"]
         servers.append(Server(name, url, model, extras.pop(name, {})))

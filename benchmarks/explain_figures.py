@@ -1,12 +1,12 @@
-"""Published speed-ups of speculative decoding beside the planner's roofline: which acceptance would explain them.
+"""Published speedups of speculative decoding beside the planner's roofline: the acceptance that would explain them.
 
     python benchmarks/explain_figures.py
 
-The figures: Llama-3.1-70B at 60, 69 and 91 tokens per second (vanilla, 8B draft, 1B draft), Llama-3.1-405B at 6, 12 and
-3.3. Neither the hardware nor the draft length was published with them. For each set-up that may have been used this
-prints the predicted tokens per second, and for each draft and draft length k the acceptance rate that gives the
-published speed-up: if all is as fast as the roofline says, and if the target's step is as slow as published and only
-the drafts as fast as the roofline says. Where no rate in [0, 1] does, it says what a step would have to cost.
+The figures: Llama-3.1-70B at 60, 69 and 91 tokens per second (vanilla, 8B draft model, 1B draft model), Llama-3.1-405B
+at 6, 12 and 3.3. Neither the hardware nor the draft length was published. For each setup that may have been used this
+prints the predicted tokens per second, and for each draft model and draft length k the acceptance rate that gives the
+published speedup: if everything is as fast as the roofline says, and if the target's step is as slow as published and
+only the drafting as fast as the roofline says. Where no rate in [0, 1] does, it prints how long a step must have taken.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Figures:
     model: str
     vanilla: float  # tokens per second
     drafted: dict[str, float]  # the same, by draft
-    set_ups: tuple[tuple[str, int], ...]  # GPU, tensor-parallel degree
+    setups: tuple[tuple[str, int], ...]  # GPU, tensor-parallel degree
 
 
 FIGURES = (
@@ -54,7 +54,7 @@ DRAFTS = ("8b=meta-llama/Llama-3.1-8B-Instruct", "1b=meta-llama/Llama-3.2-1B-Ins
 def main() -> None:
     for figures in FIGURES:
         print(f"## {figures.model.rpartition('/')[2]}: {figures.vanilla:g} tokens per second published\n")
-        for gpu, ranks in figures.set_ups:
+        for gpu, ranks in figures.setups:
             settings = EngineConfig(model=figures.model, drafter=DRAFTS, tensor_parallel_size=ranks)
             explain(make_setup(settings, find_device(gpu)), figures)
         for quantization in ("none", "fp8"):
@@ -83,14 +83,14 @@ def explain(setup: Setup, figures: Figures) -> None:
 
 
 def slow_target(setup: Setup, draft: PlannedDraft, length: int, speedup: float, step: float) -> float | None:
-    """Return the acceptance needed if the target's step takes as long as the published one, verifying or not, and the
-    draft as long as the roofline says."""
+    """Return the acceptance needed if the target's step takes as long as published, verifying or not, and drafting as
+    long as the roofline says."""
     drafting = predict(setup, draft, 1, CONTEXT, length, 0.0).draft_seconds
     return acceptance_for(speedup * (step + drafting) / step, length)
 
 
 def beyond(setup: Setup, draft: PlannedDraft, figures: Figures) -> None:
-    """Print the cost that a step would need to have, for a figure too low for any acceptance to explain."""
+    """Print how long a step must have taken, for a figure that is too low for any acceptance to explain."""
     plain = 1 / figures.vanilla
     longest = plain * figures.vanilla / figures.drafted[draft.name]  # a step that commits one token
     for length in (1, 4, 8):
@@ -107,7 +107,7 @@ def beyond(setup: Setup, draft: PlannedDraft, figures: Figures) -> None:
 
 
 def serial(figures: Figures, quantization: str) -> None:
-    """The layers spread over the GPUs, one working at a time: every weight is read by one GPU's bandwidth."""
+    """Print the speed with the layers spread over GPUs that work one at a time: one GPU's bandwidth reads all."""
     settings = msgspec.convert({"model": figures.model, "quantization": quantization}, EngineConfig)
     step = predict(make_setup(settings, find_device("h100")), None, 1, CONTEXT, 0, None).step
     dtype = "fp8" if quantization == "fp8" else "bfloat16"

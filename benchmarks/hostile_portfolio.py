@@ -2,9 +2,9 @@
 
     python benchmarks/hostile_portfolio.py --concurrency 1,8 --requests 8 --max-tokens 64 --rounds 3
 
-Makes a Llama of the target's shape with random weights in a temporary folder, gives it to an engine as a draft beside
-`ngram`, and has vanilla and auto take turns on prompts of random tokens, whose answers are sampled at a high
-temperature. The promise is that auto is never below 0.97 of vanilla.
+Writes a Llama of the target's shape with random weights into a temporary folder, loads it as a draft model beside
+`ngram`, and alternates vanilla and auto on prompts of random tokens, sampling at a high temperature. The promise is
+that auto is never below 0.97 of vanilla.
 """
 
 from __future__ import annotations

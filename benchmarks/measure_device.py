@@ -1,12 +1,12 @@
-"""Measure this machine's CPU as a device for `pilotfish plan`: its memory, its kernels and the engine's own work.
+"""Measure this machine's CPU as a device for `pilotfish plan`: its memory, its kernels, and the engine's own work.
 
     python benchmarks/measure_device.py --out cpu.json
     pilotfish plan --model smollm2-135m --gpu cpu.json
 
-Nothing here knows the models that are planned later. Matrices are measured alone, so many that they come from memory
-and not from a cache; the rest comes from small models with random weights, by what a step takes longer when they have
-more layers, sequences, context or vocabulary. All are measured in turn in each round, and the best round counts, as
-other work on the machine only ever adds time: the more rounds, the less it matters. About 5 s a round.
+Nothing here depends on the models that are planned later. Matrices are measured alone, so many that they come from
+memory and not from a cache; the rest comes from small models with random weights, as the difference that more layers,
+sequences, context or vocabulary make to a step. The best round of each counts, because other work on the machine only
+adds time: the more rounds, the less it matters. About 5 s a round.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Seconds = dict[str, float]
 
 
 class Probe:
-    """A small model's steps of one kind: so many sequences of so much context."""
+    """A small model whose steps are timed, at one number of sequences and one context length."""
 
     def __init__(self, folder: Path, shape: ModelConfig, sequences: int, context: int) -> None:
         self.shape, self.sequences, self.context = shape, sequences, context
@@ -75,7 +75,7 @@ class Probe:
 
 
 class DeviceMeter:
-    """All that is measured, loaded once; `round` measures each once, `device` says what the rounds came to."""
+    """Everything that is measured, loaded once; `round` measures it, `device` returns the device of all rounds."""
 
     def __init__(self, folder: Path) -> None:
         self.threads = thread_count(EngineConfig())
@@ -114,7 +114,7 @@ class DeviceMeter:
         return _device({name: min(r[name] for r in self.rounds) for name in self.rounds[0]}, self.threads)
 
     def _matrices(self, rows: int) -> float:
-        """Seconds of a pass over all matrices."""
+        """Return the seconds of a pass over all matrices."""
         x = torch.randn(rows, INPUTS)
         start = time.perf_counter()
         for matrix in self.matrices:
@@ -122,7 +122,7 @@ class DeviceMeter:
         return time.perf_counter() - start
 
     def _row_operators(self) -> float:
-        """Seconds for a byte that the planner counts, of the operators of a layer that go row by row."""
+        """Return the seconds of a layer's row-wise operators, per byte that the planner counts for them."""
         rows, hidden, inner, heads = 64, 1024, 2816, 16
         x, gate_up, weight = torch.randn(rows, hidden), torch.randn(rows, 2 * inner), torch.ones(hidden)
         qkv, positions = torch.randn(rows, 3 * heads, 64), torch.arange(rows)
@@ -138,7 +138,7 @@ class DeviceMeter:
         return _median_time(layer, 20) / counted
 
     def _draft_pass(self) -> float:
-        """Seconds of a pass of the smallest model as a draft."""
+        """Return the seconds of a pass of the smallest model as a draft model."""
         params = SamplingParams(temperature=0.0, max_tokens=8 * STEPS, ignore_eos=True)
         core, times = self.drafting.core, []
         for request in self.drafting.requests([[1] * 32], params):

@@ -1,11 +1,11 @@
-"""The latency of sending a step's plan to the other tensor-parallel ranks: from rank 0's call to broadcast until the
-last of them has the batch unpacked, ready to be copied to its device.
+"""The latency of sending a step's plan to the other tensor-parallel ranks: from rank 0's broadcast until the last rank
+has unpacked the batch and could copy it to its device.
 
     python benchmarks/plan_broadcast.py --sequences 64 --ranks 3 --context 4096
 
-Real processes, the engine's own channel, batches of one row and of five rows for each sequence, with block tables for
-that much context. All are on this machine, so that one clock times both ends. No model: between two plans nothing else
-runs. "packing" is what rank 0 does before, for itself and for the others alike.
+Real processes and the engine's own channel; batches of one row and of five rows for each sequence, with block tables
+for that much context. All processes are on this machine, so that one clock times both ends. There is no model: between
+two plans nothing runs. "packing" is rank 0's work before, for itself and for the others alike.
 """
 
 from __future__ import annotations

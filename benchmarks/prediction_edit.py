@@ -1,4 +1,4 @@
-"""The speedup of a prediction where an answer is mostly known: the model's own answer with some words changed.
+"""The speedup by a prediction where an answer is mostly known: the model's own answer with some words changed.
 
     python benchmarks/prediction_edit.py --questions 10 --every 20
 

@@ -1,11 +1,10 @@
-"""The effect of a long prompt on decoding requests: their inter-token latency before it arrives, and while it is read.
+"""The effect of a long prompt on decoding requests: their inter-token latency before it arrives, and during prefill.
 
     python benchmarks/prefill_interference.py --streams 7 --prompt-tokens 6000
 
-Chunked prefill promises that the prompt raises the streams' ITL p99 by no more than the time of one prefill chunk. That
-time is taken from reading a prompt of that length with nobody else there: the slowest of its steps, as later chunks see
-more keys. The streams decode without speculation, so each gap is one step and one token. Runs the engine in this
-process.
+Chunked prefill promises that the prompt raises the streams' ITL p99 by no more than the time of one prefill chunk: the
+slowest step of the same prompt alone, because later chunks see more keys. The streams decode without speculation, so
+each gap is one step and one token. Runs the engine in this process.
 """
 
 from __future__ import annotations
@@ -73,8 +72,8 @@ def main() -> None:
 
 
 def step(core: EngineCore, last: dict[str, float]) -> tuple[list[float], float, set[str]]:
-    """Take a step. Returns each stream's gap since its last token (`last` is brought up to date), the step's seconds,
-    and who has got a token."""
+    """Take a step and update `last`, the time of each stream's last token. Returns each stream's gap since then, the
+    step's seconds, and the ids of the requests that got a token."""
     start = time.perf_counter()
     result = core.step()
     now = time.perf_counter()
@@ -85,7 +84,7 @@ def step(core: EngineCore, last: dict[str, float]) -> tuple[list[float], float, 
 
 
 def steps_until(core: EngineCore, name: str, last: dict[str, float], gaps: list[float] | None = None) -> list[float]:
-    """Seconds of each step up to the one that brings `name` its first token; others' gaps are added to `gaps`."""
+    """Return the seconds of each step up to `name`'s first token; the other requests' gaps are added to `gaps`."""
     seconds = []
     while True:
         own, took, got = step(core, last)

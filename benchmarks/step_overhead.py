@@ -3,15 +3,15 @@
     python benchmarks/step_overhead.py --sequences 8 --max-tokens 128
     python benchmarks/step_overhead.py --idle-model --sequences 64
 
-Decodes the built-in prompts (server/cli/prompts.jsonl) with n-gram speculation in this process. Counted are steps
-in which all sequences decode and no prompt is read. "messages" is a step's Outputs to MessagePack and back: the engine
-process does the one, the server's the other. "own work" is the whole step but the model's pass, plus the messages.
+Decodes the built-in prompts (server/cli/prompts.jsonl) with n-gram speculation in this process. Steps count if all
+sequences decode and no prompt is prefilled. "messages" is encoding a step's Outputs as MessagePack, which the engine
+process does, and decoding it, which the server does. "own work" is the step without the model's pass, plus messages.
 
---idle-model measures what a GPU would have to wait for: a model that does nothing, whose hidden states and logits are
-there beforehand, and a drafter that proposes the tokens that it will say. Then "forward" is the work of packing the
-spans and handing out their tensors, and "host work" is the whole step, this and the drawing of tokens from a vocabulary
-of 512 included, with the message to the server encoded (not decoded, which is the server's). Measured without drafts,
-and with --draft-tokens of them verified at each step, once without the controller's choice and once with it.
+--idle-model measures what a GPU would wait for: the model does nothing, because its hidden states and logits exist
+beforehand, and the drafter proposes the tokens that it will predict. Then "forward" is packing the spans and making
+their tensors, and "host work" is the whole step, with this, with drawing tokens from a vocabulary of 512, and with
+encoding the message to the server (not decoding it). Measured without drafts, and with --draft-tokens verified in each
+step, without and with the controller.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from __future__ import annotations
 import argparse
 import cProfile
 import gc
-import json
 import pstats
 import statistics
 import time
+from itertools import cycle, islice
 from pathlib import Path
 
 import msgspec
@@ -48,6 +48,7 @@ from pilotfish.engine.speculation.control.controller import Controller
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 from pilotfish.engine.speculation.speculator import Speculator
 from pilotfish.engine.verification.coupled import CoupledVerifier
+from pilotfish.server.cli.prompts import encode, read_prompts
 from pilotfish.text.tokenizer import load_tokenizer
 
 PROMPTS = Path(__file__).parents[1] / "server" / "cli" / "prompts.jsonl"
@@ -77,15 +78,13 @@ def main() -> None:
 
 def real_model(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(resolve(args.model))
-    lines = PROMPTS.read_text().splitlines()
-    texts = [json.loads(lines[i % len(lines)])["prompt"] for i in range(args.sequences)]
-    chats = [tokenizer.apply_chat_template([{"role": "user", "content": text}], True) for text in texts]
-    prompts = [tokenizer.encode(chat, add_special_tokens=False) for chat in chats]
+    texts = islice(cycle(read_prompts(PROMPTS)), args.sequences)
+    prompts = [encode(tokenizer, text) for text in texts]
     params = SamplingParams(temperature=args.temperature, seed=1, max_tokens=args.max_tokens, ignore_eos=True)
     with LLM(model=args.model) as llm:
         for request in llm.requests(prompts, params, speculation=args.speculation):
             llm.core.add(request)
-        report(f"{args.speculation}", measure(llm.core, args.sequences))
+        report(args.speculation, measure(llm.core, args.sequences))
 
 
 def idle_model(sequences: int, max_tokens: int, temperature: float, drafted: int, profile: bool) -> None:

@@ -1,11 +1,11 @@
-"""How many chunks a second the server writes: the real application under uvicorn, with an engine that answers at once.
+"""The chunks per second that the server writes: the real application under uvicorn, with an engine that takes no time.
 
     python benchmarks/stream_throughput.py --streams 256 --tokens 200
 
-The server runs in a process of its own. Its engine is a stand-in within that process: at each step it hands one token
-to every stream, and begins the next step once all of them have been taken, so what is measured is the way from a delta
-to a socket. The client, in this process, only counts. Reported are chunks per second of wall time, and, which load on
-the machine disturbs less, the server's CPU time (user and system) per chunk and the chunks that a second of it writes.
+The server runs in a process of its own, with a stand-in for the engine: each of its steps yields one token for every
+stream, and the next one begins once all of them have been taken, so the path from a delta to a socket is measured. The
+client, in this process, only counts. Reported are chunks per second of wall time and, less sensitive to other load on
+the machine, the server's CPU time (user and system) per chunk and the chunks per second of that.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python benchmarks/verify_cost.py --sequences 1,8 --rows 1,2,5,9,16
 
-A span of k + 1 rows verifies k drafted tokens. Row counts take turns in each round, so that ratios hold on a noisy
+A span of k + 1 rows verifies k drafted tokens. Each round visits all row counts, so that ratios hold on a noisy
 machine. Figures are medians of the rounds; a ratio is taken within its round, to the first row count.
 """
 

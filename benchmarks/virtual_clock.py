@@ -1,14 +1,14 @@
-"""The controller in virtual time: what `pilotfish bench` measures of its choices, without a machine's noise.
+"""The controller in virtual time: what `pilotfish bench` would measure, without a machine's noise.
 
     python benchmarks/virtual_clock.py record --model smollm2-135m --prompts mt_bench.jsonl --out smollm2.json
     python benchmarks/virtual_clock.py replay smollm2.json --concurrency 1,4,8,16
 
-`record` runs the real engine, plainly, and notes each answer and what every model-based drafter would have proposed
-at each of its positions (`virtual_record.py`). Neither depends on who drafts. So `replay` needs no model
-(`virtual_engine.py`): scheduler, speculator, controller and lookup drafters are the real ones, the target's tokens and
-the heads' drafts are the recorded ones, and each pass takes what a table says (`virtual_costs.py`). A run takes seconds
-and is the same to the last digit, so two versions of the controller can be compared. `--jitter` brings a machine's
-noise back, the same in each run.
+`record` runs the real engine with plain decoding, and records each answer and what every model-based drafter would have
+proposed at each of its positions (`virtual_record.py`). Neither depends on the drafter in use. So `replay` needs no
+model (`virtual_engine.py`): scheduler, speculator, controller and lookup drafters are real, the target's tokens and the
+heads' drafts are recorded, and each pass takes as long as a table says (`virtual_costs.py`). A run takes seconds and is
+reproducible to the last digit, so two versions of the controller can be compared. `--jitter` adds noise, the same in
+each run.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def replay(args: argparse.Namespace) -> None:
                     visits[arm] = engine.visit(chosen, drafters, load)
                 speed = {arm: visits["vanilla"].seconds / visit.seconds for arm, visit in visits.items()}
                 auto, best = visits["auto"], max(value for arm, value in speed.items() if len(arms[arm]) < 2)
-                drafts = ", ".join(f"{who} {auto.accepted[who]}/{count}" for who, count in auto.drafted.items())
+                drafts = ", ".join(f"{each} {auto.accepted[each]}/{count}" for each, count in auto.drafted.items())
                 figures = " | ".join(f"{value:.2f}" for value in list(speed.values())[1:])
                 print(
                     f"| {suite} | {load} | {figures} | {speed['auto'] / best:.3f} | "

@@ -1,4 +1,4 @@
-"""The time of `virtual_clock.py`: what passes took where it was measured, and the clock that goes by those tables."""
+"""The time in `virtual_clock.py`: tables of measured passes, and a clock that advances by them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Costs:
-    """Milliseconds. Between the rows of a table lines; beyond it the last line goes on."""
+    """Milliseconds, by numbers of rows; interpolated linearly between them, and extrapolated from the last two."""
 
     verifying: dict[int, float]
-    """A pass of the target by rows, with logits of each."""
+    """A pass of the target by its rows, with logits of each."""
     reading: dict[int, float]
-    """Milliseconds of a pass by its rows, with logits of one row."""
+    """A pass of the target by its rows, with logits of one row."""
     context_token: float
-    """Milliseconds for each token in the KV cache of the pass's sequences."""
+    """Time per token in the KV cache of the pass's sequences."""
     drafting: dict[str, dict[int, float]]
-    """A pass of a draft by rows."""
+    """A pass of a drafter by its rows, by the drafter's name."""
     step: float = 0.35
     sequence: float = 0.05
-    """The engine's own work in a step, and for each of its sequences: about what `step_overhead.py` shows, for all arms
-    alike."""
+    """The engine's own work in a step, and for each of its sequences: about what `step_overhead.py` measures; the same
+    for all arms."""
 
 
 COSTS = {
@@ -69,7 +69,7 @@ COSTS = {
 
 
 class Clock:
-    """Seconds, by the table; each duration `jitter` more or less, and one in a hundred three times as long."""
+    """A clock in seconds. Each duration varies by a share of `jitter`, and one in a hundred is three times as long."""
 
     def __init__(self, costs: Costs, jitter: float) -> None:
         self.now = 0.0
@@ -80,7 +80,7 @@ class Clock:
         return self.now
 
     def spend(self, milliseconds: float) -> float:
-        """Let that much time go by; returns the seconds that it really took."""
+        """Advance by that much, jitter included; returns the seconds."""
         seconds = 1e-3 * milliseconds
         if self._jitter:
             seconds *= self._random.uniform(1 - self._jitter, 1 + self._jitter)
@@ -89,7 +89,7 @@ class Clock:
         return seconds
 
     def target(self, rows: int, logit_rows: int, context: int) -> float:
-        """Milliseconds of a pass of the target."""
+        """Return the milliseconds of a pass of the target."""
         costs = self._costs
         head = line(costs.verifying, logit_rows) - line(costs.reading, logit_rows)
         return line(costs.reading, rows) + head + costs.context_token * context

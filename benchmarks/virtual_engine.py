@@ -1,4 +1,4 @@
-"""The engine of `virtual_clock.py`: real but for the models, which are recordings, and the time, which is a table's."""
+"""The engine of `virtual_clock.py`: real except for the models, which are recordings, and the time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pilotfish.engine.speculation.speculator import Speculator
 
 
 class RecordedDrafter:
-    """A drafter that proposes what a head proposed at the same position."""
+    """A drafter that proposes what a head proposed at the same position of the recording."""
 
     def __init__(self, name: str, clock: Clock, questions: dict[str, Recorded]) -> None:
         self.name = name
@@ -100,7 +100,7 @@ class Engine:
         self.scheduler = Scheduler(self.pool, 64, 512)
 
     def visit(self, questions: list[Recorded], drafters: tuple[str, ...], concurrency: int) -> Visit:
-        """All the questions, so many at a time."""
+        """Decode the questions, `concurrency` at a time."""
         waiting, live, visit, start = deque(questions), 0, Visit(), self.clock.now
         while waiting or live:
             while waiting and live < concurrency:

@@ -23,14 +23,14 @@ from pilotfish.server.cli.prompts import encode, read_suites
 from pilotfish.text.tokenizer import load_tokenizer
 
 LONGEST = 8
-"""Tokens of a draft at most, in recordings and when they are played."""
+"""Maximum draft length, in recordings and replays."""
 AT_ONCE = 8
-"""Answers that are recorded at the same time."""
+"""Answers that are recorded concurrently."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A question."""
+    """A recorded question: prompt, answer, and by head the draft (tokens, confidences) behind each answer token."""
 
     prompt: tuple[int, ...]
     answer: list[int]
@@ -38,7 +38,7 @@ class Recorded:
 
 
 class Listener(Speculator):
-    """Drafts nothing, and notes what each model-based drafter would propose."""
+    """A speculator that drafts nothing, and records what each model-based drafter would propose."""
 
     def __init__(self, lookups: Iterable[Drafter], model_drafters: Iterable[ModelDrafter], max_model_len: int) -> None:
         super().__init__(lookups, model_drafters, LONGEST, max_model_len, None)

@@ -199,7 +199,7 @@ def _groups(results: Sequence[Result]) -> list[str]:
 
 
 def _closest(results: Sequence[Result]) -> str:
-    shares = {r.name: s for r in results if (s := _share(r)) is not None and r.verdict == "passed"}
+    shares = {r.name: s for r in results if r.verdict == "passed" and (s := _share(r)) is not None}
     if not shares:
         return ""
     name = max(shares, key=lambda each: shares[each])
@@ -277,13 +277,7 @@ def _bound(result: Result) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
-    return (
-        f"{value:,.0f}"
-        if value == int(value) and abs(value) < 1e9
-        else f"{value:.3g}"
-        if abs(value) < 1000
-        else f"{value:,.0f}"
-    )
+    return f"{value:,.0f}" if value.is_integer() or abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _gib(size: int) -> str:

@@ -7,7 +7,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.params import SamplingParams
 from pilotfish.server.cli.command import Command
 from pilotfish.server.cli.measuring import OMITTED, add_measuring_flags, engine_config, title
 from pilotfish.server.cli.prompts import encode, read_suites
@@ -30,11 +29,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: dict[str, Any]) -> int:
     suites = read_suites(options["prompts"], options["questions"])
     config = engine_config(options)
-    common = {"max_tokens": options["max_tokens"], "ignore_eos": options["ignore_eos"], "seed": config.seed or 0}
-    modes = {
-        "greedy": SamplingParams(temperature=0.0, **common),
-        "sampled": SamplingParams(temperature=0.8, top_p=0.9, **common),
-    }
     # Imported here: --help and mistakes need none of it.
     from tqdm import tqdm
 
@@ -42,8 +36,9 @@ def _run(options: dict[str, Any]) -> int:
     from pilotfish.engine.llm import LLM
     from pilotfish.text.tokenizer import load_tokenizer
     from pilotfish.tools.bench.arms import arms_of
-    from pilotfish.tools.bench.compare import bound_of, compare, requests_of
+    from pilotfish.tools.bench.compare import bound_of, compare, greedy_and_sampled, requests_of
 
+    modes = greedy_and_sampled(options["max_tokens"], options["ignore_eos"], config.seed or 0)
     console = Console(sys.stderr)
     files = resolve(config.model, console.progress)
     tokenizer = load_tokenizer(files)

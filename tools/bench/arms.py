@@ -26,7 +26,7 @@ def arms_of(names: Sequence[str], info: EngineInfo) -> list[Arm]:
     """
     known = {VANILLA: "off", **{name: name for name in info.drafters}, AUTO: AUTO}
     if not names:
-        names = [name for name in known if name != PredictionDrafter.name]  # the prompts bring none
+        names = [name for name in known if name != PredictionDrafter.name]  # prompts come without predictions
     for name in names:
         if name not in known:
             listed = ", ".join(repr(each) for each in known)

@@ -1,11 +1,11 @@
-"""Does an arm change the text? The same prompts and seeds through vanilla and the arm, token by token, and, where they
-differ, whether the precision of the computation explains it.
+"""Comparing an arm's texts with vanilla's, token by token, for the same prompts and seeds; and whether the precision
+explains a difference.
 
-The reference is vanilla with each prompt alone. Kernels whose rows are bit-equal in every batch ("native") explain no
-difference at all. With others a logit depends a little on the rows around it, and two nearly equally likely
-tokens may change places. That can be asked of the engine itself: does vanilla draw the arm's token, too, once
-the two tokens' logits are moved towards each other by no more than the precision's bound, and the nucleus's edge by
-what that moves it? The noise of a sampled token depends on seed and position alone, so it is the same noise.
+The reference is vanilla with each prompt alone. Batch-invariant kernels ("native") explain no difference at all. With
+others a logit depends a little on the rows around it, and two almost equally likely tokens may trade places. The engine
+itself decides that: does vanilla draw the arm's token, too, once the two tokens' logits are moved towards each other by
+no more than the precision's bound, and the nucleus's edge accordingly? The noise of a sampled token depends on seed and
+position alone, so it is the same.
 """
 
 from __future__ import annotations
@@ -59,6 +59,12 @@ class Comparison:
         return self.texts - len(self.differences)
 
 
+def greedy_and_sampled(max_tokens: int, ignore_eos: bool = True, seed: int = 0) -> dict[str, SamplingParams]:
+    """Return the two modes in which texts are compared, by name."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=ignore_eos, seed=seed)
+    return {"greedy": greedy, "sampled": msgspec.structs.replace(greedy, temperature=0.8, top_p=0.9)}
+
+
 def bound_of(info: EngineInfo) -> float:
     """Return how far this engine's logits may differ from batch to batch: 0 for batch-invariant kernels."""
     return 0.0 if info.kernels == "native" else BOUNDS[info.dtype]
@@ -74,9 +80,8 @@ def compare(
 ) -> Iterator[Comparison]:
     """Yield a comparison for each of `modes`, arms and batch sizes; for vanilla only at batch sizes above 1.
 
-    `on_end` is called with the number of requests that have just ended; `requests_of` says how many there will be.
-    Raises ConfigError for a configuration whose text may depend on what was drafted, ParameterError for a prompt that
-    is too long.
+    on_end: called with the number of requests that have just ended; `requests_of` says how many there will be.
+    Raises ConfigError for a configuration whose text may depend on drafts, ParameterError for too long a prompt.
     """
     if llm.config.verification != "coupled":
         raise ConfigError(
@@ -84,7 +89,7 @@ def compare(
         )
     vanilla = next(arm for arm in arms if arm.name == VANILLA)
     for params in modes.values():
-        # A difference is looked into with the longest answer as part of the prompt.
+        # A difference is examined with the answer as part of the prompt.
         longest = max(map(list, prompts), key=len)
         for request in llm.requests([longest + longest[:1] * params.max_tokens], params):
             check_request(request, llm.info)

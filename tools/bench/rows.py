@@ -31,8 +31,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """Time from a request's start to its first token, the median over the requests."""
     itl_p50_ms: float | None
     itl_p99_ms: float | None
-    """Between a token and the one before, over the tokens of all requests; tokens that come together share the pause
-    before them evenly. None where every answer is one token."""
+    """Time between a token and the one before, over all requests; tokens of one step share it evenly. None where every
+    answer is one token."""
     identical_text: bool
     """Every answer is, token by token, the one that vanilla gives in the same round at the same concurrency."""
 

@@ -1,4 +1,4 @@
-"""Running a benchmark: arms take turns on one LLM, in a closed loop. `rows` defines the figures."""
+"""Running a benchmark: arms alternate on one LLM, in a closed loop. `rows` defines the figures."""
 
 from __future__ import annotations
 
@@ -67,20 +67,20 @@ def warm_up(benchmark: Benchmark, llm: LLM) -> None:
 
 
 def run(benchmark: Benchmark, llm: LLM, on_end: Callable[[], object]) -> Iterator[list[Row]]:
-    """Yield the rows of all arms on one suite at one concurrency in one round, after the last arm's turn.
+    """Yield the rows of all arms on one suite at one concurrency in one round.
 
-    Another arm begins in every round. One request at a time, they take turns at each of them: a machine's speed changes
-    within a visit, and so it changes for all. `on_end` is called after each request.
+    Each round starts with another arm. At concurrency 1 the arms alternate request by request, so that a machine's
+    changing speed affects all alike. `on_end` is called after each request.
     """
     for number in range(benchmark.rounds):
         for suite, prompts in benchmark.suites.items():
             for load in benchmark.concurrency:
                 requests = {arm.name: _requests(llm, arm, prompts, benchmark.params, load) for arm in benchmark.arms}
                 visits = {arm.name: _Visit() for arm in benchmark.arms}
-                turns = 1 if load > 1 else len(prompts)
-                for turn in range(turns):
-                    for arm in _rotated(benchmark.arms, number + turn):
-                        visits[arm.name].add(_visit(llm, requests[arm.name][turn::turns], load, on_end))
+                parts = 1 if load > 1 else len(prompts)
+                for part in range(parts):
+                    for arm in _rotated(benchmark.arms, number + part):
+                        visits[arm.name].add(_visit(llm, requests[arm.name][part::parts], load, on_end))
                 name, vanilla = benchmark.model, visits[VANILLA]
                 yield [_row(name, arm, suite, load, number, visit, vanilla) for arm, visit in visits.items()]
 
@@ -93,7 +93,7 @@ class _Answer:
     ttft: float = 0.0
     token_ids: list[int] = field(default_factory=list)
     pauses: list[float] = field(default_factory=list)
-    """Seconds, one for each token but those that come first."""
+    """Seconds before each token after those of the first step."""
     stats: RequestStats | None = None
 
     def extend(self, delta: Delta, now: float) -> None:

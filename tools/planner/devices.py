@@ -1,8 +1,8 @@
 """Device: the rates and the memory of one GPU, or of a machine's CPU; and the devices that are known by name.
 
 Published peaks come from the makers' data sheets, and no kernel reaches them: `bandwidth_share` and `flops_share` say
-how much of them the planner expects. A measured device (benchmarks/measure_device.py writes one) has shares of 1 and a
-rate for each number of rows instead. A JSON file with these fields describes a device, too.
+which share of them the planner expects. A measured device (benchmarks/measure_device.py writes one) has shares of 1 and
+a rate for each number of rows instead. A JSON file with these fields describes a device, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     bandwidth: float
     """Bytes per second at which that memory is read."""
     flops: dict[str, float]
-    """Dense FLOP per second, by the dtype of the operands; one that is missing is computed in 16 bits or refused."""
+    """Dense FLOP per second, by the dtype of the operands; other dtypes are computed in 16 bits or refused."""
     link_bandwidth: float = 0.0
     """Bytes per second to the other GPUs, in one direction; 0: there are none."""
     link_latency: float = 0.0
@@ -40,9 +40,9 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     link_share: float = 1.0
     """The share of `link_bandwidth` that a large all-reduce reaches."""
     flops_by_rows: dict[int, float] = {}
-    """Measured matrix rate at so many rows, weights streamed from memory; empty: `flops` at any number."""
+    """Measured FLOP per second by the number of rows, weights streamed from memory; empty: `flops` for any number."""
     attention_flops: float = 0.0
-    """Measured rate of attention over cached keys; 0: as matrices."""
+    """Measured FLOP per second of attention over cached keys; 0: the rate of matrices."""
     kernel_seconds: float = 0.0
     """Seconds of overhead for each kernel in a row: launch or replay, and its first bytes."""
     row_bandwidth: float = 0.0
@@ -63,7 +63,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """CPU threads that it was measured with; 0 for a GPU."""
 
     def check(self) -> Device:
-        """Return self, or raise ConfigError for figures that cannot be."""
+        """Return self. Raises ConfigError for impossible figures."""
         for name in ("memory", "bandwidth"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"device {self.name!r}: {name} is {getattr(self, name)}, but must be above 0")
@@ -75,10 +75,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self
 
     def rate(self, dtype: str, rows: int) -> float:
-        """FLOP per second of a matrix product of so many rows whose operands are of `dtype`.
-
-        Raises ConfigError for a dtype that the device does not compute in.
-        """
+        """Return the FLOP per second of a matrix product of so many rows with operands of `dtype`. Raises ConfigError
+        for a dtype that the device does not compute in."""
         if self.flops_by_rows:
             return _between(self.flops_by_rows, rows)
         if dtype not in self.flops:
@@ -104,9 +102,9 @@ NVLINK, PCIE = 2e-6, 5e-6
 
 
 def _gpu(name: str, source: str, mib: int, terabytes: float, link: tuple[float, float], **teraflops: float) -> Device:
-    """A GPU by its data sheet. The shares and overheads are the planner's assumptions, the same for all.
+    """Return a GPU by its data sheet; shares and overheads are the planner's assumptions, the same for all.
 
-    terabytes: of memory bandwidth, per second; link: gigabytes per second in one direction, and its latency.
+    terabytes: memory bandwidth, TB/s; link: GB/s in one direction, and seconds of latency.
     """
     return Device(
         name=name,

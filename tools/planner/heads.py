@@ -1,7 +1,7 @@
 """PlannedHead: an EAGLE-3 head (arXiv 2503.01840) beside its target: one layer, on the first GPU alone.
 
-It has what the planner asks of a `PlannedModel`, and three things more: the fusion of the target's features, which is
-computed once for each row of the target's, a vocabulary of its own, and matrices that it may share with the target.
+It has the interface of `PlannedModel` as far as the planner uses it, the fusion of the target's features, which is
+computed once for each of the target's rows, a vocabulary of its own, and matrices that it may share with the target.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PlannedHead:
     """The dtype of activations, and of weights that are not quantized."""
     kv_dtype: str
     shared: tuple[str, ...]
-    """The ones of EMBEDDING and HEAD that it takes from its target."""
+    """Which of EMBEDDING and HEAD it takes from its target."""
     quantized: tuple[tuple[str, str], ...] = ()
     """The names of tensors that stay quantized, with their schemes."""
 
@@ -70,8 +70,8 @@ class PlannedHead:
                 yield self._matrix(tensor)
 
     def weight_bytes(self, target: PlannedModel, ranks: int) -> int:
-        """Return its bytes on the first GPU. A target over several `ranks` has no whole embedding or head there to
-        share, so they come on top."""
+        """Return its bytes on the first GPU, with its own copies of shared matrices where the target's are sharded over
+        several `ranks`."""
         total = 0
         for tensor in self._tensors():
             rows, columns = tensor.shape[0], prod(tensor.shape[1:])
@@ -103,7 +103,7 @@ def find_head(model: str) -> ModelFiles | None:
 
 
 def read_head(files: ModelFiles, name: str, dtype: str, kv_dtype: str, notes: list[str]) -> PlannedHead:
-    """Read a head. notes: gets what is assumed where only config.json is available. Raises ModelError."""
+    """Read a head. notes: assumptions are added, where only config.json is available. Raises ModelError."""
     config = read_config(files.path)
     shared = optional(config)
     stored = _stored(files.path / SAFETENSORS)

@@ -1,4 +1,4 @@
-"""Bytes on each GPU: weights, activations, CUDA graphs, KV cache; what fits, and if not, what would."""
+"""Bytes on each GPU: weights, activations, CUDA graphs, KV cache; whether they fit, and what would."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 from pilotfish.engine.config import cache_share
 from pilotfish.engine.execution.buckets import DRAFT_LENGTHS, GRAPH_SHARE, batch_sizes, buckets, span_lengths
 from pilotfish.engine.weights.quantization import SCHEMES
-from pilotfish.tools.planner.devices import DEVICES, Device
+from pilotfish.tools.planner.devices import DEVICES
 from pilotfish.tools.planner.heads import PlannedHead
 from pilotfish.tools.planner.models import BYTES, PlannedModel
 from pilotfish.tools.planner.roofline import kernel_count
@@ -89,8 +89,7 @@ def _draft_bytes(draft: PlannedModel | PlannedHead, setup: Setup) -> int:
 
 
 def activation_bytes(model: PlannedModel | PlannedHead, setup: Setup, ranks: int) -> int:
-    """Return the peak of a pass: the widest moment of a layer at `max_batch_tokens` rows, or the logits, which come
-    after it."""
+    """Return the peak of a pass: the widest moment of a layer at `max_batch_tokens` rows, or the logits after it."""
     shape, width = model.shape, BYTES[model.dtype]
     rows = setup.settings.max_batch_tokens
     heads = (shape.num_heads + 2 * max(1, shape.num_kv_heads // ranks) * ranks) * shape.head_dim
@@ -136,7 +135,7 @@ def largest_batch(memory: MemoryPlan, context: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """A change with which it fits."""
+    """A change that makes a setup fit."""
 
     what: str
     ranks: int
@@ -144,8 +143,8 @@ class Remedy:
 
 
 def remedies(setup: Setup) -> list[Remedy]:
-    """Return what would fit: more GPUs, quantized weights, less cache, no draft models, larger GPUs.
-    The first of each kind."""
+    """Return what would fit, the first of each kind: more GPUs, quantized weights, no draft models, larger GPUs; each
+    with less cache if need be."""
     found = []
     kinds: list[tuple[str, Setup]] = [("as configured", setup)]
     for scheme in SCHEMES.values():
@@ -154,7 +153,8 @@ def remedies(setup: Setup) -> list[Remedy]:
     if setup.draft_models:
         kept = tuple(draft for draft in setup.drafts if draft.model is None)
         kinds.append(("without draft models", replace(setup, drafts=kept)))
-    for device in _larger(setup.device):
+    larger = [] if setup.device.threads else [d for d in DEVICES.values() if d.memory > setup.device.memory]
+    for device in sorted(larger, key=lambda device: device.memory):
         if setup.target.dtype in device.flops:
             kinds.append((f"on {device.name}", replace(setup, device=device)))
     for what, changed in kinds:
@@ -170,15 +170,7 @@ def remedies(setup: Setup) -> list[Remedy]:
 def _with_room(setup: Setup) -> Setup:
     """Return the setup with as much cache as there is room for, if its settings ask for more."""
     memory = plan_memory(setup)
-    if memory.unused >= 0:
-        return setup
     room = memory.kv_cache + memory.unused
-    if room <= 0:
+    if memory.unused >= 0 or room <= 0:
         return setup
     return replace(setup, settings=msgspec.structs.replace(setup.settings, kv_cache_memory=room))
-
-
-def _larger(device: Device) -> list[Device]:
-    if device.threads:
-        return []
-    return sorted((d for d in DEVICES.values() if d.memory > device.memory), key=lambda d: d.memory)

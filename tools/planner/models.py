@@ -1,4 +1,4 @@
-"""PlannedModel: a model's shape with the dtypes it would have, and its part on one tensor-parallel rank."""
+"""PlannedModel: a model's shape and dtypes, and its part on one tensor-parallel rank."""
 
 from __future__ import annotations
 
@@ -103,8 +103,7 @@ class PlannedModel:
 
 
 def rank_shapes(shape: ModelConfig, ranks: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of one rank's part of each tensor: the first rank's, which also has the biases that are added
-    to a sum.
+    """Return the shapes of rank 0's part of each tensor; it alone has the biases that are added to a sum.
 
     Raises ConfigError, a ValueError, if something does not divide.
     """
@@ -113,17 +112,14 @@ def rank_shapes(shape: ModelConfig, ranks: int) -> dict[str, tuple[int, ...]]:
 
 def read_shape(model: str) -> ModelConfig:
     """Read the shape of a model named as `pilotfish serve` takes it: from `published` if it is there, else from its
-    files.
-
-    A hub name that is not published here is only looked up in the local cache, since planning downloads nothing. Raises
-    ModelError.
+    files. Planning downloads nothing: other hub names are looked up in the local cache only. Raises ModelError.
     """
     files = locate(model)
-    if files is None:
-        published = find(model)
-        assert published is not None
-        return published
-    return read_config(files)
+    if files is not None:
+        return read_config(files)
+    published = find(model)
+    assert published is not None
+    return published
 
 
 def locate(model: str) -> ModelFiles | None:

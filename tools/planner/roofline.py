@@ -1,11 +1,11 @@
-"""Seconds of a step, by a roofline: each matrix takes as long as reading it or as multiplying with it, whichever is
-longer (Williams, Waterman and Patterson, 2009); attention likewise over its keys and values; all-reduces, and what
-kernels and the engine cost besides, come on top."""
+"""Seconds of a step, by a roofline: each matrix takes as long as reading it or multiplying with it, whichever is longer
+(Williams, Waterman and Patterson, 2009), and so does attention over its keys and values. All-reduces and the overheads
+of kernels and engine come on top."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from math import log2
 
@@ -16,15 +16,15 @@ from pilotfish.tools.planner.heads import PlannedHead
 from pilotfish.tools.planner.models import BYTES, Matrix, PlannedModel
 
 KERNELS_PER_LAYER = 10
-"""Norm, qkv, rotation, cache write, attention, output, norm, gate and up, activation, down: what `engine.models.llama`
-calls, one by one."""
+"""Norm, qkv, rotation, cache write, attention, output, norm, gate and up, activation, down: a layer
+that runs operator by operator."""
 SANDWICH_KERNELS = 7
-"""More of them in Gemma's layers: norms of queries and keys, norms after, sums."""
+"""Additional kernels in Gemma's layers: norms of queries and keys, norms after, sums."""
 HEAD_KERNELS = 2
-"""More of them in an EAGLE-3 head's: its second norm, and putting the two halves of its input together."""
+"""Additional kernels in an EAGLE-3 head's layer: its second norm, and concatenating the two halves of its input."""
 ROW_PASSES = 12
-"""Times that a row's hidden state, as wide as `hidden_size`, is read or written by a layer's operators that go row by
-row; its wider intermediate state counts separately."""
+"""Times that the row-wise operators of a layer read or write a row's hidden state, as wide as `hidden_size`; its wider
+intermediate state counts separately."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +56,16 @@ def step_seconds(
     context: int,
     logit_rows: int | None = None,
 ) -> StepSeconds:
-    """Return the time of a step that computes `rows` tokens of `sequences` sequences, each with `context` tokens by
-    then.
+    """Return the time of a step over `rows` tokens of `sequences` sequences, each with `context` tokens by then.
 
-    `logit_rows`: rows that a token is drawn from; None: all. Raises ConfigError for a dtype that the device does not
+    logit_rows: rows that a token is drawn from; None: all. Raises ConfigError for a dtype that the device does not
     compute in, ValueError if the model does not divide by `ranks`.
     """
     drawn = rows if logit_rows is None else logit_rows
     pass_ = pass_seconds(model, device, ranks, rows, sequences, context, drawn)
     engine = device.step_seconds + device.sequence_seconds * sequences
     engine += device.logit_seconds * drawn * model.shape.vocab_size
-    return StepSeconds(
-        **{field.name: getattr(pass_, field.name) for field in fields(pass_) if field.name != "engine"}, engine=engine
-    )
+    return replace(pass_, engine=engine)
 
 
 def draft_seconds(
@@ -80,9 +77,9 @@ def draft_seconds(
     context: int,
     new_rows: float = 2.0,
 ) -> float:
-    """Return the seconds of a draft of `length` tokens for each sequence: as many passes of a row each, the first of
-    which also reads the tokens that have come since the last draft, `new_rows` for each sequence in all. An EAGLE-3
-    head fuses the target's features of those first."""
+    """Return the seconds of drafting `length` tokens for each sequence: as many passes of one row, the first of which
+    reads all tokens since the last draft, `new_rows` a sequence. An EAGLE-3 head first fuses the target's features of
+    those."""
     total = 0.0
     if isinstance(model, PlannedHead) and length:
         fusion: Matrix = model.fusion
@@ -140,8 +137,7 @@ def kernel_count(model: PlannedModel | PlannedHead) -> int:
 
 def all_reduce_seconds(device: Device, ranks: int, size: float) -> float:
     """Return the seconds of an all-reduce of `size` bytes over `ranks` GPUs: 2 log2(n) messages' latency, and 2 (n - 1)
-    / n of the bytes over the link (Thakur, Rabenseifner and Gropp, 2005: what no algorithm of its kind can do
-    better)."""
+    / n of the bytes over the link (the lower bound in Thakur, Rabenseifner and Gropp, 2005)."""
     if ranks == 1:
         return 0.0
     latency = 2 * log2(ranks) * device.link_latency
@@ -156,13 +152,13 @@ def _product(device: Device, dtype: str, params: int, size: int, rows: int) -> f
 
 
 def _rate_dtype(model: PlannedModel | PlannedHead, dtype: str) -> str:
-    """The dtype in which a matrix is multiplied: one of some schemes of quantization is widened on the way."""
+    """Return the dtype in which a matrix is multiplied; some quantization schemes widen it to the model's dtype."""
     return (SCHEMES[dtype].arithmetic or model.dtype) if dtype in SCHEMES else dtype
 
 
 @lru_cache(maxsize=256)
 def _matrices(model: PlannedModel | PlannedHead, ranks: int) -> tuple[tuple[tuple[bool, str, int, int], int], ...]:
-    """The matrices of a pass, alike ones together: ((is it the head, dtype, params, bytes), how many)."""
+    """Return the matrices of a pass, grouped: ((whether it is the head, dtype, params, bytes), count)."""
     found = Counter(
         (each.name == HEAD, _rate_dtype(model, each.dtype), each.params, each.bytes) for each in model.matrices(ranks)
     )

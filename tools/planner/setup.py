@@ -1,4 +1,4 @@
-"""Setup: the models of a configuration as they would be on a device."""
+"""Setup: a configuration's models, as they would be on a device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.eagle3_checkpoint import check_target
 from pilotfish.engine.models.layout import MAX_RANKS, use_one_of, what_does_not_divide
 from pilotfish.engine.speculation.drafters.drafter import check_vocabulary
@@ -42,8 +43,7 @@ class Setup:
     drafts: tuple[PlannedDraft, ...]
     ranks: int
     draft_ranks: int
-    """Ranks of draft models. 1: rank 0 has each whole, and is the fullest; the same as `ranks`: they are sharded.
-    EAGLE-3 heads are always whole."""
+    """Ranks of draft models: 1 (whole on rank 0, which is the fullest) or `ranks`. EAGLE-3 heads are always whole."""
     notes: tuple[str, ...] = ()
     """Assumptions that were made, for the report."""
 
@@ -70,8 +70,7 @@ class Setup:
         return replace(self, ranks=ranks, draft_ranks=self.draft_ranks if self.draft_ranks == 1 else ranks)
 
     def quantized(self, scheme: str) -> Setup:
-        """Return the setup with all models' matrices quantized by a scheme unless they are quantized already; EAGLE-3
-        heads stay as they are."""
+        """Return the setup with all models quantized by a scheme, except EAGLE-3 heads and those quantized already."""
         drafts = tuple(
             replace(draft, model=_quantized(draft.model, scheme)) if isinstance(draft.model, PlannedModel) else draft
             for draft in self.drafts
@@ -86,10 +85,10 @@ def make_setup(settings: EngineConfig, device: Device, draft_ranks: int = 1) -> 
     target = _planned(settings.model, settings.model, settings, device, notes)
     drafts = []
     for entry in settings.drafter:
-        name, _, model = entry.rpartition("=")
         if entry in lookup_names():
             drafts.append(PlannedDraft(entry, None))
         else:
+            name, _, model = entry.rpartition("=")
             name = name or Path(model).name
             drafts.append(PlannedDraft(name, _draft(model, name, settings, device, notes)))
     setup = Setup(
@@ -148,18 +147,12 @@ def _draft(
     files = find_head(model)
     if files is None:
         return _planned(model, name, settings, device, notes)
-    dtype = settings.dtype
-    if dtype == "auto":  # as its target computes
-        dtype = "float32" if device.threads else read_shape(settings.model).dtype  # type: ignore[assignment]
-    kv_dtype = dtype if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype
-    return read_head(files, name, dtype, kv_dtype, notes)
+    return read_head(files, name, *_dtypes(settings, device, read_shape(settings.model)), notes)
 
 
 def _planned(model: str, name: str, settings: EngineConfig, device: Device, notes: list[str]) -> PlannedModel:
     shape = read_shape(model)
-    dtype = settings.dtype
-    if dtype == "auto":
-        dtype = "float32" if device.threads else shape.dtype  # type: ignore[assignment]
+    dtype, kv_dtype = _dtypes(settings, device, shape)
     if dtype not in device.flops:
         raise ConfigError(f"dtype is {dtype!r}, but {device.name} computes in {', '.join(device.flops)}")
     quantization, setting = shape.quantization, settings.quantization
@@ -171,12 +164,17 @@ def _planned(model: str, name: str, settings: EngineConfig, device: Device, note
         quantization = quantization or Quantization(setting)
     elif quantization is not None and not _computes(device, quantization.scheme, dtype):
         notes.append(
-            f"{name or model} has {quantization.scheme} weights, which {device.name} does not compute with: planned in "
-            f"{dtype}"
+            f"{name} has {quantization.scheme} weights, which {device.name} does not compute with: planned in {dtype}"
         )
         quantization = None
-    kv_dtype = dtype if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype
-    return PlannedModel(name=name or model, shape=shape, dtype=dtype, kv_dtype=kv_dtype, quantization=quantization)
+    return PlannedModel(name=name, shape=shape, dtype=dtype, kv_dtype=kv_dtype, quantization=quantization)
+
+
+def _dtypes(settings: EngineConfig, device: Device, shape: ModelConfig) -> tuple[str, str]:
+    """Return the dtypes of activations and of the KV cache, for a target of that shape and its draft models."""
+    auto = "float32" if device.threads else shape.dtype
+    dtype = auto if settings.dtype == "auto" else settings.dtype
+    return dtype, dtype if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype
 
 
 def _computes(device: Device, scheme: str, dtype: str) -> bool:

@@ -14,7 +14,7 @@ from pilotfish.engine.layers.attention.backend import AttentionBackend, Attentio
 from pilotfish.engine.layers.attention.cache import FP8, as_bytes, converted
 from pilotfish.engine.layers.attention.choose import HALF, AttentionNeeds, choose_attention, why_not
 from pilotfish.errors import ConfigError
-from pilotfish.tools.selftest.check import Check, Finding, Skip
+from pilotfish.tools.selftest.check import Check, Finding, Skip, skip
 from pilotfish.tools.selftest.precision import Worst
 from pilotfish.tools.selftest.reference import ReferenceAttention
 from pilotfish.tools.selftest.subject import Subject, short_name
@@ -82,7 +82,7 @@ def _checks(subject: Subject, name: str, dtype: torch.dtype) -> Iterator[Check]:
         found = choose_attention(name, needs, kernels if isinstance(kernels, NativeKernels) else None)
     except ConfigError as error:
         reason = str(error).partition(", but ")[2] or str(error)
-        yield check(f"{name}, {short_name(dtype)}", "", lambda: _missing(reason))
+        yield check(f"{name}, {short_name(dtype)}", "", partial(skip, reason))
         return
     backend = _Backend(subject, found, replace(needs, block_size=needs.block_size or found.block_size))
     prefix = f"{name}{' (in use)' if name == subject.platform.attention.name else ''}, {short_name(dtype)}"
@@ -94,10 +94,6 @@ def _checks(subject: Subject, name: str, dtype: torch.dtype) -> Iterator[Check]:
     compares = "what lies in the cache after a step with what was written, and the rest with what was there"
     copied = "keys and values are copied: nothing is rounded"
     yield Check(f"cache write, {prefix}", compares, backend.written, "wrong rows", copied)
-
-
-def _missing(reason: str) -> Finding:
-    raise Skip(reason)
 
 
 @dataclass(frozen=True)
@@ -141,9 +137,8 @@ class _Backend:
             here = flatten(spans, size, self.subject.device).attention
             there = flatten(spans, size, torch.device("cpu")).attention
             qkv = self.subject.random(len(there.slots), heads + 2 * kv_heads, dim, seed=number, dtype=dtype)
-            query, key, value = qkv.to(self.subject.device).split(
-                (heads, kv_heads, kv_heads), dim=1
-            )  # views, as models
+            # Views of one tensor, as in models.
+            query, key, value = qkv.to(self.subject.device).split((heads, kv_heads, kv_heads), dim=1)
             found = self.backend.attend(query, key, value, cache, here, params)
             query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
             key, value = (converted(part, cache_dtype).double() for part in (key, value))

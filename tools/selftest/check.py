@@ -15,7 +15,12 @@ Verdict = Literal["passed", "failed", "skipped", "measured"]
 
 
 class Skip(Exception):
-    """This check cannot run here; the message says why."""
+    """Raised by a check that cannot run here; the message says why."""
+
+
+def skip(reason: str) -> Finding:
+    """Raise Skip: the `run` of a check that is known not to run here."""
+    raise Skip(reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +36,7 @@ class Finding:
 
     @property
     def good(self) -> bool:
-        """True if the figure keeps its bound, or is finite where there is none; NaN never is good."""
+        """Whether the figure keeps its bound, or is finite where there is none; NaN is never good."""
         if self.bound is None:
             return math.isfinite(self.measured)
         return self.measured >= self.bound if self.at_least else self.measured <= self.bound

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -13,7 +14,7 @@ from pilotfish.engine.kernels.protocol import Kernels
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.models.rope import cos_sin_table
 from pilotfish.engine.weights.fp8 import SCHEME
-from pilotfish.tools.selftest.check import Check, Finding, Skip
+from pilotfish.tools.selftest.check import Check, Finding, Skip, skip
 from pilotfish.tools.selftest.precision import Worst, units
 from pilotfish.tools.selftest.reference import ReferenceKernels
 from pilotfish.tools.selftest.subject import Subject, short_name
@@ -41,7 +42,8 @@ def checks(subject: Subject) -> Iterator[Check]:
     for kernels, dtype in _sets(subject):
         yield from _Operators(subject, kernels, dtype).checks()
     if subject.device.type == "cpu" and load_library() is None:
-        yield Check("native kernels", "this package's CPU kernels with the formulas in float64", _missing)
+        missing = partial(skip, "they were not built: no C compiler at installation")
+        yield Check("native kernels", "this package's CPU kernels with the formulas in float64", missing)
 
 
 def _sets(subject: Subject) -> Iterator[tuple[Kernels[Any], torch.dtype]]:
@@ -58,10 +60,6 @@ def _sets(subject: Subject) -> Iterator[tuple[Kernels[Any], torch.dtype]]:
                 yield TorchKernels(), dtype
 
 
-def _missing() -> Finding:
-    raise Skip("they were not built: no C compiler at installation")
-
-
 class _Operators:
     """The operators of one set of kernels in one dtype, on random rows of the model's sizes."""
 
@@ -76,8 +74,8 @@ class _Operators:
         few, sums = FEW[self.dtype], self._sum_bound(self.dtype)
         yield self._check("rms_norm", self.rms_norm, few, ROW_WHY)
         yield self._check("rotate", self.rotate, few, ROW_WHY)
-        yield self._check("silu_mul", lambda: self.gate("silu_mul"), few, ROW_WHY)
-        yield self._check("gelu_mul", lambda: self.gate("gelu_mul"), few, ROW_WHY)
+        for name in ("silu_mul", "gelu_mul"):
+            yield self._check(name, partial(self.gate, name), few, ROW_WHY)
         yield self._check("embed", self.embed, 0.0, "rows are copied: nothing is rounded")
         yield self._check("linear", self.linear, sums, SUM_WHY)
         if isinstance(self.kernels, TorchKernels):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pilotfish.checkpoints.catalog import ModelFiles
+from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.device import synchronize
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.loader import load_model
@@ -55,21 +56,16 @@ def checks(subject: Subject) -> Iterator[Check]:
     for kind in small.KINDS:
         yield Check(f"small {kind} model", compares, partial(_small, subject, kind), UNIT, why)
     if subject.test.own_model:
-        why = FP8_WHY if _in_fp8(subject) else WHY
+        why = FP8_WHY if subject.scheme == "fp8" else WHY
         yield Check(subject.config.model, compares, partial(_own, subject), UNIT, why)
 
 
 def _small(subject: Subject, kind: str) -> Finding:
     folder = subject.small(kind)
-    platform = subject.platform
-    if platform.needs.head_dim != 64:  # the user's model's: the small ones have 64, and may compute elsewhere
-        platform = None  # type: ignore[assignment]
+    # The platform is the user's model's; small models have a head_dim of 64, and may need another one.
+    platform = subject.platform if subject.platform.needs.head_dim == 64 else None
     config = subject.small_config(folder)
-    model, platform, files = load_model(str(folder), platform, config, TOKENS, ignore)
-    found = chunked(model, model.config, platform)
-    fp8 = config.quantization == "fp8"
-    wanted = reference(files, model.config, platform.dtype, torch.float64, tokens(model.config), fp8)
-    return _gap(found, wanted, _bound(model.config, platform, fp8))
+    return _compared(str(folder), platform, config, torch.float64, config.quantization == "fp8")
 
 
 def _own(subject: Subject) -> Finding:
@@ -84,17 +80,22 @@ def _own(subject: Subject) -> Finding:
         raise Skip(
             f"the reference takes {wanted_memory / 2**30:.0f} GiB of host memory, and {free / 2**30:.0f} are free"
         )
-    model, platform, files = load_model(config.model, subject.platform, config, TOKENS, ignore)
+    return _compared(config.model, subject.platform, config, torch.float32, subject.scheme == "fp8")
+
+
+def _compared(name: str, platform: Platform | None, config: EngineConfig, dtype: torch.dtype, fp8: bool) -> Finding:
+    """Compare a model with its reference in `dtype`. platform: None chooses the model's own."""
+    model, platform, files = load_model(name, platform, config, TOKENS, ignore)
+    shape = model.config
     found = chunked(model, shape, platform).cpu()
     del model
     release()
-    fp8 = _in_fp8(subject)
-    wanted = reference(files, shape, platform.dtype, torch.float32, tokens(shape), fp8)
-    return _gap(found, wanted, _bound(shape, platform, fp8))
-
-
-def _in_fp8(subject: Subject) -> bool:
-    return subject.scheme == "fp8"
+    wanted = reference(files, shape, platform.dtype, dtype, tokens(shape), fp8)
+    errors = gaps(found, wanted)
+    same = float((found.argmax(1) == wanted.argmax(1)).double().mean())
+    detail = f"largest at token {int(errors.argmax())}; the likeliest token is the same for {same:.0%}"
+    bound = FP8_BOUND if fp8 else min(MOST, BOUNDS[platform.dtype] * sqrt(max(2, shape.num_layers) / 2))
+    return Finding(measured=float(errors.max()), bound=bound, detail=detail)
 
 
 def tokens(shape: ModelConfig) -> list[int]:
@@ -138,18 +139,7 @@ def reference(
     return runner.run([Span(ids, 0, [0], logit_rows=count)])
 
 
-def _bound(shape: ModelConfig, platform: Platform, fp8: bool) -> float:
-    return FP8_BOUND if fp8 else min(MOST, BOUNDS[platform.dtype] * sqrt(max(2, shape.num_layers) / 2))
-
-
 def gaps(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Return each row's root mean square of the logits' differences, (rows,) float64, in standard deviations of all."""
     wanted = wanted.cpu().double()
     return (found.cpu().double() - wanted).square().mean(1).sqrt() / wanted.std()
-
-
-def _gap(found: torch.Tensor, wanted: torch.Tensor, bound: float) -> Finding:
-    errors = gaps(found, wanted)
-    same = float((found.cpu().argmax(1) == wanted.argmax(1)).double().mean())
-    detail = f"largest at token {int(errors.argmax())}; the likeliest token is the same for {same:.0%}"
-    return Finding(measured=float(errors.max()), bound=bound, detail=detail)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import chain
 
 from pilotfish.engine.config import EngineConfig
@@ -14,11 +14,11 @@ from pilotfish.engine.memory.free import free_memory
 from pilotfish.engine.models.registry import parameter_count
 from pilotfish.engine.params import SamplingParams
 from pilotfish.tools.bench.arms import VANILLA, Arm
-from pilotfish.tools.bench.compare import BOUNDS, differences_of, texts_of
+from pilotfish.tools.bench.compare import BOUNDS, differences_of, greedy_and_sampled, texts_of
 from pilotfish.tools.selftest.all_reduce import AllReduceTest, Figures, measure_all_reduce
-from pilotfish.tools.selftest.check import Check, Finding, Skip
+from pilotfish.tools.selftest.check import Check, Finding, Skip, skip
 from pilotfish.tools.selftest.subject import Subject, release
-from pilotfish.tools.selftest.text import Target, judged, modes, targets
+from pilotfish.tools.selftest.text import Target, judged, targets
 
 ARMS = ((Arm(VANILLA, "off"), 1), (Arm("ngram", "ngram"), 8))
 """Arms on several ranks, and their batch sizes: plain decoding one at a time, and drafts in a batch."""
@@ -32,28 +32,20 @@ GAP_WHY = "the same bound as for texts: about four steps of the dtype between lo
 def checks(subject: Subject) -> Iterator[Check]:
     ranks = subject.config.tensor_parallel_size
     if ranks == 1:
-        yield Check("ranks", "several ranks with one", _one_rank)
+        reason = (
+            "tensor_parallel_size is 1: with --tensor-parallel-size N a model on N ranks is compared with one rank's"
+        )
+        yield Check("ranks", "several ranks with one", partial(skip, reason))
         return
     for target in targets(subject):
         pair = _Pair(target)
-        for mode in modes(1):
+        for mode in greedy_and_sampled(1):
             compares = f"texts on {ranks} ranks, without and with drafts, with plain decoding's on one"
             run = partial(pair.text, mode)
             yield Check(f"{mode}, {target.name}", compares, run, "unexplained differences", TEXT_WHY)
         compares = f"log-probabilities of prompts' tokens on {ranks} ranks with those on one"
         yield Check(f"log-probabilities, {target.name}", compares, pair.logprobs, "nats", GAP_WHY)
-    reduce = _AllReduce(subject)
-    exact = "sums of whole numbers are exact, and every rank must have the same bits"
-    yield Check("all-reduce, sums", "what every rank has with the sum", reduce.wrong, "wrong numbers", exact)
-    yield Check("all-reduce, latency", "of a row of hidden states", reduce.latency, "us")
-    compares = "bytes that cross a rank's link, 2 (n - 1) / n of 64 MiB"
-    yield Check("all-reduce, bandwidth", compares, reduce.bandwidth, "GB/s")
-
-
-def _one_rank() -> Finding:
-    raise Skip(
-        "tensor_parallel_size is 1: with --tensor-parallel-size N a model on N ranks is compared with one rank's"
-    )
+    yield from _all_reduce(subject)
 
 
 @dataclass
@@ -79,7 +71,7 @@ class _Pair:
             prompts = self.target.prompts(llm)
             texts = {
                 mode: [texts_of(llm, prompts, params, arm, batch) for arm, batch in ARMS]
-                for mode, params in modes(self.target.tokens).items()
+                for mode, params in greedy_and_sampled(self.target.tokens).items()
             }
             return texts, _logprobs(llm, prompts)
 
@@ -91,7 +83,7 @@ class _Pair:
 
     def text(self, mode: str) -> Finding:
         texts, _ = self.sharded
-        params, prompts = modes(self.target.tokens)[mode], self.target.prompts(self.whole)
+        params, prompts = greedy_and_sampled(self.target.tokens)[mode], self.target.prompts(self.whole)
         wanted = texts_of(self.whole, prompts, params, ARMS[0][0], 1)
         bound = BOUNDS[self.whole.info.dtype]
         differences = {
@@ -124,13 +116,9 @@ def _logprobs(llm: LLM, prompts: list[list[int]]) -> list[list[float]]:
     return [[each.logprob for each in one.prompt_logprobs or () if each is not None] for one in done]
 
 
-@dataclass
-class _AllReduce:
-    subject: Subject
-
-    @cached_property
-    def figures(self) -> Figures:
-        subject = self.subject
+def _all_reduce(subject: Subject) -> Iterator[Check]:
+    @cache
+    def figures() -> Figures:
         settings = AllReduceTest(
             ranks=subject.config.tensor_parallel_size,
             device=subject.device.type,
@@ -140,12 +128,18 @@ class _AllReduce:
         )
         return measure_all_reduce(settings)
 
-    def wrong(self) -> Finding:
-        return Finding(measured=self.figures.wrong, bound=0)
+    def latency() -> Finding:
+        detail = f"{figures().small:,} bytes, {figures().backend}"
+        return Finding(measured=1e6 * figures().latency, detail=detail)
 
-    def latency(self) -> Finding:
-        detail = f"{self.figures.small:,} bytes, {self.figures.backend}"
-        return Finding(measured=1e6 * self.figures.latency, detail=detail)
+    def bandwidth() -> Finding:
+        return Finding(measured=figures().bandwidth / 1e9, detail=figures().backend)
 
-    def bandwidth(self) -> Finding:
-        return Finding(measured=self.figures.bandwidth / 1e9, detail=self.figures.backend)
+    def wrong() -> Finding:
+        return Finding(measured=figures().wrong, bound=0)
+
+    exact = "sums of whole numbers are exact, and every rank must have the same bits"
+    yield Check("all-reduce, sums", "what every rank has with the sum", wrong, "wrong numbers", exact)
+    yield Check("all-reduce, latency", "of a row of hidden states", latency, "us")
+    compares = "bytes that cross a rank's link, 2 (n - 1) / n of 64 MiB"
+    yield Check("all-reduce, bandwidth", compares, bandwidth, "GB/s")

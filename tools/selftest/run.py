@@ -43,13 +43,11 @@ def run_groups(test: SelfTest, on_start: OnStart, limit: float = LIMIT) -> Itera
         while again:
             again = False
             for item in _in_process(test, group, done, on_start, limit):
+                # The rest of the group gets another process if this one ends early, unless no check was started.
+                again = isinstance(item, Result) and item.name != group
                 if isinstance(item, Result):
                     yield item
-                    # The rest of the group gets another process if this one ends early, unless no check was started.
-                    again = item.name != group
                     done = (*done, item.name)
-                else:
-                    again = False
 
 
 def _in_process(

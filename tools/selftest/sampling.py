@@ -55,18 +55,18 @@ class _Sampling:
     def __init__(self, subject: Subject) -> None:
         self.subject, self.device = subject, subject.device
         self.count = 8 if subject.quick else 64
+        self.tokens = np.arange(VOCABULARY)
+        self.ids = torch.from_numpy(self.tokens).unsqueeze(0).to(self.device)
         self.keys = [row_key(seed * 0x9E3779B9 + 17, 3 + seed) for seed in range(self.count)]
 
     def bits(self) -> Finding:
-        tokens = np.arange(VOCABULARY)
-        found = _bits31(self.keys, torch.from_numpy(tokens).unsqueeze(0).to(self.device)).cpu().numpy()
-        wrong = int((found.astype(np.uint32) != reference.bits31(self.keys, tokens)).sum())
+        found = _bits31(self.keys, self.ids).cpu().numpy()
+        wrong = int((found.astype(np.uint32) != reference.bits31(self.keys, self.tokens)).sum())
         return Finding(measured=wrong, bound=0, detail=f"of {found.size:,}")
 
     def noise(self) -> Finding:
-        tokens = np.arange(VOCABULARY)
-        found = log_exponential(self.keys, torch.from_numpy(tokens).unsqueeze(0).to(self.device)).cpu().double().numpy()
-        wanted = reference.log_exponential(reference.bits31(self.keys, tokens))
+        found = log_exponential(self.keys, self.ids).cpu().double().numpy()
+        wanted = reference.log_exponential(reference.bits31(self.keys, self.tokens))
         errors = np.abs(found - wanted) / np.maximum(1.0, np.abs(wanted))
         return Finding(measured=float(errors.max()) / torch.finfo(torch.float32).eps, bound=4.0)
 
@@ -75,46 +75,38 @@ class _Sampling:
         rows = [LogitRow(i, _sequence(i, SamplingParams(**cut)), 9) for i in range(self.count)]
         (support,) = truncate(logits.to(self.device), rows)
         for i, row in enumerate(rows):
-            kept = set(self._ids(support.ids, support.logits, i))
+            columns = torch.nonzero(support.logits[i] > -torch.inf).squeeze(1)
+            kept = set(support.ids[i if len(support.ids) > 1 else 0][columns].tolist())
             sure, possible = _kept(logits[i].double().numpy(), row.sequence.params)
             wrong += len(sure - kept) + len(kept - possible)
             kept_in_all += len(kept)
         return Finding(measured=wrong, bound=0, detail=f"{kept_in_all:,} tokens kept of {self.count} rows")
 
-    def _ids(self, ids: torch.Tensor, logits: torch.Tensor, row: int) -> list[int]:
-        columns = torch.nonzero(logits[row] > -torch.inf).squeeze(1)
-        kept: list[int] = ids[row if len(ids) > 1 else 0][columns].tolist()
-        return kept
-
     def greedy(self) -> Finding:
         logits = self._logits()
         rows = [LogitRow(i, _sequence(i, SamplingParams(temperature=0.0)), 9) for i in range(self.count)]
         found = choose(logits.to(self.device), rows)
-        return Finding(measured=int((logits.numpy().argmax(1) != np.array(found)).sum()), bound=0, detail=self._of())
+        return Finding(
+            measured=int((logits.numpy().argmax(1) != np.array(found)).sum()), bound=0, detail=f"of {self.count}"
+        )
 
     def drawn(self) -> Finding:
-        """Compare tokens drawn in both ways: from processed logits, and from those that were only adjusted."""
+        """Compare tokens drawn in both ways: from logits (`draw`), and from adjusted logits (`choose`)."""
         logits, wrong = self._logits(), 0
         sequences = [_sequence(i, SamplingParams(temperature=0.8, seed=i)) for i in range(self.count)]
         spans = [LogitSpan(sequence) for sequence in sequences]
         rows = [LogitRow(i, sequence, len(sequence.tokens)) for i, sequence in enumerate(sequences)]
-        ways = (
-            draw(logits.to(self.device, copy=True), spans)[0],
-            choose(logits.to(self.device), rows),
-        )
-        tokens = np.arange(VOCABULARY)
+        ways = draw(logits.to(self.device, copy=True), spans)[0], choose(logits.to(self.device), rows)
         for i, row in enumerate(rows):
-            noise = reference.log_exponential(reference.bits31([row_key(row.sequence.seed, row.position)], tokens))[0]
+            key = row_key(row.sequence.seed, row.position)
+            noise = reference.log_exponential(reference.bits31([key], self.tokens))[0]
             scores = logits[i].double().numpy() / 0.8 - noise
             best = scores.max()
             wrong += sum(best - scores[found[i]] > EDGE * max(1.0, abs(best)) for found in ways)
-        return Finding(measured=wrong, bound=0, detail=self._of())
+        return Finding(measured=wrong, bound=0, detail=f"of {self.count}")
 
     def _logits(self) -> torch.Tensor:
         return 3 * self.subject.random(self.count, VOCABULARY, seed=21)
-
-    def _of(self) -> str:
-        return f"of {self.count}"
 
 
 def _kept(row: np.ndarray, params: SamplingParams) -> tuple[set[int], set[int]]:

@@ -51,11 +51,8 @@ _NAMES = {
 }
 """Patterns of the driver's names. Cards with similar names and other memory (H100 PCIe, A100 40GB) do not match."""
 
-
 COPY_WHY = "a large copy should come near the data sheet: below 75 % of it a card is throttled, shared, or another one"
-PASS_WHY = (
-    "what a decoding step waits for is its weights: 80 % of the data sheet's bandwidth is what the project asks for"
-)
+PASS_WHY = "a decoding step waits for its weights: 80 % of the data sheet's bandwidth is what the project asks for"
 VERIFY_WHY = (
     "the weights are read once, for five rows as for one; the rest of a pass grows a little: 1.1 is what the project "
     "asks for"

@@ -12,9 +12,8 @@ import msgspec
 
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.llm import LLM
-from pilotfish.engine.params import SamplingParams
 from pilotfish.tools.bench.arms import arms_of
-from pilotfish.tools.bench.compare import Difference, bound_of, compare
+from pilotfish.tools.bench.compare import Difference, bound_of, compare, greedy_and_sampled
 from pilotfish.tools.selftest.check import Check, Finding
 from pilotfish.tools.selftest.subject import Subject
 
@@ -23,15 +22,6 @@ WHY = (
     "a drafted token is kept only if it is the target's own: no text may differ, but where two tokens are so nearly "
     "tied that the rounding of a batch explains it, which is asked of the engine as `pilotfish verify` does"
 )
-SAMPLED = {"temperature": 0.8, "top_p": 0.9}
-
-
-def modes(tokens: int) -> dict[str, SamplingParams]:
-    common = {"max_tokens": tokens, "ignore_eos": True, "seed": 0}
-    return {
-        "greedy": SamplingParams(temperature=0.0, **common),  # type: ignore[arg-type]
-        "sampled": SamplingParams(**SAMPLED, **common),  # type: ignore[arg-type]
-    }
 
 
 @dataclass(frozen=True)
@@ -72,7 +62,7 @@ def targets(subject: Subject) -> list[Target]:
 def checks(subject: Subject) -> Iterator[Check]:
     for target in targets(subject):
         texts = _Texts(target)
-        for mode in modes(1):
+        for mode in greedy_and_sampled(1):
             compares = "texts of each drafter, 1 and 8 at a time, with plain decoding's of 1 at a time"
             run = partial(texts.compare, mode)
             yield Check(f"{mode}, {target.name}", compares, run, "unexplained differences", WHY)
@@ -95,7 +85,7 @@ class _Texts:
 
     def compare(self, mode: str) -> Finding:
         llm = self._llm
-        chosen = {mode: modes(self.target.tokens)[mode]}
+        chosen = {mode: greedy_and_sampled(self.target.tokens)[mode]}
         arms = arms_of([], llm.info)
         found = list(compare(llm, self.target.prompts(llm), arms, chosen, BATCHES, lambda count: None))
         differences = {f"{each.arm}, batch {each.batch}": each.differences for each in found}

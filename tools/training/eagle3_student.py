@@ -70,7 +70,7 @@ class Eagle3Student(nn.Module):
             target = self.teacher.distribution(final, normalizer)
             logits = self.draft.logits(hidden.flatten(0, 1)[rows]).float()
             weight = STEP_WEIGHT**step
-            total = total + weight * draft_loss(logits, target, objective)[0]
+            total = total + weight * draft_loss(logits, target, objective)
             weights += weight
         return total / weights
 

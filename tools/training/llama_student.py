@@ -89,7 +89,7 @@ class LlamaStudent(nn.Module):
         rows = batch.answers.flatten().nonzero().squeeze(1)
         logits = F.linear(self.hidden(batch.tokens).flatten(0, 1)[rows], self.embedding).float()
         target = self.teacher.distribution(batch.final.flatten(0, 1)[rows], batch.normalizer.flatten()[rows])
-        return draft_loss(logits, target, objective)[0]
+        return draft_loss(logits, target, objective)
 
     @torch.no_grad()
     def tally(self, batch: Batch, tally: Tally) -> None:

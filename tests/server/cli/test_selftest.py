@@ -333,7 +333,7 @@ def test_two_ranks(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         return msgspec.structs.replace(right(self, ranks), model=str(model))
 
     monkeypatch.setattr(parallel._Pair, "config", other)
-    monkeypatch.setattr(parallel._AllReduce, "figures", None)
+    monkeypatch.setattr(parallel, "measure_all_reduce", None)
     names = failed(run("parallel", tensor_parallel_size=2))
     assert names[:3] == ["greedy, small model", "sampled, small model", "log-probabilities, small model"]
 
@@ -487,6 +487,9 @@ def test_the_report_says_what_failed_and_why_others_were_not_done() -> None:
         Result(group="g", name="fine", verdict="passed", measured=1.0, bound=4.0, **common),
         Result(group="g", name="slow", verdict="failed", measured=9.0, bound=4.0, why="of a reason", **common),
         Result(group="g", name="broken", verdict="failed", detail="ValueError: no", **common),
+        Result(group="g", name="no number", verdict="failed", measured=math.nan, bound=4.0, **common),
+        Result(group="speed", name="no rate", verdict="failed", measured=0.0, bound=4.0, at_least=True, **common),
+        Result(group="speed", name="endless", verdict="failed", measured=math.inf, **common),
         *(Result(group="s", name=f"not {i}", verdict="skipped", detail="no GPU", **common) for i in range(5)),
         Result(group="speed", name="copy", verdict="measured", measured=12.5, **common),
     ]
@@ -504,10 +507,13 @@ def test_the_report_says_what_failed_and_why_others_were_not_done() -> None:
     text = "\n".join(report(environment, results, 3.0, verbose=False))
     assert "FAILED g: slow\n  compares a with b\n  measured 9 ms\n  bound: at most 4, since of a reason" in text
     assert "FAILED g: broken\n  compares a with b\n  ValueError: no" in text
+    assert "FAILED g: no number\n  compares a with b\n  measured nan ms\n  bound: at most 4" in text
+    assert "FAILED speed: no rate\n  compares a with b\n  measured 0 ms\n  bound: at least 4" in text
+    assert "measured inf ms" in text
     assert "skipped s: not 0, s: not 1, s: not 2 and 2 more: no GPU" in text
     assert "GPU 1: H100, 9.0, 64.0 GiB, 32.0 GiB free" in text
     assert "GPUs that cannot reach each other's memory: 0 and 1" in text
-    assert "FAILED: 1 passed, 2 failed, 5 skipped, 1 measured, in 3 s" in text
+    assert "FAILED: 1 passed, 5 failed, 5 skipped, 1 measured, in 3 s" in text
     assert "25% of it: fine" in text
 
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from pilotfish.errors import ConfigError
 from pilotfish.tools.planner.devices import DEVICES, Device, find_device
-from pilotfish.tools.planner.load import RequestLength, play
 from pilotfish.tools.planner.plan import VANILLA, acceptance_at, make_plan, predict
 from pilotfish.tools.planner.roofline import all_reduce_seconds, step_seconds
 from pilotfish.tools.planner.setup import Setup
@@ -176,26 +175,6 @@ def test_the_published_figure_of_70b_is_that_of_four_h100s(setup_of: SetupOf) ->
     assert speeds[4] == pytest.approx(60, rel=0.1)
     assert speeds[2] < 45
     assert speeds[8] > 80
-
-
-def test_a_load_is_played_through() -> None:
-    calls = []
-
-    def step(rows: int, sequences: int, context: int, decoding: int) -> float:
-        calls.append((rows, sequences, decoding))
-        return 1.0
-
-    # Two at a time: 8 rows of prompt in one step, which gives the first token, then two more steps; twice.
-    assert play([RequestLength(4, 3)] * 4, 2, 128, step) == 6
-    assert calls == [(8, 2, 0), (2, 2, 2), (2, 2, 2)] * 2
-    calls.clear()
-    # A prompt longer than a step is read in chunks.
-    assert play([RequestLength(100, 1)], 1, 32, step) == 4
-    assert [rows for rows, *_ in calls] == [32, 32, 32, 4]
-    # Three tokens a step: the first from the prompt, then 9 in three steps of 5 rows.
-    calls.clear()
-    assert play([RequestLength(4, 10)], 1, 128, step, drafted=4.0, tokens_per_step=3.0) == 4
-    assert calls[1:] == [(5, 1, 1)] * 3
 
 
 def test_devices_come_from_files_too(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Simulating a load: requests in a closed loop, whose prompts are read in chunks beside decoding requests. The result
-is the time that `pilotfish bench` measures, from the first request's start to the last one's end."""
+"""Simulating requests in a closed loop, with prompts prefilled in chunks beside decoding requests, as `pilotfish bench`
+measures it: from the first request's start to the last one's end."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 StepTime = Callable[[int, int, int, int], float]
-"""Seconds of a step by (rows, sequences, context, decoding): `context` is the mean of the sequences', `decoding` how
-many of them decode; the other sequences have chunks of their prompts in the step."""
+"""Seconds of a step by (rows, sequences, context, decoding): `context` is the sequences' mean, and `decoding` of them
+decode; the others have chunks of their prompts in the step."""
 
 
 @dataclass(frozen=True, slots=True)
