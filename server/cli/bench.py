@@ -16,9 +16,10 @@ from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import EngineInfo
 from pilotfish.errors import ConfigError
-from pilotfish.server.cli.command import Command, add_number, positives
+from pilotfish.server.cli.command import Command, add_number, make_folder, positives
 from pilotfish.server.cli.measuring import add_measuring_flags, engine_config, title
 from pilotfish.server.cli.prompts import encode, read_suites
+from pilotfish.server.cli.settings import not_default
 from pilotfish.server.console import Console
 
 if TYPE_CHECKING:
@@ -59,11 +60,7 @@ def _run(options: dict[str, Any]) -> int:
             "bench.png needs matplotlib: install it with pip install 'pilotfish[bench]', or leave it out with --no-plot"
         )
     suites = read_suites(options["prompts"], options["questions"])
-    out = Path(options["out"])
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out is {str(out)!r}, where no folder can be made: {error}") from error
+    out = make_folder(options["out"])
     config = engine_config(options)
     params = SamplingParams(
         temperature=options["temperature"],
@@ -74,14 +71,14 @@ def _run(options: dict[str, Any]) -> int:
     console = Console(sys.stderr)
     settings = {name: options[name] for name in ("concurrency", "rounds", "questions", "max_tokens", "temperature")}
     settings["ignore_eos"] = params.ignore_eos
-    settings |= {"seed": params.seed, "engine": _given(config)}
+    settings |= {"seed": params.seed, "engine": not_default(config)}
     targets: dict[str, dict[str, Any]] = {}
     rows: list[Row] = []
     for model, files in _resolve(options["models"] or [MODEL], console).items():
         info, more = _measure(model, files, config, params, suites, options, console)
         rows += more
         targets[files.name] = {name: getattr(info, name) for name in INFO_FIELDS}
-        # After each target, so that its rows are kept if the next one fails.
+        # Written after each target: its rows are kept if the next one fails.
         _write(out / "bench.json", {"version": __version__, "settings": settings, "targets": targets, "rows": rows})
     written = [out / "bench.json"]
     if not options["no_plot"]:
@@ -94,7 +91,7 @@ def _run(options: dict[str, Any]) -> int:
 
 
 def _resolve(models: list[str], console: Console) -> dict[str, ModelFiles]:
-    """Find the files of all targets before the first is measured. Raises ConfigError for two of one name."""
+    """Find the files of all targets before the first is measured. Raises ConfigError for two with the same name."""
     from pilotfish.checkpoints.catalog import resolve
 
     found = {model: resolve(model, console.progress) for model in models}
@@ -151,12 +148,6 @@ def _measure(
     return info, rows
 
 
-def _given(config: EngineConfig) -> dict[str, Any]:
-    """Return the engine's settings that are not their defaults, which the version implies."""
-    defaults = msgspec.structs.asdict(EngineConfig())
-    return {name: value for name, value in msgspec.structs.asdict(config).items() if value != defaults[name]}
-
-
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(msgspec.to_builtins(content), indent=1) + "\n", encoding="utf-8")
 
@@ -164,7 +155,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 COMMAND = Command(
     name="bench",
     help="measure drafters against plain decoding",
-    description="Measure drafters against plain decoding, in turns, on one or more models.",
+    description="Measure drafters against plain decoding, alternately, on one or more models.",
     example="pilotfish bench --model smollm2-135m --arm ngram --arm auto --concurrency 1,8 --out bench",
     add_arguments=_add_arguments,
     run=_run,

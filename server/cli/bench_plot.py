@@ -1,5 +1,5 @@
-"""bench.png: one panel a target (a row of panels for each concurrency), a bar an arm. Needs matplotlib, and so is
-imported only where a picture is drawn."""
+"""Draws bench.png: a panel for each target and concurrency, with a bar for each arm. Imported only to draw, as it needs
+matplotlib."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PANEL_INCHES = (4.2, 3.4)
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Write the picture of all targets' rows: tokens per second, labelled with the multiple of vanilla."""
+    """Draw the rows of all targets into a file: tokens per second, labelled with the speed-up over vanilla."""
     models = list(dict.fromkeys(row.model for row in rows))
     loads = list(dict.fromkeys(row.concurrency for row in rows))
     width, height = PANEL_INCHES
@@ -38,7 +38,7 @@ def _panel(axes: Axes, model: str, summaries: Sequence[Summary]) -> None:
     vanilla = next(each for each in summaries if each.arm == VANILLA)
     speeds = [each.tokens_per_second for each in summaries]
     colours = [GREY if each is vanilla else BLUE if each.speedup >= 1 else RED for each in summaries]
-    # A draft that is named after its target need not say so under the target's name.
+    # A draft model named after its target is shown without the target's name.
     names = [each.arm.removeprefix(f"{model}-") for each in summaries]
     bars = axes.bar(names, speeds, color=colours, width=0.6)
     axes.bar_label(bars, [f"{each.speedup:.2f}x" for each in summaries], padding=2)

@@ -1,4 +1,4 @@
-"""Command: one subcommand of `pilotfish`; and the types of its arguments."""
+"""Command: one subcommand of `pilotfish`, and helpers for its arguments."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import argparse
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from pilotfish.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
     name: str
     help: str
-    """The line in the list of commands."""
+    """Its line in the list of commands."""
     description: str
     example: str
     """Command lines, shown below the flags."""
@@ -41,9 +44,18 @@ class Command:
 def add_number(
     parser: argparse.ArgumentParser, flag: str, default: float, text: str, kind: Callable[[str], Any] | None = None
 ) -> None:
-    """Add a flag with a number; its help is `text` and the default. kind: parses the number; None: `positive`."""
+    """Add a flag with a number; its help is `text` and the default. `kind` parses the number (default: `positive`)."""
     help_text = f"{text} (default: {default:g})"
     parser.add_argument(flag, type=kind or positive, default=default, metavar="N", help=help_text)
+
+
+def make_folder(name: str) -> Path:
+    """Create the folder named by --out, and its parents. Raises ConfigError."""
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out is {name!r}, where no folder can be made: {error}") from error
+    return Path(name)
 
 
 def positive(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The `pilotfish` command: its parser, and the exit status of what its commands raise."""
+"""The `pilotfish` command: its parser, and the exit statuses of errors."""
 
 from __future__ import annotations
 

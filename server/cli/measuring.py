@@ -1,4 +1,4 @@
-"""The flags and the engine settings that `pilotfish bench` and `pilotfish verify` share."""
+"""The flags and engine settings that `pilotfish bench` and `pilotfish verify` share."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def add_measuring_flags(
         metavar="FILE",
         help='JSON lines with "prompt", or "turns" whose first is taken (default: prompts that come with Pilotfish)',
     )
-    add_number(parser, "--questions", questions, "most prompts of a file, spread evenly over it")
-    add_number(parser, "--max-tokens", max_tokens, "most tokens of an answer")
+    add_number(parser, "--questions", questions, "maximum number of prompts of a file, spread evenly over it")
+    add_number(parser, "--max-tokens", max_tokens, "maximum tokens of an answer")
     parser.add_argument("--ignore-eos", action="store_true", help="make every answer exactly --max-tokens long")
     add_flags(parser, EngineConfig, "engine", omit)
 
 
 def engine_config(options: dict[str, Any]) -> EngineConfig:
-    """Make the engine's config: prefix caching would spare later arms what earlier ones had to compute."""
+    """Make the engine's config, without prefix caching, which would save later arms the work of earlier ones."""
     return load(EngineConfig, options, {"prefix_caching": False}).check()
 
 

@@ -1,4 +1,4 @@
-"""`pilotfish plan`: memory, fit and predicted speed of a configuration on GPUs that need not be here. See
+"""`pilotfish plan`: memory, fit and predicted speed of a configuration on any GPUs, present or not. See
 docs/planning.md."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PLANNED = [
     *("cuda_graph_memory", "max_model_len", "max_num_seqs", "max_batch_tokens", "kv_cache_dtype", "kv_cache_memory"),
     *("kv_cache_share", "drafter", "num_draft_tokens"),
 ]
-"""The engine's settings that a plan depends on."""
+"""Engine settings that a plan depends on."""
 NOT_PLANNED = frozenset(EngineConfig.__struct_fields__) - set(PLANNED)
 
 
@@ -55,7 +55,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-lengths",
         type=positives,
         metavar="N,N,...",
-        help="tokens drafted for each (default: 1,2,4,8, up to num_draft_tokens)",
+        help="draft lengths (default: 1,2,4,8, up to num_draft_tokens)",
     )
     parser.add_argument(
         "--acceptance",
@@ -103,16 +103,16 @@ def _run(options: dict[str, Any]) -> int:
 
 
 def planned_config(options: dict[str, Any]) -> EngineConfig:
-    """Make the engine's config of the file of --config and of flags, which win over it. Raises ConfigError."""
+    """Make the engine's config from the --config file and flags; flags win. Raises ConfigError."""
     path = options.get("config")
     content = read_yaml(str(path), (EngineConfig, ServerConfig)) if path else {}
     return load(EngineConfig, content, options).check()
 
 
 def report(plan: Plan) -> list[str]:
-    """Return the printed report's lines."""
+    """Return the lines of the printed report."""
     gpus = "" if plan.tensor_parallel_size == 1 else f"{plan.tensor_parallel_size} x "
-    lines = [
+    return [
         f"{plan.model}: {_count(plan.parameters)} parameters, {plan.dtype} weights, on {gpus}{plan.device} "
         f"({plan.device_source})",
         *plan.notes,
@@ -123,7 +123,6 @@ def report(plan: Plan) -> list[str]:
         "",
         *_predictions(plan),
     ]
-    return lines
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -186,7 +185,7 @@ def _predictions(plan: Plan) -> list[str]:
     lines = [
         f"Predicted for {plan.context:,} tokens of context: speed-up over vanilla by draft length k; at the best k,",
         "tokens per second of all sequences and of each. Acceptance is what you say it is (--acceptance); below",
-        "break-even a drafter costs time. A lookup (ngram, suffix) is taken to find a draft at every step.",
+        "break-even a drafter slows decoding. Lookups (ngram, suffix) are assumed to find a draft at every step.",
         "",
         *aligned(head, body, ("drafter",)),
     ]
@@ -222,8 +221,8 @@ def _count(number: int) -> str:
 
 COMMAND = Command(
     name="plan",
-    help="predict what fits on which GPUs, and how fast it would be",
-    description="Plan a configuration for GPUs that need not be here: memory on each, what fits, predicted speed.",
+    help="predict what fits on which GPUs, and how fast it will be",
+    description="Plan a configuration for GPUs, present or not: memory on each, what fits, predicted speed.",
     example="pilotfish plan --model meta-llama/Llama-3.1-8B-Instruct --gpu l4 \\\n"
     "    --drafter 1b=meta-llama/Llama-3.2-1B-Instruct --acceptance 1b=0.75 --batch 1,4,16",
     status="Exit status: 0 if it fits, 1 if it does not, 2 for settings that cannot work.",

@@ -1,5 +1,5 @@
-"""The picture of `pilotfish plan --plot`: tokens per second over batch sizes, and speed-up over draft lengths. Needs
-matplotlib, and so is imported only where a picture is drawn."""
+"""Draws `pilotfish plan --plot`: tokens per second over batch sizes, and speed-up over draft lengths. Imported only to
+draw, as it needs matplotlib."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WIDTH, HEIGHT = 5.2, 4.0
 
 
 def plot(plan: Plan, path: Path) -> None:
-    """Write the plan's predictions. Raises ValueError for a file ending that matplotlib does not know, OSError."""
+    """Draw a plan's predictions into a file. Raises OSError, and ValueError for an unknown suffix."""
     batches = list(dict.fromkeys(each.batch for each in plan.predictions))
     drafters = list(dict.fromkeys(each.drafter for each in plan.predictions))
     figure = Figure(figsize=(WIDTH * (1 + len(batches)), HEIGHT), layout="constrained")

@@ -1,4 +1,4 @@
-"""Prompts for measuring: JSON lines, from files or those that come with the package, to token ids."""
+"""Prompts for measurements: JSON lines from files or from the package, and their token ids."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ BUILT_IN = "built-in"
 
 
 def read_suites(paths: list[str], questions: int) -> dict[str, list[str]]:
-    """Read at most `questions` prompts of each file, spread evenly over it, by the file's name without its ending; of
-    the prompts that come with the package, if no file is named.
+    """Read up to `questions` prompts of each file, spread evenly over it, by the file's stem. Without files, read the
+    package's own prompts.
 
-    Each line is an object with "prompt", a string, or "turns", a list whose first is taken. Raises ConfigError.
+    Each line is an object with "prompt", a string, or "turns", a list whose first item is taken. Raises ConfigError.
     """
     if not paths:
         text = resources.files("pilotfish.server.cli").joinpath("prompts.jsonl").read_text(encoding="utf-8")
@@ -42,7 +42,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Return a prompt's token ids: as a user's turn of a conversation, if the model has a chat template."""
+    """Return a prompt's token ids; if the model has a chat template, as a user's message."""
     if tokenizer.chat_template is None:
         return tokenizer.encode(prompt)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
@@ -77,6 +77,6 @@ def _prompt(row: Any) -> str:
 
 
 def _spread(prompts: list[str], count: int) -> list[str]:
-    """Take `count` prompts evenly. Files are often sorted by subject, so the first ones would all be of one kind."""
+    """Take `count` prompts evenly: files are often sorted by subject, so the first ones may be all alike."""
     count = min(count, len(prompts))
     return [prompts[i * len(prompts) // count] for i in range(count)]

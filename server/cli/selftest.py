@@ -1,5 +1,4 @@
-"""`pilotfish selftest`: check this machine's results and its speed; the first command to run on a GPU host. See
-docs/gpu.md."""
+"""`pilotfish selftest`: check a machine's results and speed; the first command to run on a GPU host (docs/gpu.md)."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from pilotfish.engine.config import EngineConfig
 from pilotfish.errors import ConfigError, ModelError
 from pilotfish.server.cli.command import Command, add_number
 from pilotfish.server.cli.prompts import encode, read_suites
-from pilotfish.server.cli.settings import add_flags, load, read_yaml
+from pilotfish.server.cli.settings import add_flags, load, not_default, read_yaml
 from pilotfish.server.cli.table import aligned
 from pilotfish.server.config import ServerConfig
 from pilotfish.server.console import Console
@@ -34,10 +33,11 @@ OMITTED = frozenset(
     {"prefix_caching", "speculation", "adaptive_drafts", "verification", "seed"}
     | {"nnodes", "node_rank", "master_addr", "master_port"}
 )
-"""Engine settings that the checks choose themselves, and those of several hosts, which are checked one by one."""
+"""Engine settings that the checks choose themselves, and those for several hosts: each host is checked alone."""
 PROMPTS = 8
 LIMIT = 600
 JSON_VERSION = 1
+VERDICTS = ("passed", "failed", "skipped", "measured")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--isolate",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="run each group of checks in a process of its own, so that a crash fails one check alone (default: on)",
+        help="run each group of checks in its own process, so that a crash fails only one check (default: on)",
     )
     add_flags(parser, EngineConfig, "engine", OMITTED)
 
@@ -89,7 +89,7 @@ def _run(options: dict[str, Any]) -> int:
 
 
 def _writable(name: str) -> Path:
-    """Check a file's name before minutes are spent on results that could not be written. Raises ConfigError."""
+    """Check that a file can be written before spending minutes on its content. Raises ConfigError."""
     path = Path(name)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ConfigError(f"json is {name!r}, which cannot be written: its folder is not there, or it is one itself")
@@ -97,7 +97,7 @@ def _writable(name: str) -> Path:
 
 
 def _prompts(config: EngineConfig, console: Console) -> tuple[tuple[int, ...], ...]:
-    """Return token ids for the user's model; none if it has no tokenizer or only dummy weights."""
+    """Return the token ids of prompts for the user's model; none if it has no tokenizer or only dummy weights."""
     if config.load_format == "dummy":
         return ()
     from pilotfish.checkpoints.catalog import resolve
@@ -132,23 +132,21 @@ def _here(test: SelfTest, console: Console) -> tuple[Environment, Iterator[Resul
 
 
 def as_json(config: EngineConfig, environment: Environment, results: Sequence[Result]) -> dict[str, Any]:
-    """Return the content of `--json`'s file, as docs/gpu.md documents it. NaN becomes null."""
-    default = msgspec.to_builtins(EngineConfig())
-    given = {name: value for name, value in msgspec.to_builtins(config).items() if value != default[name]}
+    """Return the content of the `--json` file, which docs/gpu.md documents. NaN becomes null."""
     whole = {
         "version": JSON_VERSION,
         "pilotfish": __version__,
         "passed": not any(result.verdict == "failed" for result in results),
-        "settings": given,
+        "settings": not_default(config),
         "environment": environment,
         "results": list(results),
     }
-    decoded: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(whole))  # which turns NaN into null
+    decoded: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(whole))  # turns NaN into null
     return decoded
 
 
 def report(environment: Environment, results: Sequence[Result], seconds: float, verbose: bool) -> list[str]:
-    """Return the printed report's lines: a page, unless much has failed."""
+    """Return the lines of the printed report: a page, unless many checks failed."""
     lines = [*_machine(environment), "", *_groups(results), "", *_figures(results), ""]
     if verbose:
         lines += [*_everything(results), ""]
@@ -159,11 +157,8 @@ def report(environment: Environment, results: Sequence[Result], seconds: float, 
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         lines.append(f"skipped {shown}: {reason}")
     counts = {verdict: sum(result.verdict == verdict for result in results) for verdict in VERDICTS}
-    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    return [*lines, "", f"{'FAILED' if counts['failed'] else 'Nothing failed'}: {told}, in {seconds:.0f} s"]
-
-
-VERDICTS = ("passed", "failed", "skipped", "measured")
+    shown = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    return [*lines, "", f"{'FAILED' if counts['failed'] else 'Nothing failed'}: {shown}, in {seconds:.0f} s"]
 
 
 def _machine(environment: Environment) -> list[str]:
@@ -207,7 +202,7 @@ def _closest(results: Sequence[Result]) -> str:
 
 
 def _share(result: Result) -> float | None:
-    """Return a figure as a share of its bound: 1 is the bound itself."""
+    """Return the measured value as a share of its bound."""
     if result.measured is None or result.bound is None:
         return None
     if result.at_least:
@@ -216,15 +211,14 @@ def _share(result: Result) -> float | None:
 
 
 def _figures(results: Sequence[Result]) -> list[str]:
-    """Return the table of speeds and of other figures without a bound."""
+    """Return the table of speeds and other measured values without a bound."""
     body = [
         [result.name, _number(result.measured), result.unit, _bound(result), result.detail]
         for result in results
         if result.measured is not None and (result.group == "speed" or result.verdict == "measured")
     ]
-    return (
-        aligned(("figure", "measured", "unit", "bound", "detail"), body, ("figure", "unit", "detail")) if body else []
-    )
+    head = ("figure", "measured", "unit", "bound", "detail")
+    return aligned(head, body, ("figure", "unit", "detail")) if body else []
 
 
 def _everything(results: Sequence[Result]) -> list[str]:
@@ -277,7 +271,7 @@ def _bound(result: Result) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:,.0f}" if value.is_integer() or abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _gib(size: int) -> str:

@@ -1,7 +1,7 @@
-"""Settings: the fields of config structs as flags, as YAML, and as checked values.
+"""Settings: the fields of config structs as flags, YAML and checked values.
 
-The structs of `engine.config` and `server.config` are the only schema. `server.cli.sources` says where `pilotfish
-serve` reads settings from, and which source wins.
+Config structs, such as those of `engine.config` and `server.config`, are the only schema. `server.cli.sources` decides
+which source of a setting wins for `pilotfish serve`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Setting:
 
     @property
     def is_size(self) -> bool:
-        """Whether it is a number of bytes, which may have a unit: the end of the field's name says so."""
+        """Whether it is a number of bytes, which may have a unit; the end of the name decides."""
         return self.name.endswith(_SIZE_NAMES)
 
     @property
@@ -65,7 +65,7 @@ def parse_size(text: str | int) -> int:
 
 @cache
 def settings_of(config: type[msgspec.Struct]) -> tuple[Setting, ...]:
-    """Return the fields of a config struct; their help is the docstring below each field."""
+    """Return the fields of a config struct; the docstring below each field is its help."""
     info = msgspec.inspect.type_info(config)
     assert isinstance(info, msgspec.inspect.StructType)
     helps = _field_docstrings(config)
@@ -78,7 +78,7 @@ def settings_of(config: type[msgspec.Struct]) -> tuple[Setting, ...]:
 def add_flags(
     parser: argparse.ArgumentParser, config: type[msgspec.Struct], title: str, omit: Container[str] = ()
 ) -> None:
-    """Add a flag for each field but those in `omit`. A flag that is not given is absent from the namespace."""
+    """Add a flag for each field except those in `omit`. A flag that is not given is absent from the namespace."""
     group = parser.add_argument_group(title)
     for setting in settings_of(config):
         if setting.name in omit:
@@ -130,19 +130,25 @@ def read_yaml(path: str, configs: tuple[type[msgspec.Struct], ...]) -> dict[str,
 
 
 def load(config: type[Config], *sources: Mapping[str, Any]) -> Config:
-    """Make a config struct of the values that it has a field for; later sources win. Raises ConfigError."""
+    """Make a config struct of the values that it has fields for; later sources win. Raises ConfigError."""
     values: dict[str, Any] = {}
     for source in sources:
         for setting in settings_of(config):
             if setting.name in source:
                 values[setting.name] = _prepared(setting, source[setting.name])
     for name, value in values.items():
-        try:  # one by one, so that the message can say which
+        try:  # one by one, to name the wrong one
             msgspec.convert({name: value}, config)
         except msgspec.ValidationError as error:
             expected = re.sub(r" - at `\$.*", "", str(error))
             raise ConfigError(f"{name} is {value!r}: {expected[0].lower()}{expected[1:]}") from None
     return msgspec.convert(values, config)
+
+
+def not_default(config: msgspec.Struct) -> dict[str, Any]:
+    """Return the settings, as JSON values, that differ from their defaults."""
+    defaults = msgspec.to_builtins(type(config)())
+    return {name: value for name, value in msgspec.to_builtins(config).items() if value != defaults[name]}
 
 
 def _prepared(setting: Setting, value: Any) -> Any:
@@ -183,7 +189,7 @@ def _help(setting: Setting) -> str:
 
 
 def _field_docstrings(config: type[msgspec.Struct]) -> dict[str, str]:
-    """Return the string below each field of a class, which Python itself discards."""
+    """Return the docstring below each field of a class, which Python discards."""
     definition = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
     assert isinstance(definition, ast.ClassDef)
     helps = {}

@@ -1,5 +1,5 @@
-"""Reading the settings of `pilotfish serve` from their sources: a YAML file, the environment and flags, where later
-ones win. `server.cli.settings` defines the settings and the form of their values.
+"""Reads the settings of `pilotfish serve` from a YAML file, the environment and flags; later sources win.
+`server.cli.settings` defines the settings and the form of their values.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ PREFIX = "PILOTFISH_"
 API_KEY_VARIABLE = f"{PREFIX}API_KEY"
 CONFIG_VARIABLE = f"{PREFIX}CONFIG"
 OTHER_VARIABLES = (API_KEY_VARIABLE, CONFIG_VARIABLE, f"{PREFIX}CACHE")
-"""Variables that are known, but do not hold the value of the setting of that name."""
+"""Known variables that do not hold the value of the setting with their name."""
 
 _SERVICE_LINK = re.compile(r"PILOTFISH_(SERVICE_(HOST|PORT(_.*)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
-"""Kubernetes describes services to containers by variables, those of a service named pilotfish by these names."""
+"""Variables by which Kubernetes describes a service named pilotfish to containers."""
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -38,7 +38,7 @@ class ServeSettings:
     engine: EngineConfig
     server: ServerConfig
     origins: dict[str, str] = field(default_factory=dict)
-    """The source of each setting that was given, by its name; all others have their defaults."""
+    """The source of each given setting, by its name; all others have their defaults."""
 
 
 def read(options: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> ServeSettings:
@@ -87,8 +87,7 @@ def read_environment(environment: Mapping[str, str], settings: Mapping[str, Sett
 
 
 def as_yaml(settings: ServeSettings) -> str:
-    """Return every setting with its value, and its source if it is not the default, as a file for --config. Secrets are
-    replaced by comments."""
+    """Return a --config file with every setting, and the sources of those given. Comments replace secrets."""
     lines = [f"# Pilotfish {__version__}. What is not the default says where it was set."]
     for title, config in (("engine", settings.engine), ("server", settings.server)):
         lines += ["", f"# {title}"]
@@ -105,7 +104,7 @@ def as_yaml(settings: ServeSettings) -> str:
 
 def _on_one_line(value: Any) -> str:
     text = _dump(value, None)
-    # splitlines, since YAML breaks lines at U+0085 and U+2028, too
+    # splitlines also splits at U+0085 and U+2028, as YAML does
     return _dump(value, '"') if len(text.splitlines()) > 1 else text
 
 
@@ -115,7 +114,7 @@ def _dump(value: Any, style: str | None) -> str:
 
 
 def _check(values: dict[str, Any], where: str) -> None:
-    """Raise ConfigError, with its source `where`, for a value that its setting cannot have."""
+    """Raise ConfigError that begins with `where` for an invalid value."""
     try:
         for config in CONFIGS:
             load(config, values)
@@ -124,7 +123,7 @@ def _check(values: dict[str, Any], where: str) -> None:
 
 
 def _value(setting: Setting, text: str) -> Any:
-    """Convert a variable's text to its setting's type; left as it is, to be refused with a reason, where that fails."""
+    """Convert a variable's text to its setting's type; text that cannot be converted is returned, and refused later."""
     match setting.type:
         case msgspec.inspect.BoolType():
             return _SWITCH.get(text.lower(), text)

@@ -1,4 +1,4 @@
-"""Markdown tables, which also read well in a terminal, and the one that `pilotfish bench` prints."""
+"""Aligned Markdown tables, readable in a terminal, and the table of `pilotfish bench`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def table(summaries: Sequence[Summary]) -> list[str]:
-    """Return lines: for each concurrency and arm the speed-up over vanilla on each suite, and their geometric mean."""
+    """Return the table's lines: for each concurrency and arm, the speed-ups over vanilla and their geometric mean."""
     suites = list(summaries[0].speedups)
     head = ["streams", "arm", *suites, "mean", "tokens/s", "tokens/step", "same text"]
     body = [
@@ -29,7 +29,7 @@ def table(summaries: Sequence[Summary]) -> list[str]:
 
 
 def aligned(head: Sequence[str], body: Sequence[Sequence[str]], left: Sequence[str] = ()) -> list[str]:
-    """Return a Markdown table with aligned columns: right-aligned, but for those named in `left`."""
+    """Return the lines of a Markdown table: columns are right-aligned, except those named in `left`."""
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     to_left = [name in left for name in head]
 

@@ -1,4 +1,4 @@
-"""`pilotfish train-draft`: train a draft for a target from the target's own text. See docs/training.md."""
+"""`pilotfish train-draft`: train a draft model for a target on the target's own text. See docs/training.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pilotfish.engine.config import EngineConfig
 from pilotfish.errors import ConfigError
-from pilotfish.server.cli.command import Command
+from pilotfish.server.cli.command import Command, make_folder
 from pilotfish.server.cli.prompts import encode, read_prompts
 from pilotfish.server.cli.settings import add_flags, load
 from pilotfish.server.console import Console
@@ -24,8 +24,8 @@ _MARK = "7f3c9a pilotfish 7f3c9a"
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", required=True, metavar="MODEL", help="the target, named as --model is for serve")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder that the draft is written to")
+    parser.add_argument("--target", required=True, metavar="MODEL", help="the target, named as for serve")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write the draft model to")
     parser.add_argument(
         "--work",
         metavar="DIR",
@@ -54,18 +54,14 @@ def _run(options: dict[str, Any]) -> int:
     files = resolve(options["target"], console.progress)
     tokenizer = load_tokenizer(files)
     prompts = [tuple(encode(tokenizer, text)) for path in options["data"] for text in read_prompts(path)]
-    out = Path(options["out"])
+    out = make_folder(options["out"])
     work = Path(options["work"]) if options["work"] else out / "work"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out is {str(out)!r}, where no folder can be made: {error}") from error
     config = EngineConfig(
         model=options["target"],
         max_num_seqs=32,
         max_batch_tokens=256,
         num_threads=options["num_threads"],
-        drafter=("ngram",),  # what comes with the target may not be there yet
+        drafter=("ngram",),  # the target's default drafter may not exist yet
     )
     bars = _Bars(tqdm, settings.tokens)
     curve = train_draft(
@@ -79,7 +75,7 @@ def _run(options: dict[str, Any]) -> int:
 
 
 def frame_of(tokenizer: Tokenizer) -> Frame:
-    """Return the tokens before and after a user's turn in the model's chat template; its begin-of-text without one."""
+    """Return the tokens around a user's message in the chat template; without a template, the begin-of-text token."""
     from pilotfish.tools.training.write import Frame
 
     if tokenizer.chat_template is None:
@@ -95,7 +91,7 @@ def frame_of(tokenizer: Tokenizer) -> Frame:
 
 
 class _Bars:
-    """A progress bar for each stage, one after the other."""
+    """Progress bars of the stages, one after the other."""
 
     def __init__(self, bar: Any, tokens: int) -> None:
         self._bar, self._tokens = bar, tokens
@@ -131,9 +127,9 @@ class _Bars:
 
 COMMAND = Command(
     name="train-draft",
-    help="train a draft for a model",
-    description="Train a draft for a model, from text that the model writes itself. A run that is interrupted goes on "
-    "where it stopped when the same command is given again.",
+    help="train a draft model",
+    description="Train a draft model for a target, on text that the target writes itself. The same command continues "
+    "an interrupted run.",
     example="pilotfish train-draft --target smollm2-135m --out my-draft\n"
     "pilotfish serve --model smollm2-135m --drafter my-draft",
     add_arguments=_add_arguments,

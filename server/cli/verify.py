@@ -64,7 +64,7 @@ def _report(comparisons: list[Comparison], bound: float, precision: str, tokeniz
     print("", *aligned(("arm", "text", "batch", "identical", "share"), body, ("arm", "text")), "", sep="\n")
     found = [(each, difference) for each in comparisons for difference in each.differences]
     for each, difference in found:
-        print(f"{each.arm}, {each.mode}, batch {each.batch}: {_told(difference, tokenizer)}")
+        print(f"{each.arm}, {each.mode}, batch {each.batch}: {_described(difference, tokenizer)}")
     allowed = f"logits may differ by {bound:g} ({precision})"
     unexplained = sum(not difference.explained for _, difference in found)
     if unexplained:
@@ -74,7 +74,7 @@ def _report(comparisons: list[Comparison], bound: float, precision: str, tokeniz
     return 0
 
 
-def _told(difference: Difference, tokenizer: Tokenizer) -> str:
+def _described(difference: Difference, tokenizer: Tokenizer) -> str:
     def spelled(token: int | None) -> str:
         return "the end" if token is None else f"{tokenizer.token(token)!r}"
 

@@ -1,4 +1,4 @@
-"""The application around a scripted engine: what must hold whatever the engine says, and whenever it says it."""
+"""The application around a scripted engine, whatever the engine returns, and whenever."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def serving(tokenizer: Tokenizer) -> Callable[..., Any]:
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:
-    """The chunks of a stream, which must end as one does."""
+    """Return the chunks of a stream, and check its end."""
     assert response.headers["content-type"].startswith("text/event-stream")
     blocks = response.text.split("\n\n")
     assert blocks[-2:] == ["data: [DONE]", ""]
@@ -115,7 +115,7 @@ async def test_a_stopped_answer_counts_what_was_drafted_for_it(
 @pytest.mark.parametrize(
     ("state", "code", "retry"), [("starting", "model_loading", True), ("dead", "engine_dead", False)]
 )
-async def test_an_engine_that_is_not_there_is_503(serving: Any, state: str, code: str, retry: bool) -> None:
+async def test_an_engine_that_is_loading_or_dead_is_503(serving: Any, state: str, code: str, retry: bool) -> None:
     async with serving() as served:
         served.engine.state = state
         for response in (await served.complete(), await served.chat(), await served.chat(stream=True)):
@@ -128,7 +128,7 @@ async def test_an_engine_that_is_not_there_is_503(serving: Any, state: str, code
         assert served.metric("pilotfish_requests_total", outcome="refused") == 3
 
 
-async def test_a_closed_gate_lets_in_nobody_but_those_within_finish(serving: Any) -> None:
+async def test_a_closed_gate_refuses_requests_and_lets_admitted_ones_finish(serving: Any) -> None:
     go = asyncio.Event()
     async with serving(lambda request: [*say(request, [5], [6])[:1], go, *say(request, [5], [6])[1:]]) as served:
         first = asyncio.create_task(served.complete())
@@ -213,7 +213,7 @@ async def test_a_request_that_the_engine_gives_up_is_an_error(serving: Any, reas
         assert served.metric("pilotfish_requests_total", outcome=reason) == 1
 
 
-async def test_what_nobody_expected_is_500_with_an_id_to_look_for_and_nothing_else(
+async def test_an_unexpected_error_is_500_with_a_request_id_and_no_details(
     serving: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serving(lambda request: [ZeroDivisionError("a secret")]) as served:
@@ -230,7 +230,7 @@ async def test_what_nobody_expected_is_500_with_an_id_to_look_for_and_nothing_el
         assert "ZeroDivisionError: a secret" in caplog.text
 
 
-def test_an_error_may_quote_what_utf8_cannot_carry() -> None:
+def test_an_error_may_quote_lone_surrogates() -> None:
     error = json.loads(ApiError(400, "not \ud800", param="\ud801").response(openai_error).body)["error"]
     assert (error["message"], error["param"]) == ("not \\ud800", "\\ud801")
 
@@ -243,7 +243,7 @@ async def test_a_clients_own_request_id_comes_back(serving: Any, given: str) -> 
 
 
 @pytest.mark.parametrize("given", ["", "a" * 129, "two words", "<script>"])
-async def test_a_request_id_that_is_not_sane_is_replaced(serving: Any, given: str) -> None:
+async def test_an_invalid_request_id_is_replaced(serving: Any, given: str) -> None:
     async with serving() as served:
         ids = [
             (await served.http.get(path, headers={"x-request-id": given})).headers["x-request-id"]
@@ -267,14 +267,14 @@ async def test_a_body_that_is_too_large_is_413(serving: Any, counted: bool) -> N
         assert (await served.complete()).status_code == 200
 
 
-async def test_a_length_that_is_no_number_is_not_converted(serving: Any) -> None:
+async def test_a_content_length_that_is_no_number_is_ignored(serving: Any) -> None:
     """A superscript two is a digit to str.isdigit, but not to int."""
     async with serving() as served:
         headers = [(b"content-length", "\xb2".encode("latin-1"))]
         assert (await served.http.request("GET", "/version", headers=headers)).status_code == 200
 
 
-async def test_keys_are_asked_for_everywhere_but_by_probes(serving: Any) -> None:
+async def test_every_route_but_those_for_probes_needs_a_key(serving: Any) -> None:
     async with serving(api_key=("one", "zwei-ä")) as served:
         for headers in ({}, {"authorization": "Bearer two"}, {"authorization": "one"}, {"authorization": "Bearer "}):
             response = await served.http.post("/v1/completions", content=b"not even read", headers=headers)

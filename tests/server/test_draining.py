@@ -1,4 +1,4 @@
-"""SIGTERM with streams running: what runs finishes, what comes is refused, and a second signal ends it."""
+"""SIGTERM with streams running: they finish, new requests are refused, and a second signal stops the server."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ async def test_a_second_signal_ends_at_once(start: Start, tiny_llama: Path, numb
         await streams.close()
 
 
-async def test_what_is_left_after_the_drain_timeout_gets_an_error(start: Start, tiny_llama: Path) -> None:
+async def test_requests_left_after_the_drain_timeout_end_with_an_error(start: Start, tiny_llama: Path) -> None:
     running = start("--model", str(tiny_llama), "--kv-cache-memory", "16MiB", "--drain-timeout", "0.3")
     streams = Streams(running, 2000, MODEL)
     try:

@@ -1,4 +1,4 @@
-"""/v1/chat/completions, models and tokenization as their clients see them: a real server, a real engine."""
+"""/v1/chat/completions, models and tokenization on a real server with a real engine."""
 
 from __future__ import annotations
 

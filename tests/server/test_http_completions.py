@@ -1,4 +1,4 @@
-"""/v1/completions as OpenAI's own client sees it: a real server process, a real engine on a small model."""
+"""/v1/completions with OpenAI's client, on a real server with a real engine and a small model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's own client sees them, from a real server: the status, the parameter, and what would be right."""
+"""Errors of a real server with OpenAI's client: status, parameter, and what is expected."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_request_that_cannot_be_served_is_400_and_says_why(
     assert message in error.body["message"]
 
 
-def test_a_prompt_longer_than_the_context_is_told_so(server: RunningServer) -> None:
+def test_a_prompt_longer_than_the_context_is_refused_with_the_reason(server: RunningServer) -> None:
     long = "é" * 4000
     for path, param, value in (
         ("/v1/completions", "prompt", [5] * 2048),
@@ -92,7 +92,7 @@ def test_a_prompt_longer_than_the_context_is_told_so(server: RunningServer) -> N
         assert "2048 tokens" in error["message"]
 
 
-def test_text_that_is_not_unicode_is_told_so(server: RunningServer) -> None:
+def test_text_that_is_not_unicode_is_refused_with_the_reason(server: RunningServer) -> None:
     for content in (b'"prompt": "\\ud800"', b'"messages": [{"role": "user", "content": "\\ud800"}]'):
         path = "/v1/completions" if b"prompt" in content else "/v1/chat/completions"
         body = b'{"model": "llama", ' + content + b"}"
@@ -105,7 +105,9 @@ def test_text_that_is_not_unicode_is_told_so(server: RunningServer) -> None:
 @pytest.mark.parametrize(
     ("content", "message"), [(b"{", "not valid JSON"), (b"", "JSON object"), (b"[]", "JSON object"), (b"\xff", "body")]
 )
-def test_a_body_that_is_not_json_is_told_so(server: RunningServer, content: bytes, message: str) -> None:
+def test_a_body_that_is_not_json_is_refused_with_the_reason(
+    server: RunningServer, content: bytes, message: str
+) -> None:
     headers = {"content-type": "application/json"}
     response = server.http.post("/v1/completions", content=content, headers=headers)
     assert response.status_code == 400
@@ -126,7 +128,7 @@ def test_models_are_listed_and_others_not_found(server: RunningServer, client: o
         assert f"'{MODEL}'" in caught.value.message
 
 
-def test_urls_that_are_not_there_are_errors_of_the_same_kind(server: RunningServer) -> None:
+def test_unknown_urls_have_errors_of_the_same_form(server: RunningServer) -> None:
     for response, status in (
         (server.http.get("/v1/nothing"), 404),
         (server.http.get("/v1/completions"), 405),

@@ -1,4 +1,4 @@
-"""Beginning and end of a server: loading, draining, an engine that is killed or cannot start."""
+"""Lifecycle of a server: loading, draining, an engine that is killed or cannot start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real server with many clients, with clients that leave, and what its metrics tell of it."""
+"""A real server with many clients, clients that disconnect, and its metrics."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def test_a_client_that_leaves_frees_its_blocks(server: RunningServer, stre
     assert server.metric("pilotfish_sequences_running") == 0
 
 
-def test_metrics_tell_of_what_was_done(server: RunningServer, client: openai.OpenAI) -> None:
+def test_metrics_count_the_work_that_was_done(server: RunningServer, client: openai.OpenAI) -> None:
     names = (
         "pilotfish_generated_tokens_total",
         "pilotfish_prompt_tokens_total",
@@ -78,7 +78,7 @@ def test_metrics_tell_of_what_was_done(server: RunningServer, client: openai.Ope
         assert server.metric(name) == server.metric("pilotfish_engine_steps_total")
 
 
-def test_memory_of_the_engine_is_told_before_any_request_is_there(server: RunningServer) -> None:
+def test_engine_memory_is_reported_before_the_first_request(server: RunningServer) -> None:
     told = server.metric('pilotfish_rank_memory_bytes{kind="resident",rank="0"}')
     assert told == pytest.approx(server.engine.memory_info().rss, rel=0.5)
     assert server.metric("pilotfish_engine_up") == 1

@@ -1,4 +1,4 @@
-"""Predicted Outputs as OpenAI's client sends them: a real server, with the controller and without."""
+"""Predicted Outputs with OpenAI's client, on real servers with and without the controller."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_chat(kind: str, stream: bool, any_client: openai.OpenAI) -> None:
         assert (accepted, rejected) == (0, 0)
 
 
-def test_what_came_of_a_prediction_is_counted(any_client: openai.OpenAI) -> None:
+def test_tokens_of_a_prediction_are_counted(any_client: openai.OpenAI) -> None:
     """A text that the tokenizer spells as the model does: one character again and again."""
     body: dict[str, Any] = {"ignore_eos": True, "logit_bias": {"40": 100}, "speculation": "off"}
     asked: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 40, "temperature": 0}

@@ -1,4 +1,4 @@
-"""OpenAI's forms of log-probabilities, where tokens are parts of characters and values are not finite."""
+"""OpenAI's forms of log-probabilities, for tokens that are parts of characters and values that are not finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of the engine's steps and of answers, and the cost of a scrape."""
+"""Metrics of steps and answers, and the time of a scrape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log: a line for each request, in both forms, from both processes, and never a prompt that nobody asked for."""
+"""The log: a line for each request, in both formats, from both processes, with prompts only on request."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_an_exception_is_in_its_line() -> None:
 
 
 def lines_of(running: RunningServer) -> list[dict[str, Any]]:
-    """All of the log, each line of which must be an object."""
+    """Return the lines of the log, each of which must be an object."""
     return [json.loads(line) for line in running.log.read_text().splitlines()]
 
 
@@ -114,7 +114,7 @@ def test_every_line_is_json_and_each_request_has_one(running: RunningServer) -> 
 
 @pytest.mark.process
 @pytest.mark.parametrize("running", [("--log-prompts",)], indirect=True, ids=["prompts"])
-def test_prompts_are_logged_where_that_is_asked_for(running: RunningServer) -> None:
+def test_prompts_are_logged_on_request(running: RunningServer) -> None:
     with running.client() as client:
         client.completions.create(model=MODEL, prompt=[SECRET, "and this"], max_tokens=3)
         client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": SECRET}], max_tokens=3)

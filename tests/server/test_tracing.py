@@ -1,4 +1,4 @@
-"""Traces: an OTLP receiver that decodes what a real server sends, and spans as they were made."""
+"""Traces that a real server sends to an OTLP receiver."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_opentelemetrys_own_variables_are_honoured(receiver: Receiver, start: Ca
 
 
 @pytest.mark.process
-def test_a_receiver_that_is_not_there_stops_nothing(start: Callable[..., RunningServer]) -> None:
+def test_an_unreachable_receiver_does_not_stop_the_server(start: Callable[..., RunningServer]) -> None:
     running = start("--otlp-endpoint", "http://127.0.0.1:9")
     with running.client() as client:
         assert client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=3).usage
@@ -175,7 +175,7 @@ def test_a_receiver_that_is_not_there_stops_nothing(start: Callable[..., Running
 
 
 @pytest.mark.parametrize("endpoint", ["collector:4317", "grpc://collector:4317", "4318", "http://", "http://[::1"])
-def test_an_endpoint_that_is_no_url_is_refused(endpoint: str) -> None:
+def test_an_invalid_endpoint_is_refused(endpoint: str) -> None:
     with pytest.raises(ConfigError, match=r"otlp_endpoint is .* but must be the URL"):
         open_tracing(endpoint)
 
@@ -200,7 +200,7 @@ def test_without_the_extra_the_error_says_how_to_get_it() -> None:
     assert "pip install 'pilotfish[otel]'" in result.stderr
 
 
-def test_nothing_is_traced_unless_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracing_is_off_unless_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_tracing(None) is None
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
     assert open_tracing("http://127.0.0.1:4318") is None

@@ -1,4 +1,4 @@
-"""Text of answers as it grows: against all ids decoded at once, and against stop strings looked for in all of it."""
+"""Incremental text of answers, compared with all ids decoded at once, and stop strings searched in the whole text."""
 
 from __future__ import annotations
 

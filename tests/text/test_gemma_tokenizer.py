@@ -1,4 +1,4 @@
-"""Gemma 3's tokenizer out of its GGUF file: SentencePiece's scores as merges, bytes for what has no token, a BOS."""
+"""Gemma 3's tokenizer from its GGUF file: SentencePiece scores as merges, byte fallback, begin-of-text token."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KNOWN: dict[str, list[int]] = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """The first time on a machine this takes half a minute."""
+    """Load the tokenizer; the first time takes half a minute."""
     return load_tokenizer(resolve("gemma-3-270m"))
 
 

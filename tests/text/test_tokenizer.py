@@ -1,4 +1,4 @@
-"""The API process's tokenizer gives what transformers gives, for every format, exact bytes of tokens, and no torch."""
+"""The tokenizer agrees with transformers for every format, has exact token bytes, and imports no torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def tokenizer(tiny_llama: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def sentencepiece() -> Tokenizer:
-    """Llama 2's kind: spaces as "▁" with one before the text, bytes for what is not in the vocabulary, a BOS."""
+    """A tokenizer like Llama 2's: "▁" for spaces and before the text, byte fallback, begin-of-text token."""
     letters = [*"▁abcdehlorw", "he", "ll", "▁w"]
     vocab = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
     merges = [("h", "e"), ("l", "l"), ("▁", "w")]

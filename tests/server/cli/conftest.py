@@ -1,4 +1,4 @@
-"""What the tests of both commands share: a model, prompts, and settings that are quick."""
+"""Fixtures of the command tests: quick settings, prompts and engines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def quick(tiny_llama: Path) -> list[str]:
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> list[str]:
-    """Two files, in the two forms that there are."""
+    """Two files, one in each form of prompts."""
     first, second = tmp_path / "stories.jsonl", tmp_path / "questions.jsonl"
     first.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in SENTENCES[:2]))
     second.write_text("".join(json.dumps({"turns": [text, "And then?"]}) + "\n" for text in SENTENCES[2:]))

@@ -1,4 +1,4 @@
-"""`pilotfish bench`: its statistics on rows that are made up, its runs on a small model, the files that it writes."""
+"""`pilotfish bench`: statistics on synthetic rows, runs on a small model, and the files that it writes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_speedups_are_medians_of_ratios_and_their_geometric_mean(rows: list[Row]
     assert ngram.tokens_per_second == pytest.approx((80.0 * 160.0) ** 0.5)
 
 
-def test_one_wrong_text_is_told(rows: list[Row]) -> None:
+def test_one_wrong_text_is_reported(rows: list[Row]) -> None:
     rows[5] = msgspec.structs.replace(rows[5], identical_text=False)
     assert [each.identical_text for each in summarize(rows)] == [True, False]
     assert [line.endswith("NO |") for line in table(summarize(rows))[2:]] == [False, True]
@@ -76,7 +76,7 @@ def test_the_table_lines_up(rows: list[Row]) -> None:
     ]
 
 
-def test_the_picture_is_one(rows: list[Row], tmp_path: Path) -> None:
+def test_the_picture_has_a_panel_for_each_target_and_concurrency(rows: list[Row], tmp_path: Path) -> None:
     """Two targets side by side, two concurrencies below each other."""
     plot(rows, tmp_path / "one.png")
     other = [msgspec.structs.replace(each, model="other", tokens_per_second=3.0) for each in rows]
@@ -249,7 +249,7 @@ def test_built_in_prompts() -> None:
 
 
 @pytest.mark.parametrize("line", ["[]", "{}", '{"turns": []}', '{"prompt": 3}', "not json"])
-def test_what_is_no_prompt_is_refused(line: str, tmp_path: Path) -> None:
+def test_an_invalid_prompt_is_refused(line: str, tmp_path: Path) -> None:
     path = tmp_path / "some.jsonl"
     path.write_text('{"prompt": "fine"}\n\n' + line)
     with pytest.raises(ConfigError, match=r"line 3 of .* is not a prompt"):

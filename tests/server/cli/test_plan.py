@@ -1,4 +1,4 @@
-"""`pilotfish plan` as it is typed: its report, its JSON, its plot, its exit status and its errors."""
+"""`pilotfish plan`: its report, JSON, plot, exit statuses and errors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_plan_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(size for part, size in memory.items() if part != "memory") == pytest.approx(memory["memory"], abs=0.05)
 
 
-def test_one_that_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_that_does_not_fit_lists_remedies(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*SEVENTY, "--tensor-parallel-size", "1"]) == 1
     printed = capsys.readouterr().out
     assert "It does NOT fit: " in printed
@@ -58,7 +58,7 @@ def test_one_that_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str
     assert "1 *" in printed  # predictions go on, marked
 
 
-def test_json_has_it_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_the_whole_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*SEVENTY, *DRAFTS, "--tensor-parallel-size", "8", "--gpu", "h200", "--json"]) == 0
     plan = msgspec.convert(json.loads(capsys.readouterr().out), Plan)
     assert (plan.device, plan.tensor_parallel_size, plan.fits) == ("h200", 8, True)
@@ -108,7 +108,7 @@ def test_the_picture(ending: str, tmp_path: Path) -> None:
         (["--config", "none.yaml"], "cannot read the settings in none.yaml"),
     ],
 )
-def test_mistakes_are_named(
+def test_errors_name_the_setting(
     flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -117,7 +117,7 @@ def test_mistakes_are_named(
 
 
 @pytest.mark.parametrize("rate", ["1.5", "-0.1", "many", "=0.5", "1b=x"])
-def test_an_acceptance_that_is_no_rate_is_refused(rate: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_acceptance_is_refused(rate: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([*SEVENTY, f"--acceptance={rate}"])
     assert ended.value.code == 2
@@ -140,7 +140,7 @@ def test_planning_imports_no_torch() -> None:
 
 
 class Recorder:
-    """An engine's settings that notes which of them are read."""
+    """Engine settings that record which of them are read."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config, self.names = config, set[str]()

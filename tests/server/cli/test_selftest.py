@@ -445,7 +445,7 @@ def test_hosts_are_checked_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "nnodes is 2, but the self-test checks one host at a time" in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_there_is_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_model_is_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*QUICK, "--model", "/nowhere/model"]) == 1
     assert "/nowhere/model" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Flags and YAML files: one schema, and what is wrong with a setting is said."""
+"""Flags and YAML files: one schema, and errors that name the setting."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_sizes_have_units(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "lots", "-1", "5XB", "1e9", "0x10"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_an_invalid_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="is not a size"):
         parse_size(text)
 
@@ -114,7 +114,7 @@ def test_a_setting_that_cannot_work_is_named(
         ("a: [", "is not valid YAML"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_said(content: str, message: str, tmp_path: Path) -> None:
+def test_errors_in_a_file_are_explained(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError) as error:
@@ -149,7 +149,7 @@ def test_drafters_are_checked_before_anything_is_loaded(
     assert message in capsys.readouterr().err
 
 
-def test_a_draft_that_is_not_there_is_status_1(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_draft_model_is_status_1(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "--model", str(tiny_llama), "--port", "0", "--drafter", "smollm-135m"]) == 1
     assert "did you mean 'smollm2-135m'?" in capsys.readouterr().err
 
@@ -165,13 +165,13 @@ def test_a_port_that_is_taken_is_found_before_anything_is_loaded(capsys: pytest.
     assert f"cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_there_is_status_1(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_model_is_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "--model", "smollm-135m", "--port", "0"]) == 1
     assert "did you mean 'smollm2-135m'?" in capsys.readouterr().err
 
 
 @pytest.mark.process
-def test_the_version_is_said() -> None:
+def test_version_is_printed() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "pilotfish.server.cli.main", "--version"], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""Files, variables and flags: who wins, what is refused, and what --print-config makes of it."""
+"""Files, variables and flags: precedence, errors, and the output of --print-config."""
 
 from __future__ import annotations
 
@@ -96,13 +96,13 @@ def test_variables_are_read_as_flags_are() -> None:
         ("LOG_FORMAT", "xml", "PILOTFISH_LOG_FORMAT: log_format is 'xml'"),
     ],
 )
-def test_what_is_wrong_with_a_variable_is_said(variable: str, value: str, message: str) -> None:
+def test_errors_of_a_variable_are_explained(variable: str, value: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         read({}, {f"{PREFIX}{variable}": value})
     assert message in str(error.value)
 
 
-def test_what_kubernetes_says_of_a_service_named_pilotfish_is_no_setting() -> None:
+def test_kubernetes_service_variables_are_ignored() -> None:
     links = {
         "PILOTFISH_SERVICE_HOST": "10.0.0.1",
         "PILOTFISH_SERVICE_PORT": "8000",

@@ -1,4 +1,4 @@
-"""`pilotfish verify`: quiet where the text is the same, loud where it is not, and it knows a near-tie from a bug."""
+"""`pilotfish verify` accepts identical text, reports differences, and tells near-ties from bugs."""
 
 from __future__ import annotations
 
