@@ -1,1 +1,1 @@
-"""Operators with more than one implementation, and the choice between them."""
+"""Kernels: operators with a native implementation on the CPU, and with torch's everywhere."""

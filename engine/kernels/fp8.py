@@ -1,8 +1,8 @@
 """Matrix products in 8-bit floating point (float8_e4m3fn of OCP's specification, arXiv 2209.05433).
 
-A weight has a scale for each output channel, fixed at loading; an activation one for each row (token), found as it
-comes. On CUDA the product is torch._scaled_mm's with row-wise scales; elsewhere it is the same arithmetic in float32,
-the reference that the former is held against.
+A weight has a scale for each output channel, fixed at loading; an activation has one for each row (token), computed at
+run time. On CUDA the product is torch._scaled_mm's with row-wise scales; elsewhere it is the same arithmetic in
+float32, the reference that the former is tested against.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Fp8Linear:
 
 
 def prepare_fp8(weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor) -> Fp8Linear:
-    """Raises ValueError for a weight of another dtype or of sizes that torch._scaled_mm cannot take."""
+    """Prepare a weight in fp8. Raises ValueError for another dtype, or for sizes that torch._scaled_mm cannot take."""
     out_features, in_features = weight.shape
     if weight.dtype != SCHEME.dtype:
         raise ValueError(f"a weight with a scale must be {SCHEME.dtype}, not {weight.dtype}")

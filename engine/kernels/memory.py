@@ -1,4 +1,4 @@
-"""Memory for weights and caches on the CPU, in huge pages where the system gives them.
+"""Memory for weights and caches on the CPU, in huge pages where the system provides them.
 
 A step reads every weight once, so with pages of 4 KiB it waits for an address translation every 64 cache lines: on a
 virtual machine, where a translation walks two tables, weights arrived half as fast. Linux gives pages of 2 MiB on
@@ -21,7 +21,7 @@ ALIGNMENT = 64
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros on the CPU. The system hands the memory out by pages, on first use; torch.zeros would touch all of it."""
+    """Return zeros on the CPU. The system hands it out by pages, on first use; torch.zeros would touch it all."""
     size = math.prod(shape) * dtype.itemsize
     if not size:
         return torch.zeros(shape, dtype=dtype)
@@ -46,7 +46,7 @@ class Arena:
 
 
 def _mapped(size: int) -> torch.Tensor:
-    """At least `size` bytes, all 0, that start at the border of a huge page if one fits."""
+    """Map at least `size` bytes, all 0, that start at a huge page's boundary if one fits."""
     if size < HUGE_PAGE:
         return torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE), dtype=torch.uint8)
     mapping = mmap.mmap(-1, size + HUGE_PAGE, mmap.MAP_PRIVATE)

@@ -40,7 +40,7 @@ class AttentionArguments(ctypes.Structure):
 
 @cache
 def load_library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they were not built (no C compiler at installation)."""
+    """Load the compiled kernels; None where they were not built (no C compiler at installation)."""
     spec = importlib.util.find_spec("pilotfish.engine.kernels._native")
     if spec is None or spec.origin is None:
         return None
@@ -202,12 +202,12 @@ class NativeKernels:
         )
 
     def set_threads(self, count: int) -> int:
-        """Compute with `count` threads from now on, in this process; returns how many the system has given."""
+        """Compute with `count` threads from now on, in this process; returns how many the system could start."""
         return int(self._library.pilotfish_set_threads(count))
 
     def attention_scratch(self, context: int, block_size: int) -> tuple[torch.Tensor, int]:
-        """Space for the scores of a tile of queries over `context` keys, in whole blocks, for each thread that a call
-        may use; and how many keys that is."""
+        """Allocate space for the scores of a tile of queries over `context` keys, in whole blocks, for each thread that
+        a call may use. Returns it, and the number of keys per query."""
         keys = -(-context // block_size) * block_size
         threads, queries = self._library.pilotfish_threads(), self._library.pilotfish_queries()
         return torch.empty(threads, queries, keys), keys
@@ -216,7 +216,7 @@ class NativeKernels:
         self._library.pilotfish_attend(self.level, ctypes.byref(arguments))
 
     def decoder_space(self, size: int, heads: int, kv_heads: int, head_dim: int, gated_size: int) -> int:
-        """The floats per row that `decode` needs beside the hidden states."""
+        """Return the floats per row that `decode` needs beside the hidden states."""
         return int(self._library.pilotfish_space(size, heads, kv_heads, head_dim, gated_size))
 
     def decode(self, layers: Any, count: int, step: ctypes.Structure) -> None:
@@ -225,7 +225,7 @@ class NativeKernels:
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
-    """The address of a contiguous float32 tensor; None, which C reads as a null pointer, for None."""
+    """Return the address of a contiguous float32 tensor; None, which C reads as a null pointer, for None."""
     if tensor is None:
         return None
     assert tensor.dtype == torch.float32

@@ -35,9 +35,9 @@ class Kernels(Protocol[Prepared]):
     ) -> Prepared:
         """Lay out `weight` (out_features, in_features), once, at loading. The caller drops its own copy afterwards.
 
-        scale: (out_features, 1) float32, given if `weight` is float8_e4m3fn or int8: the matrix is weight * scale. With
-        fp8 it is computed with in fp8 (see `engine.kernels.fp8`); with int8 as it is, where the kernels can, up to
-        rounding; it cannot be embedded from. Raises ValueError for what the kernels cannot compute with.
+        scale: (out_features, 1) float32, given if `weight` is float8_e4m3fn or int8: the matrix is weight * scale. An
+        fp8 matrix is multiplied in fp8 (see `engine.kernels.fp8`), an int8 one stays in int8 where the kernels support
+        it. A matrix in fp8, or kept in int8, cannot be embedded from. Raises ValueError for unsupported weights.
         """
         ...
 

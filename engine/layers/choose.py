@@ -1,4 +1,4 @@
-"""Which decoder computes: the fused one if it knows the layers and what they are computed with."""
+"""Chooses the decoder: the fused one if it supports the layers, the kernels and the attention backend."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def choose_decoder(
 def why_not_fused(
     kernels: Kernels[Any], attention: AttentionBackend, comm: Communicator, layers: Seq[DecoderLayer]
 ) -> str | None:
-    """The rule of `FusedDecoder` that this decoder would break, or None."""
+    """Return why `FusedDecoder` cannot compute these layers, or None if it can."""
     if not isinstance(kernels, NativeKernels):
         return f"the kernels are {kernels.name!r}, not 'native'"
     if not isinstance(attention, NativeAttention):

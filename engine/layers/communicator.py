@@ -1,4 +1,4 @@
-"""What the ranks of a sharded model exchange during a pass. `engine.ranks` has the processes and their links."""
+"""The communication of a sharded model's ranks during a pass. `engine.ranks` has the processes and their links."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Communicator(Protocol):
     def size(self) -> int: ...
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of x over the ranks, the same bits on each of them; x may be overwritten.
+        """Return the sum of x over the ranks, the same bits on each of them; x may be overwritten.
 
         On the CPU it is batch-invariant: a row's sum does not depend on the rows beside it.
         """
         ...
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """All ranks' parts, (rows, size of a part) each, side by side in the order of ranks, on rank 0. Other ranks
-        must not read the result."""
+        """Return all ranks' parts, (rows, size of a part) each, side by side in rank order, on rank 0. Other ranks must
+        not read the result."""
         ...
 
 

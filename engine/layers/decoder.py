@@ -1,7 +1,7 @@
-"""What a decoder is: a stack of layers between the token embedding and the final norm, and what each layer is made of.
+"""The interface of decoders, the stacks of layers between token embedding and final norm, and the parts of a layer.
 
 Two implementations give the same bits: `operator_decoder` computes any layer with `Kernels`, operator by operator;
-`fused_decoder` computes the layers that it knows in one native call. `choose` picks one when a model is loaded.
+`fused_decoder` computes the layers that it supports in one native call. `choose` picks one when a model is loaded.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ class Adapter(Protocol):
     """Changes the results of one layer's linears, as low-rank adapters (LoRA, arXiv 2106.09685) do."""
 
     def add_(self, name: str, x: torch.Tensor, y: torch.Tensor, batch: AttentionBatch) -> None:
-        """Add to y (rows, out_features), which the linear `name` gave for x (rows, in_features), what the adapter
-        changes. `name` is "qkv", "output", "gate_up" or "down", or what another MLP than `DenseMlp` calls its own.
+        """Add the adapter's change to y (rows, out_features), the result of the linear `name` for x (rows,
+        in_features). `name` is "qkv", "output", "gate_up" or "down", or a name that another MLP than `DenseMlp` gives
+        its own.
 
         Rows without an adapter must keep their bits. Of a linear that is sharded by columns, x is this rank's part and
         y its summand.
@@ -44,7 +45,7 @@ class Linears:
     batch: AttentionBatch | None = None  # set where there is an adapter
 
     def apply(self, name: str, x: torch.Tensor, weight: PreparedLinear) -> torch.Tensor:
-        """(rows, in_features) -> (rows, out_features); on each rank its part of them."""
+        """Apply a linear: (rows, in_features) -> (rows, out_features), on each rank its part of them."""
         y = self.kernels.linear(x, weight)
         if self.adapter is not None:
             assert self.batch is not None
@@ -55,7 +56,7 @@ class Linears:
         """A linear that is sharded by columns, plus `residual` if given: (rows, this rank's part of in_features) ->
         (rows, out_features), a new tensor with the same bits on every rank.
 
-        The residual is added to the sum: in 16 bits a summand as large as it would cost the others their digits.
+        The residual is added last: in 16 bits a summand that large would cost the others their precision.
         """
         if self.comm.size == 1 and self.adapter is None:
             return self.kernels.linear(x, weight, residual=residual)
@@ -121,7 +122,7 @@ class Tap(Protocol):
     def layers(self) -> Seq[int]: ...
 
     def take(self, layer: int, hidden: torch.Tensor) -> None:
-        """`hidden` is what enters `layer`, one of `layers`, and holds until the next layer runs."""
+        """Read `hidden`, the input of `layer`, one of `layers`. It is valid until the next layer runs."""
         ...
 
 
@@ -151,8 +152,8 @@ class Decoder(Protocol):
 def run_sections(
     run: Callable[[int, int, torch.Tensor], torch.Tensor], count: int, hidden: torch.Tensor, tap: Tap | None
 ) -> torch.Tensor:
-    """Run `count` layers by `run(first, stop, hidden)`, in as few calls as the tap allows; returns what leaves the last
-    layer."""
+    """Run `count` layers by `run(first, stop, hidden)`, in as few calls as the tap allows; returns the last layer's
+    output."""
     if tap is None:
         return run(0, count, hidden)
     first = 0

@@ -1,7 +1,7 @@
 """The fused decoder: all layers in one call into the native kernels (decoder.h), on the CPU in float32.
 
-It gives the bits of `OperatorDecoder` without the time that Python takes between two kernels. `choose` says which
-layers it knows.
+It gives the bits of `OperatorDecoder` without the time that Python takes between two kernels. `choose` has the rule for
+the layers that it supports.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class FusedDecoder:
         return run_sections(run, len(self.layers), hidden, tap)
 
     def _bind(self, caches: list[LayerCache]) -> None:
-        """Note where the caches lie; a runner gives the same list at every pass."""
+        """Set the caches' addresses; a runner passes the same list at every pass."""
         if self._caches is caches:
             return
         for struct, cache in zip(self._structs, caches, strict=True):
@@ -86,7 +86,7 @@ class FusedDecoder:
 
 
 class _Weight(ctypes.Structure):
-    """`struct weight` of decoder.h; the other structures' names are theirs, too."""
+    """`struct weight` of decoder.h; the structures below have the names of theirs there, too."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("packed", "scale", "bias")),

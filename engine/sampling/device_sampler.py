@@ -1,5 +1,5 @@
-"""Drawing tokens without the host looking: one copy to the device, none back. For GPUs; what is drawn is what
-`sampler.choose` draws, up to rounding, and how is explained there and in `processors`."""
+"""Sync-free sampling for GPUs: one copy to the device, none back. It draws the tokens of `sampler.choose`, up to
+rounding; `sampler` and `processors` explain how."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pilotfish.engine.sampling.processors import is_restricted, kept_of_all, lim
 
 @torch.inference_mode()
 def draw(adjusted: torch.Tensor, rows: Seq[LogitRow], chances: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token for each of `rows` of `adjusted`, (all rows, vocab) from `adjust`: (len(rows),) int64, on its device;
-    and, if `chances`, how likely each was, (len(rows),) float32 (else empty)."""
+    """Draw a token for each of `rows` of `adjusted`, (all rows, vocab) from `adjust`: (len(rows),) int64, on its
+    device; and, if `chances`, the probability of each, (len(rows),) float32 (else empty)."""
     device, vocab = adjusted.device, adjusted.shape[1]
     greedy = [i for i, row in enumerate(rows) if row.sequence.params.greedy]
     free: list[int] = []
@@ -67,7 +67,7 @@ def draw(adjusted: torch.Tensor, rows: Seq[LogitRow], chances: bool = False) -> 
 
 
 def chances_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The probability of each row's token under softmax(logits): tokens (rows,) int64 -> (rows,) float32."""
+    """Return the probability of each row's token under softmax(logits): tokens (rows,) int64 -> (rows,) float32."""
     logits = logits.float()
     of_tokens = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
     return (of_tokens - logits.logsumexp(1)).exp().clamp(0.0, 1.0)

@@ -1,4 +1,4 @@
-"""LogitSpan: which positions of a sequence some rows of logits predict; LogitRow: one of those rows."""
+"""LogitSpan: rows of logits that predict successive positions of a sequence; LogitRow: one of those rows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LogitRow(NamedTuple):
 
 
 def rows_of(spans: Iterable[LogitSpan]) -> list[LogitRow]:
-    """The rows of a batch of logits, in which the spans' rows follow each other."""
+    """Return the rows of a batch of logits, in which the spans' rows follow each other."""
     rows: list[LogitRow] = []
     for span in spans:
         first = span.first_position

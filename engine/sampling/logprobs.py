@@ -12,7 +12,7 @@ from pilotfish.engine.request import TokenLogprobs
 
 @torch.inference_mode()
 def token_logprobs(logits: torch.Tensor, tokens: Seq[int], top: int | Seq[int]) -> list[TokenLogprobs]:
-    """For each row the log-probability of its token, and the `top` likeliest tokens with theirs, likeliest first.
+    """Return, for each row, the log-probability of its token, and the `top` tokens with theirs, likeliest first.
 
     logits: (rows, vocab), any float type, not changed; tokens: one for each row; top: one number for all rows, or one
     for each. Natural logarithms, in float32.

@@ -1,4 +1,4 @@
-"""Noise that is a function of where it is used: of a seed, a position in the sequence, a token id, and a stream.
+"""Noise that is a function of a seed, a position in the sequence, a token id, and a stream.
 
 There is no generator and no state: the noise at a position is the same in any batch and at any time. How tokens
 are drawn with it is in `sampler` and `engine.verification`.
@@ -24,7 +24,7 @@ DRAW = 0
 ACCEPT = 1
 """Stream of the uniforms that accept or reject a drafted token (rejection verification only)."""
 RESIDUAL = 2
-"""Stream of the noise that draws from what a rejected token leaves (rejection verification only)."""
+"""Stream of the noise that draws from a residual (rejection verification only)."""
 
 _MASK = 0xFFFFFFFFFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -37,7 +37,7 @@ _TRIPLE_3 = 0x31848BAB
 
 
 def row_key(seed: int, position: int, stream: int = DRAW) -> int:
-    """The key of a row of noise, 0 to 2**64 - 1.
+    """Return the key of a row of noise, 0 to 2**64 - 1.
 
     seed: any 64 bits, signed or not; position: index, in tokens from the start of the prompt, of the token drawn.
     """
@@ -47,12 +47,12 @@ def row_key(seed: int, position: int, stream: int = DRAW) -> int:
 
 
 def uniform(key: int) -> float:
-    """A number in [0, 1) of 53 random bits."""
+    """Return a number in [0, 1) of 53 random bits."""
     return (_mix64(key + _GOLDEN & _MASK) >> 11) * 2.0**-53
 
 
 def key_halves(keys: Seq[int]) -> np.ndarray:
-    """The upper and the lower 32 bits of each key, as `log_exponential` takes them: (2, rows) int32."""
+    """Return the upper and the lower 32 bits of each key, as `log_exponential` takes them: (2, rows) int32."""
     both = np.array(keys, dtype=np.uint64)
     return np.stack([both >> np.uint64(32), both & np.uint64(0xFFFFFFFF)]).astype(np.uint32).view(np.int32)
 
@@ -73,15 +73,15 @@ def log_exponential(keys: Seq[int] | torch.Tensor, tokens: torch.Tensor) -> torc
 
 
 def gumbel_race(logits: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
-    """A token of all the vocabulary for each row, argmax(logit - log E): logits (rows, vocab), -inf for what may not be
-    drawn; halves (2, rows) of the rows' keys -> (rows,) int64."""
+    """Draw a token of the whole vocabulary for each row, argmax(logit - log E): logits (rows, vocab), -inf for what may
+    not be drawn; halves (2, rows) of the rows' keys -> (rows,) int64."""
     tokens = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device).unsqueeze(0)
     noise = log_exponential(halves, tokens)
     return torch.sub(logits, noise, out=noise).argmax(1)
 
 
 def _bits31(keys: Seq[int] | torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """31 random bits for each (key, token): int32, not negative."""
+    """Return 31 random bits for each (key, token): int32, not negative."""
     halves = keys if isinstance(keys, torch.Tensor) else on_device(torch.from_numpy(key_halves(keys)), tokens.device)
     high, low = halves.unsqueeze(2)  # (rows, 1) each
     z = torch.bitwise_xor(tokens.to(torch.int32), low)
@@ -96,7 +96,7 @@ def _bits31(keys: Seq[int] | torch.Tensor, tokens: torch.Tensor) -> torch.Tensor
 
 
 def _mix64(z: int) -> int:
-    """SplitMix64's finalizer, of 0 to 2**64 - 1."""
+    """Apply SplitMix64's finalizer to a number from 0 to 2**64 - 1."""
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK
     return z ^ z >> 31

@@ -1,9 +1,8 @@
 """From a model's logits to the distribution that tokens are drawn from: bias, penalties, temperature, and truncation.
 
-Two stages. `adjust` changes a few logits of some rows: logit_bias, penalties, min_tokens. `truncate` finds what the
-sampled rows may draw: temperature, top_k, top_p, min_p. `process` is both, for who wants plain logits back. A row's
-result depends on nothing but that row, to the last bit: not on the batch around it, and not on the path taken.
-Drawing is in `sampler`.
+There are two stages. `adjust` changes a few logits of some rows: logit_bias, penalties, min_tokens. `truncate` finds
+the tokens that sampled rows may draw: temperature, top_k, top_p, min_p. `process` does both and returns logits. All of
+it is batch-invariant: a row's result depends on that row alone, to the last bit. `sampler` draws.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _BLOCK = 64
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """What some sampled rows may draw, after temperature and truncation."""
+    """The tokens that sampled rows may draw, after temperature and truncation."""
 
     rows: list[LogitRow]
     ids: torch.Tensor
@@ -37,16 +36,16 @@ class Support:
 
     @property
     def whole(self) -> bool:
-        """The columns are all token ids, of every row."""
+        """Whether the columns are all token ids, in every row."""
         return self.ids.dtype == torch.int32
 
     def of(self, lines: list[int]) -> Support:
-        """The part of it that is these lines' (indices into `rows`)."""
+        """Return the part with these `lines` (indices into `rows`)."""
         ids = self.ids if self.whole else self.ids[lines]
         return Support([self.rows[line] for line in lines], ids, self.logits[lines])
 
     def probabilities(self) -> torch.Tensor:
-        """softmax(logits), (rows, count) float32."""
+        """Return softmax(logits), (rows, count) float32."""
         if self.whole:
             return torch.softmax(self.logits, 1)
         mass = self.logits.exp().double()
@@ -55,7 +54,7 @@ class Support:
 
 @torch.inference_mode()
 def process(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] = ()) -> torch.Tensor:
-    """Logits of the distribution that each row is drawn from: (rows, vocab), -inf for what may not be drawn.
+    """Return logits of the distribution that each row is drawn from: (rows, vocab), -inf for what may not be drawn.
 
     Per row, in this order: logit_bias, repetition penalty (over prompt and answer; arXiv 1909.05858), presence and
     frequency penalties (over the answer), min_tokens; then, unless greedy, temperature, top_k, top_p, min_p. The answer
@@ -69,7 +68,7 @@ def process(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int]
 
 
 def spread(adjusted: torch.Tensor, supports: list[Support]) -> torch.Tensor:
-    """Write what `truncate` found of `adjusted` over its rows: (rows, vocab), -inf for what may not be drawn."""
+    """Write the supports of `truncate` over the rows of `adjusted`: (rows, vocab), -inf for what may not be drawn."""
     for support in supports:
         adjusted = adjusted.float()
         shaped = support.logits
@@ -156,17 +155,17 @@ def truncate(logits: torch.Tensor, rows: Seq[LogitRow]) -> list[Support]:
 
 
 def is_restricted(params: SamplingParams, vocab: int) -> bool:
-    """Whether top_k, top_p or min_p may leave tokens out."""
+    """Return whether top_k, top_p or min_p may leave tokens out."""
     return 0 < params.top_k < vocab or params.top_p < 1.0 or params.min_p > 0.0
 
 
 def temperatures_of(params: Seq[SamplingParams]) -> np.ndarray:
-    """(rows, 1) float32, none of them 0."""
+    """Return the temperatures, (rows, 1) float32, none of them 0."""
     return np.array([[max(p.temperature, _TINY)] for p in params], dtype=np.float32)
 
 
 def limits_of(params: Seq[SamplingParams]) -> np.ndarray:
-    """What `kept_of_all` wants: (3, rows, 1) float64, top_k, top_p and min_p; infinite where there is no limit."""
+    """Return the limits for `kept_of_all`, (3, rows, 1) float64: top_k, top_p and min_p; infinite if unlimited."""
     limits = [(p.top_k if p.top_k > 0 else math.inf, p.top_p if p.top_p < 1.0 else math.inf, p.min_p) for p in params]
     return np.array(limits, dtype=np.float64).reshape(-1, 3).T[:, :, None]
 
@@ -212,8 +211,8 @@ def _cut(scaled: torch.Tensor, rows: list[LogitRow]) -> Support:
 def kept_ids(scaled: torch.Tensor, total: float, p: SamplingParams) -> np.ndarray:
     """Ids, ascending, of what top_k, top_p and min_p keep of one row, (vocab,) on the CPU: (count,) int64.
 
-    The highest logit is 0; total: the sum of exp(logits). Sorting all of the vocabulary is what would cost most, so
-    first everything below a level is left out, a level above which the result must lie. None of a row of nan.
+    The highest logit is 0; total: the sum of exp(logits). Sorting the whole vocabulary would take the most time, so
+    first everything below a level is left out that cannot be in the result. Nothing of a row of nan is kept.
     """
     vocab, row = len(scaled), scaled.numpy()
     floor = math.log(p.min_p) - 1e-3 if p.min_p else float(np.finfo(np.float32).min)
@@ -252,7 +251,7 @@ def kept_ids(scaled: torch.Tensor, total: float, p: SamplingParams) -> np.ndarra
 
 
 def kept_of_all(scaled: torch.Tensor, totals: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
-    """`kept_ids` for many rows at once, without a look at them: `scaled` with -inf for the rest. For the GPU.
+    """`kept_ids` for many rows at once, sync-free: returns `scaled` with -inf for the rest. For the GPU.
 
     scaled: (rows, vocab) float32, changed in place; totals: (rows, 1); limits: of `limits_of`. The same set as
     `kept_ids`, up to rounding.

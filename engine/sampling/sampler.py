@@ -1,7 +1,7 @@
-"""Drawing tokens: the likeliest for greedy rows, the position-keyed exponential race for the others.
+"""Drawing tokens: argmax for greedy rows, the position-keyed exponential race for the others.
 
 A row's token depends on the row's distribution, the sequence's seed and the position alone (promise 2 of the design;
-drafter-invariant speculative decoding, arXiv 2408.07978). What the distribution is, is `processors`' matter.
+drafter-invariant speculative decoding, arXiv 2408.07978). `processors` makes the distribution.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _CHUNK = 1 << 17
 
 @torch.inference_mode()
 def draw(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] = ()) -> tuple[list[int], torch.Tensor]:
-    """A token for each row, the one that `choose` draws, and what it was drawn from: `process` of these arguments."""
+    """Return the token that `choose` draws for each row, and what it was drawn from: `process` of these arguments."""
     adjusted = adjust(logits, spans, eos_token_ids)
     tokens, supports = _draw(adjusted, rows_of(spans))
     return tokens, spread(adjusted, supports)
 
 
 def choose(adjusted: torch.Tensor, rows: Seq[LogitRow]) -> list[int]:
-    """A token for each of `rows` of `adjusted`, (all rows, vocab) from `adjust`: greedy, or drawn after truncation."""
+    """Return a token for each of `rows` of `adjusted`, (all rows, vocab) from `adjust`: argmax, or drawn."""
     if adjusted.device.type != "cpu":
         drawn: list[int] = device_sampler.draw(adjusted, rows)[0].tolist()
         return drawn
@@ -66,7 +66,7 @@ def race(support: Support, stream: int = DRAW) -> list[int]:
 
 
 def argmax(scores: torch.Tensor) -> list[int]:
-    """Column of the highest score of each row, the first of equals: (rows, columns) -> rows numbers on the host."""
+    """Return the column of each row's highest score, the first of equals, on the host; scores (rows, columns)."""
     if scores.device.type == "cpu" and scores.dtype == torch.float32:
         columns: list[int] = scores.numpy().argmax(1).tolist()  # numpy's is vectorized, ten times as fast as torch's
         return columns
@@ -75,7 +75,7 @@ def argmax(scores: torch.Tensor) -> list[int]:
 
 
 def _greedy(logits: torch.Tensor, rows: Seq[LogitRow]) -> dict[int, int]:
-    """The likeliest tokens of the greedy ones of `rows`, by row index."""
+    """Return the likeliest tokens of the greedy rows among `rows`, by row index."""
     wanted = [row.at for row in rows if row.sequence.params.greedy]
     if not wanted:
         return {}

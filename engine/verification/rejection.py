@@ -18,11 +18,12 @@ from pilotfish.engine.verification.verifier import DraftedRow, Verdict, agreed, 
 
 
 class RejectionVerifier:
-    """Accepts a drafted token with probability min(1, p / q), and otherwise draws from what is left of p.
+    """Accepts a drafted token with probability min(1, p / q), and otherwise draws from the residual.
 
     q is the distribution that the draft was drawn from, or 1 on its token. The tokens have the target's distribution,
-    but which they are depends on the draft: the same seed and the same drafts give the same text. sync_free:
-    judge all rows at once on the device, without the host reading numbers in between.
+    but which they are depends on the draft: the same seed and the same drafts give the same text.
+
+    sync_free: judge all rows at once on the device, without the host reading numbers in between.
     """
 
     def __init__(self, eos_token_ids: Seq[int], sync_free: bool = False) -> None:
@@ -93,7 +94,7 @@ def _accept_or_redraw_sync_free(adjusted: torch.Tensor, rows: list[DraftedRow]) 
 
 
 def _accept_or_redraw(adjusted: torch.Tensor, rows: list[DraftedRow]) -> list[int]:
-    """Rejection verification's judge: the drafted token or one from the residual; greedy rows by their likeliest."""
+    """The `Judge` of rejection verification: the drafted token or one from the residual; argmax for greedy rows."""
     by_index = {row.logits.at: row for row in rows}
     greedy = [row.logits for row in rows if row.logits.sequence.params.greedy]
     tokens = dict(zip((row.at for row in greedy), choose(adjusted, greedy), strict=True))
@@ -131,7 +132,7 @@ def _judge_sampled(support: Support, rows: list[DraftedRow]) -> list[int]:
 
 
 def _find(support: Support, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Column of each row's token in the support, and whether it is there: (rows, 1) each."""
+    """Return each row's column of its token in the support, and whether it is there: (rows, 1) each."""
     wanted = on_device(tokens, support.logits.device).unsqueeze(1)
     if support.whole:
         return wanted.clamp(min=0), wanted >= 0
@@ -142,7 +143,7 @@ def _find(support: Support, tokens: list[int]) -> tuple[torch.Tensor, torch.Tens
 def _drafters(
     support: Support, rows: list[DraftedRow], which: list[int], column: torch.Tensor, present: torch.Tensor
 ) -> torch.Tensor:
-    """q, the distributions that the tokens of rows `which` were drawn from, over the support: (len(which), count)."""
+    """Return q, the distributions that rows `which` were drafted from, over the support: (len(which), count)."""
     q = torch.zeros(len(which), support.logits.shape[1], device=support.logits.device)
     q.scatter_(1, column[which], present[which].float())
     for line, i in enumerate(which):
@@ -153,9 +154,7 @@ def _drafters(
 
 
 def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """What is left of p once a token drawn from q is rejected, not normalized: max(0, p - q), (rows, tokens) each.
-
-    p itself where nothing is left: then p and q differ by rounding alone.
-    """
+    """Return the residual of p after a token drawn from q is rejected, not normalized: max(0, p - q), (rows, tokens);
+    p itself where that is 0 everywhere, since then p and q differ only by rounding."""
     left = (p - q).clamp_(min=0.0)
     return torch.where(left.amax(1, keepdim=True) > 0.0, left, p)

@@ -1,7 +1,7 @@
-"""Verification: from the target's logits behind drafted tokens to the tokens that are appended to each sequence.
+"""Verification turns the target's logits for drafted tokens into the tokens that are appended to each sequence.
 
-Plain decoding is the verification of an empty draft. What ends a sequence (an end-of-text token among the accepted
-ones, max_tokens) is not judged here: whoever commits the tokens cuts them off.
+Plain decoding is the verification of an empty draft. Verification does not look for the end of a sequence (an
+end-of-text token among the accepted ones, max_tokens): the engine core cuts the tokens off as it commits them.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from pilotfish.engine.sampling.processors import adjust
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a step appends to a sequence: the accepted part of its draft, and one token of the target's own."""
+    """The tokens that a step appends to a sequence: the accepted part of its draft, and one of the target's own."""
 
     tokens: list[int]
     accepted: int
-    """Drafted tokens among them: len(tokens) - 1."""
+    """Number of drafted tokens among them: len(tokens) - 1."""
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """One for each of tokens, of the raw logits; None unless the request asks for them."""
 
 
 class Verifier(Protocol):
     def verify(self, logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft]) -> list[Verdict]:
-        """One Verdict for each span.
+        """Return one Verdict for each span.
 
         logits: (rows, vocab) of the target, raw, the rows of `spans` one after the other; may be changed. For every i
         spans[i].draft == drafts[i].tokens and spans[i].rows == len(drafts[i].tokens) + 1.
@@ -42,25 +42,25 @@ class Verifier(Protocol):
 
 
 class DraftedRow(NamedTuple):
-    """A row of logits, and what was drafted at the position that it predicts."""
+    """A row of logits, and the token drafted at the position that it predicts."""
 
     logits: LogitRow
     drafted: int | None
-    """None behind the last drafted token."""
+    """None for the row after the last drafted token."""
     probs: torch.Tensor | None
-    """The distribution that `drafted` was drawn from, (vocab,); None where its drafter was certain."""
+    """The distribution that `drafted` was drawn from, (vocab,); None if its drafter put probability 1 on it."""
 
 
 Judge = Callable[[torch.Tensor, list[DraftedRow]], list[int]]
-"""Says the token of each of some rows of adjusted logits, (all rows, vocab)."""
+"""Returns the token of each of the given rows of adjusted logits, (all rows, vocab)."""
 
 Draw = Callable[[torch.Tensor, list[LogitSpan], list[Draft], list[int]], list[list[int]]]
-"""Draws each span's tokens up to the first that was not drafted, from adjusted logits; the last argument is the first
+"""Draws each span's tokens up to the first that was not drafted, from adjusted logits; the last argument has the first
 row of each span."""
 
 
 def drafted_row(start: int, span: LogitSpan, draft: Draft, r: int) -> DraftedRow:
-    """Row `r` of a span whose rows begin at `start`."""
+    """Return row `r` of a span whose rows begin at `start`."""
     row = LogitRow(start + r, span.sequence, span.first_position + r)
     if r == len(draft.tokens):
         return DraftedRow(row, None, None)
@@ -70,8 +70,8 @@ def drafted_row(start: int, span: LogitSpan, draft: Draft, r: int) -> DraftedRow
 def lazily(
     logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft], starts: list[int], judge: Judge
 ) -> list[list[int]]:
-    """A `Draw` that looks at the row behind a drafted token only once that token is accepted: less work on the CPU. In
-    rounds, since noise is made for several rows at once."""
+    """A `Draw` that computes the row after a drafted token only once that token is accepted, which saves work on the
+    CPU. It goes in rounds over all spans, since noise is made for several rows at once."""
     tokens: list[list[int]] = [[] for _ in spans]
     going = list(range(len(spans)))
     while going:
@@ -84,7 +84,7 @@ def lazily(
 
 
 def agreed(tokens: list[int], drafts: list[Draft], starts: list[int]) -> list[list[int]]:
-    """Each span's tokens up to the first that was not drafted, from the tokens of all rows."""
+    """Return each span's tokens up to the first that was not drafted, from the tokens of all rows."""
     found = []
     for start, draft in zip(starts, drafts, strict=False):
         end = start + len(draft.tokens)
@@ -99,7 +99,7 @@ def agreed(tokens: list[int], drafts: list[Draft], starts: list[int]) -> list[li
 def verdicts(
     logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft], eos_token_ids: Seq[int], draw: Draw
 ) -> list[Verdict]:
-    """Adjust the logits, `draw`, and add the log-probabilities that are asked for: what all verifiers share."""
+    """Adjust the logits, `draw`, and add the requested log-probabilities: the part that all verifiers share."""
     starts = [0]
     for span, draft in zip(spans, drafts, strict=True):
         if span.rows != len(draft.tokens) + 1:

@@ -1,4 +1,4 @@
-"""The interface of attention backends, which attend spans of queries to a paged KV cache; one file for each of them.
+"""The interface of attention backends, which attend spans of queries to a paged KV cache; one file for each.
 
 The terms are flash-attn's (flash_attn_varlen_func with a block table): causal, aligned to the bottom right, so the last
 query of a span sees the whole context and the one before it one key less.
