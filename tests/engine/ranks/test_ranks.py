@@ -249,7 +249,8 @@ def test_a_rank_ends_with_rank_0_even_if_it_is_stopped_itself(tiny_llama: Path, 
     variables = environment() | {"TMPDIR": str(tmp_path)}
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=variables)
     assert holder.stdout is not None
-    assert holder.stdout.readline()
+    with holder.stdout:
+        assert holder.stdout.readline()
     (rank,) = psutil.Process(holder.pid).children()
     if stopped:
         rank.suspend()
