@@ -1,3 +1,3 @@
-"""The checks of `pilotfish selftest`: does this machine compute what it should, and how fast? One module for each group
-of checks, as `run.GROUPS` names them; `check` defines a check, `run` runs the groups.
+"""The checks of `pilotfish selftest`: whether this machine computes correctly, and how fast. Each group of checks is a
+module, named in `run.GROUPS`; `check` defines a check, `run` runs the groups.
 """

@@ -1,4 +1,4 @@
-"""The cost of the ranks' sums, measured by a process for each rank, which has a device and a group to itself."""
+"""Measuring the ranks' all-reduce, in one process per rank, each with its own device and group."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class AllReduceTest:
 class Figures:
     backend: str
     wrong: int
-    """Numbers that are not the sum, over all ranks."""
+    """Numbers that are not the sum, counted over all ranks."""
     small: int
     """Bytes of the sum whose latency is measured: a row of hidden states."""
     latency: float
@@ -44,7 +44,7 @@ class Figures:
 
 
 def measure_all_reduce(settings: AllReduceTest) -> Figures:
-    """Run the ranks' processes and return rank 0's figures. Raises RuntimeError where a rank fails, TimeoutError."""
+    """Run the ranks' processes and return rank 0's figures. Raises RuntimeError if a rank fails, and TimeoutError."""
     store = serve_store(HOST, settings.ranks)
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
@@ -82,7 +82,7 @@ def _run_rank(parent: Connection, settings: AllReduceTest, rank: int, port: int)
 
 
 def measure_rank(settings: AllReduceTest, rank: int, port: int) -> Figures:
-    """Take part as one rank. Rank 0's figures count."""
+    """Measure as one rank; rank 0's figures count."""
     device = torch.device(settings.device, rank) if settings.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -1,4 +1,4 @@
-"""Checks of attention over the paged cache: every backend that runs here against the definition, and its writes."""
+"""Checks of attention over the paged cache: every backend that runs here against the definition, and cache writes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Sequences = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Batches of one kind."""
+    """Batches of one kind, and the kinds of attention that they are computed with."""
 
     batches: Sequence[Sequences]
     ratios: Sequence[int] = (2,)
@@ -174,14 +174,14 @@ class _Backend:
 
 
 def _rows(cache: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values slot by slot, (slots, kv_heads, head_dim). The native cache has keys dimension by dimension."""
+    """Return keys and values by slot, (slots, kv_heads, head_dim); the native cache stores keys by dimension."""
     keys = cache.keys if cache.keys.shape == cache.values.shape else cache.keys.permute(0, 3, 1, 2)
     return keys.flatten(0, 1), cache.values.flatten(0, 1)
 
 
 def _laid_out(sequences: Sequences, block_size: int) -> tuple[int, tuple[list[Span], list[Span]]]:
-    """Return the number of blocks, used in random order, and the spans of two steps: one that fills the cache, and the
-    one that is compared."""
+    """Return the number of blocks, used in random order, and the spans of two steps: one fills the cache, the other is
+    compared."""
     needed = [-(-(start + length) // block_size) for start, length in sequences]
     free = torch.randperm(sum(needed) + 2, generator=torch.Generator().manual_seed(7)).tolist()
     total = len(free)

@@ -1,4 +1,4 @@
-"""Check: something that this machine must get right, or a figure that it must reach. Result: the outcome of one."""
+"""Check: a result that must be right on this machine, or a figure that it must reach. Result: a check's outcome."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 Verdict = Literal["passed", "failed", "skipped", "measured"]
-"""A check is "measured" where it has no bound on this machine: the figure is reported and not judged."""
+"""A check without a bound on this machine is "measured": its figure is reported and not judged."""
 
 
 class Skip(Exception):
@@ -32,7 +32,7 @@ class Finding:
     at_least: bool = False
     """Whether `bound` is the least that passes; otherwise it is the most."""
     detail: str = ""
-    """The position of the worst value, and what else is worth reporting."""
+    """The position of the worst value, and other details."""
 
     @property
     def good(self) -> bool:

@@ -1,4 +1,4 @@
-"""The process of one group of checks, started by `tools.selftest.run`. torch is imported once it runs."""
+"""The process of one group of checks, started by `tools.selftest.run`. It imports torch once it runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ENVIRONMENT = "environment"
 """The group that has no checks, but describes the machine."""
 RESTART = 75
-"""Exit status of a process whose device is unusable, after it has reported its last check."""
+"""Exit status of a process whose device has become unusable, after its last result."""
 
 
 def main(parent: Connection, errors: str, test: SelfTest, group: str, done: tuple[str, ...]) -> None:
@@ -31,7 +31,7 @@ def main(parent: Connection, errors: str, test: SelfTest, group: str, done: tupl
     os.dup2(file, 2)
     faulthandler.enable()
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
-    # Imported here, so that a crash on import, of a CUDA library say, is reported like any other.
+    # Imported here, so that a crash on import (of a CUDA library) is reported like any other.
     from pilotfish.tools.selftest.groups import describe_here, device_is_lost, run_group
 
     try:
@@ -49,7 +49,7 @@ def main(parent: Connection, errors: str, test: SelfTest, group: str, done: tupl
 
 
 def _end_with_parent(parent: Connection) -> None:
-    """Wait for the end of the pipe, which nothing is sent through in this direction."""
+    """End this process when the pipe closes; nothing is sent in this direction."""
     try:
         parent.recv()
     except EOFError:

@@ -1,4 +1,4 @@
-"""Environment: this machine and its software, as far as they explain the checks' results."""
+"""Environment: this machine and its software, as far as they matter to the checks."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _processor() -> str:
 
 
 def _nvidia_smi(*arguments: str) -> str | None:
-    """Return its output, or None if it is not installed or fails."""
+    """Return the output of nvidia-smi, or None if it is not installed or fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None

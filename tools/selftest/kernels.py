@@ -1,4 +1,4 @@
-"""Checks of operators: every set of kernels that could be used here, against the reference."""
+"""Checks of operators: each set of kernels that runs here, against the reference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SUM_WHY = (
 )
 
 Pairs = Iterator[tuple[torch.Tensor, torch.Tensor, str]]
-"""An operator's results, what they should be in float64, and a description of the inputs."""
+"""An operator's results, the reference's in float64, and a description of the inputs."""
 
 
 def checks(subject: Subject) -> Iterator[Check]:
@@ -47,7 +47,7 @@ def checks(subject: Subject) -> Iterator[Check]:
 
 
 def _sets(subject: Subject) -> Iterator[tuple[Kernels[Any], torch.dtype]]:
-    """The chosen kernels first; then the others that compute here, and other dtypes."""
+    """Yield the chosen kernels first, then the others that run here, and other dtypes."""
     platform = subject.platform
     yield platform.kernels, platform.dtype
     if isinstance(platform.kernels, NativeKernels):
@@ -109,7 +109,7 @@ class _Operators:
                 weight = 1 + self.subject.random(size, seed=1, dtype=weight_dtype)
                 found = self.kernels.rms_norm(x.to(self.device), weight.to(self.device), EPS)
                 yield found, self.reference.rms_norm(x, weight, EPS), f"{rows} rows of {size}"
-            # Heads of a qkv matrix's rows, as a view with strides: what models with norms of queries and keys pass on.
+            # A strided view of heads in a qkv matrix, as in models that normalize queries and keys.
             qkv = self._random(rows, 6, head_dim, seed=rows)
             if self._sizes(head_dim):
                 weight = 1 + self.subject.random(head_dim, seed=2, dtype=weight_dtype)
@@ -172,11 +172,11 @@ class _Operators:
         return self.subject.random(*shape, seed=seed, dtype=self.dtype)
 
     def _sizes(self, *sizes: int) -> list[int]:
-        """The sizes among these that the kernels can compute."""
+        """Return those of `sizes` that the kernels support."""
         return [size for size in dict.fromkeys(sizes) if not self.native or size % VECTOR == 0]
 
     def _matrices(self) -> Iterator[tuple[int, int]]:
-        """(inputs, outputs) of the model's matrices, the outputs cut to OUTPUTS."""
+        """Yield the (inputs, outputs) of the model's matrices, with at most OUTPUTS outputs."""
         shape = self.shape
         queries = shape.num_heads * shape.head_dim
         heads = queries + 2 * shape.num_kv_heads * shape.head_dim

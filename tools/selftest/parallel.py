@@ -1,5 +1,4 @@
-"""Checks of tensor parallelism: texts and log-probabilities of one model over several ranks and on one; and the cost of
-the ranks' sums."""
+"""Checks of tensor parallelism: a model's texts and log-probabilities on several ranks and on one; and all-reduces."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from pilotfish.tools.selftest.subject import Subject, release
 from pilotfish.tools.selftest.text import Target, judged, targets
 
 ARMS = ((Arm(VANILLA, "off"), 1), (Arm("ngram", "ngram"), 8))
-"""Arms on several ranks, and their batch sizes: plain decoding one at a time, and drafts in a batch."""
+"""The arms on several ranks with their batch sizes: plain decoding alone, and drafts in a batch."""
 TEXT_WHY = (
     "the ranks' parts of a sum are rounded before they are added: two tokens that are nearly tied may change places, "
     "within a bound, which is asked of the engine as `pilotfish verify` does"
@@ -50,7 +49,7 @@ def checks(subject: Subject) -> Iterator[Check]:
 
 @dataclass
 class _Pair:
-    """A model over all ranks, then on one; all checks share their results. Both are never in memory at once."""
+    """A model on all ranks, then on one, never both in memory; all checks share the results."""
 
     target: Target
 
@@ -64,7 +63,7 @@ class _Pair:
 
     @cached_property
     def sharded(self) -> tuple[dict[str, list[list[list[int]]]], list[list[float]]]:
-        """Texts by mode and arm, and log-probabilities, of the model over all ranks."""
+        """The texts by mode and arm, and the log-probabilities, of the model on all ranks."""
         if self.target.own:
             _check_room(self.target.subject)
         with LLM(config=self.config(self.target.subject.config.tensor_parallel_size)) as llm:
@@ -77,7 +76,7 @@ class _Pair:
 
     @cached_property
     def whole(self) -> LLM:
-        assert self.sharded  # first, so that both need not be in memory
+        assert self.sharded  # first, so that both are never in memory
         release()
         return LLM(config=self.config(1))
 

@@ -1,5 +1,5 @@
-"""The oracle of the self-test and of the engine's own tests: plain formulas in float64 (or float32) on the CPU for the
-kernels, attention, noise and truncation. Slow, and uses libraries only for sums, products and exponentials."""
+"""The oracle of the self-test and of the engine's tests: plain formulas in float64 (or float32) on the CPU for kernels,
+attention, noise and truncation. It is slow, and uses libraries only for sums, products and exponentials."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class ReferenceAttention:
 
 
 def bits31(keys: Seq[int], tokens: np.ndarray) -> np.ndarray:
-    """The noise's 31 random bits for each (key, token), as `engine.sampling.noise` documents them: triple32 in unsigned
+    """Return the noise's 31 random bits for each (key, token), as in `engine.sampling.noise`: triple32 in unsigned
     words, the row's low half mixed in before the first multiplication and the high half before the second.
 
     tokens: (count,) ids -> (keys, count) uint32.
@@ -165,16 +165,16 @@ def bits31(keys: Seq[int], tokens: np.ndarray) -> np.ndarray:
 
 
 def log_exponential(bits: np.ndarray) -> np.ndarray:
-    """log E of 31 random bits: the uniform number rounded to float32 as the noise has it, whose last bits decide what E
-    is where it is large; logarithms in float64."""
+    """Return log E of 31 random bits: the uniform number rounded to float32 as in the noise, because its last bits
+    decide large values of E; logarithms in float64."""
     factor = np.float32((2.0**-31) * (1 - 2.0**-24))
     uniform = bits.astype(np.float32) * factor + np.float32(2.0**-32)
     return np.log(-np.log1p(-uniform.astype(np.float64)))
 
 
 def cumulative(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a row's token ids from the likeliest, lower ids first among equals, (vocab,); and the share of the
-    probability that the tokens before each of them have."""
+    """Return a row's token ids by falling probability, lower ids first among equals, (vocab,); and for each of them the
+    cumulative probability of those before it."""
     order = np.argsort(-scaled, kind="stable")
     mass = np.exp(scaled[order].astype(np.float64))
     return order, (np.cumsum(mass) - mass) / mass.sum()

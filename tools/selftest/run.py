@@ -1,5 +1,5 @@
-"""Running the groups of checks, each in a process of its own, so that a kernel that crashes, hangs or leaves its GPU
-unusable fails one check alone. This side imports no torch; the other is `tools.selftest.child`.
+"""Running the groups of checks, each in its own process, so that a kernel that crashes, hangs or breaks its GPU's
+context fails one check only. This side imports no torch; the other is `tools.selftest.child`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pilotfish.tools.selftest.settings import SelfTest
 GROUPS = ("kernels", "attention", "sampling", "logits", "text", "graphs", "parallel", "speed")
 """The modules of `tools.selftest` that have checks, in the order in which they run."""
 LIMIT = 600.0
-"""Seconds that a check may take."""
+"""Seconds that one check may take."""
 EXIT_SECONDS = 10.0
 """Time for a process to release what it holds after its last message, before it is killed."""
 
@@ -53,10 +53,10 @@ def run_groups(test: SelfTest, on_start: OnStart, limit: float = LIMIT) -> Itera
 def _in_process(
     test: SelfTest, group: str, done: tuple[str, ...], on_start: OnStart, limit: float
 ) -> Iterator[Result | Environment | None]:
-    """Yield what a group's process reports; None at its proper end.
+    """Yield what a group's process reports, and None at its regular end.
 
-    A check during which the process ends or takes too long has failed. Before the first check, the failure is a result
-    with the group's name.
+    A check fails if the process ends or takes too long during it; a failure before the first check is a result with the
+    group's name.
     """
     spawn = multiprocessing.get_context("spawn")
     current = group

@@ -1,4 +1,4 @@
-"""The settings of a run of the self-test, which both its sides know."""
+"""The settings of a self-test, shared by the command and the groups' processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pilotfish.engine.config import EngineConfig
 
 
 class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
-    """The settings of one run of the self-test; sent to the groups' processes."""
+    """The settings of one run of the self-test."""
 
     config: EngineConfig
     directory: str

@@ -15,8 +15,8 @@ from pilotfish.tools.checkpoint import config_of, write_model
 from pilotfish.tools.planner.published import PUBLISHED
 
 SHARPNESS = 4.0
-"""Standard deviation of a row of logits: large, so that near-ties are rare; and not so large that the rounding of
-bfloat16 moves them by more than `tools.bench.compare` takes for a near-tie."""
+"""Standard deviation of a row of logits: large, so that near-ties are rare, but not so large that rounding in bfloat16
+moves them by more than the bound of `tools.bench.compare`."""
 
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -79,9 +79,9 @@ def write_llama_8b(folder: Path) -> Path:
 
 
 def _values(tensor: Tensor, noise: torch.Tensor, scaled: bool) -> torch.Tensor:
-    """Weights such that every parameter matters: attention is sharp, no norm is 1, no bias 0.
+    """Return weights with which every parameter matters: attention is sharp, no norm is 1, no bias 0.
 
-    scaled: the model scales its embedding up, and what its layers add must not drown in it.
+    scaled: the model scales its embedding up, so the layers' outputs need to be larger, too.
     """
     if tensor.linear is None:
         added = scaled and (".post_attention_" in tensor.name or ".post_feedforward_" in tensor.name)

@@ -107,7 +107,7 @@ class Subject:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
     def tokens(self, count: int, vocab_size: int, seed: int) -> list[int]:
-        """Return random token ids in which parts repeat, so that lookups find drafts."""
+        """Return random token ids with repetitions, so that lookup drafters find drafts."""
         generator = torch.Generator().manual_seed(seed)
         part = torch.randint(1, vocab_size, (max(1, count // 3),), generator=generator).tolist()
         return (part * 4)[:count]
@@ -119,7 +119,7 @@ def short_name(dtype: torch.dtype) -> str:
 
 
 def release() -> None:
-    """Free the GPU memory of models without references: memory that torch keeps does not count as free."""
+    """Return the GPU memory of unreferenced models to the system, so that it counts as free."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

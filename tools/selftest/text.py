@@ -48,7 +48,7 @@ class Target:
         return msgspec.structs.replace(self.subject.config, **fixed, verification="coupled", **settings)
 
     def prompts(self, llm: LLM) -> list[list[int]]:
-        """Return real prompts for the user's model, if there are any; otherwise random ones."""
+        """Return the test's prompts for the user's model, if there are any; otherwise random ones."""
         count = 4 if self.subject.quick else 8
         if self.own and self.subject.test.prompts:
             return list(map(list, self.subject.test.prompts[:count]))

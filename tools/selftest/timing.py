@@ -14,7 +14,7 @@ WARM_UP = 3
 
 
 def seconds_of(device: torch.device, action: Callable[[], object]) -> float:
-    """Return the seconds of an action, until the device is done with it."""
+    """Return the seconds of an action until the device has finished it."""
     synchronize(device)
     begin = time.perf_counter()
     action()

@@ -1,4 +1,4 @@
-"""Batches of lessons: held-out ones, the order of the others, and padding."""
+"""Batches of lessons: which are held out, the order of the others, and padding."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.nn.utils.rnn import pad_sequence
 from pilotfish.tools.training.features import FeatureStore, Lesson
 
 HELD_OUT_EVERY = 32
-"""One conversation in so many is never trained on, so that acceptance can be measured on it."""
+"""One conversation in this many is held out of training, to measure acceptance on it."""
 GROUP = 4
-"""Number of shards that are in memory, and shuffled, together."""
+"""Shards that are loaded and shuffled together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Conversations padded at their ends to one length. `answers` marks the positions whose next token, as the target
-    sees it, is part of the answer."""
+    """Conversations, padded at their ends to one length. `answers` marks the positions whose next token belongs to the
+    answer."""
 
     tokens: torch.Tensor  # (batch, length) int64
     features: torch.Tensor  # (batch, length, layers * hidden_size) float32
@@ -31,7 +31,7 @@ class Batch:
 
 
 def training_batches(store: FeatureStore, epoch: int, seed: int, batch_tokens: int) -> Iterator[Batch]:
-    """Yield an epoch's batches, the same for the same arguments. Conversations of similar length come together."""
+    """Yield an epoch's batches, deterministically. Conversations of similar length share a batch."""
     order = random.Random(f"{seed}/{epoch}")
     shards = list(range(store.shards))
     order.shuffle(shards)
@@ -59,7 +59,7 @@ def held_out_batches(store: FeatureStore, batch_tokens: int, most: int) -> list[
 
 
 def _cut(lessons: list[Lesson], batch_tokens: int) -> list[list[Lesson]]:
-    """Batches of about `batch_tokens` tokens, padding included; within a window, sorted by length."""
+    """Return batches of about `batch_tokens` tokens, padding included, from windows that are sorted by length."""
     batches: list[list[Lesson]] = []
     for start in range(0, len(lessons), 128):
         current: list[Lesson] = []

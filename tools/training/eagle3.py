@@ -26,7 +26,7 @@ from pilotfish.tools.training.layer import (
 
 
 class Eagle3Draft(nn.Module):
-    """Parameters have the last names of `engine.models.eagle3_checkpoint`'s tensors."""
+    """Parameters are named by the last parts of the names in `engine.models.eagle3_checkpoint`."""
 
     input_layernorm: nn.Parameter
     hidden_norm: nn.Parameter
@@ -53,8 +53,8 @@ class Eagle3Draft(nn.Module):
         tokens: torch.Tensor,  # (batch, length) int64
         steps: int,
     ) -> Iterator[torch.Tensor]:
-        """Hidden states before the norm, (batch, length, hidden_size), for each of `steps`: that of anchor a in step j
-        predicts the token at a + j + 2. Those past the end of a conversation mean nothing."""
+        """Yield the hidden states before the norm, (batch, length, hidden_size), of each step: that of anchor a in step
+        j predicts the token at a + j + 2. Those past the end of a conversation are meaningless."""
         decoder = self.config.decoder
         group = decoder.num_heads // decoder.num_kv_heads
         hidden = F.linear(features, self.fc)
@@ -65,7 +65,7 @@ class Eagle3Draft(nn.Module):
             following = F.pad(tokens[:, step + 1 :], (0, step + 1))
             embedded = norm(F.embedding(following, self.embedding), self.input_layernorm, decoder)
             x = torch.cat((embedded, norm(hidden, self.hidden_norm, decoder)), dim=-1)
-            # A row of step j stands j positions further on.
+            # A row of step j is j positions further on.
             query, key, value = query_key_value(self, x, decoder, self.cos_sin[step : step + length])
             if group > 1:
                 key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
@@ -89,7 +89,7 @@ def _attend(
     causal: torch.Tensor,
     drafted: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> torch.Tensor:
-    """Each anchor over the true rows up to itself, and over its own chain's rows: (batch, heads, length, head_dim)."""
+    """Attend from each anchor to the true rows up to itself and to its chain's: (batch, heads, length, head_dim)."""
     scale = query.shape[-1] ** -0.5
     scores = (query @ keys.transpose(-1, -2) * scale).masked_fill(~causal, float("-inf"))
     own = torch.stack([(query * key).sum(-1) * scale for key, _ in drafted], dim=-1)  # (batch, heads, length, chain)

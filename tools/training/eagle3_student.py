@@ -31,8 +31,8 @@ class Eagle3Student(nn.Module):
 
     @torch.no_grad()
     def start_from(self, target: Mapping[str, torch.Tensor], target_config: ModelConfig) -> None:
-        """Begin as the target's last layer, which reads the last of the fused features and no token: from there the
-        draft has only to learn what one token more changes. `target`: its tensors, under Hugging Face's names."""
+        """Initialize from the target's last layer, applied to the last of the fused features and to no token: what is
+        left to learn is the effect of one more token. target: its tensors by their Hugging Face names."""
         draft, decoder = self.draft, self.config.decoder
         hidden, layers = decoder.hidden_size, len(self.config.feature_layers)
         draft.fc.mul_(0.1)
@@ -42,7 +42,7 @@ class Eagle3Student(nn.Module):
             group = decoder.num_kv_heads // target_config.num_kv_heads
             for name in ("q_proj", "k_proj", "v_proj"):
                 weight = target[prefix + stored_name(name)]
-                if name != "q_proj" and group > 1:  # as many heads as the draft has, each its group's
+                if name != "q_proj" and group > 1:  # repeated to as many heads as the draft has
                     heads = weight.view(target_config.num_kv_heads, decoder.head_dim, hidden)
                     weight = heads.repeat_interleave(group, dim=0).flatten(0, 1)
                 own = draft.get_parameter(name)
@@ -50,7 +50,7 @@ class Eagle3Student(nn.Module):
                 own[:, hidden:] = weight
             draft.get_parameter("o_proj").copy_(target[prefix + stored_name("o_proj")])
         gate, up, down = (target[prefix + stored_name(name)] for name in ("gate_proj", "up_proj", "down_proj"))
-        if decoder.intermediate_size <= len(gate):  # the units that can say the most, if not all
+        if decoder.intermediate_size <= len(gate):  # the units with the largest norms
             kept = (up.norm(dim=1) * down.norm(dim=0)).topk(decoder.intermediate_size).indices.sort().values
             for name, weight in (("gate_proj", gate[kept]), ("up_proj", up[kept]), ("down_proj", down[:, kept])):
                 draft.get_parameter(name).copy_(weight)
@@ -80,7 +80,7 @@ class Eagle3Student(nn.Module):
         correct = []
         for step, hidden in enumerate(self.draft.unroll(batch.features, batch.tokens, self.steps)):
             drafted = self.teacher.target_ids[self.draft.logits(hidden.flatten(0, 1)[rows]).argmax(1)]
-            # Reads the text's own tokens, which a chain that is still alive has drafted, where the text is greedy.
+            # `unroll` reads the text's tokens; a chain that is still accepted has drafted these, if the text is greedy.
             correct.append(drafted == batch.likeliest.flatten()[rows + step + 1])
         tally.add(torch.stack(correct))
 
@@ -105,7 +105,7 @@ class Eagle3Student(nn.Module):
             "trained": trained,
         }
         config = config_of(self.config.decoder)
-        del config["dtype"], config["eos_token_id"]  # the head's numbers are of several dtypes, and it ends no text
+        del config["dtype"], config["eos_token_id"]  # tensors have several dtypes, and a head ends no text
         write_model(folder, config | own, tensors)
 
 

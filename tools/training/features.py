@@ -1,9 +1,8 @@
-"""The features that a draft learns from: the target's hidden states over the training text, and how certain it was of
-each next token.
+"""The features that a draft learns from: the target's hidden states over the training text, and its certainty of each
+next token.
 
-They come from one pass of the target over the text by the engine's own runner, so that a draft is trained on the very
-numbers that it will read when it drafts. They are kept on disk beside the text, since training goes over them several
-times.
+The engine's own runner computes them, in one pass over the text, so that a draft is trained on the very numbers that it
+reads when it drafts. They are kept on disk, because training goes over them several times.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Lesson:
     features: torch.Tensor  # (length, layers * hidden_size) bfloat16: FeatureTap's, of the draft's layers
     final: torch.Tensor  # (length, hidden_size) bfloat16: after the last layer, before the final norm
     normalizer: torch.Tensor  # (length,) float32: log of the sum of exp(logits), over the whole vocabulary
-    likeliest: torch.Tensor  # (length,) int64: the token that the target finds likeliest to follow
+    likeliest: torch.Tensor  # (length,) int64: the target's most likely next token
 
 
 class FeatureStore:

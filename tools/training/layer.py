@@ -1,6 +1,5 @@
-"""A decoder layer as something to train: its parameters in a module, and the parts of its pass.
-
-Parameters have the last names of Hugging Face's tensors. Both kinds of draft are made of it.
+"""A decoder layer that can be trained, which both kinds of draft consist of: its parameters in a module, and the parts
+of its pass. Parameters are named by the last parts of Hugging Face's tensor names.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ MATRICES = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "self_attn."),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp."),
 }
-"""The layer's matrices, and what stands before their names in a checkpoint."""
+"""The layer's matrices, and the prefixes of their names in a checkpoint."""
 
 
 def stored_name(name: str) -> str:
@@ -35,7 +34,7 @@ def add_norms(module: nn.Module, size: int, *names: str) -> None:
 
 
 def add_matrices(module: nn.Module, config: ModelConfig, inputs: int) -> None:
-    """Add a layer's matrices with random weights; those of query, key and value read `inputs` numbers."""
+    """Add a layer's matrices with random weights; query, key and value have `inputs` inputs."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     sizes = [(queries, inputs), (keys, inputs), (keys, inputs), (hidden, queries)]
@@ -66,7 +65,7 @@ def query_key_value(
 
 
 def add_attended_and_mlp(layer: Any, hidden: torch.Tensor, attended: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Return the hidden states after the layer, from those before it and what its heads attended to."""
+    """Return the hidden states after the layer, from those before it and its heads' attention outputs."""
     hidden = hidden + F.linear(attended.transpose(1, 2).flatten(2), layer.o_proj)
     y = norm(hidden, layer.post_attention_layernorm, config)
     return hidden + F.linear(F.silu(F.linear(y, layer.gate_proj)) * F.linear(y, layer.up_proj), layer.down_proj)

@@ -45,7 +45,7 @@ class _Layer(nn.Module):
 
 
 class LlamaStudent(nn.Module):
-    """`config`: a tied Llama of the target's vocabulary."""
+    """A draft model in training. config: a Llama with the target's vocabulary and a tied head."""
 
     cos_sin: torch.Tensor
 
@@ -60,8 +60,8 @@ class LlamaStudent(nn.Module):
 
     @torch.no_grad()
     def start_from(self, target: Mapping[str, torch.Tensor], target_config: ModelConfig) -> None:
-        """Begin with the target's embedding, on the directions in which it varies most; and with its first layers,
-        where the shapes are the same. `target`: its tensors, under Hugging Face's names."""
+        """Initialize from the target's embedding, projected to its principal components, and from its first layers if
+        the shapes are the same. target: its tensors by their Hugging Face names."""
         table = target["model.embed_tokens.weight"].float()
         if table.shape[1] > self.config.hidden_size:
             _, _, directions = torch.pca_lowrank(table, q=self.config.hidden_size, niter=2)
@@ -78,7 +78,7 @@ class LlamaStudent(nn.Module):
         self.norm.copy_(self.teacher.norm)
 
     def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(batch, length) int64 -> (batch, length, hidden_size), after the final norm."""
+        """Return the hidden states after the final norm: (batch, length) int64 -> (batch, length, hidden_size)."""
         hidden = F.embedding(tokens, self.embedding)
         table = self.cos_sin[: tokens.shape[1]]
         for layer in self.layers:

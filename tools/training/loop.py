@@ -1,4 +1,4 @@
-"""The training loop, for every kind of draft: batches, optimizer, held-out acceptance, checkpoints."""
+"""The training loop of both kinds of draft: batches, optimizer, held-out acceptance, checkpoints."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _State:
     step: int = 0
     epoch: int = 0
     batch: int = 0
-    """Batches of the epoch that are done."""
+    """Batches of the epoch that have been used."""
     loss: float = 0.0
     curve: list[dict[str, Any]] = field(default_factory=list)
 
@@ -56,11 +56,10 @@ def train(
     folder: Path,
     on_progress: Callable[[TrainingProgress], object],
 ) -> list[dict[str, Any]]:
-    """Train to `steps` optimizer steps, from the checkpoint in `folder` if there is one.
+    """Train to `steps` optimizer steps, from the checkpoint in `folder` if there is one. Returns the learning curve:
+    step, loss and held-out acceptance wherever they were measured.
 
-    Returns the learning curve: step, loss and held-out acceptance wherever they were measured. A run that was
-    interrupted goes on to the weights that it would have had, since batches and their order depend on the settings
-    alone.
+    An interrupted run arrives at the weights that it would have had, because batches depend on the settings alone.
     """
     _keep_freed_memory()
     optimizer = torch.optim.AdamW(
@@ -104,8 +103,8 @@ def train(
 
 
 def _keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed: tensors of a step's size, given back to the system and asked for again, cost as
-    much time in page faults as half of the arithmetic. Elsewhere this does nothing."""
+    """Make glibc keep freed memory: returning a step's tensors to the system and requesting them again takes half as
+    long, in page faults, as the arithmetic. Without glibc this does nothing."""
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_MAX, 0)
@@ -113,7 +112,7 @@ def _keep_freed_memory() -> None:
 
 
 def _batches(store: FeatureStore, settings: TrainSettings, state: _State) -> Iterator[Batch]:
-    """Epoch after epoch, from where `state` is."""
+    """Yield batches from where `state` is, epoch after epoch."""
     while True:
         empty = True
         for number, batch in enumerate(training_batches(store, state.epoch, settings.seed, settings.batch_tokens)):
@@ -126,7 +125,7 @@ def _batches(store: FeatureStore, settings: TrainSettings, state: _State) -> Ite
 
 
 def _schedule(step: int, steps: int) -> float:
-    """The learning rate's factor: a linear warm-up, then half a cosine down to a tenth."""
+    """Return the learning rate's factor: linear warm-up, then a cosine decay to a tenth."""
     if step < WARM_UP:
         return (step + 1) / WARM_UP
     share = (step - WARM_UP) / max(1, steps - WARM_UP)

@@ -1,4 +1,4 @@
-"""The pipeline from a target to a trained draft: write text, read features, train, export. Every stage can resume."""
+"""From a target to a trained draft: generate text, extract features, train, export. Every stage can resume."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pilotfish.tools.training.write import Frame, answer_prompts, write_text
 
 _OF_THE_TEXT = ("target", "tokens", "turn_tokens", "answer_tokens", "seed")
 _OF_THE_LENGTH = ("steps", "epochs")
-"""Settings that may be raised after a run: it goes on from its end then, at the learning rate of the longer run."""
+"""Settings that may be raised after a run, which then continues, at the learning rate of the longer run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def write_stage(
     settings: TrainSettings,
     on_text: Callable[[int], object],
 ) -> TextStore:
-    """Write the training text: answers to the user's own `prompts`, then conversations that the target makes up."""
+    """Generate the training text: answers to the user's `prompts`, then conversations that the target makes up."""
     store = TextStore(work / "text")
     if store.token_count() >= settings.tokens:
         on_text(store.token_count())
@@ -129,7 +129,7 @@ def _check(settings: TrainSettings, shape: ModelConfig) -> None:
 
 
 def _pin(folder: Path, settings: dict[str, Any]) -> None:
-    """Settings that change what is in a folder may not change while it is added to. Raises ConfigError."""
+    """Record a folder's settings. Raises ConfigError if it holds the results of other ones."""
     path = folder / "settings.json"
     wanted = json.loads(json.dumps(settings))
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def _feature_layers(settings: TrainSettings, shape: ModelConfig) -> tuple[int, .
 def _student(
     files: ModelFiles, shape: ModelConfig, text: TextStore, layers: tuple[int, ...], settings: TrainSettings
 ) -> tuple[Eagle3Student | LlamaStudent, float]:
-    """The draft at its start, and the share of the text that it has words for."""
+    """Return the initialized draft, and the share of the text that its vocabulary covers."""
     count = settings.draft_vocab_size if settings.kind == "eagle3" else shape.vocab_size
     ids, share = frequent_tokens(text, shape.vocab_size, count, shape.eos_token_ids)
     weights = dict(iter_weights(files, shape, torch.float32))
@@ -189,7 +189,8 @@ def _student(
 
 
 def _decoder(shape: ModelConfig, hidden: int, layers: int, inner: int, kv_heads: int | None) -> ModelConfig:
-    """A plain Llama in the target's measure: `kv_heads` None is the target's, or as many as there are heads."""
+    """Return a plain Llama shape derived from the target's. kv_heads: None for the target's number if it divides the
+    heads, else as many as heads."""
     heads = shape.num_heads if hidden == shape.hidden_size else max(1, hidden // shape.head_dim)
     if kv_heads is None:
         kv_heads = shape.num_kv_heads if heads % shape.num_kv_heads == 0 else heads

@@ -1,4 +1,4 @@
-"""TrainSettings: what a draft is trained with. Its fields are the flags of `pilotfish train-draft`. No torch."""
+"""TrainSettings: the settings of a training run, whose fields are the flags of `pilotfish train-draft`. No torch."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     tokens: Positive = 1_000_000
     """Tokens of training text."""
     turn_tokens: Positive = 64
-    """Most tokens of a prompt that the target makes up."""
+    """Maximum number of tokens of a prompt that the target makes up."""
     answer_tokens: Positive = 192
-    """Most tokens of an answer."""
+    """Maximum number of tokens of an answer."""
     steps: NotNegative = 0
-    """Optimizer steps; 0: as many as go over the text `epochs` times."""
+    """Optimizer steps; 0: as many as `epochs` passes over the text take."""
     epochs: float = 3.0
     """Passes over the training text, unless `steps` is set."""
     batch_tokens: Positive = 2048
     """Tokens of an optimizer step."""
     learning_rate: float = 1e-3
-    """Peak learning rate; it warms up linearly and decays to a tenth on a cosine."""
+    """Peak learning rate, after a linear warm-up and before a cosine decay to a tenth."""
     objective: Objective = "lk"
-    """Loss to minimize: see docs/training.md."""
+    """Loss to minimize; see docs/training.md."""
     unroll: int = 3
-    """Drafted tokens that training looks ahead."""
+    """Drafted tokens that training unrolls the draft over."""
     draft_vocab_size: int = 8192
     """eagle3: size of the draft's vocabulary, the target's most frequent tokens."""
     feature_layers: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""Shards: a folder of numbered safetensors files, so that writing them can be interrupted."""
+"""Shards: a folder of numbered safetensors files, whose writing can be interrupted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """00000.safetensors and so on. A shard appears whole or not at all."""
+    """A folder of 00000.safetensors and so on. A shard appears whole or not at all."""
 
     folder: Path
 
@@ -20,7 +20,7 @@ class Shards:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def __len__(self) -> int:
-        """The number of shards, counted from 0 without a gap."""
+        """Return the number of shards from 0 without a gap."""
         count = 0
         while self._path(count).is_file():
             count += 1

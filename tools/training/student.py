@@ -33,8 +33,8 @@ class Teacher:
 
 @dataclass(slots=True)
 class Tally:
-    """Acceptance, counted. `reached[j]` anchors had their first j tokens right, of which `right[j]` had the next one
-    right, too, as greedy decoding sees it."""
+    """Counts of greedy acceptance: `reached[j]` anchors had their first j tokens right, and `right[j]` of them the next
+    one, too."""
 
     reached: list[int]
     right: list[int]
@@ -44,7 +44,7 @@ class Tally:
         return cls([0] * steps, [0] * steps)
 
     def add(self, correct: torch.Tensor) -> None:
-        """correct: (steps, anchors) bool."""
+        """Count anchors. correct: (steps, anchors) bool, whether each drafted token is right."""
         alive = torch.ones(correct.shape[1], dtype=torch.bool)
         for step, now in enumerate(correct):
             self.reached[step] += int(alive.sum())
@@ -52,11 +52,11 @@ class Tally:
             self.right[step] += int(alive.sum())
 
     def rates(self) -> list[float]:
-        """Acceptance at each position, given that those before it were accepted."""
+        """Return the acceptance at each position, given that those before it were accepted."""
         return [right / max(1, reached) for right, reached in zip(self.right, self.reached, strict=True)]
 
     def accepted_length(self) -> float:
-        """Tokens of a step that drafts so many: the accepted ones, and the target's own."""
+        """Return the mean tokens of a step that drafts that many: the accepted ones and the target's own."""
         return 1.0 + sum(self.right) / max(1, self.reached[0])
 
 
@@ -74,5 +74,5 @@ class Student(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
     def export(self, folder: Path, trained: dict[str, Any]) -> None:
-        """Write the draft so that it can be served: safetensors, and a config.json that says what it was trained on."""
+        """Write the draft for serving: safetensors, and a config.json in which `trained` describes the training."""
         ...

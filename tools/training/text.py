@@ -13,7 +13,7 @@ from pilotfish.tools.training.shards import Shards
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """`tokens` is prompt and answer; the answer begins at `prompt_len`."""
+    """A prompt and its answer; in `tokens`, the answer begins at `prompt_len`."""
 
     tokens: tuple[int, ...]
     prompt_len: int

@@ -1,5 +1,5 @@
-"""The draft's vocabulary: the tokens that the target writes most often. The head over all of them costs most of a
-draft's time where the vocabulary is large and the draft is small (EAGLE-3 and FR-Spec, arXiv 2502.14856, cut it so)."""
+"""The draft's vocabulary: the tokens that the target writes most often. With a large vocabulary and a small draft, a
+head over all tokens would take most of the time (EAGLE-3, and FR-Spec, arXiv 2502.14856)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pilotfish.tools.training.text import TextStore
 def frequent_tokens(
     text: TextStore, vocab_size: int, count: int, always: tuple[int, ...]
 ) -> tuple[torch.Tensor, float]:
-    """Return the `count` most frequent tokens of answers, `always` among them, as ascending ids, (count,) int64; and
+    """Return the `count` most frequent tokens of answers, including `always`, as ascending ids, (count,) int64; and
     their share of the answers' tokens."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for conversation in text:
@@ -19,6 +19,6 @@ def frequent_tokens(
         counts += torch.bincount(answer, minlength=vocab_size)
     ranked = counts.clone()
     ranked[list(always)] = torch.iinfo(torch.int64).max
-    # Of tokens that are equally rare, the lower ids: tokenizers number their most frequent merges first.
+    # Ties go to the lower ids, because tokenizers number their most frequent merges first.
     order = torch.argsort(ranked, descending=True, stable=True)[: min(count, vocab_size)]
     return order.sort().values, float(counts[order].sum() / max(1, int(counts.sum())))
