@@ -25,7 +25,7 @@ check: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/mypy --config-file tests/mypy.ini benchmarks
+	@$(BIN)/mypy --config-file tests/mypy.ini benchmarks tests
 	@$(BIN)/lint-imports --no-logo --no-cache
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
+from pydantic import BaseModel
 
 from pilotfish.engine.config import EngineConfig, cache_share
 from pilotfish.engine.memory.usage import RankMemory
@@ -41,13 +42,13 @@ def code(cell: str) -> list[str]:
 def used_metrics() -> Metrics:
     """Metrics after one of everything, so that all labels show."""
     metrics = Metrics()
-    named = dict.fromkeys(("model", "dtype", "device", "kernels"), "")
-    numbers = dict.fromkeys(("vocab_size", "max_model_len", "num_blocks", "block_size", "max_num_seqs"), 1)
-    drafters = {"drafters": ("ngram",), "default_drafter": "ngram"}
+    info: dict[str, Any] = dict.fromkeys(("model", "dtype", "device", "kernels"), "")
+    info |= dict.fromkeys(("vocab_size", "max_model_len", "num_blocks", "block_size", "max_num_seqs"), 1)
+    info |= {"drafters": ("ngram",), "default_drafter": "ngram"}
     memory = (RankMemory(rank=0, resident=1, gpu=1),)
-    metrics.ready(EngineInfo(**named, **numbers, **drafters, eos_token_ids=(), load_seconds=0.0, memory=memory))
-    counts = dict.fromkeys(("running", "waiting", "rows", "prompt_tokens", "generated_tokens"), 1)
-    blocks = dict.fromkeys(("blocks_total", "blocks_used", "blocks_cached"), 1)
+    metrics.ready(EngineInfo(**info, eos_token_ids=(), load_seconds=0.0, memory=memory))
+    counts: dict[str, Any] = dict.fromkeys(("running", "waiting", "rows", "prompt_tokens", "generated_tokens"), 1)
+    blocks: dict[str, Any] = dict.fromkeys(("blocks_total", "blocks_used", "blocks_cached"), 1)
     drafted: dict[str, Any] = {"drafted": {"ngram": 1}, "accepted": {"ngram": 1}}
     drafted |= {"drafted_at": {"ngram": (1,)}, "accepted_at": {"ngram": (1,)}}
     metrics.step(StepStats(**counts, **blocks, **drafted))
@@ -64,9 +65,9 @@ def test_every_metric_is_documented() -> None:
             assert labels or family.samples, f"{name} has no samples, so its labels are not known"
             known[name] = (family.type, labels)
     documented = {
-        name[0]: (cells[1], set(code(cells[2])))
+        names[0]: (cells[1], set(code(cells[2])))
         for cells in rows("metrics.md")
-        if (name := code(cells[0])) and len(cells) == 5
+        if (names := code(cells[0])) and len(cells) == 5
     }
     assert documented == known
 
@@ -139,7 +140,7 @@ def test_every_endpoint_is_documented() -> None:
 
 
 @pytest.mark.parametrize("model", [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest])
-def test_every_field_of_a_request_is_documented(model: type) -> None:
+def test_every_field_of_a_request_is_documented(model: type[BaseModel]) -> None:
     page = (ROOT / "docs" / "http-api.md").read_text()
     assert [field for field in model.model_fields if f"`{field}`" not in page] == []
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -128,6 +129,7 @@ def test_a_stream_that_is_closed_early_leaves_nothing_behind(llm: LLM) -> None:
     with pytest.raises(RuntimeError, match="another stream"):
         llm.generate(PROMPTS, GREEDY)
     assert not idle(llm)
+    assert isinstance(stream, Generator)
     stream.close()
     assert idle(llm)
     assert len(llm.generate(PROMPTS, GREEDY)) == 3
@@ -171,6 +173,6 @@ def test_each_step_and_the_loading_are_reported(tiny_llama: Path) -> None:
         ({"model": "no-such-folder/at-all.gguf"}, ModelError, "no-such-folder"),
     ],
 )
-def test_settings_that_cannot_work_are_named(settings: dict[str, object], error: type[Exception], message: str) -> None:
+def test_settings_that_cannot_work_are_named(settings: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         LLM(config=SMALL, **settings)

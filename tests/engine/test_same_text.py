@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,13 +14,13 @@ from pilotfish.engine.speculation.control.candidates import Choice, UpcomingStep
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 from tests.support.native import BOTH
 from tests.support.pairwise import pairwise
-from tests.support.texts import DRAFTERS, GREEDY, PARAMS, SAMPLED, portfolio, prompts, texts
+from tests.support.texts import DRAFTERS, GREEDY, PARAMS, SAMPLED, portfolio, prompts, stats_of, texts
 
 
 @pytest.fixture(scope="module")
 def make(tiny: Callable[[str], Path], kernels: str) -> Callable[..., LLM]:
     def build(**settings: object) -> LLM:
-        defaults = {
+        defaults: dict[str, Any] = {
             "model": str(tiny("llama")),
             "kernels": kernels,
             "kv_cache_memory": 4 << 20,
@@ -61,7 +62,7 @@ def test_drafters_and_batches(name: str, drafter: str, batch: int, speculative: 
         got += speculative.generate(prompts(8)[start : start + batch], PARAMS[name], speculation=drafter)
     assert texts(got) == wanted
     if drafter != "off" and "penalties" not in name:
-        assert sum(completion.stats.drafted_tokens for completion in got) > 0
+        assert sum(stats_of(completion).drafted_tokens for completion in got) > 0
     assert speculative.core.engine.pool.used == 0
 
 
@@ -83,7 +84,7 @@ def test_the_target_as_its_own_draft_is_always_right(
         got = llm.generate(prompts(8), PARAMS[name])
         assert texts(got) == vanilla(name)
         for completion in got:
-            stats = completion.stats
+            stats = stats_of(completion)
             assert stats.drafter == "draft-model"
             if completion.finish_reason == "length":  # a stop cuts off what was accepted behind it
                 assert stats.accepted_tokens == stats.drafted_tokens > 0
@@ -102,7 +103,7 @@ def test_preemption(
     llm = make(drafter=portfolio(draft, head), kv_cache_memory=12 * bytes_per_block, prefix_caching=False)
     got = llm.generate(prompts(8), PARAMS[name], speculation=drafter)
     assert texts(got) == vanilla(name)
-    assert sum(completion.stats.preemptions for completion in got) > 0
+    assert sum(stats_of(completion).preemptions for completion in got) > 0
     assert llm.core.engine.pool.available == llm.info.num_blocks
 
 
@@ -113,7 +114,7 @@ def test_prefix_cache_hits(drafter: str, speculative: LLM, vanilla: Callable) ->
         speculative.generate(prompts(8), PARAMS[name], speculation=drafter)
         again = speculative.generate(prompts(8), PARAMS[name], speculation=drafter)
         assert texts(again) == vanilla(name)
-        assert sum(completion.stats.cached_prompt_tokens for completion in again) > 0
+        assert sum(stats_of(completion).cached_prompt_tokens for completion in again) > 0
 
 
 @pytest.mark.parametrize("budget", [8, 17])
@@ -128,6 +129,8 @@ def test_logprobs_are_the_same_numbers(speculative: LLM, kernels: str) -> None:
     alone = [speculative.generate([prompt], params, speculation="off")[0] for prompt in prompts(8)]
     together = speculative.generate(prompts(8), params, speculation="ngram")
     for one, other in zip(alone, together, strict=True):
+        assert one.logprobs is not None
+        assert other.logprobs is not None
         assert len(one.logprobs) == len(one.token_ids)
         if kernels == "native":
             assert one.logprobs == other.logprobs
@@ -141,9 +144,10 @@ def test_prompt_logprobs_do_not_depend_on_the_chunks(make: Callable[..., LLM], k
     whole = make(speculation="none").generate(prompts(8), params)
     pieces = make(speculation="ngram", max_batch_tokens=9, max_num_seqs=8).generate(prompts(8), params)
     for one, other in zip(whole, pieces, strict=True):
+        assert one.prompt_logprobs is not None
         assert len(one.prompt_logprobs) == len(one.prompt_ids)
         assert one.prompt_logprobs[0] is None
-        assert [entry.token_id for entry in one.prompt_logprobs[1:]] == list(one.prompt_ids[1:])
+        assert [entry and entry.token_id for entry in one.prompt_logprobs[1:]] == list(one.prompt_ids[1:])
         if kernels == "native":
             assert one.prompt_logprobs == other.prompt_logprobs
 
@@ -156,7 +160,7 @@ def test_rejection_verification_runs_and_is_exact_where_it_is_greedy(
     llm = make(drafter=portfolio(draft, head), speculation=drafter, verification="rejection")
     assert texts(llm.generate(prompts(8), GREEDY)) == vanilla("greedy")
     sampled = llm.generate(prompts(8), SAMPLED)
-    assert sum(completion.stats.accepted_tokens for completion in sampled) > 0
+    assert sum(stats_of(completion).accepted_tokens for completion in sampled) > 0
     assert texts(llm.generate(prompts(8), SAMPLED)) == texts(sampled)
 
 
@@ -189,7 +193,8 @@ def test_several_draft_models(name: str, many: LLM, vanilla: Callable) -> None:
     assert texts(many.generate(prompts(8), PARAMS[name], speculation=ALL)) == vanilla(name)
     engine = many.core.engine
     assert engine.pool.used == 0
-    assert all(drafter._pool.used == 0 for drafter in engine.speculator.model_drafters.values())
+    drafters: dict[str, Any] = engine.speculator.model_drafters
+    assert all(drafter._pool.used == 0 for drafter in drafters.values())
 
 
 def test_each_draft_model_is_asked_by_its_name(
@@ -198,8 +203,8 @@ def test_each_draft_model_is_asked_by_its_name(
     llm = make(drafter=(*portfolio(draft), f"own={tiny('llama')}"), num_draft_tokens=4)
     got = llm.generate(prompts(8), GREEDY, speculation=["own", "draft-model"] * 4)
     assert texts(got) == vanilla("greedy")
-    assert [completion.stats.drafter for completion in got] == ["own", "draft-model"] * 4
-    assert all(completion.stats.accepted_tokens == completion.stats.drafted_tokens for completion in got[::2])
+    assert [stats_of(completion).drafter for completion in got] == ["own", "draft-model"] * 4
+    assert all(stats_of(completion).accepted_tokens == stats_of(completion).drafted_tokens for completion in got[::2])
 
 
 @pytest.mark.slow
@@ -230,4 +235,4 @@ def test_the_controllers_choices_do_not_matter(many: LLM, vanilla: Callable, mon
     for name in PARAMS:
         got = many.generate(prompts(8), PARAMS[name])
         assert texts(got) == vanilla(name)
-        assert sum(completion.stats.accepted_tokens for completion in got) > 0
+        assert sum(stats_of(completion).accepted_tokens for completion in got) > 0

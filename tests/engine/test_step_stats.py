@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,11 +20,11 @@ REPETITIVE = [5, 6, 7, 8] * 12
 def steps(tiny_llama: Path) -> Callable[..., tuple[list[StepStats], int]]:
     """Runs some requests; returns the stats of each step, and all generated tokens."""
 
-    def run(**settings: object) -> tuple[list[StepStats], int]:
+    def run(**settings: Any) -> tuple[list[StepStats], int]:
         seen: list[StepStats] = []
         prompts = [REPETITIVE, [9, 8, 7] * 9, [40, 41, 42], REPETITIVE[:30]]
-        settings = {"speculation": "ngram", "adaptive_drafts": False, "max_num_seqs": 3} | settings
-        with LLM(model=str(tiny_llama), kv_cache_memory=8 * 2**20, on_stats=seen.append, **settings) as llm:
+        defaults: dict[str, Any] = {"speculation": "ngram", "adaptive_drafts": False, "max_num_seqs": 3}
+        with LLM(model=str(tiny_llama), kv_cache_memory=8 * 2**20, on_stats=seen.append, **defaults | settings) as llm:
             done = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True))
         return seen, sum(len(completion.token_ids) for completion in done)
 

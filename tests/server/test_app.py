@@ -231,7 +231,7 @@ async def test_an_unexpected_error_is_500_with_a_request_id_and_no_details(
 
 
 def test_an_error_may_quote_lone_surrogates() -> None:
-    error = json.loads(ApiError(400, "not \ud800", param="\ud801").response(openai_error).body)["error"]
+    error = json.loads(bytes(ApiError(400, "not \ud800", param="\ud801").response(openai_error).body))["error"]
     assert (error["message"], error["param"]) == ("not \\ud800", "\\ud801")
 
 
@@ -283,8 +283,8 @@ async def test_every_route_but_those_for_probes_needs_a_key(serving: Any) -> Non
         for path in ("/health", "/ready", "/metrics", "/version"):
             assert (await served.http.get(path)).status_code == 200
         for key in (b"one", "zwei-ä".encode()):
-            headers = [(b"authorization", b"Bearer " + key)]
-            assert (await served.http.get("/v1/models", headers=headers)).status_code == 200
+            raw = [(b"authorization", b"Bearer " + key)]
+            assert (await served.http.get("/v1/models", headers=raw)).status_code == 200
 
 
 async def test_seeds_and_limits_reach_the_engine(serving: Any) -> None:

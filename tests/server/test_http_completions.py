@@ -114,7 +114,7 @@ def test_an_echo_alone_is_the_prompt_with_its_logprobs(
     server: RunningServer, client: openai.OpenAI, stream: bool
 ) -> None:
     text = PROMPT + " où 🐟"
-    asked = {"model": MODEL, "prompt": text, "max_tokens": 0, "echo": True, "logprobs": 1}
+    asked: dict[str, Any] = {"model": MODEL, "prompt": text, "max_tokens": 0, "echo": True, "logprobs": 1}
     if stream:
         chunks = list(client.completions.create(**asked, stream=True))
         shown = "".join(chunk.choices[0].text for chunk in chunks)
@@ -157,7 +157,7 @@ def test_the_first_of_several_choices_is_the_one_alone_and_best_of_takes_the_lik
     four = client.completions.create(**asked, n=4)
     assert four.choices[0].text == alone
     assert len({choice.text for choice in four.choices}) > 1
-    means = [sum(choice.logprobs.token_logprobs) / 10 for choice in four.choices]  # type: ignore[union-attr, arg-type]
+    means = [sum(choice.logprobs.token_logprobs) / 10 for choice in four.choices]
     best = client.completions.create(**asked, n=1, best_of=4)
     assert len(best.choices) == 1
     assert best.choices[0].text == four.choices[means.index(max(means))].text
@@ -170,7 +170,7 @@ def test_the_first_of_several_choices_is_the_one_alone_and_best_of_takes_the_lik
 def test_a_stop_string_ends_the_text_before_it_and_never_shows(
     client: openai.OpenAI, sampling: dict[str, Any], speculation: str
 ) -> None:
-    asked = {"model": MODEL, "prompt": PROMPT, "max_tokens": 60} | sampling
+    asked: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 60} | sampling
     body = {"ignore_eos": True, "speculation": speculation}
     text = client.completions.create(**asked, extra_body=body).choices[0].text
     stop = next(text[i : i + 3] for i in range(len(text) // 2, len(text) - 3) if text[i : i + 3].isascii())
@@ -220,7 +220,7 @@ def test_an_end_of_text_token_ends_a_text_and_is_not_in_it(client: openai.OpenAI
 
 
 def test_max_tokens_is_16_by_default_and_no_more_than_the_context_has_room_for(client: openai.OpenAI) -> None:
-    assert client.completions.create(**FIXED).usage.completion_tokens == 16  # type: ignore[union-attr]
+    assert client.completions.create(**FIXED).usage.completion_tokens == 16
     long = client.completions.create(**FIXED | {"prompt": [300] * 2040}, max_tokens=10**9)
     assert long.usage is not None
     assert (long.usage.total_tokens, long.choices[0].finish_reason) == (2048, "length")

@@ -129,7 +129,7 @@ def test_a_wrong_prediction_is_refused(prediction: Any, says: str, server: Runni
 
 def test_a_prediction_is_for_one_answer(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="asks for 2") as raised:
-        client.chat.completions.create(**CHAT, n=2, prediction=content("a"))  # type: ignore[arg-type]
+        client.chat.completions.create(**CHAT | {"n": 2, "prediction": content("a")})
     assert raised.value.param == "prediction"
     for more in ({"n": 3}, {"best_of": 2}, {"prompt": ["a", "b"]}):
         asked: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, **more}

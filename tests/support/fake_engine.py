@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.process import main as process
@@ -73,10 +74,10 @@ class FakeCore:
     def has_work(self) -> bool:
         return bool(self._running or self._ended)
 
-    def launch(self) -> None:
+    def launch(self) -> Any:
         time.sleep(STEP_SECONDS)
 
-    def finish(self, step: None) -> SimpleNamespace:
+    def finish(self, step: Any) -> Any:
         deltas, self._ended = self._ended, []
         for request in list(self._running.values()):
             first = request.prompt_ids[0]
@@ -92,7 +93,7 @@ class FakeCore:
                 deltas.append(Delta(request_id=request.id, token_ids=(token,)))
         return SimpleNamespace(deltas=deltas)
 
-    def settle(self, step: SimpleNamespace) -> StepStats:
+    def settle(self, step: Any) -> StepStats:
         return StepStats(
             running=len(self._running),
             waiting=0,

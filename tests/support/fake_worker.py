@@ -28,7 +28,7 @@ def import_follow() -> Follow:
     if sys.argv[1] == "cannot import":
         raise ImportError("no such library")
     if sys.argv[1] == "capture":
-        assembly.graph_backend = lambda *_: EagerGraphs  # type: ignore[assignment]
+        assembly.graph_backend = lambda *_: EagerGraphs
 
     def follow(task: WorkerTask, welcome: Welcome, link: Link) -> None:
         class Failing(assembly.Assembly):

@@ -53,7 +53,9 @@ def _pair(column: int, index: int, other: int, other_index: int) -> tuple[tuple[
 
 
 def _param(values: list[Any]) -> Any:
-    plain, marks, names = [], [], []
+    plain: list[Any] = []
+    marks: list[Any] = []
+    names: list[str] = []
     for value in values:
         if isinstance(value, type(pytest.param())):
             (inner,) = value.values

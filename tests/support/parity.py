@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -37,7 +37,13 @@ def runner_of(
     return ModelRunner(loaded, caches, size, platform.device)
 
 
-def in_pieces(runner: ModelRunner, tokens: Sequence[int], ends: Sequence[int]) -> torch.Tensor:
+class Runner(Protocol):
+    """A ModelRunner, or several in step."""
+
+    def run(self, spans: list[Span], /) -> torch.Tensor: ...
+
+
+def in_pieces(runner: Runner, tokens: Sequence[int], ends: Sequence[int]) -> torch.Tensor:
     """Logits of all tokens, computed in spans that end at `ends`."""
     rows, start = [], 0
     for end in ends:

@@ -45,7 +45,8 @@ class ScriptedApp:
         self.engine = ScriptedEngine(script)
         self.metrics = Metrics()
         made: Any = self.engine
-        self.app = create_app(made, tokenizer or WordTokenizer(), config, self.metrics, ("tiny",), **options)
+        words: Any = tokenizer or WordTokenizer()
+        self.app = create_app(made, words, config, self.metrics, ("tiny",), **options)
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test", timeout=10)
 
     async def complete(self, **body: Any) -> httpx.Response:

@@ -9,6 +9,7 @@ import torch
 
 from pilotfish.engine.llm import Completion
 from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.request import RequestStats
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=32, ignore_eos=True)
@@ -41,6 +42,12 @@ def prompts(count: int) -> list[list[int]]:
 def portfolio(draft: Path, head: Path | None = None) -> tuple[str, ...]:
     models = (f"draft-model={draft}",) if head is None else (f"draft-model={draft}", f"eagle3={head}")
     return ("ngram", "suffix", *models)
+
+
+def stats_of(completion: Completion) -> RequestStats:
+    """The stats that every finished request has."""
+    assert completion.stats is not None
+    return completion.stats
 
 
 def texts(completions: list[Completion]) -> list[tuple[list[int], str | None]]:

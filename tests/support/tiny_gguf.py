@@ -117,7 +117,8 @@ def _add_vocabulary(writer: gguf.GGUFWriter, size: int, tokenizer: Tokenizer | N
     special = tokenizer.get_added_tokens_decoder()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([tokenizer.id_to_token(i) for i in range(size)])
+    tokens = {i: token for token, i in tokenizer.get_vocab().items()}
+    writer.add_token_list([tokens[i] for i in range(size)])
     writer.add_token_types([gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(size)])
     writer.add_token_merges([" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]])
     writer.add_add_bos_token(add_bos)

@@ -78,8 +78,8 @@ def test_a_folder_gives_what_transformers_gives(tokenizer: Tokenizer, tiny_llama
     for more in (True, False):
         prompt = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=more)
         assert prompt == theirs.apply_chat_template(MESSAGES, add_generation_prompt=more, tokenize=False)
-        ids = theirs.apply_chat_template(MESSAGES, add_generation_prompt=more, return_dict=False)
-        assert tokenizer.encode(prompt, add_special_tokens=False) == ids
+        wanted = theirs.apply_chat_template(MESSAGES, add_generation_prompt=more, return_dict=False)
+        assert tokenizer.encode(prompt, add_special_tokens=False) == wanted
     assert (tokenizer.vocab_size, tokenizer.chat_template) == (512, CHAT_TEMPLATE)
     assert tokenizer.special_ids == {0, 1, 2}
     assert (tokenizer.eos_token_ids, tokenizer.bos_token_id) == ({2}, 1)
@@ -126,6 +126,7 @@ def test_text_and_messages_that_cannot_be_used_are_parameter_errors(tokenizer: T
         tokenizer.apply_chat_template([{"role": "user", "content": None}])
     assert caught.value.param == "messages"
     inner = AutoTokenizer.from_pretrained(tiny_llama)
+    assert isinstance(inner, PreTrainedTokenizerFast)
     for template, message in (
         (None, "no chat template"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
@@ -138,6 +139,7 @@ def test_text_and_messages_that_cannot_be_used_are_parameter_errors(tokenizer: T
 
 def test_the_templates_own_arguments_and_several_templates(tiny_llama: Path) -> None:
     inner = AutoTokenizer.from_pretrained(tiny_llama)
+    assert isinstance(inner, PreTrainedTokenizerFast)
     inner.chat_template = "{% if enable_thinking %}think{% endif %}{{ messages[0] | tojson }}"
     thinking = Tokenizer(inner).apply_chat_template([{"role": "user", "content": "<ü>"}], enable_thinking=True)
     assert thinking == 'think{"role": "user", "content": "<ü>"}'
@@ -231,7 +233,7 @@ def test_smollm2_gives_what_transformers_gives(smollm2: ModelFiles) -> None:
         assert b"".join(map(ours.token_bytes, ids)) == text.encode()
     for messages in (MESSAGES, MESSAGES[1:]):  # its template adds a system message of its own
         prompt = ours.apply_chat_template(messages)
-        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert ours.encode(prompt, add_special_tokens=False) == ids
+        wanted = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ours.encode(prompt, add_special_tokens=False) == wanted
     assert (ours.eos_token_ids, ours.vocab_size) == ({2}, 49152)
     assert heavy_imports(smollm2.name) == []

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -23,7 +24,7 @@ from pilotfish.engine.llm import LLM
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 from pilotfish.engine.stats import StepStats
 from tests.support.pairwise import pairwise
-from tests.support.texts import GREEDY, PARAMS, SAMPLED, portfolio, prompts, texts
+from tests.support.texts import GREEDY, PARAMS, SAMPLED, portfolio, prompts, stats_of, texts
 
 
 class Poisoned(EagerGraphs):
@@ -58,7 +59,7 @@ def make(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Callab
 
     def build(backend: EagerGraphs | None = None, **given: object) -> LLM:
         monkeypatch.setattr("pilotfish.engine.assembly.graph_backend", lambda *_: backend and (lambda: backend))
-        defaults = {
+        defaults: dict[str, Any] = {
             "model": str(tiny("llama")),
             "kernels": "native",
             "kv_cache_memory": 4 << 20,
@@ -125,7 +126,7 @@ def test_preemption_and_chunks(make: Callable[..., LLM], draft: Path) -> None:
     for drafter in ("ngram", "draft-model"):
         got = small.generate(prompts(8), SAMPLED, speculation=drafter)
         assert texts(got) == wanted
-        assert sum(completion.stats.preemptions for completion in got) > 0
+        assert sum(stats_of(completion).preemptions for completion in got) > 0
     assert small.core.engine.pool.available == small.info.num_blocks
 
 
@@ -150,6 +151,7 @@ def test_capture_stops_at_the_memory_limit(make: Callable[..., LLM], caplog: pyt
     llm = make(backend, drafter=("ngram",), cuda_graph_memory=65 << 20)
     assert backend.captured == 7
     graphs = llm.core.engine.runner._graphs
+    assert graphs is not None
     assert graphs.captured == buckets(batch_sizes(8), span_lengths(8), 128)[:7]
     assert any("7 passes captured" in message and "exceed cuda_graph_memory" in message for message in caplog.messages)
     wanted = texts(make(drafter=("ngram",)).generate(prompts(8), GREEDY))
@@ -192,14 +194,14 @@ def test_drafts_that_grow_on_the_device_are_the_same(
 ) -> None:
     wanted = make(drafter=portfolio(draft, head)).generate(prompts(7), PARAMS[name], speculation=drafter)
     llm = make(Poisoned() if graphs else None, drafter=portfolio(draft, head))
-    asked = llm.core.engine.speculator.model_drafters[drafter]
+    asked: Any = llm.core.engine.speculator.model_drafters[drafter]
     asked.growth.sync_free = True
     got = llm.generate(prompts(7), PARAMS[name], speculation=drafter)
     assert texts(got) == texts(wanted)
     for one, other in zip(got, wanted, strict=True):
-        assert one.stats.drafted_tokens == other.stats.drafted_tokens
-        assert one.stats.accepted_tokens == other.stats.accepted_tokens
-        assert one.stats.drafted_tokens > 0
+        assert stats_of(one).drafted_tokens == stats_of(other).drafted_tokens
+        assert stats_of(one).accepted_tokens == stats_of(other).accepted_tokens
+        assert stats_of(one).drafted_tokens > 0
 
 
 def test_a_draft_on_the_device_ends_where_its_confidence_does(
@@ -213,7 +215,8 @@ def test_a_draft_on_the_device_ends_where_its_confidence_does(
             core.add(request)
         for _ in range(3):
             core.step()
-        for drafter in core.engine.speculator.model_drafters.values():
+        drafters: dict[str, Any] = core.engine.speculator.model_drafters
+        for drafter in drafters.values():
             drafter.growth.sync_free = sync_free
             floors = zip(core._scheduler.decoding(), (0.5, 0.1, 1e-2, 1e-3, 0.0), strict=True)
             requests = [DraftRequest(sequence, 8, floor) for sequence, floor in floors]

@@ -11,8 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -43,7 +45,7 @@ Tiny = Callable[[str], Path]
 SHAPE = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 12, "head_dim": 16}
 
 
-def shape(kind: str, size: int) -> dict[str, int]:
+def shape(kind: str, size: int) -> dict[str, Any]:
     return SHAPE | {"num_key_value_heads": 1 if kind == "gemma3" else {2: 4, 3: 3, 4: 2}[size]}
 
 
@@ -145,7 +147,7 @@ def write_checkpoint(folder: Path, config: ModelConfig, shards: int) -> Path:
     for name, tensor in weights:
         files[done * shards // total][name] = tensor
         done += tensor.nbytes
-    names = {}
+    names: dict[str, str] = {}
     for i, tensors in enumerate(files):
         file = f"model-{i}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -240,7 +242,7 @@ def resident(path: Path) -> float:
 
 def test_several_files_are_read_at_a_time_each_in_the_order_of_the_computation(smollm2_sized: Path) -> None:
     config = PUBLISHED["smollm2-135m"]
-    places = {}
+    places: dict[str, str] = {}
     for path in smollm2_sized.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             places |= dict.fromkeys(file.keys(), path.name)
@@ -341,11 +343,15 @@ def readers() -> list[threading.Thread]:
 
 
 def test_a_jobs_error_is_raised_and_the_rest_is_not_done() -> None:
-    done = []
+    done: list[int] = []
+
+    def work(i: int) -> int:
+        done.append(i)
+        return 1 // (i - 3)
 
     def jobs() -> Iterator[Job[int]]:
         for i in range(100):
-            yield Job(lambda i=i: done.append(i) or 1 // (i - 3), 1)
+            yield Job(partial(work, i), 1)
 
     with pytest.raises(ZeroDivisionError):
         list(read_ahead(jobs(), 2, 4))
@@ -354,7 +360,7 @@ def test_a_jobs_error_is_raised_and_the_rest_is_not_done() -> None:
 
 
 def test_one_who_stops_early_leaves_nothing_running() -> None:
-    results = read_ahead([Job(lambda i=i: i, 1) for i in range(100)], 4, 10)
+    results = read_ahead([Job(partial(int, i), 1) for i in range(100)], 4, 10)
     assert next(results) == 0
     results.close()
     assert not readers()

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import torch
 
-from pilotfish.engine.core import EngineCore, FinishedStep
+from pilotfish.engine.core import FinishedStep
 from pilotfish.engine.execution.batch import Span, pack
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.models.features import FeatureTap
@@ -23,13 +23,13 @@ from pilotfish.engine.process import main as process
 from pilotfish.engine.process.messages import Abort, FromEngine, Outputs, Shutdown, Submit, ToEngine
 from pilotfish.engine.request import Delta, EngineInfo, Request
 from pilotfish.engine.stats import StepStats
-from tests.support.texts import GREEDY, PARAMS, portfolio, prompts, texts
+from tests.support.texts import GREEDY, PARAMS, portfolio, prompts, stats_of, texts
 
 
 class Device:
     """Computes a pass when it is waited for. Stands in for a core's runner; `Waits` in front of whoever reads."""
 
-    def __init__(self, core: EngineCore) -> None:
+    def __init__(self, core: Any) -> None:
         engine = core.engine
         self._runner = engine.runner
         self._pending: Callable[[], object] | None = None
@@ -66,7 +66,7 @@ class Waits:
 @pytest.fixture(scope="module")
 def make(tiny: Callable[[str], Path], head: Path) -> Callable[..., LLM]:
     def build(**settings: object) -> LLM:
-        defaults = {
+        defaults: dict[str, Any] = {
             "model": str(tiny("llama")),
             "drafter": portfolio(tiny("llama"), head),
             "kernels": "native",
@@ -93,7 +93,7 @@ def test_the_same_text_and_every_request_ends_once(seed: int, adaptive: bool, ma
     per_block = 2 * 5 * 16 * 2 * 16 * 4
     settings = {"adaptive_drafts": adaptive, "max_batch_tokens": 48}
     plain = make(**settings)
-    wanted = {}
+    wanted: dict[str, list[int]] = {}
     for request in requests_of(plain):
         tokens = wanted[request.id] = []
         for delta in plain.stream([request]):
@@ -134,6 +134,7 @@ def test_the_same_text_and_every_request_ends_once(seed: int, adaptive: bool, ma
             got[delta.request_id] += delta.token_ids
             if delta.finish_reason:
                 ends[delta.request_id].append(delta.finish_reason)
+    assert finished is not None
     stats.append(core.settle(finished))
     assert device._pending is None
     assert all(len(reasons) == 1 for reasons in ends.values())
@@ -146,7 +147,8 @@ def test_the_same_text_and_every_request_ends_once(seed: int, adaptive: bool, ma
     assert sum(map(len, got.values())) == sum(step.generated_tokens for step in stats)
     engine = core.engine
     assert engine.pool.used == 0
-    assert all(drafter._pool.used == 0 for drafter in engine.speculator.model_drafters.values())
+    drafters: dict[str, Any] = engine.speculator.model_drafters
+    assert all(drafter._pool.used == 0 for drafter in drafters.values())
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -158,7 +160,7 @@ def test_an_answers_blocks_are_found_to_its_last_token(late: bool, make: Callabl
     ends = [msgspec.structs.replace(GREEDY, max_tokens=33 - len(prompt) % 16) for prompt in prompts(8)]
     texts_ = [[*done.prompt_ids, *done.token_ids] for done in llm.generate(prompts(8), ends)]
     again = llm.generate(texts_, GREEDY)
-    assert [done.stats.cached_prompt_tokens for done in again] == [(len(text) - 1) // 16 * 16 for text in texts_]
+    assert [stats_of(done).cached_prompt_tokens for done in again] == [(len(text) - 1) // 16 * 16 for text in texts_]
     assert texts(again) == texts(llm.generate(texts_, GREEDY, speculation="off"))
 
 
@@ -217,7 +219,7 @@ def submit(name: str) -> Submit:
 
 
 def test_while_a_pass_runs_the_last_outputs_leave_and_messages_come_in() -> None:
-    script = Script(True, [[submit("a")], [submit("b")], [], [Abort(("b",))], [Shutdown()]], steps=3)
+    script: Any = Script(True, [[submit("a")], [submit("b")], [], [Abort(("b",))], [Shutdown()]], steps=3)
     process._serve(script, script)
     assert script.happened[:-2] == [
         *("wait", "add a", "launch", "look", "add b", "finish"),  # nothing to send yet
@@ -228,7 +230,7 @@ def test_while_a_pass_runs_the_last_outputs_leave_and_messages_come_in() -> None
 
 
 def test_on_the_cpu_outputs_leave_at_once() -> None:
-    script = Script(False, [[submit("a")], [submit("b")], [Shutdown()]], steps=2)
+    script: Any = Script(False, [[submit("a")], [submit("b")], [Shutdown()]], steps=2)
     process._serve(script, script)
     assert " ".join(script.happened).startswith(
         "wait add a launch finish settle send 1 look add b launch finish settle send 0 wait"

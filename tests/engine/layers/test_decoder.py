@@ -234,14 +234,18 @@ def linears(layer: DecoderLayer) -> dict[str, Any]:
     return {"qkv": layer.qkv, "output": layer.output, "gate_up": layer.mlp.gate_up, "down": layer.mlp.down}
 
 
+def dense(layer: DecoderLayer) -> DenseMlp:
+    assert isinstance(layer.mlp, DenseMlp)
+    return layer.mlp
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_another_mlp_goes_to_the_operators_and_is_used(tiny: Callable[[str], Path], kind: str) -> None:
     runner, reference = runner_of(str(tiny(kind)), "native"), runner_of(str(tiny(kind)), "torch")
     plain = runner.run(SPANS).clone()
 
     def mixed(kernels: Any, layer: DecoderLayer) -> DecoderLayer:
-        mlp, generator = layer.mlp, torch.Generator().manual_seed(3)
-        assert isinstance(mlp, DenseMlp)
+        mlp, generator = dense(layer), torch.Generator().manual_seed(3)
 
         def random(like: PreparedLinear) -> PreparedLinear:
             return kernels.prepare_linear(0.1 * torch.randn(like.out_features, like.in_features, generator=generator))
@@ -257,7 +261,7 @@ def test_another_mlp_goes_to_the_operators_and_is_used(tiny: Callable[[str], Pat
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
     # The average of an MLP and itself is that MLP.
     itself = runner_of(str(tiny(kind)), "native")
-    with_layers(itself, lambda layer: dataclasses.replace(layer, mlp=Mixture((layer.mlp, layer.mlp))))
+    with_layers(itself, lambda layer: dataclasses.replace(layer, mlp=Mixture((dense(layer), dense(layer)))))
     torch.testing.assert_close(itself.run(SPANS), plain, rtol=1e-4, atol=1e-4)
 
 
@@ -298,16 +302,16 @@ def test_the_rule_names_what_the_fused_decoder_does_not_know(tiny: Callable[[str
         assert found is not None
         return found
 
-    scale = layers[0].attention.scale
+    scale, mlp = layers[0].attention.scale, dense(layers[1])
     assert reason(adapter=LowRank({})) == "layer 1 has an adapter"
-    assert reason(mlp=Mixture((layers[1].mlp,) * 2)) == "layer 1 has an MLP that is not dense (Mixture)"
+    assert reason(mlp=Mixture((mlp, mlp))) == "layer 1 has an MLP that is not dense (Mixture)"
     assert reason(output=Repacked(64, 64)) == "layer 1 has a linear of another kind (Repacked)"
-    other = dataclasses.replace(layers[1].mlp, down=Repacked(64, 64))
+    other = dataclasses.replace(mlp, down=Repacked(64, 64))
     assert reason(mlp=other) == "layer 1 has a linear of another kind (Repacked)"
     assert reason(q_norm=None) == "layer 1 has a norm of query or key alone"
     assert reason(attention=AttentionParams(scale, softcap=30.0)) == "layer 1 caps attention scores"
     assert "scale" in reason(attention=AttentionParams(2 * scale))
-    assert "gate" in reason(mlp=dataclasses.replace(layers[1].mlp, gate="gelu"))
+    assert "gate" in reason(mlp=dataclasses.replace(mlp, gate="gelu"))
     assert why_not_fused(kernels, attention, Twin(), layers) == "the model is sharded over 2 ranks"
     assert "'torch'" in (why_not_fused(TorchKernels(), attention, ALONE, layers) or "")
     assert "attention backend is 'torch'" in (why_not_fused(kernels, TorchAttention(), ALONE, layers) or "")

@@ -231,6 +231,7 @@ def test_what_drafts_is_what_was_trained(kv_heads: int) -> None:
     )
     trained = Eagle3Draft(config, torch.randn(VOCAB, HIDDEN), 128)
     for norm in (trained.input_layernorm, trained.hidden_norm, trained.post_attention_layernorm, trained.norm):
+        assert isinstance(norm, torch.Tensor)
         torch.nn.init.uniform_(norm, 0.5, 1.5)
     parts = {"fc": trained.fc, "lm_head": trained.lm_head, "norm": trained.norm}
     for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm"):

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from pilotfish.engine.execution.loader import load_model
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.params import SamplingParams
 from pilotfish.errors import ConfigError, ModelError
-from tests.support.parity import in_pieces, logits_of, runner_of
+from tests.support.parity import KernelsName, in_pieces, logits_of, runner_of
 from tests.support.tiny import KINDS, build_model, make_tiny
 
 Tiny = Callable[[str], Path]
@@ -29,7 +30,7 @@ GPUS = {"flash2": (8, 0), "flash4": (9, 0)}
 def references(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """transformers' logits in float32 and in bfloat16."""
     exact = logits_of(build_model(kind), PROMPT)
-    return exact, logits_of(build_model(kind).to(torch.bfloat16), PROMPT).float()
+    return exact, logits_of(build_model(kind).bfloat16(), PROMPT).float()
 
 
 @pytest.mark.slow
@@ -55,7 +56,7 @@ def texts(model: Path, **settings) -> list[list[int]]:
     params = [
         SamplingParams(max_tokens=16, temperature=t, seed=s, ignore_eos=True) for s, t in enumerate((0.0, 0.8) * 2)
     ]
-    defaults = {
+    defaults: dict[str, Any] = {
         "dtype": "bfloat16",
         "device": "cpu",
         "kv_cache_memory": 1 << 24,
@@ -136,7 +137,8 @@ def test_without_a_gpu_flash_attn_is_refused(tiny: Tiny) -> None:
 def test_native_and_torch_can_be_mixed(tiny: Tiny) -> None:
     """Matrices by one, attention by the other: the same logits, and a name that says so."""
     exact = logits_of(build_model("qwen3"), PROMPT)
-    for kernels, attention in (("native", "torch"), ("torch", "native")):
+    mixes: list[tuple[KernelsName, str]] = [("native", "torch"), ("torch", "native")]
+    for kernels, attention in mixes:
         settings = {"dtype": "float32", "kernels": kernels, "attention_backend": attention}
         assert platform_of(tiny("qwen3"), **settings).kernels_name == f"{kernels}+{attention}"
         found = in_pieces(runner_of(str(tiny("qwen3")), kernels, attention_backend=attention), PROMPT, CHUNKED)

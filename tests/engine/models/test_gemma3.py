@@ -38,6 +38,7 @@ from pilotfish.engine.models.registry import FAMILIES, family_of
 from pilotfish.engine.params import SamplingParams
 from pilotfish.errors import ModelError
 from tests.support.parity import KernelsName, in_pieces, logits_of, runner_of
+from tests.support.texts import stats_of
 from tests.support.tiny import build_model, make_tiny
 from tests.support.tiny_gguf import write_gguf
 
@@ -215,9 +216,11 @@ def test_bfloat16_is_transformers_bfloat16(tiny: Tiny) -> None:
     found = in_pieces(ModelRunner(model, caches, 16, platform.device), PROMPT, (40,))
     assert found.dtype == torch.bfloat16
     reference = build_model("gemma3").bfloat16()
+    assert model.embedding_scale is not None
     embedded = platform.kernels.embed(torch.arange(512), model.embedding) * model.embedding_scale
     assert torch.equal(embedded, reference.model.embed_tokens(torch.arange(512)))
     for layer, theirs in zip(model.decoder.layers, reference.model.layers, strict=True):
+        assert layer.mlp_post_norm is not None
         assert torch.equal(layer.mlp_post_norm, 1 + theirs.post_feedforward_layernorm.weight.float())
     exact = logits_of(build_model("gemma3"), PROMPT)
     wanted = logits_of(reference, PROMPT)
@@ -241,8 +244,8 @@ def test_speculation_does_not_change_the_text(tiny: Tiny, kernels: KernelsName, 
     def texts(llm: LLM, drafter: str) -> list[list[int]]:
         return [completion.token_ids for completion in llm.generate(prompts, PARAMS[name], speculation=drafter)]
 
-    shared = {"model": str(tiny("gemma3")), "kernels": kernels, "kv_cache_memory": 4 << 20, "num_threads": 1}
-    shared |= {"adaptive_drafts": False}  # a target of this size is hardly worth drafting for
+    shared: dict[str, Any] = {"model": str(tiny("gemma3")), "kernels": kernels, "kv_cache_memory": 4 << 20}
+    shared |= {"num_threads": 1, "adaptive_drafts": False}  # a target of this size is hardly worth drafting for
     other = LLM(**shared, drafter=("ngram", f"draft-model={tiny('llama')}"), num_draft_tokens=4)
     alone = [other.generate([prompt], PARAMS[name], speculation="off")[0].token_ids for prompt in prompts]
     assert len({token for text in alone for token in text}) > 8, "the same few tokens would agree with anything"
@@ -252,7 +255,8 @@ def test_speculation_does_not_change_the_text(tiny: Tiny, kernels: KernelsName, 
     completions = own.generate(prompts, PARAMS[name], speculation="draft-model")
     assert [completion.token_ids for completion in completions] == alone
     for completion in completions:
-        assert completion.stats.accepted_tokens == completion.stats.drafted_tokens > 0
+        stats = stats_of(completion)
+        assert stats.accepted_tokens == stats.drafted_tokens > 0
 
 
 # The real one

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -126,7 +126,7 @@ def test_all_ranks_have_the_same_hidden_states(divisible, kernels: KernelsName, 
     runner.ranks.each(lambda comm: runner.runners[comm.rank].run([Span(PROMPT, 0, BLOCKS, 1)], taps[comm.rank]))
     first, *others = [tap.features for tap in taps]
     assert first is not None
-    assert all(torch.equal(first, other) for other in others)
+    assert all(other is not None and torch.equal(first, other) for other in others)
     alone = FeatureTap(layers)
     runner_of(str(divisible(kind, size)), kernels).run([Span(PROMPT, 0, BLOCKS, 1)], alone)
     torch.testing.assert_close(first, alone.features, rtol=0, atol=1e-4)
@@ -327,7 +327,7 @@ def test_real_models_write_the_same_text(name: str, sizes: tuple[int, ...], prom
 
 
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
-def test_each_rank_tells_how_far_it_is(divisible, load_format: str) -> None:
+def test_each_rank_tells_how_far_it_is(divisible, load_format: Literal["auto", "dummy"]) -> None:
     config = EngineConfig(model=str(divisible("llama-biased", 3)), device="cpu", load_format=load_format)
     told: dict[int, list[tuple[str, float]]] = {rank: [] for rank in range(3)}
 

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -303,10 +304,7 @@ def test_a_rank_that_hangs_in_a_pass_is_told_from_those_that_wait_for_it(
 def _with_worker(behaviour: str) -> Callable[..., Any]:
     from pilotfish.engine.ranks.leader import start_ranks
 
-    def start(*arguments: Any) -> Any:
-        return start_ranks(*arguments, command=[*FAKE_WORKER, behaviour])
-
-    return start
+    return partial(start_ranks, command=[*FAKE_WORKER, behaviour])
 
 
 def test_a_model_that_does_not_divide_is_refused_before_any_rank_is_started(

@@ -461,7 +461,7 @@ def test_drawing_without_a_look_is_drawing(seed: int, count: int, all_greedy: bo
     """What a GPU does, here on the CPU, whose truncation is another one."""
     generator = torch.Generator().manual_seed(seed)
     logits = 4 * torch.randn(count + 2, 300, generator=generator)
-    kinds = [
+    kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 0.8},
         {"temperature": 1.0},

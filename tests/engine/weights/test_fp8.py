@@ -18,11 +18,12 @@ from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.loader import load_model
 from pilotfish.engine.kernels.fp8 import Fp8Linear, fp8_linear, prepare_fp8
+from pilotfish.engine.layers.decoder import DecoderLayer, DenseMlp
 from pilotfish.engine.models.checkpoint import read_hf_config
 from pilotfish.engine.weights.fp8 import quantize
 from pilotfish.errors import ConfigError, ModelError
 from tests.support.fp8_checkpoints import LAYOUTS, compressed, publish
-from tests.support.parity import BLOCKS, in_pieces, runner_of
+from tests.support.parity import BLOCKS, KernelsName, in_pieces, runner_of
 from tests.support.tiny import KINDS
 
 Tiny = Callable[[str], Path]
@@ -85,8 +86,13 @@ def test_sizes_that_cuda_cannot_take_are_refused():
         prepare_fp8(weight, None, scale)
 
 
-def logits(model: Path, kernels: str = "torch", **settings) -> torch.Tensor:
+def logits(model: Path, kernels: KernelsName = "torch", **settings) -> torch.Tensor:
     return in_pieces(runner_of(str(model), kernels, **settings), PROMPT, (7, 8, 20))
+
+
+def dense(layer: DecoderLayer) -> DenseMlp:
+    assert isinstance(layer.mlp, DenseMlp)
+    return layer.mlp
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -99,7 +105,7 @@ def test_published_layouts_are_read(tiny: Tiny, tmp_path: Path, layout: str) -> 
     assert not torch.allclose(found, wanted, atol=1e-3)
     assert torch.nn.functional.cosine_similarity(found, wanted).min() > 0.97
     runner = runner_of(str(fp8), "torch", quantization="fp8")
-    kinds = [type(layer.mlp.gate_up) is Fp8Linear for layer in runner.model.decoder.layers]
+    kinds = [type(dense(layer).gate_up) is Fp8Linear for layer in runner.model.decoder.layers]
     assert kinds == ([True, True] if layout == "auto-fp8" else [False, True])
     assert all(type(layer.qkv) is Fp8Linear for layer in runner.model.decoder.layers)
 
@@ -116,8 +122,11 @@ def test_quantization_at_loading_is_the_checkpoints(tiny: Tiny, tmp_path: Path) 
     fp8, _ = publish(tiny("llama"), tmp_path, "fbgemm_fp8")
     again = runner_of(str(tiny("llama")), "torch", quantization="fp8").model.decoder.layers
     for mine, theirs in zip(again, runner_of(str(fp8), "torch", quantization="fp8").model.decoder.layers, strict=True):
-        assert torch.equal(mine.qkv.weight.view(torch.uint8), theirs.qkv.weight.view(torch.uint8))
-        assert torch.equal(mine.mlp.down.scale, theirs.mlp.down.scale)
+        for one, other in ((mine.qkv, theirs.qkv), (dense(mine).down, dense(theirs).down)):
+            assert isinstance(one, Fp8Linear)
+            assert isinstance(other, Fp8Linear)
+            assert torch.equal(one.weight.view(torch.uint8), other.weight.view(torch.uint8))
+            assert torch.equal(one.scale, other.scale)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +190,7 @@ def test_auto_is_fp8_where_the_gpu_can(tiny: Tiny, tmp_path: Path, flash_attn, s
     flash_attn(capability)
     folder, _ = publish(tiny("llama"), tmp_path, "fbgemm_fp8")
     model = runner_of(str(folder), "torch", quantization=setting).model
-    assert (type(model.decoder.layers[1].mlp.down) is Fp8Linear) == fp8
+    assert (type(dense(model.decoder.layers[1]).down) is Fp8Linear) == fp8
 
 
 def test_old_gpus_and_the_native_kernels_are_refused(tiny: Tiny, flash_attn) -> None:

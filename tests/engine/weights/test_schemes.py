@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +101,7 @@ def test_a_new_scheme_is_one_entry(tiny: Tiny, third: Scheme, kind: str) -> None
         for each in (None, Quantization("e5m2"))
     ]
     assert sizes[1] < 0.7 * sizes[0]
-    config = EngineConfig(model=path, dtype="float32", device="cpu", kernels="native", quantization="e5m2")
+    name: Any = third.name
+    config = EngineConfig(model=path, dtype="float32", device="cpu", kernels="native", quantization=name)
     with pytest.raises(ConfigError, match="not with weights in e5m2"):
         load_model(path, None, config, 0, lambda what, share: None)

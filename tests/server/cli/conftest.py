@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,8 @@ def prompts(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def make_llm(tiny: Callable[[str], Path]) -> Callable[..., LLM]:
     def make(**settings: object) -> LLM:
-        quick = {"num_threads": 1, "kv_cache_memory": 4 << 20, "adaptive_drafts": False, "prefix_caching": False}
+        quick: dict[str, Any] = {"num_threads": 1, "kv_cache_memory": 4 << 20}
+        quick |= {"adaptive_drafts": False, "prefix_caching": False}
         return LLM(model=str(tiny("llama")), **{**quick, **settings})
 
     return make

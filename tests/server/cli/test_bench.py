@@ -118,6 +118,8 @@ def test_bench(
     for each in rows:
         vanilla = base[each.model, each.round, each.suite, each.concurrency]
         assert each.speedup == each.tokens_per_second / vanilla.tokens_per_second
+        assert each.itl_p50_ms is not None
+        assert each.itl_p99_ms is not None
         assert 0 < each.itl_p50_ms <= each.itl_p99_ms
         assert each.ttft_ms > 0
         assert each.identical_text

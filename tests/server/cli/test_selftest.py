@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,9 @@ def spoiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 
 @pytest.mark.parametrize("name", ["rms_norm", "silu_mul", "gelu_mul", "embed", "linear"])
 @pytest.mark.parametrize("kernels", [NativeKernels, TorchKernels])
-def test_a_wrong_kernel_is_named(kernels: type, name: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_is_named(
+    kernels: type[NativeKernels | TorchKernels], name: str, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernels, name, spoiled(getattr(kernels, name)))
     wrong = [each.rpartition(", ")[0] for each in failed(run("kernels"))]
     also = ["linear, fp8 weights, torch"] if (kernels, name) == (TorchKernels, "linear") else []
@@ -156,7 +159,9 @@ def test_half_precision_passes(dtype: str, run: Any) -> None:
 
 @pytest.mark.parametrize("backend", [NativeAttention, TorchAttention])
 @pytest.mark.parametrize("kind", ["window", "scale", "causal", "cache"])
-def test_wrong_attention_is_named(backend: type, kind: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_attention_is_named(
+    backend: type[NativeAttention | TorchAttention], kind: str, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = backend.attend
 
     def wrong(self, query, key, value, cache, batch, params):
@@ -312,7 +317,8 @@ def test_stale_and_disturbed_passes_are_found(run: Any, monkeypatch: pytest.Monk
 
 
 def test_two_ranks(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    compute, kept = parallel._Pair.__dict__["sharded"].func, []
+    compute = parallel._Pair.__dict__["sharded"].func
+    kept: list[Any] = []
 
     def sharded(self: Any) -> Any:
         """The two ranks' results, which do not change below."""
@@ -464,7 +470,7 @@ def test_verdicts() -> None:
     assert check(lambda: Finding(measured=0.9, bound=1.0, at_least=True)).verdict == "failed"
     assert check(lambda: Finding(measured=1.0)).verdict == "measured"
     for bound in (None, 1.0):
-        assert check(lambda bound=bound: Finding(measured=math.nan, bound=bound)).verdict == "failed"
+        assert check(partial(Finding, measured=math.nan, bound=bound)).verdict == "failed"
     assert (check(skip).verdict, check(skip).detail) == ("skipped", "no reason")
 
 
@@ -482,7 +488,7 @@ def test_a_number_that_is_none_is_the_worst_error() -> None:
 
 
 def test_the_report_says_what_failed_and_why_others_were_not_done() -> None:
-    common = {"compares": "a with b", "unit": "ms"}
+    common: dict[str, Any] = {"compares": "a with b", "unit": "ms"}
     results = [
         Result(group="g", name="fine", verdict="passed", measured=1.0, bound=4.0, **common),
         Result(group="g", name="slow", verdict="failed", measured=9.0, bound=4.0, why="of a reason", **common),

@@ -25,7 +25,7 @@ SAMPLED = SamplingParams(temperature=0.8, seed=3, max_tokens=4, ignore_eos=True)
 def test_the_same_text(
     kernels: str, quick: list[str], prompts: list[str], tiny: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = (
+    more = [
         "--kernels",
         kernels,
         "--drafter",
@@ -34,7 +34,7 @@ def test_the_same_text(
         f"draft-model={tiny('qwen3')}",
         "--max-tokens",
         "12",
-    )
+    ]
     more += ("--arm", "ngram", "--arm", "draft-model")
     assert cli.main(["verify", *quick, *more, "--prompts", *prompts]) == 0
     printed = capsys.readouterr().out

@@ -12,6 +12,7 @@ from pilotfish.engine.models.registry import expected_shapes
 from pilotfish.server.cli.plan import planned_config
 from pilotfish.server.cli.settings import load, read_yaml
 from pilotfish.tools.planner.devices import find_device
+from pilotfish.tools.planner.heads import PlannedHead
 from pilotfish.tools.planner.memory import fits, plan_memory
 from pilotfish.tools.planner.models import PlannedModel, rank_shapes
 from pilotfish.tools.planner.setup import Setup, make_setup
@@ -36,7 +37,7 @@ def setups(name: str) -> Iterator[Setup]:
         yield make_setup(read(name, ranks), find_device(gpu))
 
 
-def models(setup: Setup) -> list[PlannedModel]:
+def models(setup: Setup) -> list[PlannedModel | PlannedHead]:
     return [setup.target, *setup.draft_models]
 
 

@@ -81,6 +81,10 @@ def test_a_draft_that_pays_at_one_stream_alone() -> None:
         assert asked > 1250 if count == 1 else asked < 100
 
 
+def flat(cost: float) -> Cost:
+    return lambda rows: cost
+
+
 def figure(target: str) -> list[Simulated]:
     """Two drafts whose speed-up at 8 tokens is the figure's: per pass of a target that takes 1, from acceptance p and
     speed-up s, (1 + p + ... + p^8) / (1 + 8c) = s."""
@@ -90,7 +94,7 @@ def figure(target: str) -> list[Simulated]:
         "405B": (("8B", 0.8, 2.00), ("1B", 0.1, 0.55)),
     }[target]:
         cost = (sum(probability**i for i in range(LONGEST + 1)) / speedup - 1) / LONGEST
-        made.append(Simulated(name, constant(probability), lambda rows, cost=cost: cost))
+        made.append(Simulated(name, constant(probability), flat(cost)))
     return made
 
 

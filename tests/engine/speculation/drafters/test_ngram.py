@@ -97,12 +97,12 @@ class CountedTokens(list[int]):
 
     reads = 0
 
-    def __getitem__(self, key):  # type: ignore[no-untyped-def]
+    def __getitem__(self, key):
         value = super().__getitem__(key)
         self.reads += len(value) if isinstance(key, slice) else 1
         return value
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self):
         self.reads += len(self)
         return super().__iter__()
 

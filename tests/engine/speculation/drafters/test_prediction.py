@@ -20,6 +20,7 @@ from pilotfish.engine.request import Request
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 from pilotfish.engine.speculation.drafters.prediction import PredictionDrafter
+from pilotfish.engine.stats import StepStats
 from pilotfish.errors import ParameterError
 
 LIMIT = 8
@@ -212,7 +213,7 @@ def test_the_text_is_the_same_whatever_was_predicted(name: str, llm: LLM) -> Non
 def test_a_right_prediction_saves_steps_and_is_counted_as_its_own(tiny: Callable[[str], Path]) -> None:
     counted: dict[str, int] = {}
 
-    def count(stats) -> None:  # type: ignore[no-untyped-def]
+    def count(stats: StepStats) -> None:
         for name, tokens in stats.drafted.items():
             counted[name] = counted.get(name, 0) + tokens
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from pilotfish.errors import ConfigError
 from pilotfish.tools.planner.devices import DEVICES
 from pilotfish.tools.planner.setup import make_setup
 from tests.support import toy_head as toy_head_files
+from tests.support.texts import stats_of
 
 PROMPTS = [[5, 6, 7, 8] * 5, [9, 9, 9, 9, 9], list(range(20, 60))]
 PARAMS = [
@@ -48,7 +50,7 @@ def toy_head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.mark.usefixtures("toy")
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_a_new_drafter_is_one_file_and_one_line(tiny: Callable[[str], Path], adaptive: bool) -> None:
-    settings = {"model": str(tiny("llama")), "kv_cache_memory": 4 << 20, "adaptive_drafts": adaptive}
+    settings: dict[str, Any] = {"model": str(tiny("llama")), "kv_cache_memory": 4 << 20, "adaptive_drafts": adaptive}
     with LLM(drafter=("toy", "suffix"), **settings) as llm:
         assert llm.info.drafters == ("toy", "suffix", "prediction")
         for params in PARAMS:
@@ -56,7 +58,7 @@ def test_a_new_drafter_is_one_file_and_one_line(tiny: Callable[[str], Path], ada
             drafted = llm.generate(PROMPTS, params, speculation="toy")
             assert [each.token_ids for each in drafted] == [each.token_ids for each in plain]
             if not adaptive:
-                assert all(each.stats.drafter == "toy" and each.stats.drafted_tokens for each in drafted)
+                assert all(stats_of(each).drafter == "toy" and stats_of(each).drafted_tokens for each in drafted)
         controller = llm.core.engine.speculator._controller
         assert controller is None or controller.acceptance.priors["toy"] == 0.2
 
@@ -65,7 +67,7 @@ def test_a_new_drafter_is_one_file_and_one_line(tiny: Callable[[str], Path], ada
 def test_a_new_model_based_drafter_is_one_file_and_one_line(
     tiny: Callable[[str], Path], toy_head: Path, adaptive: bool
 ) -> None:
-    settings = {"model": str(tiny("llama")), "kv_cache_memory": 4 << 20, "adaptive_drafts": adaptive}
+    settings: dict[str, Any] = {"model": str(tiny("llama")), "kv_cache_memory": 4 << 20, "adaptive_drafts": adaptive}
     with LLM(drafter=("ngram", f"mine={toy_head}"), **settings) as llm:
         assert llm.info.drafters == ("ngram", "prediction", "mine")
         for params in PARAMS:
@@ -73,7 +75,7 @@ def test_a_new_model_based_drafter_is_one_file_and_one_line(
             drafted = llm.generate(PROMPTS, params, speculation="mine")
             assert [each.token_ids for each in drafted] == [each.token_ids for each in plain]
             if not adaptive:
-                assert all(each.stats.drafter == "mine" and each.stats.drafted_tokens for each in drafted)
+                assert all(stats_of(each).drafter == "mine" and stats_of(each).drafted_tokens for each in drafted)
 
 
 @pytest.mark.usefixtures("toy")

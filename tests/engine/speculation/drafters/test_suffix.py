@@ -44,8 +44,8 @@ def search(text: list[int], limit: int) -> tuple[tuple[int, ...], int]:
     context = next((text[start:] for start in range(1, len(text)) if followers(text, text[start:])), None)
     if context is None:
         return (), 0
-    matched, tokens = len(context), []
-    length = limit
+    tokens: list[int] = []
+    matched, length = len(context), limit
     while len(tokens) < length:
         seen = followers(text, context)
         while not seen:
