@@ -76,6 +76,8 @@ def test_every_line_is_json_and_each_request_has_one(running: RunningServer) -> 
         left = client.completions.create(**asked, max_tokens=1500, stream=True)
         next(iter(left))
         left.close()
+        # The server notices that this client has left at some later time: its line comes before the next request's.
+        running.wait_until(lambda: len(requests_of(running)) == 3)
         with pytest.raises(openai.BadRequestError):
             client.completions.create(model=MODEL, prompt=prompt, temperature=9)
         with pytest.raises(openai.NotFoundError):
