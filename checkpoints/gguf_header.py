@@ -36,7 +36,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a GGUF file says of itself before its tensors' data."""
+    """The part of a GGUF file before its tensors' data: metadata, and where the tensors lie."""
 
     path: Path
     metadata: dict[str, Any]

@@ -57,7 +57,7 @@ class RequestStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
-    """What a step adds to a request. The last one has a finish_reason and stats."""
+    """The tokens that a step adds to a request. The last one has a finish_reason and stats."""
 
     request_id: str
     token_ids: tuple[int, ...] = ()

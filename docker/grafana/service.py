@@ -12,7 +12,7 @@ GREEN, YELLOW, ORANGE, RED, BLUE, GREY = "green", "yellow", "orange", "red", "bl
 
 
 def quantile(share: float, metric: str, over: str = "$__rate_interval") -> str:
-    """Of a histogram, all selected servers together."""
+    """A quantile of a histogram over all selected servers."""
     return f"histogram_quantile({share}, sum by (le) (rate({metric}_bucket{{$i}}[{over}])))"
 
 
@@ -21,7 +21,7 @@ def quantiles(metric: str) -> tuple[Query, ...]:
 
 
 def mean(metric: str, by: str = "") -> str:
-    """Of a histogram, in a time with observations."""
+    """The mean of a histogram, empty for times without observations."""
     grouped = f"sum by ({by}) " if by else "sum"
     sums, counts = (f"{grouped}(rate({metric}_{part}{{$i}}[$__rate_interval]))" for part in ("sum", "count"))
     return f"{sums} / ({counts} > 0)"

@@ -10,7 +10,7 @@ NO_DRAFTS = "No drafts in this time range"
 
 
 def ratio(numerator: str, denominator: str, over: str = "$__rate_interval", by: str = "") -> str:
-    """Of two counters' rates, where there is something to divide by."""
+    """The ratio of two counters' rates, empty where the divisor is 0."""
     grouped = f"sum by ({by}) " if by else "sum"
     return f"{grouped}(rate({numerator}{{$i}}[{over}])) / ({grouped}(rate({denominator}{{$i}}[{over}])) > 0)"
 

@@ -14,7 +14,7 @@ KEPT = ("cert", "extra-index-url", "find-links", "index-url", "trusted-host")
 
 
 def settings() -> dict[str, list[str]]:
-    """What `pip config list` says of the settings in KEPT: words by name."""
+    """Return the settings in KEPT as `pip config list` prints them, words by name."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found: dict[str, list[str]] = {}

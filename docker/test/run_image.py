@@ -66,8 +66,8 @@ class Container:
 
 
 def bind_targets(root: Path, volumes: list[str], work: Path, pip_conf: Path, config: dict[str, Any]) -> dict[str, str]:
-    """What is bound into the image, with places made for it: the build's volumes, pip's settings, the image's own
-    volumes, empty."""
+    """Return what is bound into the image, by its path there: the build's volumes, pip's settings, and an empty folder,
+    made here, for each of the image's own volumes."""
     binds = {"/etc/pip.conf": str(pip_conf), "/etc/resolv.conf": "/etc/resolv.conf"}
     for volume in volumes:
         if volume != "--volume":

@@ -33,7 +33,7 @@ def aligned(size: int) -> int:
 
 
 class PackedLayout:
-    """Where arrays of these dtypes (64 or 32 bits wide) and shapes lie in a buffer of `size` bytes, in order."""
+    """The offsets of arrays of these dtypes (64 or 32 bits wide) and shapes in one buffer of `size` bytes."""
 
     __slots__ = ("_arrays", "size")
 

@@ -65,7 +65,7 @@ PER_ROW = tuple(name for name, (_, sizes) in _FIELDS.items() if sizes[-1] == "ro
 
 
 class BatchLayout:
-    """Where the arrays of a batch of this shape lie in a buffer of `size` bytes."""
+    """The offsets of the arrays of a batch of this shape in one buffer of `size` bytes."""
 
     __slots__ = ("_packed", "shape", "size")
 

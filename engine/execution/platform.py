@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """Where and how a model computes."""
+    """The device, dtype and kernels that a model computes with."""
 
     device: torch.device
     dtype: torch.dtype

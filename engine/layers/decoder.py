@@ -107,7 +107,7 @@ class DecoderLayer:
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What all layers of a decoder have in common; heads are those of this rank."""
+    """The shape that all layers of a decoder share; heads are those of this rank."""
 
     heads: int
     kv_heads: int

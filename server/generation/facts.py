@@ -18,7 +18,7 @@ _KEY = "facts"
 
 @dataclass(frozen=True, slots=True)
 class GenerationFacts:
-    """What is known of a request that was sent to the engine."""
+    """The facts of a request that was sent to the engine, for log, traces and metrics."""
 
     id: str
     """The response's id."""

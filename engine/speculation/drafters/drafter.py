@@ -35,7 +35,7 @@ class DraftRequest:
 
 
 class Drafter(Protocol):
-    """What all drafters have in common, and all that a lookup drafter is.
+    """The interface of every drafter, and all of a lookup drafter.
 
     Proposals never change the text, only its speed: a drafter may be wrong, and may propose fewer tokens or none. It
     reads `sequence.tokens` when asked and catches up with what was added since; acceptance is not reported to it.

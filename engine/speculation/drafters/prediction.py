@@ -69,7 +69,7 @@ def make(config: EngineConfig) -> PredictionDrafter:
 
 @dataclass(slots=True)
 class _Follower:
-    """Where an answer is in its prediction."""
+    """The position of an answer in its prediction."""
 
     prediction: tuple[int, ...]
     end: int
