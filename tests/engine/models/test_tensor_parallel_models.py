@@ -267,6 +267,7 @@ def test_an_eagle3_head_on_rank_0_has_the_targets_whole_embedding_and_head(
     }
     sizes = {"vocab_size": 512, "hidden_size": 96, "intermediate_size": 96, "rms_norm_eps": 1e-5}
     config = decoder | sizes | {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 512}
+    config["eagle_aux_hidden_state_layer_ids"] = [0, 1, 2]  # the default ones take a target of three layers
     (tmp_path / "head").mkdir()
     (tmp_path / "head" / "config.json").write_text(json.dumps(config))
     tensors = eagle3_checkpoint.tensors_of(eagle3_checkpoint.read_config(tmp_path / "head"))
