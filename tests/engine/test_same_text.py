@@ -51,9 +51,13 @@ def speculative(make: Callable[..., LLM], draft: Path, head: Path) -> LLM:
     return make(drafter=portfolio(draft, head), speculation="draft-model", num_draft_tokens=5)
 
 
+QUICK = ("greedy", "sampled", "stops")
+QUICK_AND_SLOW = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PARAMS]
+
+
 @pytest.mark.parametrize(
     ("kernels", "name", "drafter", "batch"),
-    pairwise([BOTH[0], pytest.param("torch", marks=pytest.mark.slow)], PARAMS, DRAFTERS, (1, 8)),
+    pairwise([BOTH[0], pytest.param("torch", marks=pytest.mark.slow)], QUICK_AND_SLOW, DRAFTERS, (1, 8)),
     indirect=["kernels"],
 )
 def test_drafters_and_batches(name: str, drafter: str, batch: int, speculative: LLM, vanilla: Callable) -> None:

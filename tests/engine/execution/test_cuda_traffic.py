@@ -171,6 +171,7 @@ def plan(backend: EagerGraphs, lengths: tuple[int, ...]) -> GraphPlan:
 FLASH = [name for name in BACKENDS if name != "torch"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", FLASH)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_captured_pass_has_nothing_to_do_with_the_host(shapes, kind, backend):

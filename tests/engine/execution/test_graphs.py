@@ -86,6 +86,7 @@ def test_the_text_is_the_eager_one(drafter: str, make: Callable[..., LLM], draft
     assert texts(alone) == texts(eager.generate(prompts(7), GREEDY, speculation="off"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", ["ngram", "draft-model", "eagle3"])
 def test_what_was_in_memory_before_does_not_matter(
     drafter: str, make: Callable[..., LLM], draft: Path, head: Path, request: pytest.FixtureRequest

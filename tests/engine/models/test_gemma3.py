@@ -236,6 +236,7 @@ PARAMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMS)
 def test_speculation_does_not_change_the_text(tiny: Tiny, kernels: KernelsName, name: str) -> None:
     """Alone and in a batch, by lookup, by a draft of another family, by itself: which must be right always."""
