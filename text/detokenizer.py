@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
+from pilotfish.text.message import Part
+
 
 class TokenBytes(Protocol):
     """The parts of a tokenizer that detokenization needs."""
@@ -144,6 +146,8 @@ class Piece:
     entries: Sequence[TokenEntry] = ()
     finish_reason: str | None = None
     """Set in the last piece of an answer: "stop" or "length"."""
+    parts: Sequence[Part] = ()
+    """What a message parser finds in `text`; empty for answers that are plain text."""
 
 
 class AnswerText:

@@ -1,0 +1,88 @@
+"""The parts of an assistant's message, as a parser finds them in the tokens of an answer: reasoning, content and tool
+calls. Chat, responses and messages translate them into their own events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningText:
+    """An addition to the reasoning before an answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ContentText:
+    """An addition to what the message says."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallBegin:
+    """A tool call begins. `index` counts the message's calls from 0."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallArguments:
+    """An addition to the arguments of call `index`, which are JSON text."""
+
+    index: int
+    text: str
+
+
+Part = ReasoningText | ContentText | CallBegin | CallArguments
+
+
+class MessageParser(Protocol):
+    """Finds the parts of one answer. What it finds does not depend on how the tokens are portioned: the same tokens, one
+    by one or all at once, give the same message, and the parts of a stream add up to it."""
+
+    def feed(self, text: str) -> Sequence[Part]:
+        """Add text, in which special tokens are spelled out if the format needs them. Returns the parts that it
+        completes, and holds back what may still become a marker."""
+        ...
+
+    def finish(self) -> Sequence[Part]:
+        """Return what was held back, now that nothing follows."""
+        ...
+
+
+@dataclass(slots=True)
+class ToolCall:
+    """A call of a tool, in an answer or in a conversation's history."""
+
+    id: str
+    name: str
+    arguments: str
+    """JSON text of an object."""
+
+
+@dataclass(slots=True)
+class AssistantMessage:
+    """A whole message, added up from parts."""
+
+    reasoning: str = ""
+    content: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
+
+    def add(self, parts: Iterable[Part]) -> None:
+        for part in parts:
+            match part:
+                case ReasoningText(text):
+                    self.reasoning += text
+                case ContentText(text):
+                    self.content += text
+                case CallBegin(_, id_, name):
+                    self.calls.append(ToolCall(id_, name, ""))
+                case CallArguments(index, text):
+                    self.calls[index].arguments += text
