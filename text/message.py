@@ -44,8 +44,8 @@ Part = ReasoningText | ContentText | CallBegin | CallArguments
 
 
 class MessageParser(Protocol):
-    """Finds the parts of one answer. What it finds does not depend on how the tokens are portioned: the same tokens, one
-    by one or all at once, give the same message, and the parts of a stream add up to it."""
+    """Finds the parts of one answer. What it finds does not depend on how the tokens are portioned: the same tokens,
+    one by one or all at once, give the same message, and the parts of a stream add up to it."""
 
     def feed(self, text: str) -> Sequence[Part]:
         """Add text, in which special tokens are spelled out if the format needs them. Returns the parts that it
