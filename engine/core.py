@@ -108,7 +108,7 @@ class EngineCore:
         sequence = Sequence(
             request=request,
             seed=seed,
-            blocks=BlockTable(self.engine.pool),
+            blocks=BlockTable(self.engine.pool, request.salt),
             drafters=drafters_of(request, self.info),
             stops=frozenset((*params.stop_token_ids, *(() if params.ignore_eos else self.info.eos_token_ids))),
         )

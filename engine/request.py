@@ -24,6 +24,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     promises most, step by step; "off": plain decoding; or a drafter's name."""
     prediction_ids: tuple[int, ...] = ()
     """The expected answer, as far as it is known."""
+    salt: bytes = b""
+    """Requests share cached prefixes only with those that have the same salt."""
     arrival: float = 0.0
     """time.monotonic() when the client's request came in (one clock for all processes of a machine)."""
 

@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from pilotfish import __version__
 from pilotfish.engine.process.client import AsyncEngine
-from pilotfish.server.auth import ApiKeys
+from pilotfish.server.auth import Authentication
 from pilotfish.server.config import ServerConfig
 from pilotfish.server.encoding import describe, returns
 from pilotfish.server.generation.flow import Endpoint, generate
@@ -60,7 +60,7 @@ def create_app(
     install_handlers(app)
     # The last added is the outermost.
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
-    app.add_middleware(ApiKeys, keys=config.keys())
+    app.add_middleware(Authentication, keys=config.all_keys(), tenant_header=config.tenant_header)
     every = [route for router in (app, *routers) for route in router.routes]
     paths = [route.path for route in every if isinstance(route, Route) and "{" not in route.path]
     by_path = {endpoint.path: endpoint for endpoint in endpoints}

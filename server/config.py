@@ -4,6 +4,7 @@ The engine's settings are in `engine.config`.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,9 @@ from msgspec import Meta
 from pilotfish.engine.config import NotNegative, Positive
 from pilotfish.errors import ConfigError
 from pilotfish.logs import LogFormat, LogLevel
+from pilotfish.server.tenants import ApiKey, parse_key
+
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,10 +30,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
     """Port to listen on; 0: any free port."""
     api_key: tuple[str, ...] = ()
-    """API key that clients must send as "Authorization: Bearer KEY". Repeatable; the environment variable
-    PILOTFISH_API_KEY adds another."""
+    """API key that clients must send as "Authorization: Bearer KEY", given as KEY or NAME=KEY, where NAME is the tenant
+    whose key it is. Repeatable; the environment variable PILOTFISH_API_KEY adds another."""
     api_key_file: str | None = None
-    """File with more API keys, one per line."""
+    """File with more API keys, one per line, as KEY or NAME=KEY."""
+    tenant_header: str | None = None
+    """Header that names the tenant of requests whose API key has no name, such as X-Tenant. Only for a server behind a
+    gateway that sets it. Tenants do not share prefixes or stored responses."""
     served_model_name: tuple[str, ...] = ()
     """Name of the model in the API, instead of its own. Repeatable."""
     chat_template: str | None = None
@@ -56,14 +63,16 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name, values in (("api_key", self.api_key), ("served_model_name", self.served_model_name)):
             if not all(value.strip() for value in values):
                 raise ConfigError(f"{name} is empty: give it a value, or leave it out")
-        self.keys()
+        if self.tenant_header is not None and not _HEADER_NAME.fullmatch(self.tenant_header):
+            raise ConfigError(f"tenant_header is {self.tenant_header!r}, but must be a header's name, such as X-Tenant")
+        self.all_keys()
         return self
 
-    def keys(self) -> tuple[str, ...]:
+    def all_keys(self) -> tuple[ApiKey, ...]:
         """Return all API keys, including those in api_key_file, which is read now. Raises ConfigError for a file that
         cannot be read, or has no keys: an empty file must not open the server to everyone."""
         if self.api_key_file is None:
-            return self.api_key
+            return tuple(map(parse_key, self.api_key))
         try:
             text = Path(self.api_key_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -71,4 +80,4 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         keys = tuple(line.strip() for line in text.splitlines() if line.strip())
         if not keys:
             raise ConfigError(f"api_key_file {self.api_key_file} has no keys: it must have one per line")
-        return (*self.api_key, *keys)
+        return tuple(map(parse_key, (*self.api_key, *keys)))

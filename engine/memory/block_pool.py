@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterable
+from hashlib import blake2b
 
 from pilotfish.errors import ConfigError
 
@@ -32,13 +33,17 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        # Parent digest of every first block. Secret: clients, who choose the tokens, could search for collisions.
-        self.root = os.urandom(DIGEST_SIZE)
+        # Secret: clients, who choose the tokens, could search for collisions.
+        self._root = os.urandom(DIGEST_SIZE)
         self._references = [0] * num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
         self._found: dict[bytes, int] = {}
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+
+    def root_of(self, salt: bytes) -> bytes:
+        """Return the parent digest of first blocks with this salt."""
+        return blake2b(salt, key=self._root, digest_size=DIGEST_SIZE).digest() if salt else self._root
 
     @property
     def available(self) -> int:

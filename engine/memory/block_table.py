@@ -22,13 +22,12 @@ class BlockTable:
     therefore writes only to blocks that it alone holds and that nobody can find.
     """
 
-    def __init__(self, pool: BlockPool, root: bytes | None = None) -> None:
-        """`root`, by default the pool's, is the parent digest of the first block: only tables with the same root share
-        blocks. Whatever keys and values depend on besides the tokens goes into it, hashed with the pool's root, which
-        is secret."""
+    def __init__(self, pool: BlockPool, salt: bytes = b"") -> None:
+        """Only tables with the same `salt` share blocks. Whatever keys and values depend on besides the tokens goes
+        into it, and whose they are."""
         self.pool = pool
         self.blocks = array("i")  # copied as it is into each step's block tables
-        self._root = pool.root if root is None else root
+        self._root = pool.root_of(salt)
         self._digested = 0  # blocks whose digests are known: claimed, or full and computed
         self._digest = self._root  # the digest of the last of them
 

@@ -37,6 +37,8 @@ class RequestFacts:
     request_id: str
     arrival: float = field(default_factory=time.monotonic)
     """time.monotonic() seconds."""
+    tenant: str = ""
+    """Whose request it is (see `server.tenants`); "" if all are of one tenant."""
     error_form: ErrorForm = openai_error
     """The form of the endpoint's errors."""
     error: str | None = None

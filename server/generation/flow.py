@@ -24,13 +24,14 @@ from pilotfish.server.encoding import json_response
 from pilotfish.server.errors import ErrorForm, openai_error
 from pilotfish.server.generation.answer import Answer
 from pilotfish.server.generation.events import DONE, Chunks, ClientGoneError, EventStream, until_disconnect
-from pilotfish.server.generation.facts import GenerationFacts, facts_of
+from pilotfish.server.generation.facts import GenerationFacts, RequestFacts, facts_of
 from pilotfish.server.generation.follow import Pieces, follow_all
 from pilotfish.server.generation.spec import GenerationSpec, fit
 from pilotfish.server.generation.usage import timings_of, usage_of
 from pilotfish.server.protocol.common import Prompt
 from pilotfish.server.protocol.usage import Timings, Usage
 from pilotfish.server.service import Service, check_length
+from pilotfish.server.tenants import prefix_salt
 from pilotfish.text.detokenizer import AnswerText, Detokenizer, Piece, Vocabulary
 
 Body = TypeVar("Body")
@@ -107,7 +108,7 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
         answers: list[Answer] = []
         for i, prompt in enumerate(endpoint.prompts(body, service)):
             name = identity if spec.prompts == 1 else f"{identity}-{i}"
-            asked = await _ask(service, info, spec, endpoint.prompt_param, prompt, name, facts.arrival)
+            asked = await _ask(service, info, spec, endpoint.prompt_param, prompt, name, facts)
             seed = service.engine.draw_seed() if asked.params.seed is None else asked.params.seed
             for one in fan_out(asked, spec.answers, seed):
                 text = _text(service.vocabulary, spec, prompt, one)
@@ -125,7 +126,7 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
 
 
 async def _ask(
-    service: Service, info: EngineInfo, spec: GenerationSpec, param: str, prompt: Prompt, name: str, arrival: float
+    service: Service, info: EngineInfo, spec: GenerationSpec, param: str, prompt: Prompt, name: str, facts: RequestFacts
 ) -> EngineRequest:
     """Make and check the engine's request for one prompt, which the client sent as `param`."""
     ids = await service.encode(prompt, param, spec.add_special_tokens) if isinstance(prompt, str) else tuple(prompt)
@@ -136,7 +137,8 @@ async def _ask(
         params=fit(spec, len(ids), info),
         speculation=spec.speculation,
         prediction_ids=await service.encode(spec.prediction, "prediction", False) if spec.prediction else (),
-        arrival=arrival,
+        salt=prefix_salt(facts.tenant, spec.cache_salt),
+        arrival=facts.arrival,
     )
     check_request(asked, info)
     return asked

@@ -45,6 +45,7 @@ class GenerationSpec:
     """Show only the prompt."""
     show_logprobs: bool = True
     """False: log-probabilities serve at most to rank answers."""
+    cache_salt: str | None = None
     speculation: str | None = None
     prediction: str | None = None
 
@@ -82,6 +83,7 @@ def spec_of(
         "stop": body.stop,
         "include_stop": body.include_stop_str_in_output,
         "skip_special_tokens": body.skip_special_tokens,
+        "cache_salt": body.cache_salt,
         "speculation": body.speculation,
         "prediction": body.prediction,
     }

@@ -139,6 +139,8 @@ class GenerationRequest(ApiModel):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
 
+    cache_salt: str | None = None
+    """Prefixes are found only by requests of the same tenant with the same salt."""
     speculation: str | None = None
     """Pilotfish's own: "auto", "off" or a drafter; null: the server's default. Never changes the text."""
 

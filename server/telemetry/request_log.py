@@ -28,6 +28,7 @@ def log_request(scope: Scope, status: int, seconds: float, trace_id: str | None 
         request_id=facts.request_id,
         trace_id=trace_id,
         client=client[0] if client else None,
+        tenant=facts.tenant or None,
         method=scope["method"],
         path=path,
         status=status,

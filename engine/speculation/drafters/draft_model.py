@@ -164,7 +164,8 @@ class DraftModelDrafter:
         tokens = request.sequence.tokens
         cached = self._cached.get(request.sequence.id)
         if cached is None:
-            cached = self._cached[request.sequence.id] = _Cached(BlockTable(self._pool))
+            table = BlockTable(self._pool, request.sequence.request.salt)
+            cached = self._cached[request.sequence.id] = _Cached(table)
             cached.committed = cached.blocks.claim_prefix(tokens)
         cached.catch_up(tokens)
         # The last drafted token is never run.

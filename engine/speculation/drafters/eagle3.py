@@ -180,7 +180,7 @@ class Eagle3Drafter:
         """See `FeatureReader.observe_features`."""
         known = self._known.get(sequence.id)
         if known is None:
-            known = self._known[sequence.id] = _Known(BlockTable(self._pool), first=start)
+            known = self._known[sequence.id] = _Known(BlockTable(self._pool, sequence.request.salt), first=start)
         end = start + len(features)
         if start > known.end:  # the target found the positions between in its prefix cache
             self._forget(known, start)

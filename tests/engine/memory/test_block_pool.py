@@ -15,11 +15,11 @@ from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.errors import ConfigError
 
 Text = tuple[bytes | int | None, ...]
-"""A root and tokens."""
+"""A salt and tokens."""
 
 TOKENS = st.integers(0, 1)
 PICK = st.integers(0, 99)
-ROOTS = st.sampled_from([None, None, b"one adapter", b"another"])
+SALTS = st.sampled_from([b"", b"", b"one adapter", b"another"])
 
 
 @dataclass(eq=False)
@@ -28,7 +28,7 @@ class Running:
 
     table: BlockTable
     tokens: list[int]
-    root: bytes | None = None
+    salt: bytes = b""
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     offered: int = 0
@@ -36,11 +36,11 @@ class Running:
 
     def text(self, stop: int, tokens: list[int] | None = None) -> Text:
         """What blocks that hold the first `stop` tokens are known by."""
-        return (self.root, *(tokens or self.tokens)[:stop])
+        return (self.salt, *(tokens or self.tokens)[:stop])
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """The model knows a block by its table's root and the whole text up to its end, and writes these where the engine
+    """The model knows a block by its table's salt and the whole text up to its end, and writes these where the engine
     would write keys and values: whatever is shared must have been computed from exactly the text that claims it."""
 
     @initialize(
@@ -59,17 +59,17 @@ class PoolMachine(RuleBasedStateMachine):
 
     # What sequences do
 
-    @rule(prompt=st.lists(TOKENS, min_size=1, max_size=10), root=ROOTS)
-    def admit(self, prompt: list[int], root: bytes | None) -> None:
-        sequence = Running(BlockTable(self.pool, root), prompt, root)
+    @rule(prompt=st.lists(TOKENS, min_size=1, max_size=10), salt=SALTS)
+    def admit(self, prompt: list[int], salt: bytes) -> None:
+        sequence = Running(BlockTable(self.pool, salt), prompt, salt)
         self.running.append(sequence)
         self.claim(sequence)
 
     @precondition(lambda self: self.running)
-    @rule(pick=PICK, extra=st.lists(TOKENS, max_size=4), root=ROOTS)
-    def admit_again(self, pick: int, extra: list[int], root: bytes | None) -> None:
+    @rule(pick=PICK, extra=st.lists(TOKENS, max_size=4), salt=SALTS)
+    def admit_again(self, pick: int, extra: list[int], salt: bytes) -> None:
         """Another client continues a text that is running."""
-        self.admit([*self.picked(pick).tokens, *extra], root)
+        self.admit([*self.picked(pick).tokens, *extra], salt)
 
     @precondition(lambda self: self.running)
     @rule(pick=PICK, rows=st.integers(1, 8))
@@ -245,8 +245,8 @@ PoolMachine.TestCase.settings = settings(
 TestPoolAgainstModel = PoolMachine.TestCase
 
 
-def computed_table(pool: BlockPool, tokens: list[int], root: bytes | None = None) -> BlockTable:
-    table = BlockTable(pool, root)
+def computed_table(pool: BlockPool, tokens: list[int], salt: bytes = b"") -> BlockTable:
+    table = BlockTable(pool, salt)
     assert table.reserve(len(tokens))
     table.commit(tokens, len(tokens))
     return table
@@ -292,7 +292,7 @@ def test_two_sequences_that_compute_the_same_text_at_once() -> None:
     assert (pool.cached, pool.available) == (2, 6)
 
 
-def test_a_released_table_keeps_its_root() -> None:
+def test_a_released_table_keeps_its_salt() -> None:
     pool = BlockPool(num_blocks=4, block_size=2)
     other, table = computed_table(pool, [1, 2]), computed_table(pool, [1, 2], b"an adapter")
     own = list(table.blocks)

@@ -132,7 +132,7 @@ def test_keys_come_from_a_file(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("first\n\n  second \n")
     got = read({"api_key": ["flag"]}, {"PILOTFISH_API_KEY_FILE": str(keys), "PILOTFISH_API_KEY": "variable"})
-    assert got.server.keys() == ("flag", "variable", "first", "second")
+    assert [key.key for key in got.server.all_keys()] == ["flag", "variable", "first", "second"]
     keys.write_text("\n \n")
     with pytest.raises(ConfigError, match="has no keys"):
         read({"api_key_file": str(keys)}, {})
