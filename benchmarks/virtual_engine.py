@@ -44,7 +44,7 @@ class RecordedDrafter:
     def try_pass(self, rows: int) -> None:
         self._clock.spend(self._clock.draft(self.name, rows))
 
-    def capture(self, planned: Callable[[tuple[int, ...]], GraphPlan]) -> None:
+    def capture(self, planned: Callable[[], GraphPlan]) -> None:
         pass
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:

@@ -12,7 +12,7 @@ import msgspec
 
 from pilotfish.checkpoints.catalog import Progress
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.execution.buckets import GRAPH_SHARE, batch_sizes, buckets, span_lengths
+from pilotfish.engine.execution.buckets import GRAPH_SHARE, buckets
 from pilotfish.engine.execution.graphs import GraphPlan, graph_backend
 from pilotfish.engine.execution.loader import load_model
 from pilotfish.engine.execution.runner import Lead, ModelRunner
@@ -106,17 +106,17 @@ class Assembly:
         config = self.config
         backend = self._make_graphs()
 
-        def planned(lengths: tuple[int, ...]) -> GraphPlan:
+        def planned(chunks: bool = False) -> GraphPlan:
             return GraphPlan(
                 backend=backend,
-                buckets=buckets(batch_sizes(config.max_num_seqs), lengths, config.max_batch_tokens),
+                buckets=buckets(config.max_num_seqs, config.num_draft_tokens, config.max_batch_tokens, chunks),
                 max_len=max_model_len,
                 padding_block=self._num_blocks,
                 memory=self._graph_memory,
             )
 
         feature_layers = FeatureRouter(self.drafters).layers
-        self.runner.capture("target", planned(span_lengths(config.num_draft_tokens)), feature_layers)
+        self.runner.capture("target", planned(chunks=True), feature_layers)
         for drafter in self.drafters:
             drafter.capture(planned)
 

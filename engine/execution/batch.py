@@ -4,7 +4,7 @@ in one buffer on the host; a FlatBatch is the same as tensors on a device."""
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -81,6 +81,16 @@ class FlatBatch:
             block_size=block_size,
         )
         return FlatBatch(arrays, attention)
+
+    @staticmethod
+    def bounded(
+        arrays: BatchArrays[torch.Tensor], block_tables: torch.Tensor, length: int, longest: int, block_size: int
+    ) -> FlatBatch:
+        """A batch whose spans have at most `length` rows and `longest` tokens of context, as only the device knows.
+        block_tables: (spans, max_blocks) int32, in the place of those of `arrays`."""
+        spans = len(block_tables)
+        batch = FlatBatch.of(arrays, [length] * spans, [longest] * spans, block_size)
+        return FlatBatch(batch.arrays, replace(batch.attention, block_tables=block_tables, exact=False))
 
 
 def pack(spans: Seq[Span], block_size: int) -> HostBatch:

@@ -52,7 +52,7 @@ class BatchArrays(Generic[A]):
     """Number of keys that a span's last row sees, the span's own included."""
     cu_context_lens: Annotated[A, np.int32, "bounds"]
     block_tables: Annotated[A, np.int32, "spans", "max_blocks"]
-    """Entries past a span's context are 0 and never read."""
+    """Entries past a span's context are blocks of anybody's, and never read."""
 
 
 _FIELDS = {

@@ -1,29 +1,30 @@
 """Captured passes (CUDA graphs): the launches of a pass, recorded once for each bucket and replayed as one.
 
 A captured pass computes what it computed at its capture: the same kernels, sizes and addresses. So a bucket's inputs
-lie in a static buffer, into which a batch is copied, padded to the bucket; its outputs lie in static buffers as well,
+lie in static buffers, into which a batch is copied, padded to the bucket; its outputs lie in static buffers as well,
 which the next pass of the same model overwrites. `runner` computes eagerly what fits none of the `buckets`.
 
 The buffers are written and read in the order of the device's stream, so a pass may be launched while the one before it
 still runs, if everything that reads its outputs was launched before.
 
-Padding never changes other results. Its keys and values go to a block that belongs to no sequence, and a padding span
-sees only those. Rows that make a span longer see one more key each, as rows of a draft do; their results go unread.
+Padding never changes other results. Its rows stand behind the batch's, in spans of their own, which see nothing but
+each other; its keys and values go to a block that belongs to no sequence.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from pilotfish.engine.device.transfer import aligned, copy_to
+from pilotfish.engine.device.transfer import copy_to
 from pilotfish.engine.execution.batch import FlatBatch, HostBatch
 from pilotfish.engine.execution.batch_layout import PER_ROW, BatchLayout, BatchShape
 from pilotfish.engine.execution.buckets import Bucket, fitting
@@ -50,6 +51,10 @@ class GraphBackend(Protocol):
 
     def memory(self) -> int:
         """Bytes that captures have taken since the backend was made."""
+        ...
+
+    def drop(self) -> None:
+        """Free the memory of captures that were dropped: nothing refers to their replays any more."""
         ...
 
 
@@ -81,6 +86,12 @@ class CudaGraphs:
     def memory(self) -> int:
         return max(0, self._free - torch.cuda.mem_get_info(self._device)[0])
 
+    def drop(self) -> None:
+        gc.collect()
+        # What was dropped may have emptied the pool, which torch then gives up.
+        self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
+
 
 class EagerGraphs:
     """The twin of CudaGraphs on any device: calls the same function on the same buffers, and captures nothing."""
@@ -93,6 +104,9 @@ class EagerGraphs:
 
     def memory(self) -> int:
         return 0
+
+    def drop(self) -> None:
+        return
 
 
 def graph_backend(
@@ -113,25 +127,34 @@ class GraphPlan:
 
     backend: GraphBackend
     buckets: tuple[Bucket, ...]
-    """Captured in this order, as far as there is memory for them."""
+    """In ascending order."""
     max_len: int
     """Maximum number of tokens of a sequence."""
     padding_block: int
     """The block of the model's KV cache that belongs to no sequence."""
     memory: int
-    """Bytes of captures beyond which no further bucket is captured."""
+    """Bytes that captures may take in all."""
 
 
-Pass = Callable[[FlatBatch, torch.Tensor, Seq[torch.Tensor]], Seq[torch.Tensor]]
-"""Computes outputs, (rows, ...) each, from a padded batch, its `real_rows` (see `_PaddedLayout`) and other inputs,
-(rows, ...) each. All are on the device."""
+class PassOutputs(NamedTuple):
+    """What a pass computes: tensors of (rows whose logits are wanted, ...), and of (rows, ...)."""
+
+    wanted: tuple[torch.Tensor, ...]
+    rows: tuple[torch.Tensor, ...] = ()
+
+
+Pass = Callable[[FlatBatch, Seq[torch.Tensor]], PassOutputs]
+"""Computes outputs from a padded batch and other inputs, (rows, ...) each. All are on the device."""
 
 
 class GraphedPasses:
     """The captured passes of one model. All ranks of a sharded model capture the same buckets in the same order.
 
+    The largest pass is captured first, so that the smaller ones find their memory in the pool. If captures take more
+    than the plan allows, all are dropped, and captured again without the larger half.
+
     `inputs`: static buffers for what rows have besides their tokens, (most rows, ...) each. The outputs of `run` are
-    static, too, and valid until the next `run`. `captured` has the buckets that were captured, fewest rows first.
+    static, too, and valid until the next `run`. `captured` has the buckets that were captured, in ascending order.
     """
 
     def __init__(
@@ -144,34 +167,43 @@ class GraphedPasses:
         comm: Communicator,
         inputs: Seq[torch.Tensor] = (),
     ) -> None:
-        self._layouts = {bucket: _PaddedLayout.of(bucket, plan, block_size) for bucket in plan.buckets}
+        self._padded = _Padding(block_size, plan.padding_block)
+        # The longest sequence's last block may be reached by rows of drafts.
+        self._width = -(-(plan.max_len + max((each.length for each in plan.buckets), default=0)) // block_size)
         self._inputs = tuple(inputs)
-        self._outputs: tuple[torch.Tensor, ...] | None = None
-        self._buffer = torch.zeros(max(layout.size for layout in self._layouts.values()), dtype=torch.uint8)
-        self._buffer = self._buffer.to(device)
-        self._tensors = {bucket: layout.tensors(self._buffer) for bucket, layout in self._layouts.items()}
+        self._outputs: PassOutputs | None = None
+        spans = max((each.spans + each.spare for each in plan.buckets), default=0)
+        self._tables = torch.zeros(spans, self._width, dtype=torch.int32, device=device)
+        size = max((self._padded.layout(each, self._width).size for each in plan.buckets), default=0)
+        self._buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._batches: dict[Bucket, FlatBatch] = {}
         self._replays: dict[Bucket, Replay] = {}
-        for bucket in plan.buckets:
-            if not _all_agree(plan.backend.memory() < plan.memory, comm, device):
-                break
-            self._replays[bucket] = self._capture(bucket, function, plan)
-        self.captured = tuple(self._replays)
-        missing = len(plan.buckets) - len(self.captured)
+        self.captured: tuple[Bucket, ...] = ()
+        """The captured buckets, in ascending order."""
+        wanted = plan.buckets
+        while wanted and not self._capture_all(wanted, function, plan, comm, device):
+            self._replays.clear()
+            self._outputs = None
+            plan.backend.drop()
+            wanted = tuple(bucket for bucket in wanted if 2 * bucket.rows <= wanted[-1].rows)
+        self.captured = wanted
+        missing = len(plan.buckets) - len(wanted)
         logger.info(
-            "graphs of %s: %d passes captured, up to %d sequences and %d tokens of each; all graphs take %d MiB%s",
+            "graphs of %s: %d passes captured, up to %d sequences and %d rows; all graphs take %d MiB%s",
             name,
-            len(self.captured),
-            max((bucket.spans for bucket in self.captured), default=0),
-            max((bucket.length for bucket in self.captured), default=0),
+            len(wanted),
+            max((bucket.spans for bucket in wanted), default=0),
+            max((bucket.rows for bucket in wanted), default=0),
             plan.backend.memory() >> 20,
-            f"; {missing} more would exceed cuda_graph_memory ({plan.memory >> 20} MiB)" if missing else "",
+            f"; {missing} larger ones would exceed cuda_graph_memory ({plan.memory >> 20} MiB)" if missing else "",
         )
 
     def find(self, host: HostBatch) -> Bucket | None:
         """The captured pass for this batch, if there is one. It depends on the batch alone, so all ranks agree."""
         shape = host.shape
-        bucket = fitting(self.captured, shape.spans, max(host.query_lens), shape.rows)
-        return bucket if bucket and shape.max_blocks <= self._layouts[bucket].batch.shape.max_blocks else None
+        if shape.max_blocks > self._width:
+            return None
+        return fitting(self.captured, shape.spans, max(host.query_lens), shape.rows, shape.wanted)
 
     def run(
         self,
@@ -179,108 +211,112 @@ class GraphedPasses:
         host: HostBatch,
         inputs: Seq[torch.Tensor] = (),
         token_ids: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, ...]:
-        """The outputs of the batch, (rows of the bucket, ...) each.
+    ) -> PassOutputs:
+        """The outputs of the batch; of (rows of the bucket, ...), whose first ones are the batch's.
 
         inputs: (rows of the batch, ...) each; token_ids: (rows,) on the device, to replace those of a batch with one
         row per span.
         """
         assert self._outputs is not None
-        layout = self._layouts[bucket]
-        copy_to(layout.fill(host), self._buffer[: layout.size])
-        batch, real_rows = self._tensors[bucket]
         rows = host.shape.rows
+        if token_ids is not None and rows != host.shape.spans:
+            raise ValueError("tokens on the device can be given to passes of one row per span only")
+        self._fill(bucket, host)
         for static, given in zip(self._inputs, inputs, strict=True):
-            if layout.dense(host):
-                static[:rows].copy_(given)
-            else:
-                static.index_copy_(0, real_rows[:rows], given)
+            static[:rows].copy_(given)
         if token_ids is not None:
-            if bucket.length != 1:
-                raise ValueError("tokens on the device can be given to passes of one row per span only")
-            batch.arrays.token_ids[:rows].copy_(token_ids)
+            self._batches[bucket].arrays.token_ids[:rows].copy_(token_ids)
         self._replays[bucket]()
-        return tuple(output[: bucket.rows] for output in self._outputs)
+        return self._outputs
 
-    def _capture(self, bucket: Bucket, function: Pass, plan: GraphPlan) -> Replay:
-        layout, rows = self._layouts[bucket], bucket.rows
-        copy_to(layout.fill(None), self._buffer[: layout.size])
-        batch, real_rows = self._tensors[bucket]
-        inputs = tuple(static[:rows] for static in self._inputs)
+    def _capture_all(
+        self, wanted: Seq[Bucket], function: Pass, plan: GraphPlan, comm: Communicator, device: torch.device
+    ) -> bool:
+        """Capture these buckets; returns whether they take no more memory than they may."""
+        for bucket in reversed(wanted):
+            self._replays[bucket] = self._capture(bucket, function, plan, wanted)
+            if not _all_agree(plan.backend.memory() <= plan.memory, comm, device):
+                return False
+        return True
+
+    def _capture(self, bucket: Bucket, function: Pass, plan: GraphPlan, wanted: Seq[Bucket]) -> Replay:
+        self._fill(bucket, None)
+        spans = bucket.spans + bucket.spare
+        fixed = self._padded.layout(bucket, 0)
+        arrays = fixed.on_device(self._buffer)
+        tables = self._tables[:spans]
+        longest = self._width * self._padded.block_size
+        self._batches[bucket] = batch = FlatBatch.bounded(
+            arrays, tables, bucket.length, longest, self._padded.block_size
+        )
+        inputs = tuple(static[: bucket.rows] for static in self._inputs)
         if self._outputs is None:
-            most = max(each.rows for each in plan.buckets)
-            made = function(batch, real_rows, inputs)
-            self._outputs = tuple(each.new_empty(most, *each.shape[1:]) for each in made)
-        outputs = tuple(output[:rows] for output in self._outputs)
+            made = function(batch, inputs)
+            self._outputs = PassOutputs(
+                tuple(each.new_empty(max(b.wanted for b in wanted), *each.shape[1:]) for each in made.wanted),
+                tuple(each.new_empty(max(b.rows for b in wanted), *each.shape[1:]) for each in made.rows),
+            )
+        outputs = tuple(
+            output[:count]
+            for part, count in zip(self._outputs, (bucket.wanted, bucket.rows), strict=True)
+            for output in part
+        )
 
         def step() -> None:
-            for output, made in zip(outputs, function(batch, real_rows, inputs), strict=True):
-                output.copy_(made)
+            made = function(batch, inputs)
+            for output, each in zip(outputs, (*made.wanted, *made.rows), strict=True):
+                output.copy_(each)
 
-        return plan.backend.capture(step, (self._buffer[: layout.size], *inputs), outputs)
+        return plan.backend.capture(step, (self._buffer[: fixed.size], tables, *inputs), outputs)
+
+    def _fill(self, bucket: Bucket, host: HostBatch | None) -> None:
+        """Copy the batch, padded to the bucket, to the static buffers: all of it by one copy to the device, and the
+        block tables from there to the table's rows."""
+        packed, width = self._padded.fill(bucket, host)
+        copy_to(packed, self._buffer[: len(packed)])
+        spans = bucket.spans + bucket.spare
+        given = self._padded.layout(bucket, width).on_device(self._buffer).block_tables
+        self._tables[:spans, :width].copy_(given)
 
 
 @dataclass(frozen=True, slots=True)
-class _PaddedLayout:
-    """A bucket's batch in the static buffer: its arrays, and behind them `real_rows`, (rows,) int64: the bucket's row
-    of each row of the batch."""
+class _Padding:
+    """Pads batches to buckets, for a cache with blocks of `block_size` tokens, of which `block` is no sequence's."""
 
-    bucket: Bucket
-    batch: BatchLayout
     block_size: int
-    padding_block: int
+    block: int
 
-    @staticmethod
-    def of(bucket: Bucket, plan: GraphPlan, block_size: int) -> _PaddedLayout:
-        # The longest sequence's last span may be padded.
-        width = -(-(plan.max_len + bucket.length - 1) // block_size)
-        shape = BatchShape(spans=bucket.spans, rows=bucket.rows, wanted=bucket.rows, max_blocks=width)
-        return _PaddedLayout(bucket, BatchLayout(shape), block_size, plan.padding_block)
+    def layout(self, bucket: Bucket, width: int) -> BatchLayout:
+        """The layout of padded batches with block tables of this width. The tables are the last array, so the others
+        lie at the same place whatever the width."""
+        spans = bucket.spans + bucket.spare
+        return BatchLayout(BatchShape(spans=spans, rows=bucket.rows, wanted=bucket.wanted, max_blocks=width))
 
-    @property
-    def size(self) -> int:
-        """Bytes of the batch's arrays, and behind them of `real_rows`."""
-        return self.batch.size + aligned(8 * self.bucket.rows)
-
-    def dense(self, host: HostBatch) -> bool:
-        """Whether the rows lie in the bucket as they lie in the batch."""
-        return host.shape.rows == host.shape.spans * self.bucket.length
-
-    def fill(self, host: HostBatch | None) -> np.ndarray:
-        """The buffer of the batch, (size,) uint8, padded to the bucket; None: all of it is padding."""
-        length, size = self.bucket.length, self.block_size
-        every = np.arange(self.bucket.rows)
-        buffer = np.zeros(self.size, dtype=np.uint8)
-        arrays = self.batch.on_host(buffer)
-        arrays.slots[:] = self.padding_block * size + every % length % size
-        arrays.cu_query_lens[:] = np.arange(self.bucket.spans + 1) * length
-        arrays.context_lens[:] = length
-        arrays.block_tables[:] = self.padding_block
+    def fill(self, bucket: Bucket, host: HostBatch | None) -> tuple[np.ndarray, int]:
+        """The batch padded to the bucket, (bytes,) uint8, and the width of its block tables; None: all is padding."""
+        size = self.block_size
+        spans, rows = (0, 0) if host is None else (host.shape.spans, host.shape.rows)
+        padding = bucket.rows - rows
+        width = max(0 if host is None else host.shape.max_blocks, -(-min(padding, bucket.length) // size))
+        layout = self.layout(bucket, width)
+        buffer = np.zeros(layout.size, dtype=np.uint8)
+        arrays = layout.on_host(buffer)
+        ends = arrays.cu_query_lens
+        ends[spans:] = rows + bucket.length * np.arange(bucket.spans + bucket.spare + 1 - spans)
+        np.minimum(ends, bucket.rows, out=ends)
+        arrays.context_lens[spans:] = np.diff(ends[spans:])
+        arrays.block_tables[spans:] = self.block
+        arrays.slots[rows:] = self.block * size + np.arange(padding) % bucket.length % size
         if host is not None:
-            count, given = host.shape.spans, host.arrays
-            lengths = np.diff(given.cu_query_lens)
-            real = every[: host.shape.rows]
-            if not self.dense(host):
-                real = real + np.repeat(arrays.cu_query_lens[:count] - given.cu_query_lens[:-1], lengths)
-            buffer[self.batch.size :].view(np.int64)[: len(real)] = real
+            given = host.arrays
+            ends[:spans] = given.cu_query_lens[:-1]
             for name in PER_ROW:
-                getattr(arrays, name)[..., real] = getattr(given, name)
-            arrays.logit_rows[: host.shape.wanted] = real[given.logit_rows]
-            arrays.context_lens[:count] = given.context_lens + (length - lengths)
-            used = -(-given.context_lens // size)
-            width = host.shape.max_blocks
-            own = arrays.block_tables[:count, :width]
-            np.copyto(own, given.block_tables, where=np.arange(width) < used[:, None])
+                getattr(arrays, name)[..., :rows] = getattr(given, name)
+            arrays.logit_rows[: host.shape.wanted] = given.logit_rows
+            arrays.context_lens[:spans] = given.context_lens
+            arrays.block_tables[:spans, : host.shape.max_blocks] = given.block_tables
         np.cumsum(arrays.context_lens, out=arrays.cu_context_lens[1:])
-        return buffer
-
-    def tensors(self, buffer: torch.Tensor) -> tuple[FlatBatch, torch.Tensor]:
-        """Views of the static buffer: the batch, and `real_rows`. The lengths that attention reads on the host are
-        bounds that hold for every batch."""
-        spans, longest = self.bucket.spans, self.batch.shape.max_blocks * self.block_size
-        arrays = self.batch.on_device(buffer)
-        real_rows = buffer[self.batch.size :].view(torch.int64)[: self.bucket.rows]
-        return FlatBatch.of(arrays, [self.bucket.length] * spans, [longest] * spans, self.block_size), real_rows
+        return buffer, width
 
 
 def _all_agree(willing: bool, comm: Communicator, device: torch.device) -> bool:

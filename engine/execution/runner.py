@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from pilotfish.engine.execution.batch import FlatBatch, HostBatch, Span, pack
-from pilotfish.engine.execution.graphs import GraphedPasses, GraphPlan
+from pilotfish.engine.execution.graphs import GraphedPasses, GraphPlan, PassOutputs
 from pilotfish.engine.layers.attention.backend import LayerCache
 from pilotfish.engine.layers.communicator import ALONE
 from pilotfish.engine.models.decoder_model import DecoderModel
@@ -57,14 +57,12 @@ class ModelRunner:
         """Capture the plan's passes. `feature_layers` are those of the taps given to `run`, on rank 0 only. All ranks
         of a sharded model capture at the same time."""
 
-        def function(batch: FlatBatch, real_rows: torch.Tensor, inputs: Seq[torch.Tensor]) -> Seq[torch.Tensor]:
+        def function(batch: FlatBatch, inputs: Seq[torch.Tensor]) -> PassOutputs:
             arrays = batch.arrays
             tap = FeatureTap(feature_layers) if feature_layers else None
             hidden = self.model.forward(arrays.token_ids, arrays.positions, batch.attention, self._caches, tap)
             logits = self.model.logits(hidden.index_select(0, arrays.logit_rows))
-            if tap is None or tap.features is None:
-                return (logits,)
-            return logits, tap.features.index_select(0, real_rows)
+            return PassOutputs((logits,), () if tap is None or tap.features is None else (tap.features,))
 
         self._captured_layers = feature_layers
         with self._lead.capturing(name) if self._lead else nullcontext():
@@ -103,7 +101,7 @@ class ModelRunner:
         if self._graphs is not None and (tap is None or tap.layers == self._captured_layers):
             bucket = self._graphs.find(host)
             if bucket is not None:
-                logits, *features = self._graphs.run(bucket, host, (), token_ids)
+                (logits,), features = self._graphs.run(bucket, host, (), token_ids)
                 if tap is not None:
                     tap.features = features[0][: host.shape.rows].clone()
                 return logits[: host.shape.wanted]
@@ -138,11 +136,11 @@ class HeadRunner:
     def capture(self, name: str, plan: GraphPlan) -> None:
         """Capture the plan's passes."""
 
-        def function(batch: FlatBatch, real_rows: torch.Tensor, inputs: Seq[torch.Tensor]) -> Seq[torch.Tensor]:
+        def function(batch: FlatBatch, inputs: Seq[torch.Tensor]) -> PassOutputs:
             arrays = batch.arrays
             out = self.model.forward(inputs[0], arrays.token_ids, arrays.positions, batch.attention, self._cache)
             wanted = out.index_select(0, arrays.logit_rows)
-            return wanted, self.model.logits(wanted)
+            return PassOutputs((wanted, self.model.logits(wanted)))
 
         most = max(bucket.rows for bucket in plan.buckets)
         # Zeros, not uninitialised memory: rows of padding are computed, too.
@@ -157,7 +155,7 @@ class HeadRunner:
         states, (rows, hidden_size). For `token_ids` see ModelRunner.run_batch."""
         host = pack(spans, self.block_size)
         if self._graphs is not None and (bucket := self._graphs.find(host)) is not None:
-            out, logits = self._graphs.run(bucket, host, (hidden,), token_ids)
+            (out, logits), _ = self._graphs.run(bucket, host, (hidden,), token_ids)
             return out[: host.shape.wanted], logits[: host.shape.wanted]
         batch = host.to(self.device)
         tokens = batch.arrays.token_ids if token_ids is None else token_ids

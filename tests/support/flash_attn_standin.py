@@ -291,6 +291,8 @@ def _paged(q, k, v, cu_query_lens, key_lens, table, scale, causal, left, right, 
     out = torch.empty(q.shape)
     for i, (start, stop, count) in enumerate(zip(ends, ends[1:], counts, strict=False)):
         used = math.ceil(count / page)
+        if start == stop:  # no work, whatever its keys are
+            continue
         _check(used <= table.shape[1] and int(table[i, :used].max()) < len(k), "reads beyond the cache")
         pages = table[i, :used].long()
         loaded = used * page if whole_pages else count

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from pilotfish.engine.config import cache_share
-from pilotfish.engine.execution.buckets import DRAFT_LENGTHS, GRAPH_SHARE, batch_sizes, buckets, span_lengths
+from pilotfish.engine.execution.buckets import GRAPH_SHARE, buckets
 from pilotfish.engine.weights.quantization import SCHEMES
 from pilotfish.tools.planner.devices import DEVICES
 from pilotfish.tools.planner.heads import PlannedHead
@@ -108,13 +108,12 @@ def drawn_rows(setup: Setup) -> int:
 def graph_bytes(setup: Setup) -> int:
     """Return the bytes of captured passes, as `engine.execution.buckets` chooses them."""
     settings = setup.settings
-    batches = batch_sizes(settings.max_num_seqs)
 
-    def passes(lengths: tuple[int, ...]) -> int:
-        return len(buckets(batches, lengths, settings.max_batch_tokens))
+    def passes(chunks: bool) -> int:
+        return len(buckets(settings.max_num_seqs, settings.num_draft_tokens, settings.max_batch_tokens, chunks))
 
-    target = passes(span_lengths(settings.num_draft_tokens)) * kernel_count(setup.target)
-    drafts = passes(DRAFT_LENGTHS) * sum(kernel_count(model) for model in setup.draft_models)
+    target = passes(True) * kernel_count(setup.target)
+    drafts = passes(False) * sum(kernel_count(model) for model in setup.draft_models)
     return (target + drafts) * GRAPH_KERNEL_BYTES
 
 

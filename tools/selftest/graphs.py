@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from pilotfish.engine.execution.batch import Span
-from pilotfish.engine.execution.buckets import batch_sizes, buckets, fitting, span_lengths
+from pilotfish.engine.execution.buckets import buckets, fitting
 from pilotfish.engine.execution.graphs import CudaGraphs, EagerGraphs, GraphBackend, GraphPlan, graph_backend
 from pilotfish.engine.execution.loader import load_model
 from pilotfish.engine.execution.platform import Platform
@@ -27,10 +27,11 @@ BATCHES: tuple[tuple[tuple[int, int], ...], ...] = (
     ((40, 5), (300, 5)),
     ((17, 1), (60, 5), (129, 3)),  # filled up to the bucket's length and number
     ((255, 2), (31, 1), (32, 1), (64, 2), (100, 1)),
+    ((70, 1), (16, 25), (81, 5)),  # with a chunk of a prompt
     ((9, 1),),  # once more: nothing of the larger ones is left
 )
 """(tokens in the cache, tokens of the span) of each sequence of each batch."""
-BUCKETS = buckets(batch_sizes(SEQUENCES), span_lengths(DRAFTED), SEQUENCES * (1 + DRAFTED))
+BUCKETS = buckets(SEQUENCES, DRAFTED, 64)
 REPLAY_WHY = "the same kernels on the same padded buffers: a replay must give the very same bits"
 PADDED_WHY = "rows of padding may make a product or an attention kernel round otherwise; the native kernels never"
 
@@ -112,7 +113,7 @@ class _Passes:
 def _captured() -> int:
     """Return the number of batches that a captured pass exists for."""
     found = [
-        fitting(BUCKETS, len(batch), max(length for _, length in batch), sum(length for _, length in batch))
-        for batch in BATCHES
+        fitting(BUCKETS, len(lengths), max(lengths), sum(lengths), sum(lengths))
+        for lengths in ([length for _, length in batch] for batch in BATCHES)
     ]
     return sum(bucket is not None for bucket in found)

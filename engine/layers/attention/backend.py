@@ -16,18 +16,21 @@ import torch
 class AttentionBatch:
     """The spans of one step, flattened: rows cu_query_lens[i] to cu_query_lens[i + 1] belong to span i.
 
-    All tensors are on the model's device. The lists are the same numbers for backends that loop on the host; in a
-    captured pass they are upper bounds (see `engine.execution.graphs`).
+    All tensors are on the model's device. The lists are the same numbers for backends that loop on the host. In a
+    captured pass they are upper bounds instead, the same for every span, and spans may have no rows at all (see
+    `engine.execution.graphs`).
     """
 
     cu_query_lens: torch.Tensor  # (spans + 1,) int32
     context_lens: torch.Tensor  # (spans,) int32: keys that a span's last query sees, the span's own included
     cu_context_lens: torch.Tensor  # (spans + 1,) int32: running sums of context_lens, from 0
-    block_tables: torch.Tensor  # (spans, max_blocks) int32; entries past a span's context are 0 and never read
+    block_tables: torch.Tensor  # (spans, max_blocks) int32; entries past a span's context are never read
     slots: torch.Tensor  # (rows,) int64: block * block_size + offset, where each row's key and value go
     query_lens: list[int]
     contexts: list[int]
     block_size: int
+    exact: bool = True
+    """Whether the lists are the batch's own lengths, not bounds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from pilotfish.checkpoints.catalog import ModelFiles, Progress
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.draft import Draft
 from pilotfish.engine.execution.batch import Span
-from pilotfish.engine.execution.buckets import DRAFT_LENGTHS
 from pilotfish.engine.execution.graphs import GraphPlan
 from pilotfish.engine.execution.loader import load_model
 from pilotfish.engine.execution.platform import Platform
@@ -151,8 +150,8 @@ class DraftModelDrafter:
         """Compute a pass over one span of `rows` rows, in the cache's first blocks: only before there are sequences."""
         self._runner.run([replace(span, logit_rows=1) for span in self._runner.trial(rows)])
 
-    def capture(self, planned: Callable[[tuple[int, ...]], GraphPlan]) -> None:
-        self._runner.capture(self.name, planned(DRAFT_LENGTHS))
+    def capture(self, planned: Callable[[], GraphPlan]) -> None:
+        self._runner.capture(self.name, planned())
 
     def release(self, sequence: Sequence) -> None:
         cached = self._cached.pop(sequence.id, None)

@@ -71,8 +71,8 @@ class ModelDrafter(Drafter, Protocol):
         """Compute a pass over `rows` rows, to be timed. Only before there are sequences."""
         ...
 
-    def capture(self, planned: Callable[[tuple[int, ...]], GraphPlan]) -> None:
-        """Capture its passes as graphs; `planned` makes a plan for spans of the given lengths."""
+    def capture(self, planned: Callable[[], GraphPlan]) -> None:
+        """Capture its passes as graphs; `planned` makes the plan."""
         ...
 
 

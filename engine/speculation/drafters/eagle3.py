@@ -18,7 +18,6 @@ from pilotfish.checkpoints.catalog import ModelFiles, Progress
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.draft import Draft
 from pilotfish.engine.execution.batch import Span
-from pilotfish.engine.execution.buckets import span_lengths
 from pilotfish.engine.execution.graphs import GraphPlan
 from pilotfish.engine.execution.loader import load_shared
 from pilotfish.engine.execution.platform import Platform, check_draft
@@ -96,7 +95,6 @@ def _make(
         BlockPool(num_blocks, config.block_size, False),
         target.eos_token_ids,
         config.max_batch_tokens,
-        span_lengths(config.num_draft_tokens),
         keep_probs=config.verification == "rejection",
     )
 
@@ -134,8 +132,7 @@ class _Known:
 
 
 class Eagle3Drafter:
-    """Drafts with an EAGLE-3 head. `keep_probs` and `sync_free` are as in `DraftModelDrafter`; `span_lengths` are a
-    sequence's tokens in the captured passes."""
+    """Drafts with an EAGLE-3 head. `keep_probs` and `sync_free` are as in `DraftModelDrafter`."""
 
     def __init__(
         self,
@@ -145,7 +142,6 @@ class Eagle3Drafter:
         pool: BlockPool,
         eos_token_ids: tuple[int, ...],
         max_batch_tokens: int,
-        span_lengths: tuple[int, ...] = (1,),
         keep_probs: bool = False,
         sync_free: bool | None = None,
     ) -> None:
@@ -159,7 +155,6 @@ class Eagle3Drafter:
         self._runner = runner
         self._pool = pool
         self._max_batch_tokens = max_batch_tokens
-        self._span_lengths = span_lengths
         self._known: dict[str, _Known] = {}
 
     def backlog(self, sequence: Sequence) -> int:
@@ -173,8 +168,8 @@ class Eagle3Drafter:
         _, logits = self._runner.run([Span([0], 0, [0], 1)] * rows, hidden.to(self._model.dtype))
         argmax(logits)
 
-    def capture(self, planned: Callable[[tuple[int, ...]], GraphPlan]) -> None:
-        self._runner.capture(self.name, planned(self._span_lengths))
+    def capture(self, planned: Callable[[], GraphPlan]) -> None:
+        self._runner.capture(self.name, planned())
 
     def observe_features(self, sequence: Sequence, start: int, features: FeatureRows) -> None:
         """See `FeatureReader.observe_features`."""

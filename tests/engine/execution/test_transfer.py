@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pilotfish.engine.execution.batch import HostBatch, Span, flatten, pack
 from pilotfish.engine.execution.batch_layout import PER_ROW, BatchArrays
 from pilotfish.engine.execution.buckets import Bucket
-from pilotfish.engine.execution.graphs import EagerGraphs, GraphPlan, _PaddedLayout
+from pilotfish.engine.execution.graphs import _Padding
 
 SIZE = 4
 
@@ -66,18 +66,28 @@ def test_a_steps_tensors():
     assert len({tensor.untyped_storage().data_ptr() for tensor in every}) == 1
 
 
-@given(st.lists(spans(), min_size=1, max_size=6))
-def test_a_padded_batch_has_every_row_of_the_batch(several):
-    """By name, whatever arrays there are; the bucket is longer and wider than the batch."""
+@given(st.lists(spans(), min_size=1, max_size=6), st.integers(0, 40))
+def test_a_padded_batch_has_every_row_of_the_batch(several, more):
+    """By name, whatever arrays there are; the bucket has more rows and spans than the batch."""
     packed = pack(several, SIZE)
-    plan = GraphPlan(backend=EagerGraphs(), buckets=(), max_len=60, padding_block=100, memory=0)
-    padded = _PaddedLayout.of(Bucket(len(several) + 1, 10), plan, SIZE)
-    batch, real_rows = padded.tensors(torch.from_numpy(padded.fill(packed)))
-    real = real_rows[: packed.shape.rows].numpy()
-    assert (np.diff(real) > 0).all()
+    rows, count = packed.shape.rows, len(several)
+    padding, length = _Padding(SIZE, 100), max(packed.query_lens) + 1
+    bucket = Bucket(rows + more, count + 1, length, rows, -(-more // length))
+    assert bucket.fits(count, max(packed.query_lens), rows, packed.shape.wanted)
+    buffer, width = padding.fill(bucket, packed)
+    arrays = padding.layout(bucket, width).on_host(buffer)
     for name in PER_ROW:
-        np.testing.assert_array_equal(getattr(batch.arrays, name).numpy()[..., real], getattr(packed.arrays, name))
-    others = np.delete(batch.arrays.slots.numpy(), real)
-    assert set(others // SIZE) == {100}
-    wanted = batch.arrays.logit_rows.numpy()[: packed.shape.wanted]
-    np.testing.assert_array_equal(wanted, real[packed.arrays.logit_rows])
+        np.testing.assert_array_equal(getattr(arrays, name)[..., :rows], getattr(packed.arrays, name))
+    assert set(arrays.slots[rows:] // SIZE) <= {100}
+    np.testing.assert_array_equal(arrays.logit_rows[: packed.shape.wanted], packed.arrays.logit_rows)
+    for name in ("context_lens", "cu_query_lens", "block_tables"):
+        given = getattr(packed.arrays, name)
+        np.testing.assert_array_equal(getattr(arrays, name)[tuple(map(slice, given.shape))], given)
+    # Each row of padding belongs to a span that sees its own rows in the padding block.
+    lengths = np.diff(arrays.cu_query_lens)
+    assert arrays.cu_query_lens[-1] == bucket.rows
+    assert lengths.max() <= length
+    np.testing.assert_array_equal(arrays.context_lens[count:], lengths[count:])
+    assert (arrays.block_tables[count:] == 100).all()
+    assert width * SIZE >= arrays.context_lens.max()
+    np.testing.assert_array_equal(np.diff(arrays.cu_context_lens), arrays.context_lens)

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.execution.graphs import EagerGraphs, _PaddedLayout
+from pilotfish.engine.execution.graphs import EagerGraphs, _Padding
 from pilotfish.engine.kernels.native import NativeKernels
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers import fused_decoder
@@ -291,7 +291,7 @@ def test_stale_and_disturbed_passes_are_found(run: Any, monkeypatch: pytest.Monk
     results = run("graphs")
     assert failed(results) == []
     assert results["replayed passes"].detail == "there are no CUDA graphs on cpu"
-    assert results["padded passes"].detail == "6 of 6 batches in a bucket"
+    assert results["padded passes"].detail == "7 of 7 batches in a bucket"
 
     class Stale(EagerGraphs):
         """Replays what it computed at its capture."""
@@ -303,16 +303,16 @@ def test_stale_and_disturbed_passes_are_found(run: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(graphs, "EagerGraphs", Stale)
     assert failed(run("graphs")) == ["padded passes"]
     monkeypatch.undo()
-    right = _PaddedLayout.fill
+    right = _Padding.fill
 
-    def disturbed(self: Any, host: Any) -> Any:
+    def disturbed(self: Any, bucket: Any, host: Any) -> Any:
         """Rows of padding overwrite what the first row has written."""
-        buffer = right(self, host)
-        slots = self.batch.on_host(buffer).slots
-        slots[slots // self.block_size == self.padding_block] = slots[0]
-        return buffer
+        buffer, width = right(self, bucket, host)
+        slots = self.layout(bucket, width).on_host(buffer).slots
+        slots[slots // self.block_size == self.block] = slots[0]
+        return buffer, width
 
-    monkeypatch.setattr(_PaddedLayout, "fill", disturbed)
+    monkeypatch.setattr(_Padding, "fill", disturbed)
     assert failed(run("graphs")) == ["padded passes"]
 
 
