@@ -6,7 +6,7 @@ import math
 
 import msgspec
 
-from pilotfish.errors import ParameterError
+from pilotfish.errors import ParameterError, shown
 
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
@@ -59,7 +59,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def check(self) -> SamplingParams:
         """Return self. Raises ParameterError, with the field and its bounds, for the first field out of bounds."""
         _between("temperature", self.temperature, 0.0, 2.0)
-        _between("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _between("top_p", self.top_p, 0.0, 1.0)
         _between("top_k", self.top_k, -1, math.inf)
         _between("min_p", self.min_p, 0.0, 1.0)
         _between("presence_penalty", self.presence_penalty, -2.0, 2.0)
@@ -69,7 +69,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _between("max_tokens", self.max_tokens, 1, math.inf)
         if self.min_tokens > self.max_tokens:
             raise ParameterError(
-                "min_tokens", f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})"
+                "min_tokens",
+                f"min_tokens ({shown(self.min_tokens)}) must not exceed max_tokens ({shown(self.max_tokens)})",
             )
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None:
@@ -79,7 +80,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for token, bias in self.logit_bias.items():
             if not -100.0 <= bias <= 100.0:
                 raise ParameterError(
-                    "logit_bias", f"logit_bias of token {token} is {bias}, but must be between -100 and 100"
+                    "logit_bias",
+                    f"logit_bias of token {shown(token)} is {shown(bias)}, but must be between -100 and 100",
                 )
         return self
 
@@ -92,4 +94,4 @@ def _between(name: str, value: float, low: float, high: float, open_low: bool = 
         wanted = f"finite and greater than {low}" if open_low else f"at least {low}"
     else:
         wanted = f"greater than {low} and at most {high}" if open_low else f"between {low} and {high}"
-    raise ParameterError(name, f"{name} is {value}, but must be {wanted}")
+    raise ParameterError(name, f"{name} is {shown(value)}, but must be {wanted}")

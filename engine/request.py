@@ -8,7 +8,7 @@ import msgspec
 
 from pilotfish.engine.memory.usage import RankMemory
 from pilotfish.engine.params import MAX_SEED, SamplingParams
-from pilotfish.errors import ParameterError
+from pilotfish.errors import ParameterError, shown
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -126,7 +126,9 @@ def check_request(request: Request, info: EngineInfo) -> None:
         low, high = min(ids, default=0), max(ids, default=0)
         if low < 0 or high >= info.vocab_size:
             wrong = low if low < 0 else high
-            raise ParameterError(name, f"{name} has token id {wrong}, which is not between 0 and {info.vocab_size - 1}")
+            raise ParameterError(
+                name, f"{name} has token id {shown(wrong)}, which is not between 0 and {info.vocab_size - 1}"
+            )
     if request.speculation not in (None, "auto", "off", *info.drafters):
         known = ", ".join(repr(name) for name in ("auto", "off", *info.drafters))
         raise ParameterError("speculation", f"speculation is {request.speculation!r}, but this server knows {known}")

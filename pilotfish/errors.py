@@ -48,3 +48,9 @@ def one_line(error: Exception) -> str:
     if isinstance(error, PilotfishError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def shown(value: object) -> str:
+    """Return a client's value as a message quotes it: whole unless it is long, such as a number of 400 digits."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -47,6 +47,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     429."""
     max_body_bytes: Positive = 8 * 2**20
     """Maximum size of a request body; larger ones are refused with status 413."""
+    strict_requests: bool = False
+    """Refuse requests with fields that are not known, instead of ignoring these with a warning."""
     drain_timeout: Annotated[float, Meta(ge=0)] = 30.0
     """Seconds that running requests have to finish after SIGTERM or Ctrl-C; those that remain end with an error."""
     log_level: LogLevel = "info"

@@ -14,13 +14,16 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from pilotfish.errors import EngineDeadError, EngineNotReadyError, ParameterError
+from pilotfish.errors import EngineDeadError, EngineNotReadyError, ParameterError, shown
 from pilotfish.server.encoding import json_response
 
 logger = logging.getLogger(__name__)
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
+
+LONGEST_MESSAGE = 1000
+LONGEST_PARAM = 200
 
 
 class ErrorFields(msgspec.Struct):
@@ -50,7 +53,8 @@ class ApiError(Exception):
         retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.message, self.param = _encodable(message), None if param is None else _encodable(param)
+        self.message = _shortened(_encodable(message), LONGEST_MESSAGE)
+        self.param = None if param is None else _shortened(_encodable(param), LONGEST_PARAM)
         self.status, self.type, self.code, self.retry_after = status, type, code, retry_after
 
     def response(self, form: ErrorForm) -> Response:
@@ -149,6 +153,8 @@ def parameter_name(location: tuple[str | int, ...]) -> str:
 
 
 def _routing_error(error: HTTPException) -> ApiError:
+    if error.status_code == 400 and error.__cause__ is not None:
+        return _unreadable(error.__cause__)
     if error.status_code == 404:
         return ApiError(
             404, "Unknown request URL: see the server's /docs for the endpoints that exist.", code="unknown_url"
@@ -161,6 +167,18 @@ def _routing_error(error: HTTPException) -> ApiError:
     return ApiError(error.status_code, message, type=INVALID_REQUEST if error.status_code < 500 else SERVER_ERROR)
 
 
+def _unreadable(cause: BaseException) -> ApiError:
+    """Convert what FastAPI says of a body that json cannot read, though not for its syntax."""
+    match cause:
+        case UnicodeDecodeError():
+            reason = "it is not UTF-8"
+        case RecursionError():
+            reason = "it is nested too deeply"
+        case _:
+            reason = str(cause)
+    return ApiError(400, f"The request's body is not valid JSON: {reason}.", code="invalid_json")
+
+
 def _validation_error(error: RequestValidationError) -> ApiError:
     """Convert the first error that pydantic found, with the parameter's name and what is expected."""
     first: dict[str, Any] = error.errors()[0]
@@ -170,25 +188,28 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     if kind == "json_invalid":
         reason = context.get("error", "")
         return ApiError(400, f"The request's body is not valid JSON: {reason}.", code="invalid_json")
+    if kind == "string_unicode" and not location:
+        return bad_parameter(str(value), f"{shown(value)} is not a valid name: it has a lone surrogate")
     if not location:
         return ApiError(400, "The request needs a body that is a JSON object, sent as Content-Type: application/json.")
     match kind:
         case "missing":
             return bad_parameter(param, f"Missing required parameter: '{param}'.", "missing_required_parameter")
-        case "extra_forbidden":
-            return bad_parameter(param, f"Unrecognized request argument supplied: {param}", "unknown_parameter")
         case "greater_than_equal":
-            return bad_parameter(param, f"{param} is {value!r}, but must be at least {context['ge']}")
+            return bad_parameter(param, f"{param} is {shown(value)}, but must be at least {context['ge']}")
         case "less_than_equal":
-            return bad_parameter(param, f"{param} is {value!r}, but must be at most {context['le']}")
+            return bad_parameter(param, f"{param} is {shown(value)}, but must be at most {context['le']}")
+        case "too_short":
+            return bad_parameter(param, f"{param} is empty, but must have at least {context['min_length']} item")
+        case "too_long":
+            return bad_parameter(param, f"{param} is too long: it may have at most {context['max_length']} items")
         case "unsupported_parameter":
             return bad_parameter(param, f"{param} {first['msg']}", "unsupported_parameter")
         case "invalid_parameter":
             return bad_parameter(param, f"{param} {first['msg']}")
     wanted = first["msg"].removeprefix("Input ")
-    return bad_parameter(param, f"{param} is {_shortened(value)}, but {wanted}", "invalid_type")
+    return bad_parameter(param, f"{param} is {shown(value)}, but {wanted}", "invalid_type")
 
 
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -30,6 +30,8 @@ from pilotfish.server.telemetry.tracing import Tracing
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 CLIENT_GONE = 499
 """nginx's status for a request whose client closed the connection."""
+WARNED_NAMES = 8
+WARNED_LENGTH = 64
 OTHER_ROUTE = "other"
 MODELS_PATH = "/v1/models"
 MODEL_ROUTE = f"{MODELS_PATH}/{{id}}"
@@ -68,7 +70,10 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = facts.request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = facts.request_id
+                if facts.ignored:
+                    headers["warning"] = _warning(facts.ignored)
             await send(message)
 
         try:
@@ -141,6 +146,14 @@ class BodyLimit:
     def _refusal(self) -> ApiError:
         message = f"The request's body is larger than the {self._limit} bytes that this server accepts."
         return ApiError(413, message, code="body_too_large")
+
+
+def _warning(ignored: tuple[str, ...]) -> str:
+    """Return the value of a Warning header (RFC 7234, 5.5) that names the fields of a request that were ignored."""
+    names = [name[:WARNED_LENGTH].encode("unicode_escape").decode() for name in ignored[:WARNED_NAMES]]
+    more = f" and {len(ignored) - WARNED_NAMES} more" if len(ignored) > WARNED_NAMES else ""
+    text = f"unknown fields were ignored: {', '.join(names)}{more}"
+    return '299 - "{}"'.format(text.replace("\\", "\\\\").replace('"', '\\"'))
 
 
 def _request_id(headers: Headers) -> str:

@@ -102,8 +102,12 @@ class Service:
 
 _ROLES = {"developer": "system"}
 """OpenAI's newer role names, by the names that the templates of open models know."""
-_TEMPLATE_ARGUMENTS = frozenset({"messages", "conversation", "chat_template", "add_generation_prompt", "tokenize"})
-"""Arguments of the template that clients must not set."""
+_TEMPLATE_ARGUMENTS = frozenset({
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages",
+    "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "self", "tokenize", "tokenizer_kwargs",
+    "truncation",
+})  # fmt: skip
+"""Arguments of apply_chat_template that are not the template's own: clients must not set them."""
 
 
 def check_length(param: str, length: int, info: EngineInfo) -> None:

@@ -39,6 +39,8 @@ class RequestFacts:
     """time.monotonic() seconds."""
     tenant: str = ""
     """Whose request it is (see `server.tenants`); "" if all are of one tenant."""
+    ignored: tuple[str, ...] = ()
+    """Names of fields of the request that are not known, and were ignored."""
     error_form: ErrorForm = openai_error
     """The form of the endpoint's errors."""
     error: str | None = None

@@ -28,13 +28,14 @@ from pilotfish.server.generation.facts import GenerationFacts, RequestFacts, fac
 from pilotfish.server.generation.follow import Pieces, follow_all
 from pilotfish.server.generation.spec import GenerationSpec, fit
 from pilotfish.server.generation.usage import timings_of, usage_of
-from pilotfish.server.protocol.common import Prompt
+from pilotfish.server.protocol.common import ApiModel, Prompt
+from pilotfish.server.protocol.unknown import unknown_fields
 from pilotfish.server.protocol.usage import Timings, Usage
 from pilotfish.server.service import Service, check_length
 from pilotfish.server.tenants import prefix_salt
 from pilotfish.text.detokenizer import AnswerText, Detokenizer, Piece, Vocabulary
 
-Body = TypeVar("Body")
+Body = TypeVar("Body", bound=ApiModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +98,10 @@ class Endpoint(ABC, Generic[Body]):
 async def generate(endpoint: Endpoint[Body], body: Body, request: Request, service: Service) -> Response:
     """Answer a request. Raises ApiError and the engine's errors until a stream begins."""
     info = service.ready()
+    facts = facts_of(request.scope)
+    facts.ignored = unknown_fields(body, service.config.strict_requests)
     spec = endpoint.spec(body)
     service.check_model(spec.model)
-    facts = facts_of(request.scope)
     identity = f"{endpoint.id_prefix}{uuid.uuid4().hex}"
     with ExitStack() as admission:
         param = "n" if spec.answers > 1 else endpoint.prompt_param

@@ -70,6 +70,12 @@ def spec_of(
     Raises ApiError 400 for fields that contradict each other.
     """
     given = {name: value for name in _SAMPLING if (value := getattr(body, name)) is not None}
+    if (
+        body.repeat_penalty is not None
+        and given.setdefault("repetition_penalty", body.repeat_penalty) != body.repeat_penalty
+    ):
+        message = "repeat_penalty and repetition_penalty mean the same: give one of them"
+        raise bad_parameter("repeat_penalty", message)
     params = SamplingParams(
         **given,
         logprobs=logprobs,
@@ -81,8 +87,8 @@ def spec_of(
         "answers": body.choices,
         "stream": bool(body.stream),
         "stop": body.stop,
-        "include_stop": body.include_stop_str_in_output,
-        "skip_special_tokens": body.skip_special_tokens,
+        "include_stop": bool(body.include_stop_str_in_output),
+        "skip_special_tokens": body.skip_special_tokens is not False,
         "cache_salt": body.cache_salt,
         "speculation": body.speculation,
         "prediction": body.prediction,

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import Field, PlainValidator
+from pydantic import ConfigDict, Field, PlainValidator
 
+from pilotfish.errors import shown
 from pilotfish.server.protocol.common import ApiModel, GenerationRequest, Unsupported, only, unsupported, wrong
 from pilotfish.server.protocol.usage import Response, Timings, Usage
 
@@ -26,7 +27,7 @@ def _content(value: Any) -> str:
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind is not None and kind != "text":
-            raise unsupported(f"has a part of type {kind!r}, but this model takes only text")
+            raise unsupported(f"has a part of type {shown(kind)}, but this model takes only text")
         if kind is None or not isinstance(part.get("text"), str):
             raise wrong('must be a string or a list of text parts, such as {"type": "text", "text": "Hello"}')
         texts.append(part["text"])
@@ -37,27 +38,29 @@ def _role(value: Any) -> Role:
     if value in ("tool", "function"):
         raise unsupported(f"is {value!r}, but this server does not support tools")
     if value not in get_args(Role):
-        raise wrong(f"is {value!r}, but must be one of {', '.join(map(repr, get_args(Role)))}")
+        raise wrong(f"is {shown(value)}, but must be one of {', '.join(map(repr, get_args(Role)))}")
     return cast(Role, value)
 
 
 class Message(ApiModel):
-    """One message of a conversation."""
+    """One message of a conversation. Keys that a client has added are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
 
     role: Annotated[Role, PlainValidator(_role, json_schema_input_type=Role)]
     content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[dict[str, str]])]
     name: str | None = None
 
     # OpenAI's client sends these back with an answer; they are null or empty.
-    refusal: Unsupported = None
     tool_calls: Unsupported = None
     function_call: Unsupported = None
     audio: Unsupported = None
-    annotations: Unsupported = None
 
 
 _ONLY_TEXT = 'must be {"type": "text"} or left out: this server does not support structured output'
 _ONLY_TEXT_OUT = 'must be ["text"] or left out: this model answers in text'
+_NO_REASONING = 'must be "none" or left out: this model has no levels of reasoning'
+_ONLY_MEDIUM = 'must be "medium" or left out: this model has no levels of verbosity'
 _NO_TOOLS = "is not supported by this server, which has no tools: leave it out"
 
 
@@ -73,22 +76,16 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] | None = None
     """Values for the model's chat template, such as {"enable_thinking": false}."""
 
-    # OpenAI's fields that have no effect here.
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
     parallel_tool_calls: bool | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
 
     tools: Unsupported = None
     functions: Unsupported = None
     function_call: Unsupported = None
     audio: Unsupported = None
     web_search_options: Unsupported = None
-    reasoning_effort: Unsupported = None
-    verbosity: Unsupported = None
+    moderation: Unsupported = None
+    reasoning_effort: Annotated[Any, only("none", otherwise=_NO_REASONING)] = None
+    verbosity: Annotated[Any, only("medium", otherwise=_ONLY_MEDIUM)] = None
 
 
 class TopLogprob(msgspec.Struct):
@@ -147,6 +144,6 @@ class ChatChunkChoice(msgspec.Struct):
 class ChatChunk(Response):
     choices: tuple[ChatChunkChoice, ...]
     usage: Usage | UnsetType | None = UNSET
-    """Only in streams with include_usage: null before the last chunk."""
+    """Only in streams with include_usage: null before the last chunk, or the usage so far."""
     timings: Timings | UnsetType = UNSET
     """Only in the last chunk."""

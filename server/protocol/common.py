@@ -1,7 +1,7 @@
 """The fields that completions and chat share, and validators beyond pydantic's own types.
 
-Types are strict: "0.7" is not a number. Unknown fields are refused. The engine checks the bounds of sampling parameters
-(`engine.params`); bounds of values that it never sees are here.
+Types are strict: "0.7" is not a number. null stands for a field's default. The engine checks the bounds of sampling
+parameters (`engine.params`); bounds of values that it never sees are here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
+from pilotfish.errors import shown
+
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1000
@@ -19,9 +21,9 @@ Prompt = str | list[int]
 
 
 class ApiModel(BaseModel):
-    """A JSON object that refuses unknown fields."""
+    """A JSON object. Fields that it does not know are kept in `model_extra`, for `protocol.unknown` to judge."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True)
 
 
 def wrong(problem: str) -> PydanticCustomError:
@@ -55,12 +57,16 @@ def _logit_bias(value: Any) -> dict[int, float]:
         raise wrong('must be an object that gives token ids their biases, such as {"50256": -100}')
     biases = {}
     for key, bias in value.items():
-        if not str(key).isdecimal() or isinstance(bias, bool) or not isinstance(bias, int | float):
-            raise wrong(f"has {key!r}: {bias!r}, but must have token ids as keys and numbers as values")
+        if (
+            not (str(key).isascii() and str(key).isdecimal())
+            or isinstance(bias, bool)
+            or not isinstance(bias, int | float)
+        ):
+            raise wrong(f"has {shown(key)}: {shown(bias)}, but must have token ids as keys and numbers as values")
         try:
             biases[int(key)] = float(bias)
         except (ValueError, OverflowError) as error:
-            raise wrong(f"has a number that is too large: {error}") from error
+            raise wrong("has a number that is too large") from error
     return biases
 
 
@@ -104,7 +110,9 @@ Choices = Annotated[int | None, Field(ge=1, le=MAX_CHOICES)]
 
 
 class StreamOptions(ApiModel):
-    include_usage: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """Usage so far in every chunk, as in other servers of open models."""
     include_obfuscation: bool | None = None
     """Accepted without effect: OpenAI pads chunks to hide their length."""
 
@@ -129,15 +137,28 @@ class GenerationRequest(ApiModel):
     stream_options: StreamOptions | None = None
     user: str | None = None
 
+    # OpenAI's fields that have no effect here.
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    """Answers repeat it as "default"."""
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+
     # Extensions, named as in other servers of open models.
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    repeat_penalty: float | None = None
+    """llama.cpp's name of repetition_penalty."""
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    """Leave special tokens out of the text; the default."""
 
     cache_salt: str | None = None
     """Prefixes are found only by requests of the same tenant with the same salt."""
@@ -151,4 +172,8 @@ class GenerationRequest(ApiModel):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)

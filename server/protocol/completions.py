@@ -41,8 +41,8 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS)] = None
     suffix: Unsupported = None
-    add_special_tokens: bool = True
-    """Put the tokenizer's begin-of-text token before a prompt that is text."""
+    add_special_tokens: bool | None = None
+    """Put the tokenizer's begin-of-text token before a prompt that is text; the default."""
 
 
 class CompletionLogprobs(msgspec.Struct):
@@ -72,6 +72,6 @@ class Completion(Response):
 class CompletionChunk(Response):
     choices: tuple[CompletionChoice, ...]
     usage: Usage | UnsetType | None = UNSET
-    """Only in streams with include_usage: null before the last chunk."""
+    """Only in streams with include_usage: null before the last chunk, or the usage so far."""
     timings: Timings | UnsetType = UNSET
     """Only in the last chunk."""

@@ -5,29 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-from pydantic import model_validator
 
 from pilotfish.server.protocol.chat import Message
-from pilotfish.server.protocol.common import ApiModel, wrong
+from pilotfish.server.protocol.common import ApiModel
 
 
 class TokenizeRequest(ApiModel):
-    """A prompt, or the messages of a chat."""
+    """A prompt, or the messages of a chat: one of them."""
 
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
     add_special_tokens: bool | None = None
     """Default: true for a prompt, false for messages, whose chat template adds them."""
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
-
-    @model_validator(mode="after")
-    def _one_of_them(self) -> TokenizeRequest:
-        if (self.prompt is None) == (self.messages is None):
-            raise wrong("must be given, or messages, but not both")
-        return self
 
 
 class DetokenizeRequest(ApiModel):

@@ -42,7 +42,7 @@ class Chat(Endpoint[ChatRequest]):
             max_tokens_param="max_tokens" if newer is None else "max_completion_tokens",
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise bad_parameter("top_logprobs", "top_logprobs is only allowed with logprobs: true")
         if None not in (body.max_tokens, newer) and body.max_tokens != newer:
             raise bad_parameter(

@@ -39,7 +39,7 @@ class Completions(Endpoint[CompletionRequest]):
             max_tokens=max_tokens or 1,  # the prompt's log-probabilities need a step of the engine
             logprobs=0 if body.logprobs is None and ranked else body.logprobs,
             prompt_logprobs=body.logprobs if body.echo else None,
-            add_special_tokens=body.add_special_tokens,
+            add_special_tokens=body.add_special_tokens is not False,
             echo=bool(body.echo),
             only_echo=max_tokens == 0,
             show_logprobs=body.logprobs is not None,

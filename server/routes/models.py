@@ -20,6 +20,8 @@ async def list_models(service: ServiceDependency) -> Response:
 
 @router.get("/v1/models/{model:path}", **returns(Model))
 async def get_model(model: str, service: ServiceDependency) -> Response:
+    if not model:  # /v1/models/
+        return await list_models(service)
     if model not in service.names:
         raise model_not_found(model, service.names)
     return json_response(_model(service, model))

@@ -18,13 +18,15 @@ Chunk = TypeVar("Chunk", ChatChunk, CompletionChunk)
 
 class OpenAIChunks(Generic[Body, Chunk]):
     """Makes chunks with one choice each. Timings are in the last chunk; with include_usage, usage and timings are in an
-    additional one."""
+    additional one. With continuous_usage_stats, every chunk has the usage so far."""
 
     def __init__(self, reply: Reply[Body], chunk_type: type[Chunk], object_: str) -> None:
         self.reply = reply
         self._make: Callable[..., Chunk] = chunk_type
         self._head = reply.head(object_)
-        self._usage = None if reply.body.include_usage else UNSET
+        self._final_usage = reply.body.include_usage
+        self._continuous = reply.body.continuous_usage
+        self._usage = None if self._final_usage else UNSET
         self._unfinished = len(reply.answers)
 
     def begin(self) -> Sequence[Chunk]:
@@ -32,13 +34,14 @@ class OpenAIChunks(Generic[Body, Chunk]):
 
     def chunk(self, choice: Any) -> Chunk:
         """Return the chunk of a choice; the last one if `choice` has a finish_reason and no other is unfinished."""
+        usage = self.reply.usage() if self._continuous else self._usage
         if choice.finish_reason is not None:
             self._unfinished -= 1
-            if not self._unfinished and self._usage is UNSET:
-                return self._make(*self._head, (choice,), UNSET, self.reply.timings())
-        return self._make(*self._head, (choice,), self._usage)
+            if not self._unfinished and not self._final_usage:
+                return self._make(*self._head, (choice,), usage, self.reply.timings())
+        return self._make(*self._head, (choice,), usage)
 
     def end(self) -> Sequence[Chunk]:
-        if self._usage is None:
+        if self._final_usage:
             return [self._make(*self._head, (), self.reply.usage(), self.reply.timings())]
         return ()

@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from pilotfish.errors import shown
 from pilotfish.server.encoding import json_response, returns
 from pilotfish.server.errors import bad_parameter
+from pilotfish.server.generation.facts import facts_of
 from pilotfish.server.protocol.tokenization import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from pilotfish.server.protocol.unknown import unknown_fields
 from pilotfish.server.service import ServiceDependency
 
 router = APIRouter()
 
 
 @router.post("/tokenize", **returns(Tokenized))
-async def tokenize(body: TokenizeRequest, service: ServiceDependency) -> Response:
+async def tokenize(body: TokenizeRequest, request: Request, service: ServiceDependency) -> Response:
     """Return the token ids of a prompt, or of a conversation as /v1/chat/completions would send it to the model."""
     info = service.ready()
+    facts_of(request.scope).ignored = unknown_fields(body, service.config.strict_requests)
     service.check_model(body.model)
     if body.messages is not None:
-        text = service.render(body.messages, body.add_generation_prompt, body.chat_template_kwargs)
+        if body.prompt is not None:
+            raise bad_parameter("prompt", "prompt and messages are two ways to say the same: give only one of them")
+        text = service.render(body.messages, body.add_generation_prompt is not False, body.chat_template_kwargs)
         ids = await service.encode(text, "messages", bool(body.add_special_tokens))
+    elif body.prompt is None:
+        raise bad_parameter(
+            "prompt", "Missing required parameter: 'prompt' or 'messages'.", "missing_required_parameter"
+        )
     else:
-        ids = await service.encode(body.prompt or "", "prompt", body.add_special_tokens is not False)
+        ids = await service.encode(body.prompt, "prompt", body.add_special_tokens is not False)
     strings = [service.tokenizer.token(id_) for id_ in ids] if body.return_token_strs else None
     return json_response(Tokenized(len(ids), info.max_model_len, list(ids), strings))
 
 
 @router.post("/detokenize", **returns(Detokenized))
-async def detokenize(body: DetokenizeRequest, service: ServiceDependency) -> Response:
+async def detokenize(body: DetokenizeRequest, request: Request, service: ServiceDependency) -> Response:
     """Return the text of token ids, including special tokens."""
     info = service.ready()
+    facts_of(request.scope).ignored = unknown_fields(body, service.config.strict_requests)
     service.check_model(body.model)
     for id_ in body.tokens:
         if not 0 <= id_ < info.vocab_size:
             raise bad_parameter(
-                "tokens", f"tokens has {id_}, but token ids must be between 0 and {info.vocab_size - 1}"
+                "tokens", f"tokens has {shown(id_)}, but token ids must be between 0 and {info.vocab_size - 1}"
             )
     return json_response(Detokenized(service.tokenizer.decode(body.tokens, skip_special_tokens=False)))

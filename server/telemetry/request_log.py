@@ -18,9 +18,11 @@ logger = logging.getLogger("server.requests")
 
 def log_request(scope: Scope, status: int, seconds: float, trace_id: str | None = None) -> None:
     """Log a request that was answered `seconds` after its arrival. Probes are frequent, so they are logged at level
-    debug, including their 503s."""
+    debug, including their 503s, and requests with fields that were ignored at level warning."""
     facts, path = facts_of(scope), scope["path"]
     level = logging.DEBUG if path in OPEN_PATHS and status in (200, 503) else logging.INFO
+    if facts.ignored:
+        level = logging.WARNING
     if not logger.isEnabledFor(level):
         return
     client = scope.get("client")
@@ -33,6 +35,7 @@ def log_request(scope: Scope, status: int, seconds: float, trace_id: str | None 
         path=path,
         status=status,
         error=facts.error,
+        ignored=", ".join(facts.ignored).encode("unicode_escape").decode()[:200] or None,
         duration_ms=round(seconds * 1000, 3),
         **(summary_of(facts.generation) if facts.generation is not None else {}),
     )

@@ -287,6 +287,19 @@ async def test_every_route_but_those_for_probes_needs_a_key(serving: Any) -> Non
             assert (await served.http.get("/v1/models", headers=raw)).status_code == 200
 
 
+@pytest.mark.parametrize("final", [False, True])
+async def test_usage_may_be_in_every_chunk(serving: Any, final: bool) -> None:
+    """The first chunk of a chat has its role alone; a delta of two tokens counts as two."""
+    options = {"include_usage": final, "continuous_usage_stats": True}
+    async with serving(lambda request: say(request, [5], [6, 7], [8])) as served:
+        chunks = events(await served.chat(stream=True, stream_options=options))
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+        assert counts == [0, 1, 3, 4, 4, 4][: 5 + final]
+        assert len({chunk["usage"]["prompt_tokens"] for chunk in chunks}) == 1
+        assert (chunks[-1]["choices"] == []) == final
+        assert [("timings" in chunk) for chunk in chunks] == [False] * (4 + final) + [True]
+
+
 async def test_seeds_and_limits_reach_the_engine(serving: Any) -> None:
     async with serving(max_queue=8) as served:
         await served.complete(n=3, seed=11, max_tokens=10**400, top_k=10**400, speculation="off")

@@ -16,7 +16,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": 3}, "temperature", "between 0.0 and 2.0"),
     ({"temperature": "hot"}, "temperature", "'hot'"),
     ({"temperature": True}, "temperature", "True"),
-    ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"top_p": -0.1}, "top_p", "between 0.0 and 1.0"),
     ({"top_k": -2}, "top_k", "-2"),
     ({"min_p": 1.5}, "min_p", "between 0.0 and 1.0"),
     ({"presence_penalty": -2.5}, "presence_penalty", "between -2.0 and 2.0"),
@@ -32,6 +32,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str, str]] = [
     ({"logit_bias": {"512": 1}}, "logit_bias", "between 0 and 511"),
     ({"logit_bias": {"5": 101}}, "logit_bias", "between -100 and 100"),
     ({"logit_bias": {"a": 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": {"١": 1}}, "logit_bias", "token ids"),
     ({"logit_bias": {"5": 10**400}}, "logit_bias", "too large"),
     ({"min_tokens": 10**400}, "min_tokens", "must not exceed max_tokens"),
     ({"stop": ["x"] * 17}, "stop", "at most 16"),
@@ -41,13 +42,14 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str, str]] = [
     ({"suffix": "end"}, "suffix", "not supported"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
     ({"speculation": "magic"}, "speculation", "'auto', 'off', 'ngram', 'suffix', 'prediction'"),
-    ({"frequency": 1}, "frequency", "Unrecognized request argument supplied: frequency"),
+    ({"temprature": 1}, "temprature", "Did you mean temperature?"),
+    ({"mirostat": 2}, "mirostat", "not supported"),
     ({"prompt": {"text": "a"}}, "prompt", "list of token ids"),
     ({"prompt": []}, "prompt", "list of token ids"),
     ({"prompt": [1, "a"]}, "prompt", "list of token ids"),
     ({"prompt": [512]}, "prompt", "between 0 and 511"),
     ({"prompt": ["a"] * 300}, "prompt", "at most 272 sequences"),
-    (CHAT | {"messages": []}, "messages", "at least 1"),
+    (CHAT | {"messages": []}, "messages", "is empty, but must have at least 1 item"),
     (CHAT | {"messages": "hello"}, "messages", "list"),
     (CHAT | {"messages": [{"role": "user"}]}, "messages[0].content", "Missing"),
     (CHAT | {"messages": [*MESSAGES, {"role": "poet", "content": "a"}]}, "messages[2].role", "'assistant'"),
@@ -59,6 +61,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str, str]] = [
     (CHAT | {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "at most 20"),
     (CHAT | {"max_completion_tokens": 0}, "max_completion_tokens", "at least 1"),
     (CHAT | {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "'messages'"),
+    (CHAT | {"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs", "'self'"),
 ]
 
 
@@ -103,7 +106,15 @@ def test_text_that_is_not_unicode_is_refused_with_the_reason(server: RunningServ
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"{", "not valid JSON"), (b"", "JSON object"), (b"[]", "JSON object"), (b"\xff", "body")]
+    ("content", "message"),
+    [
+        (b"{", "not valid JSON"),
+        (b"", "JSON object"),
+        (b"[]", "JSON object"),
+        (b"\xff", "not UTF-8"),
+        (b"[" * 3000, "nested too deeply"),
+        (b"1" * 5000, "not valid JSON"),
+    ],
 )
 def test_a_body_that_is_not_json_is_refused_with_the_reason(
     server: RunningServer, content: bytes, message: str
@@ -111,7 +122,10 @@ def test_a_body_that_is_not_json_is_refused_with_the_reason(
     headers = {"content-type": "application/json"}
     response = server.http.post("/v1/completions", content=content, headers=headers)
     assert response.status_code == 400
-    assert message in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert message in error["message"]
+    assert len(error["message"]) < 300
+    assert error["code"] == ("invalid_json" if "JSON object" not in message else None)
 
 
 def test_models_are_listed_and_others_not_found(server: RunningServer, client: openai.OpenAI) -> None:
