@@ -15,8 +15,8 @@ MAX_SEED = 2**63 - 1
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the tokens of one sequence are drawn.
 
-    They apply in the usual order: logit_bias, repetition penalty, presence and frequency penalties, then
-    temperature, top_k, top_p, min_p. Greedy is temperature 0.
+    They apply in the usual order: logit_bias, repetition penalty, presence and frequency penalties, allowed_token_ids
+    and bad_words, then temperature, top_k, top_p, min_p, typical_p. Greedy is temperature 0.
     """
 
     temperature: float = 1.0
@@ -24,12 +24,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     top_k: int = 0
     """0 or -1: all tokens."""
     min_p: float = 0.0
+    typical_p: float = 1.0
+    """Locally typical sampling (arXiv 2202.00666): the tokens nearest to the expected information that together have
+    this probability; 1: all."""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     """Presence and frequency penalties count the answer's tokens, as in OpenAI's API."""
     repetition_penalty: float = 1.0
     """Counts prompt and answer (CTRL, arXiv 1909.05858)."""
     logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] | None = None
+    """The only tokens that may be drawn; None: all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that may not occur in the answer: the last token of each is never drawn after the others."""
     logprobs: int | None = None
     """Log-probabilities (natural) to return, of the model's own distribution before all of the above. None: none;
     0: the drawn token's; n: also those of the n likeliest tokens."""
@@ -49,12 +56,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def depends_on_text(self) -> bool:
         """Whether the distribution of a token depends on which tokens came before it, beyond the model's logits."""
+        return self.penalizes or any(len(word) > 1 for word in self.bad_words)
+
+    @property
+    def penalizes(self) -> bool:
         return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
 
     @property
+    def forbids(self) -> bool:
+        """Whether some tokens may not be drawn, apart from `min_tokens`."""
+        return self.allowed_token_ids is not None or bool(self.bad_words)
+
+    @property
     def alters_logits(self) -> bool:
-        """Whether logits are changed before temperature: by a bias, a penalty, or `min_tokens`."""
-        return self.depends_on_text or bool(self.logit_bias) or self.min_tokens > 0
+        """Whether logits are changed before temperature: by a bias, a penalty, `min_tokens`, or what is forbidden."""
+        return self.penalizes or self.forbids or bool(self.logit_bias) or self.min_tokens > 0
 
     def check(self) -> SamplingParams:
         """Return self. Raises ParameterError, with the field and its bounds, for the first field out of bounds."""
@@ -62,6 +78,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _between("top_p", self.top_p, 0.0, 1.0)
         _between("top_k", self.top_k, -1, math.inf)
         _between("min_p", self.min_p, 0.0, 1.0)
+        _between("typical_p", self.typical_p, 0.0, 1.0, open_low=True)
         _between("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _between("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _between("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
@@ -75,6 +92,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None:
                 _between(name, count, 0, MAX_LOGPROBS)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ParameterError("allowed_token_ids", "allowed_token_ids is empty, but must have at least one token id")
+        if not all(self.bad_words):
+            raise ParameterError("bad_words", "bad_words has an empty word, but each must have at least one token")
         if self.seed is not None:
             _between("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
         for token, bias in self.logit_bias.items():

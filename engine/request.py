@@ -122,6 +122,8 @@ def check_request(request: Request, info: EngineInfo) -> None:
         ("prediction", request.prediction_ids),
         ("logit_bias", request.params.logit_bias),
         ("stop_token_ids", request.params.stop_token_ids),
+        ("allowed_token_ids", request.params.allowed_token_ids or ()),
+        *(("bad_words", word) for word in request.params.bad_words),
     ):
         low, high = min(ids, default=0), max(ids, default=0)
         if low < 0 or high >= info.vocab_size:
@@ -129,6 +131,9 @@ def check_request(request: Request, info: EngineInfo) -> None:
             raise ParameterError(
                 name, f"{name} has token id {shown(wrong)}, which is not between 0 and {info.vocab_size - 1}"
             )
+    never = {word[-1] for word in request.params.bad_words} | {*request.params.stop_token_ids, *info.eos_token_ids}
+    if request.params.bad_words and len(never) >= info.vocab_size:
+        raise ParameterError("bad_words", "bad_words leave no token that may be drawn")
     if request.speculation not in (None, "auto", "off", *info.drafters):
         known = ", ".join(repr(name) for name in ("auto", "off", *info.drafters))
         raise ParameterError("speculation", f"speculation is {request.speculation!r}, but this server knows {known}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -84,6 +85,12 @@ class Service:
             return tuple(await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens))
         except ParameterError as error:
             raise ParameterError(param, error.message) from error
+
+    async def word_tokens(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return the token sequences that spell words, at the beginning of a text and after a space."""
+        spelled = [text for word in words for text in (word, f" {word.lstrip()}")]
+        found = [await self.encode(text, "bad_words", add_special_tokens=False) for text in spelled]
+        return tuple(dict.fromkeys(filter(None, found)))
 
     def render(
         self, messages: list[Message], add_generation_prompt: bool = True, variables: dict[str, Any] | None = None

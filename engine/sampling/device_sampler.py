@@ -11,7 +11,14 @@ import torch
 from pilotfish.engine.device.transfer import arrays_to_device, ids_to_device
 from pilotfish.engine.sampling.logit_spans import LogitRow
 from pilotfish.engine.sampling.noise import gumbel_race, key_halves, row_key
-from pilotfish.engine.sampling.processors import is_restricted, kept_of_all, limits_of, scale_rows, temperatures_of
+from pilotfish.engine.sampling.processors import (
+    any_typical,
+    is_restricted,
+    kept_of_all,
+    limits_of,
+    scale_rows,
+    temperatures_of,
+)
 
 
 @torch.inference_mode()
@@ -57,7 +64,7 @@ def draw(adjusted: torch.Tensor, rows: Seq[LogitRow], chances: bool = False) -> 
     if cut:
         part = scaled[len(free) :]
         totals = 1.0 / torch.softmax(part, 1).amax(1, keepdim=True)
-        kept = kept_of_all(part, totals, limits)
+        kept = kept_of_all(part, totals, limits, any_typical(params[len(free) :]))
         scaled = torch.cat((scaled[: len(free)], kept)) if free else kept
     drawn = gumbel_race(scaled, halves)
     tokens.index_copy_(0, positions, drawn)

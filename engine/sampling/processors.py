@@ -1,13 +1,15 @@
 """From a model's logits to the distribution that tokens are drawn from: bias, penalties, temperature, and truncation.
 
-There are two stages. `adjust` changes a few logits of some rows: logit_bias, penalties, min_tokens. `truncate` finds
-the tokens that sampled rows may draw: temperature, top_k, top_p, min_p. `process` does both and returns logits. All of
-it is batch-invariant: a row's result depends on that row alone, to the last bit. `sampler` draws.
+There are two stages. `adjust` changes logits of some rows: logit_bias, penalties, what may not be drawn. `truncate`
+finds the tokens that sampled rows may draw: temperature, top_k, top_p, min_p, typical_p. `process` does both and
+returns logits. All of it is batch-invariant: a row's result depends on that row alone, to the last bit. `sampler`
+draws.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -16,6 +18,7 @@ import torch
 
 from pilotfish.engine.device import on_device
 from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.sampling.bans import forbid
 from pilotfish.engine.sampling.logit_spans import LogitRow, LogitSpan, rows_of
 
 _HUGE = 1e30
@@ -32,7 +35,7 @@ class Support:
     """Token ids, ascending, int64 (rows, count); or (1, vocab) int32, the whole vocabulary, for all rows. Rows with
     fewer tokens than others are filled up with id 0 at logit -inf."""
     logits: torch.Tensor
-    """(rows, count) float32: 0 for the likeliest token of a row, -inf for those that may not be drawn."""
+    """(rows, count) float32: -inf for tokens that may not be drawn; 0 for the likeliest of those before typical_p."""
 
     @property
     def whole(self) -> bool:
@@ -57,8 +60,9 @@ def process(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int]
     """Return logits of the distribution that each row is drawn from: (rows, vocab), -inf for what may not be drawn.
 
     Per row, in this order: logit_bias, repetition penalty (over prompt and answer; arXiv 1909.05858), presence and
-    frequency penalties (over the answer), min_tokens; then, unless greedy, temperature, top_k, top_p, min_p. The answer
-    includes the drafted tokens before the row. Sampled rows come out with 0 as their highest logit.
+    frequency penalties (over the answer), allowed_token_ids, bad_words, min_tokens; then, unless greedy, temperature,
+    top_k, top_p, min_p, typical_p. The answer includes the drafted tokens before the row. The likeliest token of a
+    sampled row has the logit 0, unless typical_p has left it out.
 
     logits: (rows, vocab), the rows of `spans` one after the other; float32 is changed in place, other types are copied
     to float32. Returned as they are, whatever their type, if nothing applies (greedy and no adjustments).
@@ -81,7 +85,8 @@ def spread(adjusted: torch.Tensor, supports: list[Support]) -> torch.Tensor:
 
 @torch.inference_mode()
 def adjust(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] = ()) -> torch.Tensor:
-    """Apply logit_bias, penalties and min_tokens; see `process`. Costs nothing for spans that use none of them."""
+    """Apply logit_bias, penalties, allowed_token_ids, bad_words and min_tokens; see `process`. Costs nothing for spans
+    that use none of them."""
     end = 0
     for span in spans:
         start, end = end, end + span.rows
@@ -89,7 +94,7 @@ def adjust(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] 
         if not params.alters_logits:
             continue
         early = min(params.min_tokens - (span.first_position - span.sequence.prompt_len), span.rows)
-        if not (params.logit_bias or params.depends_on_text or early > 0):
+        if not (params.logit_bias or params.penalizes or params.forbids or early > 0):
             continue
         logits = logits.float()
         block = logits[start:end]
@@ -97,11 +102,10 @@ def adjust(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] 
             ids = on_device(list(params.logit_bias), logits.device)
             bias = on_device(list(params.logit_bias.values()), logits.device, torch.float32)
             block.index_add_(1, ids, bias.expand(span.rows, -1))
-        if params.depends_on_text:
+        if params.penalizes:
             _penalize(block, span)
-        if early > 0:
-            stops = [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)]
-            block[:early].index_fill_(1, on_device(stops, logits.device, torch.int64), -math.inf)
+        if params.forbids or early > 0:
+            forbid(block, span, max(0, early), [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)])
     return logits
 
 
@@ -132,11 +136,13 @@ def _penalize(block: torch.Tensor, span: LogitSpan) -> None:
 
 
 def truncate(logits: torch.Tensor, rows: Seq[LogitRow]) -> list[Support]:
-    """Apply temperature, top_k, top_p and min_p to the sampled ones of `rows`; greedy rows are left out.
+    """Apply temperature, top_k, top_p, min_p and typical_p to the sampled ones of `rows`; greedy rows are left out.
 
     logits: (rows, vocab) from `adjust`; not changed. top_k keeps the likeliest k tokens, top_p the fewest likeliest of
     those that together have at least that share of their probability, min_p those at least that share as likely as the
-    likeliest. Of equally likely tokens the lower ids go first.
+    likeliest. Of equally likely tokens the lower ids go first. typical_p keeps, of what is left, the tokens whose
+    information -log p is nearest to the distribution's entropy, until they have that share of its probability, and
+    those that are as near as the last of them.
     """
     vocab = logits.shape[1]
     whole: list[LogitRow] = []
@@ -155,8 +161,8 @@ def truncate(logits: torch.Tensor, rows: Seq[LogitRow]) -> list[Support]:
 
 
 def is_restricted(params: SamplingParams, vocab: int) -> bool:
-    """Return whether top_k, top_p or min_p may leave tokens out."""
-    return 0 < params.top_k < vocab or params.top_p < 1.0 or params.min_p > 0.0
+    """Return whether top_k, top_p, min_p or typical_p may leave tokens out."""
+    return 0 < params.top_k < vocab or params.top_p < 1.0 or params.min_p > 0.0 or params.typical_p < 1.0
 
 
 def temperatures_of(params: Seq[SamplingParams]) -> np.ndarray:
@@ -165,9 +171,19 @@ def temperatures_of(params: Seq[SamplingParams]) -> np.ndarray:
 
 
 def limits_of(params: Seq[SamplingParams]) -> np.ndarray:
-    """Return the limits for `kept_of_all`, (3, rows, 1) float64: top_k, top_p and min_p; infinite if unlimited."""
-    limits = [(p.top_k if p.top_k > 0 else math.inf, p.top_p if p.top_p < 1.0 else math.inf, p.min_p) for p in params]
-    return np.array(limits, dtype=np.float64).reshape(-1, 3).T[:, :, None]
+    """Return the limits for `kept_of_all`, (4, rows, 1) float64: top_k, top_p, min_p and typical_p; infinite if
+    unlimited."""
+    limits = [(p.top_k if p.top_k > 0 else math.inf, _share(p.top_p), p.min_p, _share(p.typical_p)) for p in params]
+    return np.array(limits, dtype=np.float64).reshape(-1, 4).T[:, :, None]
+
+
+def _share(p: float) -> float:
+    return p if p < 1.0 else math.inf
+
+
+def any_typical(params: Iterable[SamplingParams]) -> bool:
+    """Return whether `kept_of_all` has to look at typical_p."""
+    return any(p.typical_p < 1.0 for p in params)
 
 
 def scale_rows(logits: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
@@ -197,7 +213,8 @@ def _cut(scaled: torch.Tensor, rows: list[LogitRow]) -> Support:
     device = scaled.device
     if device.type != "cpu":
         whole = torch.arange(vocab, dtype=torch.int32, device=device).unsqueeze(0)
-        return Support(rows, whole, kept_of_all(scaled, totals, on_device(torch.from_numpy(limits_of(params)), device)))
+        limits = on_device(torch.from_numpy(limits_of(params)), device)
+        return Support(rows, whole, kept_of_all(scaled, totals, limits, any_typical(params)))
     found = [kept_ids(*each) for each in zip(scaled, totals.squeeze(1).tolist(), params, strict=True)]
     columns = torch.zeros(len(rows), max(1, *map(len, found)), dtype=torch.int64)
     values = torch.full(columns.shape, -math.inf)
@@ -209,7 +226,7 @@ def _cut(scaled: torch.Tensor, rows: list[LogitRow]) -> Support:
 
 
 def kept_ids(scaled: torch.Tensor, total: float, p: SamplingParams) -> np.ndarray:
-    """Ids, ascending, of what top_k, top_p and min_p keep of one row, (vocab,) on the CPU: (count,) int64.
+    """Ids, ascending, of what top_k, top_p, min_p and typical_p keep of one row, (vocab,) on the CPU: (count,) int64.
 
     The highest logit is 0; total: the sum of exp(logits). Sorting the whole vocabulary would take the most time, so
     first everything below a level is left out that cannot be in the result. Nothing of a row of nan is kept.
@@ -240,23 +257,38 @@ def kept_ids(scaled: torch.Tensor, total: float, p: SamplingParams) -> np.ndarra
         count = min(count, int(np.searchsorted(mass, share)) + 1)
     if p.min_p:
         count = min(count, int(np.count_nonzero(ordered >= math.log(p.min_p))))
-    if count == len(ordered):
-        return contenders
-    lowest = ordered[count - 1]
-    above = logits > lowest
-    equal = np.flatnonzero(logits == lowest)
-    above[equal[: count - np.count_nonzero(above)]] = True
-    kept: np.ndarray = contenders[above]
+    kept: np.ndarray = contenders
+    if count < len(ordered):
+        lowest = ordered[count - 1]
+        above = logits > lowest
+        equal = np.flatnonzero(logits == lowest)
+        above[equal[: count - np.count_nonzero(above)]] = True
+        kept = contenders[above]
+    return kept[_typical(row[kept], p.typical_p)] if p.typical_p < 1.0 and len(kept) else kept
+
+
+def _typical(logits: np.ndarray, share: float) -> np.ndarray:
+    """Which tokens typical_p keeps of one row's remaining ones, (count,): (count,) bool."""
+    logp = np.maximum(logits.astype(np.float64), -_HUGE)  # 0 * -inf would be nan
+    logp -= logp.max()
+    logp -= np.log(np.exp(logp).sum())
+    probs = np.exp(logp)
+    distance = np.abs(-logp + (probs * logp).sum())
+    order = np.argsort(distance, kind="stable")
+    last = min(int(np.count_nonzero(probs[order].cumsum() < share)), len(order) - 1)
+    kept: np.ndarray = distance <= distance[order[last]]
     return kept
 
 
-def kept_of_all(scaled: torch.Tensor, totals: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+def kept_of_all(
+    scaled: torch.Tensor, totals: torch.Tensor, limits: torch.Tensor, typical: bool = False
+) -> torch.Tensor:
     """`kept_ids` for many rows at once, sync-free: returns `scaled` with -inf for the rest. For the GPU.
 
-    scaled: (rows, vocab) float32, changed in place; totals: (rows, 1); limits: of `limits_of`. The same set as
-    `kept_ids`, up to rounding.
+    scaled: (rows, vocab) float32, changed in place; totals: (rows, 1); limits: of `limits_of`; typical:
+    `any_typical` of the same parameters. The same set as `kept_ids`, up to rounding.
     """
-    top_k, top_p, min_p = limits
+    top_k, top_p, min_p, typical_p = limits
     positions = torch.arange(scaled.shape[1], device=scaled.device)
     ordered, order = scaled.sort(dim=1, descending=True, stable=True)
     mass = ordered.double().exp_().masked_fill_(positions >= top_k, 0.0)
@@ -265,4 +297,15 @@ def kept_of_all(scaled: torch.Tensor, totals: torch.Tensor, limits: torch.Tensor
     keep = (positions < top_k) & (upto - mass < top_p * total) & (ordered >= min_p.log()) & (ordered > -math.inf)
     last = keep.sum(1, keepdim=True).sub_(1).clamp_(min=0)  # none is kept of a row of nan
     lowest, position = ordered.gather(1, last), order.gather(1, last)
-    return scaled.masked_fill_((scaled < lowest) | ((scaled == lowest) & (positions > position)), -math.inf)
+    scaled.masked_fill_((scaled < lowest) | ((scaled == lowest) & (positions > position)), -math.inf)
+    return _typical_of_all(scaled, typical_p) if typical else scaled
+
+
+def _typical_of_all(scaled: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """`_typical` for many rows at once, (rows, vocab), in place; share (rows, 1), infinite for rows that keep all."""
+    logp = scaled.double().log_softmax(1)
+    probs = logp.exp()
+    distance = (-logp + torch.where(probs > 0, probs * logp, 0.0).sum(1, keepdim=True)).abs_()
+    ordered, order = distance.sort(dim=1, stable=True)
+    last = (probs.gather(1, order).cumsum(1) < share).sum(1, keepdim=True).clamp_(max=scaled.shape[1] - 1)
+    return scaled.masked_fill_(distance > ordered.gather(1, last), -math.inf)

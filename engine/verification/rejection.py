@@ -12,7 +12,15 @@ from pilotfish.engine.device.transfer import arrays_to_device
 from pilotfish.engine.draft import Draft
 from pilotfish.engine.sampling.logit_spans import LogitSpan
 from pilotfish.engine.sampling.noise import ACCEPT, RESIDUAL, gumbel_race, key_halves, row_key, uniform
-from pilotfish.engine.sampling.processors import Support, kept_of_all, limits_of, scale_rows, temperatures_of, truncate
+from pilotfish.engine.sampling.processors import (
+    Support,
+    any_typical,
+    kept_of_all,
+    limits_of,
+    scale_rows,
+    temperatures_of,
+    truncate,
+)
 from pilotfish.engine.sampling.sampler import choose, race
 from pilotfish.engine.verification.verifier import DraftedRow, Verdict, agreed, drafted_row, lazily, verdicts
 
@@ -80,7 +88,7 @@ def _accept_or_redraw_sync_free(adjusted: torch.Tensor, rows: list[DraftedRow]) 
         return tokens
     scaled = scale_rows(adjusted.index_select(0, at), temperatures)
     totals = 1.0 / torch.softmax(scaled, 1).amax(1, keepdim=True)
-    kept = kept_of_all(scaled, totals, limits)
+    kept = kept_of_all(scaled, totals, limits, any_typical(params))
     p = torch.softmax(kept, 1)
     q = torch.zeros_like(p).scatter_(1, column, has)
     if soft:

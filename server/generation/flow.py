@@ -10,7 +10,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -107,6 +107,9 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
         param = "n" if spec.answers > 1 else endpoint.prompt_param
         limit = info.max_num_seqs + service.config.max_queue
         admission.enter_context(service.gate.admit(spec.sequences, limit, param))
+        if spec.bad_words:
+            words = await service.word_tokens(spec.bad_words)
+            spec = replace(spec, params=msgspec.structs.replace(spec.params, bad_words=words))
         answers: list[Answer] = []
         for i, prompt in enumerate(endpoint.prompts(body, service)):
             name = identity if spec.prompts == 1 else f"{identity}-{i}"

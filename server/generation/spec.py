@@ -33,6 +33,8 @@ class GenerationSpec:
     answers: int = 1
     """Answers to generate for each prompt."""
     stop: Sequence[str] = ()
+    bad_words: Sequence[str] = ()
+    """Texts that may not occur in the answer; `params.bad_words` has their tokens."""
     include_stop: bool = False
     """Show the stop string that ended an answer."""
     add_special_tokens: bool = False
@@ -57,7 +59,7 @@ class GenerationSpec:
 
 _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
-    "logit_bias", "min_tokens", "ignore_eos", "seed",
+    "typical_p", "logit_bias", "min_tokens", "ignore_eos", "seed",
 )  # fmt: skip
 """Fields that GenerationRequest and SamplingParams share; None stands for the default."""
 
@@ -81,12 +83,14 @@ def spec_of(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         stop_token_ids=tuple(body.stop_token_ids or ()),
+        allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
     )
     shared = {
         "max_tokens": body.max_tokens,
         "answers": body.choices,
         "stream": bool(body.stream),
         "stop": body.stop,
+        "bad_words": body.bad_words,
         "include_stop": bool(body.include_stop_str_in_output),
         "skip_special_tokens": body.skip_special_tokens is not False,
         "cache_salt": body.cache_salt,

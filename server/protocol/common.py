@@ -16,6 +16,8 @@ from pilotfish.errors import shown
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1000
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_LENGTH = 200
 
 Prompt = str | list[int]
 
@@ -48,6 +50,21 @@ def _stops(value: Any) -> tuple[str, ...]:
         if not 0 < len(stop) <= MAX_STOP_LENGTH:
             raise wrong(f"has a string of {len(stop)} characters, but each must have 1 to {MAX_STOP_LENGTH}")
     return tuple(stops)
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        raise wrong("must be a list of strings")
+    if len(value) > MAX_BAD_WORDS:
+        raise wrong(f"has {len(value)} strings, but may have at most {MAX_BAD_WORDS}")
+    for word in value:
+        if not word.strip() or len(word) > MAX_BAD_WORD_LENGTH:
+            raise wrong(
+                f"has {shown(word)}, but each must have 1 to {MAX_BAD_WORD_LENGTH} characters, not all of them spaces"
+            )
+    return tuple(value)
 
 
 def _logit_bias(value: Any) -> dict[int, float]:
@@ -103,6 +120,7 @@ def _prediction(value: Any) -> str | None:
 
 Stops = Annotated[tuple[str, ...], PlainValidator(_stops, json_schema_input_type=str | list[str] | None)]
 LogitBias = Annotated[dict[int, float], PlainValidator(_logit_bias, json_schema_input_type=dict[str, float] | None)]
+Words = Annotated[tuple[str, ...], PlainValidator(_words, json_schema_input_type=list[str] | None)]
 Prediction = Annotated[str | None, PlainValidator(_prediction, json_schema_input_type=dict[str, Any] | None)]
 Unsupported = Annotated[Any, only([], {}, "", otherwise="is not supported by this server: leave it out")]
 """A field of OpenAI's API that this server does not support: only null and empty values are accepted."""
@@ -150,6 +168,11 @@ class GenerationRequest(ApiModel):
     # Extensions, named as in other servers of open models.
     top_k: int | None = None
     min_p: float | None = None
+    typical_p: float | None = None
+    allowed_token_ids: list[int] | None = None
+    """The only tokens that may be drawn."""
+    bad_words: Words = ()
+    """Texts whose tokens may not occur in the answer, with or without a space before them."""
     repetition_penalty: float | None = None
     repeat_penalty: float | None = None
     """llama.cpp's name of repetition_penalty."""

@@ -383,3 +383,22 @@ async def test_every_field_of_a_requests_line_in_the_log_is_documented(
     table = (ROOT / "docs" / "operations.md").read_text()
     documented = set(re.findall(r"`([a-z_]+)`", "\n".join(re.findall(r"^\| (`[^|]*)\|", table, re.MULTILINE))))
     assert names - {"time", "level", "logger", "message"} <= documented
+
+
+async def test_sampling_parameters_of_other_servers_reach_the_engine(serving: Any, tokenizer: Tokenizer) -> None:
+    async with serving() as served:
+        response = await served.complete(
+            typical_p=0.5, allowed_token_ids=[5, 6], bad_words=["light", " light", "wat er"]
+        )
+        assert response.status_code == 200, response.text
+        params = served.engine.requests[0].params
+        assert (params.typical_p, params.allowed_token_ids) == (0.5, (5, 6))
+        spelled = ["light", " light", "wat er", " wat er"]
+        assert params.bad_words == tuple(tuple(tokenizer.encode(text, add_special_tokens=False)) for text in spelled)
+        wrong: list[dict[str, Any]] = [
+            {"typical_p": 0}, {"allowed_token_ids": []}, {"allowed_token_ids": [512]}, {"bad_words": [""]},
+            {"bad_words": ["a"] * 257}, {"bad_words": "a"}, {"bad_words": ["\x00" * 201]},
+        ]  # fmt: skip
+        for fields in wrong:
+            error = (await served.complete(**fields)).json()["error"]
+            assert error["param"] == next(iter(fields))

@@ -22,6 +22,12 @@ PARAMS = {
     ),
     "greedy penalties": msgspec.structs.replace(GREEDY, frequency_penalty=0.7, repetition_penalty=1.1),
     "bias": msgspec.structs.replace(SAMPLED, logit_bias={5: 4.0, 9: -100.0, 17: 2.5}, top_k=40, min_p=0.01),
+    "words": msgspec.structs.replace(
+        SAMPLED,
+        typical_p=0.8,
+        allowed_token_ids=tuple(range(3, 60)),
+        bad_words=((7,), (9, 11), *((i, i + 1) for i in range(20, 40)), (12, 13, 14)),
+    ),
     "stops": msgspec.structs.replace(SAMPLED, stop_token_ids=tuple(range(200, 240)), min_tokens=5, ignore_eos=False),
 }
 

@@ -139,7 +139,8 @@ class Growth:
         spans = [LogitSpan(draft.request.sequence, tuple(draft.tokens), rows=1) for draft in drafts]
         tokens, processed = draw(self._whole(logits), spans, self._eos_token_ids)
         if self._keep_probs:
-            probs = torch.softmax(processed.float(), dim=-1)
+            # Of a draft vocabulary without any token that may be drawn, nothing is likely.
+            probs = torch.softmax(processed.float(), dim=-1).nan_to_num_(0.0)
             for draft, row, token in zip(drafts, probs, tokens, strict=True):
                 if draft.request.sequence.params.greedy:  # certain
                     row = torch.zeros_like(row)

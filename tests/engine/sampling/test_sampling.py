@@ -12,6 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from transformers.generation.logits_process import TopKLogitsWarper, TypicalLogitsWarper
 
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
@@ -152,6 +153,10 @@ class BorderlineError(Exception):
     """The reference's float64 and the engine's float32 might disagree on what is kept."""
 
 
+def ends_with(text: list[int], end: tuple[int, ...]) -> bool:
+    return not end or tuple(text[-len(end) :]) == end
+
+
 def reference(
     logits: list[float], prompt: list[int], answer: list[int], params: SamplingParams, eos: tuple[int, ...] = EOS
 ) -> list[float]:
@@ -164,9 +169,13 @@ def reference(
         row[token] = row[token] / factor if row[token] > 0 else row[token] * factor
     for token in set(answer):
         row[token] -= params.presence_penalty + params.frequency_penalty * answer.count(token)
+    if params.allowed_token_ids is not None:
+        row = [logit if i in params.allowed_token_ids else -math.inf for i, logit in enumerate(row)]
+    banned = {word[-1] for word in params.bad_words if ends_with(answer, word[:-1])}
     if len(answer) < params.min_tokens:
-        for token in params.stop_token_ids + (() if params.ignore_eos else eos):
-            row[token] = -math.inf
+        banned |= {*params.stop_token_ids, *(() if params.ignore_eos else eos)}
+    if not banned.issuperset(params.allowed_token_ids or [-1]):
+        row = [-math.inf if i in banned else logit for i, logit in enumerate(row)]
     if params.greedy:
         return row
     highest = max(row)
@@ -188,6 +197,21 @@ def reference(
         if any(abs(weights[i] - params.min_p) < 1e-5 for i in order[1:]):
             raise BorderlineError
         order = [i for i in order if weights[i] >= params.min_p]
+    if params.typical_p < 1:
+        mass = sum(weights[i] for i in order)
+        surprise = {i: -math.log(weights[i] / mass) if weights[i] > 0 else math.inf for i in order}
+        entropy = sum(weights[i] / mass * surprise[i] for i in order if weights[i] > 0)
+        distance = {i: abs(surprise[i] - entropy) for i in order}
+        by_distance, sum_, last = sorted(order, key=lambda i: distance[i]), 0.0, 0.0
+        for i in by_distance:
+            sum_, last = sum_ + weights[i] / mass, distance[i]
+            if abs(sum_ - params.typical_p) < 1e-5:
+                raise BorderlineError
+            if sum_ >= params.typical_p:
+                break
+        if any(1e-9 < abs(distance[i] - last) < 1e-4 for i in order):
+            raise BorderlineError
+        order = [i for i in order if distance[i] <= last + 1e-9]
     total = sum(weights[i] for i in order)
     result = [-math.inf] * len(row)
     for i in order:
@@ -206,6 +230,9 @@ PARAMS = st.fixed_dictionaries(
         "top_p": st.floats(0.05, 0.999),
         "top_k": st.integers(-1, VOCAB + 1),
         "min_p": st.floats(0.001, 0.9),
+        "typical_p": st.floats(0.05, 0.99),
+        "allowed_token_ids": st.lists(TOKENS, min_size=1, max_size=VOCAB).map(tuple),
+        "bad_words": st.lists(st.lists(TOKENS, min_size=1, max_size=3).map(tuple), max_size=4).map(tuple),
         "presence_penalty": PENALTY,
         "frequency_penalty": PENALTY,
         "repetition_penalty": st.sampled_from([1.0, 1.5, 0.5]),
@@ -245,7 +272,8 @@ def test_process_does_what_the_reference_does_at_every_drafted_row(case: dict[st
         assume(False)
     result = process(torch.tensor(raw), [span], EOS)
     if not span.sequence.params.greedy:
-        assert torch.equal(result.amax(1), torch.zeros(span.rows))
+        if span.sequence.params.typical_p == 1.0:
+            assert torch.equal(result.amax(1), torch.zeros(span.rows))
         result = result.log_softmax(1)
     expected_tensor = torch.tensor(expected)
     assert torch.equal(result == -math.inf, expected_tensor == -math.inf)
@@ -292,17 +320,18 @@ def test_a_row_is_the_same_alone_and_in_a_batch(cases: list[dict[str, Any]], voc
 @given(
     st.floats(0.05, 6.0),
     st.integers(0, 999),
-    st.floats(0.01, 0.9999) | st.just(1.0),
+    st.floats(0.01, 0.9999) | st.sampled_from([0.0, 1.0]),
     st.sampled_from([0, 1, 3, 50, 77, 78, 400, 4999, 5000]),
     st.sampled_from([0.0, 0.001, 0.2]),
     st.booleans(),
+    st.sampled_from([1.0, 0.2, 0.95]),
 )
-@settings(max_examples=80)
+@settings(max_examples=120)
 def test_truncation_without_sorting_all_keeps_what_sorting_all_keeps(
-    scale: float, seed: int, top_p: float, top_k: int, min_p: float, equals: bool
+    scale: float, seed: int, top_p: float, top_k: int, min_p: float, equals: bool, typical_p: float
 ) -> None:
     """From logits so flat that everything is kept to so peaked that one token is; 78 blocks in 5000 tokens."""
-    params = SamplingParams(top_p=top_p, top_k=top_k, min_p=min_p)
+    params = SamplingParams(top_p=top_p, top_k=top_k, min_p=min_p, typical_p=typical_p)
     scaled = torch.randn(1, 5000, generator=torch.Generator().manual_seed(seed)) * scale
     if equals:
         scaled = scaled.round()
@@ -310,10 +339,44 @@ def test_truncation_without_sorting_all_keeps_what_sorting_all_keeps(
     total = scaled.double().exp().sum().item()
     kept = kept_ids(scaled[0], total, params)
     limits = torch.from_numpy(limits_of([params]))
-    masked = kept_of_all(scaled.clone(), torch.tensor([[total]], dtype=torch.float64), limits)
+    masked = kept_of_all(scaled.clone(), torch.tensor([[total]], dtype=torch.float64), limits, typical_p < 1.0)
     assert kept.tolist() == (masked[0] > -math.inf).nonzero().squeeze(1).tolist()
     assert len(kept) >= 1
     assert len(kept) <= (top_k or 5000)
+
+
+@given(st.integers(0, 999), st.floats(0.05, 5.0), st.floats(0.01, 0.99), st.sampled_from([0, 5, 40]))
+@settings(max_examples=60)
+def test_typical_p_keeps_what_transformers_keeps(seed: int, scale: float, share: float, top_k: int) -> None:
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float() * scale
+    scores = logits.double()
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(torch.empty(3, 0), scores)
+    wanted = TypicalLogitsWarper(share)(torch.empty(3, 0), scores) > -math.inf
+    spans = [LogitSpan(sequence([0], typical_p=share, top_k=top_k)) for _ in range(3)]
+    assert torch.equal(process(logits.clone(), spans) > -math.inf, wanted)
+
+
+def test_top_p_of_zero_keeps_the_likeliest() -> None:
+    logits = torch.randn(4, 1000, generator=torch.Generator().manual_seed(1))
+    kept = process(logits.clone(), [LogitSpan(sequence([0], top_p=0.0)) for _ in range(4)])
+    assert torch.equal(kept > -math.inf, torch.nn.functional.one_hot(logits.argmax(1), 1000).bool())
+
+
+def test_a_bad_word_is_never_completed_in_the_answer_but_may_be_begun_in_the_prompt() -> None:
+    """The prompt ends with 3, 4; the answer is 3, 4 and a draft that goes on with 5."""
+    words = ((1,), (3, 4, 6), (4, 5, 7), (4, 2))
+    span = LogitSpan(sequence([3, 4], [3, 4], temperature=0.0, bad_words=words), (5,), 2)
+    banned = adjust(torch.zeros(2, VOCAB), [span]) == -math.inf
+    assert [row.nonzero().squeeze(1).tolist() for row in banned] == [[1, 2, 6], [1, 7]]
+    first = adjust(torch.zeros(1, VOCAB), [LogitSpan(sequence([3, 4], bad_words=words))]) == -math.inf
+    assert first[0].nonzero().squeeze(1).tolist() == [1]
+
+
+def test_where_nothing_would_be_left_the_allowed_tokens_hold() -> None:
+    made = sequence([0], [4], temperature=0.0, allowed_token_ids=(4, 5), bad_words=((4, 4), (4, 5)), min_tokens=3)
+    kept = adjust(torch.zeros(2, VOCAB), [LogitSpan(made, (5,), 2)], (4,)) > -math.inf
+    assert [row.nonzero().squeeze(1).tolist() for row in kept] == [[4, 5], [5]]
 
 
 def test_equal_tokens_are_kept_by_lowest_id() -> None:
@@ -372,6 +435,7 @@ def test_a_row_of_nan_harms_no_other() -> None:
         {"top_p": 0.8},
         {"top_k": 4, "temperature": 1.5},
         {"min_p": 0.2},
+        {"typical_p": 0.7},
         {"logit_bias": {3: 2}},
     ],
 )
@@ -429,7 +493,8 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     ("name", "good", "bad"),
     [
         ("temperature", [0.0, 2.0], [-0.1, 2.1, math.nan, math.inf]),
-        ("top_p", [1e-9, 1.0], [0.0, 1.1, -1.0, math.nan]),
+        ("top_p", [0.0, 1.0], [1.1, -1.0, math.nan]),
+        ("typical_p", [1e-9, 1.0], [0.0, 1.1, -1.0, math.nan]),
         ("top_k", [-1, 0, 10**9], [-2]),
         ("min_p", [0.0, 1.0], [-0.1, 1.1, math.nan]),
         ("presence_penalty", [-2.0, 2.0], [-2.1, 2.1, math.nan]),
@@ -467,6 +532,7 @@ def test_drawing_without_a_look_is_drawing(seed: int, count: int, all_greedy: bo
         {"temperature": 1.0},
         {"temperature": 1.3, "top_p": 0.8},
         {"temperature": 0.6, "top_k": 7},
+        {"temperature": 1.1, "typical_p": 0.6},
         {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
     ]
     picks = torch.randint(len(kinds), (count,), generator=generator).tolist()

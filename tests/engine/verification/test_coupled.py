@@ -91,6 +91,11 @@ PARAMS = st.fixed_dictionaries(
         "repetition_penalty": st.floats(0.5, 2.0),
         "logit_bias": st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-5, 5), max_size=3),
         "min_tokens": st.integers(0, LENGTH),
+        "typical_p": st.floats(0.05, 0.99),
+        "allowed_token_ids": st.lists(st.integers(0, VOCAB - 1), min_size=1).map(tuple),
+        "bad_words": st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=3).map(tuple), max_size=4).map(
+            tuple
+        ),
         "stop_token_ids": st.just((3,)),
         "ignore_eos": st.booleans(),
     },
