@@ -13,7 +13,9 @@ from starlette.routing import Route
 from pilotfish import __version__
 from pilotfish.engine.process.client import AsyncEngine
 from pilotfish.server.auth import Authentication
-from pilotfish.server.config import ServerConfig
+from pilotfish.server.browsers import CrossOrigin, HeadAsGet
+from pilotfish.server.compression import Decompress
+from pilotfish.server.config import NO_ORIGINS, ServerConfig
 from pilotfish.server.encoding import describe, returns
 from pilotfish.server.generation.flow import Endpoint, generate
 from pilotfish.server.metrics import Metrics
@@ -59,12 +61,16 @@ def create_app(
     describe(app, [*(endpoint.response_type for endpoint in endpoints), Model, ModelList, Tokenized, Detokenized])
     install_handlers(app)
     # The last added is the outermost.
+    app.add_middleware(Decompress, limit=config.max_body_bytes)
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
     app.add_middleware(Authentication, keys=config.all_keys(), tenant_header=config.tenant_header)
+    app.add_middleware(HeadAsGet)
     every = [route for router in (app, *routers) for route in router.routes]
     paths = [route.path for route in every if isinstance(route, Route) and "{" not in route.path]
     by_path = {endpoint.path: endpoint for endpoint in endpoints}
     app.add_middleware(RequestContext, metrics=stats, routes=paths, endpoints=by_path, tracing=tracing)
+    if config.cors_origins != NO_ORIGINS:
+        app.add_middleware(CrossOrigin, origins=config.cors_origins)
     return app
 
 

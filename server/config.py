@@ -19,6 +19,10 @@ from pilotfish.server.tenants import ApiKey, parse_key
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 
+NO_ORIGINS = ("none",)
+_ORIGIN = re.compile(r"\*|none|[a-z][a-z0-9+.-]*://[^/\s]+")
+
+
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP server's settings. Each field's docstring is the help text of its flag.
 
@@ -42,6 +46,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     chat_template: str | None = None
     """File with a Jinja2 chat template that replaces the model's own."""
 
+    cors_origins: tuple[str, ...] = ("*",)
+    """Origin of web pages that may use the API, such as https://chat.example.com; "*": all, "none": none.
+    Repeatable. Never with credentials."""
     max_queue: NotNegative = 256
     """Maximum number of waiting sequences, in addition to the max_num_seqs that run; more are refused with status
     429."""
@@ -65,6 +72,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name, values in (("api_key", self.api_key), ("served_model_name", self.served_model_name)):
             if not all(value.strip() for value in values):
                 raise ConfigError(f"{name} is empty: give it a value, or leave it out")
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin) or (origin in ("*", "none") and len(self.cors_origins) > 1):
+                raise ConfigError(
+                    f"cors_origins has {origin!r}, but needs origins such as https://chat.example.com without a path, "
+                    'or "*" or "none" alone'
+                )
         if self.tenant_header is not None and not _HEADER_NAME.fullmatch(self.tenant_header):
             raise ConfigError(f"tenant_header is {self.tenant_header!r}, but must be a header's name, such as X-Tenant")
         self.all_keys()

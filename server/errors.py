@@ -5,6 +5,7 @@ JSON. Of an internal error, clients learn only the request id to look for in the
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -40,7 +41,7 @@ class ErrorBody(msgspec.Struct):
 
 
 class ApiError(Exception):
-    """An error response. `retry_after` is in whole seconds."""
+    """An error response. `retry_after` is in seconds, from 0 up."""
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class ApiError(Exception):
         type: str = INVALID_REQUEST,
         param: str | None = None,
         code: str | None = None,
-        retry_after: int | None = None,
+        retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message = _shortened(_encodable(message), LONGEST_MESSAGE)
@@ -58,8 +59,14 @@ class ApiError(Exception):
         self.status, self.type, self.code, self.retry_after = status, type, code, retry_after
 
     def response(self, form: ErrorForm) -> Response:
-        headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
-        return json_response(form(self), self.status, headers)
+        return json_response(form(self), self.status, self.retry_headers)
+
+    @property
+    def retry_headers(self) -> dict[str, str]:
+        """When to try again: in whole seconds, as HTTP has it, and to the millisecond, as OpenAI's clients read it."""
+        if self.retry_after is None:
+            return {}
+        return {"retry-after": str(math.ceil(self.retry_after)), "retry-after-ms": str(round(self.retry_after * 1000))}
 
 
 def _encodable(text: str) -> str:
@@ -104,13 +111,13 @@ def cut_short() -> ApiError:
     return stopping("The server is stopping and ended this answer before it was complete.")
 
 
-def queue_full(in_flight: int, limit: int) -> ApiError:
+def queue_full(in_flight: int, limit: int, retry_after: float) -> ApiError:
     return ApiError(
         429,
         f"The queue is full: {in_flight} of at most {limit} sequences are in flight. Try again later.",
         type="rate_limit_error",
         code="queue_full",
-        retry_after=1,
+        retry_after=retry_after,
     )
 
 

@@ -104,7 +104,8 @@ def flags(setting: Setting) -> list[str]:
 def default(setting: Setting) -> str:
     if isinstance(setting.type, msgspec.inspect.BoolType):
         return "on" if setting.default else "off"
-    return "" if setting.default in (None, ()) else f"`{setting.default}`"
+    value = ", ".join(map(str, setting.default)) if isinstance(setting.default, tuple) else setting.default
+    return "" if value in (None, "") else f"`{value}`"
 
 
 def test_every_setting_is_documented_with_its_default() -> None:

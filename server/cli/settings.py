@@ -182,7 +182,8 @@ def _help(setting: Setting) -> str:
     text = " ".join(setting.help.split())
     default = setting.default
     if default is not None and default != () and not isinstance(setting.type, msgspec.inspect.BoolType):
-        text = f"{text} (default: {default})" if text else f"default: {default}"
+        written = ", ".join(map(str, default)) if isinstance(default, tuple) else default
+        text = f"{text} (default: {written})" if text else f"default: {written}"
     elif isinstance(setting.type, msgspec.inspect.BoolType):
         text = f"{text} (default: {'on' if default else 'off'})".strip()
     return text.replace("%", "%%")

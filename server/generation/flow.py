@@ -21,7 +21,7 @@ from starlette.responses import Response
 from pilotfish.engine.request import EngineInfo, check_request, fan_out
 from pilotfish.engine.request import Request as EngineRequest
 from pilotfish.server.encoding import json_response
-from pilotfish.server.errors import ErrorForm, openai_error
+from pilotfish.server.errors import ErrorForm, bad_parameter, openai_error
 from pilotfish.server.generation.answer import Answer
 from pilotfish.server.generation.events import DONE, Chunks, ClientGoneError, EventStream, until_disconnect
 from pilotfish.server.generation.facts import GenerationFacts, RequestFacts, facts_of
@@ -34,6 +34,9 @@ from pilotfish.server.protocol.usage import Timings, Usage
 from pilotfish.server.service import Service, check_length
 from pilotfish.server.tenants import prefix_salt
 from pilotfish.text.detokenizer import AnswerText, Detokenizer, Piece, Vocabulary
+
+MAX_SEQUENCES = 4096
+"""Answers that one request may ask for, prompts times n."""
 
 Body = TypeVar("Body", bound=ApiModel)
 
@@ -104,9 +107,12 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
     service.check_model(spec.model)
     identity = f"{endpoint.id_prefix}{uuid.uuid4().hex}"
     with ExitStack() as admission:
-        param = "n" if spec.answers > 1 else endpoint.prompt_param
+        if spec.sequences > MAX_SEQUENCES:
+            param = "n" if spec.answers > 1 else endpoint.prompt_param
+            message = f"the request asks for {spec.sequences} answers, but may ask for at most {MAX_SEQUENCES}"
+            raise bad_parameter(param, message)
         limit = info.max_num_seqs + service.config.max_queue
-        admission.enter_context(service.gate.admit(spec.sequences, limit, param))
+        at_once = admission.enter_context(service.gate.admit(spec.sequences, limit))
         if spec.bad_words:
             words = await service.word_tokens(spec.bad_words)
             spec = replace(spec, params=msgspec.structs.replace(spec.params, bad_words=words))
@@ -120,7 +126,7 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
                 answers.append(Answer(len(answers), i, spec, one, *text))
         reply = Reply(body, spec, answers, service.vocabulary, identity, int(time.time()), service.fingerprint(info))
         facts.generation = GenerationFacts(identity, endpoint.operation, spec, answers, _prompts(service, answers))
-        pieces = follow_all(service.engine, answers, service.metrics)
+        pieces = follow_all(service.engine, answers, service.metrics, at_once)
         if spec.stream:
             return EventStream(endpoint.chunks(reply), pieces, admission.pop_all(), endpoint.end_of_stream)
         try:

@@ -18,11 +18,12 @@ Pieces = AsyncGenerator[tuple[Answer, Piece], None]
 """Pieces, each with its answer."""
 
 
-def follow_all(engine: AsyncEngine, answers: Sequence[Answer], metrics: Metrics) -> Pieces:
-    """Yield the pieces of several answers as they arrive. If one fails, or the generator is closed, all of them end."""
+def follow_all(engine: AsyncEngine, answers: Sequence[Answer], metrics: Metrics, at_once: int) -> Pieces:
+    """Yield the pieces of several answers as they arrive; `at_once` of them are generated at a time. If one fails, or
+    the generator is closed, all of them end."""
     if len(answers) == 1:  # the common case needs no task and no queue for each chunk
         return follow(engine, answers[0], metrics)
-    return _merge(engine, answers, metrics)
+    return _merge(engine, answers, metrics, at_once)
 
 
 async def follow(engine: AsyncEngine, answer: Answer, metrics: Metrics) -> Pieces:
@@ -66,12 +67,14 @@ async def follow(engine: AsyncEngine, answer: Answer, metrics: Metrics) -> Piece
     yield answer, last
 
 
-async def _merge(engine: AsyncEngine, answers: Sequence[Answer], metrics: Metrics) -> Pieces:
+async def _merge(engine: AsyncEngine, answers: Sequence[Answer], metrics: Metrics, at_once: int) -> Pieces:
     queue: asyncio.Queue[tuple[Answer, Piece] | Exception] = asyncio.Queue()
+
+    turns = asyncio.Semaphore(at_once)
 
     async def put_all(answer: Answer) -> None:
         try:
-            async with aclosing(follow(engine, answer, metrics)) as pieces:
+            async with turns, aclosing(follow(engine, answer, metrics)) as pieces:
                 async for item in pieces:
                     queue.put_nowait(item)
         except Exception as error:  # raised again below

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fastapi import APIRouter
 from starlette.responses import Response
 
@@ -27,7 +29,7 @@ async def ready(service: ServiceDependency) -> Response:
     try:
         service.ready()
     except ApiError as error:
-        return _status(503, error.code or "unavailable", error.message, error.retry_after)
+        return _status(503, error.code or "unavailable", error.message, error.retry_headers)
     if service.stuck:
         return _status(503, "stuck", "There are requests in flight, but the engine makes no steps.")
     return _status(200, "ready")
@@ -38,6 +40,5 @@ async def version() -> dict[str, str]:
     return {"version": __version__}
 
 
-def _status(status: int, word: str, reason: str | None = None, retry_after: int | None = None) -> Response:
-    headers = {} if retry_after is None else {"retry-after": str(retry_after)}
+def _status(status: int, word: str, reason: str | None = None, headers: Mapping[str, str] | None = None) -> Response:
     return json_response({"status": word} if reason is None else {"status": word, "reason": reason}, status, headers)

@@ -155,7 +155,9 @@ async def test_a_full_queue_is_429_until_there_is_room(serving: Any) -> None:
         assert response.status_code == 429
         assert response.json()["error"]["type"] == "rate_limit_error"
         assert int(response.headers["retry-after"]) > 0
-        response = await served.complete(n=4)
+        assert int(response.headers["retry-after-ms"]) > 0
+        assert (await served.complete(n=4)).status_code == 429
+        response = await served.complete(n=128, prompt=["a"] * 33)
         assert (response.status_code, response.json()["error"]["param"]) == (400, "n")
         go.set()
         assert [answered.status_code for answered in await asyncio.gather(*running)] == [200, 200]

@@ -48,7 +48,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": []}, "prompt", "list of token ids"),
     ({"prompt": [1, "a"]}, "prompt", "list of token ids"),
     ({"prompt": [512]}, "prompt", "between 0 and 511"),
-    ({"prompt": ["a"] * 300}, "prompt", "at most 272 sequences"),
+    ({"prompt": ["a"] * 5000}, "prompt", "at most 4096"),
     (CHAT | {"messages": []}, "messages", "is empty, but must have at least 1 item"),
     (CHAT | {"messages": "hello"}, "messages", "list"),
     (CHAT | {"messages": [{"role": "user"}]}, "messages[0].content", "Missing"),

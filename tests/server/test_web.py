@@ -1,0 +1,130 @@
+"""What HTTP clients expect beside the API: CORS, HEAD, compressed bodies."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from typing import Any
+
+import httpx
+import pytest
+
+from pilotfish.errors import ConfigError
+from pilotfish.server.config import ServerConfig
+from tests.support.scripted_app import ScriptedApp
+from tests.support.scripted_engine import say
+
+ORIGIN = "http://localhost:3000"
+PREFLIGHT = {
+    "origin": ORIGIN,
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization,content-type",
+}
+BODY = json.dumps({"model": "tiny", "prompt": "a"}).encode()
+GETS = ["/health", "/ready", "/metrics", "/version", "/v1/models", "/v1/models/tiny", "/openapi.json"]
+
+
+def served(**config: Any) -> ScriptedApp:
+    return ScriptedApp(lambda request: say(request, [5]), ServerConfig(**config))
+
+
+async def post(app: ScriptedApp, content: bytes, **headers: str) -> httpx.Response:
+    headers = {"content-type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    return await app.http.post("/v1/completions", content=content, headers=headers)
+
+
+@pytest.mark.parametrize("keys", [(), ("secret",)])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/anything", "/tokenize"])
+async def test_a_page_of_another_origin_may_ask_without_a_key(path: str, keys: tuple[str, ...]) -> None:
+    response = await served(api_key=keys).http.options(path, headers=PREFLIGHT)
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-origin"] == "*"
+    assert {"authorization", "content-type"} <= {
+        name.strip() for name in response.headers["access-control-allow-headers"].lower().split(",")
+    }
+    assert "access-control-allow-credentials" not in response.headers
+
+
+async def test_answers_and_errors_carry_the_header(caplog: pytest.LogCaptureFixture) -> None:
+    failing = ScriptedApp(lambda request: [ZeroDivisionError()])
+    for app, path, status in (
+        (served(), "/v1/models", 200), (served(api_key=("secret",)), "/v1/models", 401), (served(), "/v1/nothing", 404),
+    ):  # fmt: skip
+        response = await app.http.get(path, headers={"origin": ORIGIN})
+        assert (response.status_code, response.headers["access-control-allow-origin"]) == (status, "*")
+        assert "x-request-id" in response.headers["access-control-expose-headers"]
+    response = await post(failing, BODY, origin=ORIGIN)
+    assert (response.status_code, response.headers["access-control-allow-origin"]) == (500, "*")
+
+
+async def test_origins_can_be_chosen() -> None:
+    app = served(cors_origins=(ORIGIN, "https://chat.example.com"))
+    known = await app.http.get("/v1/models", headers={"origin": ORIGIN})
+    assert known.headers["access-control-allow-origin"] == ORIGIN
+    assert "origin" in known.headers["vary"].lower()
+    other = await app.http.get("/v1/models", headers={"origin": "http://evil.example"})
+    assert "access-control-allow-origin" not in other.headers
+    for config in ({"cors_origins": ("none",)}, {}):
+        path = "/v1/models" if config else "/somewhere"  # nothing but the API is shared
+        response = await served(**config).http.get(path, headers={"origin": ORIGIN})
+        assert "access-control-allow-origin" not in response.headers
+
+
+@pytest.mark.parametrize("origins", [("localhost",), ("http://a/path",), ("*", ORIGIN), ("",)])
+def test_an_origin_that_is_none_is_refused(origins: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="cors_origins has"):
+        ServerConfig(cors_origins=origins).check()
+
+
+@pytest.mark.parametrize("path", GETS)
+async def test_head_is_get_without_the_body(path: str) -> None:
+    app = served()
+    head, get = await app.http.head(path), await app.http.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert head.headers["content-length"] == get.headers["content-length"] or path == "/metrics"
+    assert (await app.http.head("/v1/completions")).status_code == 405
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "deflate", "GZIP"])
+async def test_a_compressed_body_is_read(encoding: str) -> None:
+    content = zlib.compress(BODY) if encoding == "deflate" else gzip.compress(BODY)
+    response = await post(served(), content, content_encoding=encoding)
+    assert response.status_code == 200, response.text
+
+
+async def test_a_compressed_body_may_arrive_in_parts() -> None:
+    content = gzip.compress(BODY)
+
+    async def parts() -> Any:
+        for i in range(len(content)):
+            yield content[i : i + 1]
+
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    response = await served().http.post("/v1/completions", content=parts(), headers=headers)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip"])
+async def test_another_encoding_is_415_and_named(encoding: str) -> None:
+    response = await post(served(), BODY, content_encoding=encoding)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (415, "unsupported_encoding")
+    assert encoding in error["message"]
+    assert "gzip" in error["message"]
+
+
+async def test_a_small_body_that_becomes_a_large_one_is_refused() -> None:
+    bomb = gzip.compress(b" " * (64 << 20))
+    response = await post(served(max_body_bytes=1 << 20), bomb, content_encoding="gzip")
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+    exact = await post(served(max_body_bytes=len(BODY) + 60), gzip.compress(BODY + b" " * 60), content_encoding="gzip")
+    assert exact.status_code == 200, exact.text
+
+
+@pytest.mark.parametrize("content", [BODY, gzip.compress(BODY)[:-1], gzip.compress(BODY) + b"x", b""])
+async def test_a_body_that_is_not_compressed_as_it_says_is_400(content: bytes) -> None:
+    response = await post(served(), content, content_encoding="gzip")
+    assert response.status_code == 400
+    assert "body" in response.json()["error"]["message"]
