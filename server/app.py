@@ -21,7 +21,7 @@ from pilotfish.server.generation.flow import Endpoint, generate
 from pilotfish.server.metrics import Metrics
 from pilotfish.server.middleware import BodyLimit, RequestContext, install_handlers
 from pilotfish.server.protocol.models import Model, ModelList
-from pilotfish.server.protocol.tokenization import Detokenized, Tokenized
+from pilotfish.server.protocol.tokenization import Detokenized, Tokenized, TokenizerInfo
 from pilotfish.server.routes import ENDPOINTS, health, metrics, models, tokenization
 from pilotfish.server.service import Service, ServiceDependency
 from pilotfish.server.telemetry.tracing import Tracing
@@ -58,7 +58,10 @@ def create_app(
         add_endpoint(app, endpoint)
     for router in routers:
         app.include_router(router)
-    describe(app, [*(endpoint.response_type for endpoint in endpoints), Model, ModelList, Tokenized, Detokenized])
+    describe(
+        app,
+        [*(endpoint.response_type for endpoint in endpoints), Model, ModelList, Tokenized, Detokenized, TokenizerInfo],
+    )
     install_handlers(app)
     # The last added is the outermost.
     app.add_middleware(Decompress, limit=config.max_body_bytes)

@@ -5,8 +5,9 @@ text is shown. The work for a token does not depend on the length of the answer.
 from __future__ import annotations
 
 import codecs
+import re
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -31,17 +32,33 @@ class TokenLogprobs(Protocol):
     def top(self) -> tuple[tuple[int, float], ...]: ...
 
 
+_FIRST_MARK, _MOST_MARKS = 0xD800, 0x800
+"""Marks are surrogates, which UTF-8 cannot encode."""
+
+
 class Vocabulary:
     """The bytes of each token, cached."""
 
     def __init__(self, tokenizer: TokenBytes) -> None:
-        special = tokenizer.special_ids
+        special = self._special = tokenizer.special_ids
         self.bytes_of: Callable[[int], bytes] = cache(tokenizer.token_bytes)
         """Returns the bytes of a token, including special tokens."""
         self.text_bytes_of: Callable[[int], bytes] = cache(
             lambda id_: b"" if id_ in special else tokenizer.token_bytes(id_)
         )
         """Returns the bytes of a token; b"" for special tokens."""
+
+    def is_special(self, id_: int) -> bool:
+        return id_ in self._special
+
+    def marks(self, stops: Sequence[str]) -> dict[int, str]:
+        """Return a mark for each special token that a stop string spells: a character that no text has, for a text from
+        which special tokens are left out. See `StopStrings`."""
+        if not stops:
+            return {}
+        spelled = [(id_, self.bytes_of(id_).decode("utf-8", "replace")) for id_ in sorted(self._special)]
+        found = [id_ for id_, spelling in spelled if spelling and any(spelling in stop for stop in stops)]
+        return {id_: chr(_FIRST_MARK + i) for i, id_ in enumerate(found[:_MOST_MARKS])}
 
 
 class Detokenizer:
@@ -51,12 +68,19 @@ class Detokenizer:
     replacement, as in Python and the tokenizers library.
     """
 
-    def __init__(self, vocabulary: Vocabulary, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, skip_special_tokens: bool = True, marks: Mapping[int, str] | None = None
+    ) -> None:
+        """`marks` (of `Vocabulary.marks`) are put where these special tokens were left out."""
         self._bytes_of = vocabulary.text_bytes_of if skip_special_tokens else vocabulary.bytes_of
+        self._marks = marks or {}
         self._held = b""
 
     def feed(self, ids: Iterable[int]) -> str:
         """Add ids and return the characters that they complete."""
+        if self._marks:
+            marks = self._marks
+            return "".join([marks.get(id_) or self._decode(self._bytes_of(id_), False) for id_ in ids])
         return self._decode(b"".join(map(self._bytes_of, ids)), False)
 
     def finish(self) -> str:
@@ -83,12 +107,27 @@ class StopStrings:
     """Finds the first stop string in a text that arrives in parts, holding back text that may still become one.
 
     If a part completes several stop strings, the one that begins first counts; among those, the shortest.
+
+    `marks`, by the spelling of the special tokens that they stand for, may be in the text. A stop string that spells
+    such tokens is found with the marks, too, and none is shown.
     """
 
-    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
-        self._stops = tuple(stops)
+    def __init__(self, stops: Sequence[str], include: bool = False, marks: Mapping[str, str] | None = None) -> None:
+        spelled = dict.fromkeys(stops)
+        self._whole = {stop: stop for stop in spelled}
+        """The stop strings as the client has them, by what is looked for."""
+        if marks:
+            longest_first = sorted(marks, key=len, reverse=True)
+            pattern = re.compile("|".join(map(re.escape, longest_first)))
+            self._whole |= {pattern.sub(lambda match: marks[match[0]], stop): stop for stop in spelled}
+        self._stops = tuple(self._whole)
+        self._hidden = dict.fromkeys(map(ord, (marks or {}).values()))
         self._include = include
         self._held = ""
+
+    def visible(self, text: str) -> str:
+        """Return the text without marks."""
+        return text.translate(self._hidden) if self._hidden else text
 
     def feed(self, text: str, armed: bool = True) -> tuple[str, bool]:
         """Add text. Returns the text that may be shown, and whether a stop string ends it. Unless `armed`, stop strings
@@ -99,22 +138,22 @@ class StopStrings:
         if armed:
             # Stop strings completed by earlier parts were ignored: a match must end in the new part.
             found = [
-                (at, len(stop))
+                (at, len(stop), stop)
                 for stop in self._stops
                 if (at := window.find(stop, max(0, len(self._held) - len(stop) + 1))) >= 0
             ]
             if found:
-                at, length = min(found)
+                at, _, stop = min(found)
                 self._held = ""
-                return window[: at + length if self._include else at], True
+                return self.visible(window[:at]) + (self._whole[stop] if self._include else ""), True
         shown = len(window) - max(_overlap(window, stop) for stop in self._stops)
         self._held = window[shown:]
-        return window[:shown], False
+        return self.visible(window[:shown]), False
 
     def finish(self) -> str:
         """Return what was held back, now that nothing follows."""
         held, self._held = self._held, ""
-        return held
+        return self.visible(held)
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -154,7 +193,8 @@ class AnswerText:
     """The text of one answer. It does not depend on the portions in which token ids arrive.
 
     `offset` is the number of characters before the answer (an echoed prompt). Stop strings are ignored up to
-    `min_tokens` tokens. `tokens` counts up to and including the token that completed a stop string.
+    `min_tokens` tokens. `tokens` counts up to and including the token that completed a stop string. `marks`: those of
+    the detokenizer, by the spelling of their tokens.
     """
 
     def __init__(
@@ -165,9 +205,10 @@ class AnswerText:
         include_stop: bool = False,
         min_tokens: int = 0,
         offset: int = 0,
+        marks: Mapping[str, str] | None = None,
     ) -> None:
         self._detokenizer = detokenizer
-        self._stops = StopStrings(stops, include_stop)
+        self._stops = StopStrings(stops, include_stop, marks)
         self._plain = not stops
         self._min_tokens = min_tokens
         self._decoded = offset
@@ -210,7 +251,7 @@ class AnswerText:
         return Piece(text, self._ripe(all_of_them=last and not self.stopped))
 
     def _add(self, text: str) -> str:
-        self._decoded += len(text)
+        self._decoded += len(self._stops.visible(text))
         shown, self.stopped = self._stops.feed(text, armed=self.tokens > self._min_tokens)
         return shown
 

@@ -60,9 +60,25 @@ class Tokenizer:
         valid Unicode.
         """
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (UnicodeEncodeError, TypeError):  # a lone surrogate, which JSON can spell
             raise ParameterError("prompt", "the prompt is not valid Unicode text (it has a lone surrogate)") from None
+        # A text that begins with the begin-of-text token itself has it once.
+        doubled = add_special_tokens and len(ids) > 1 and ids[0] == ids[1] == self.bos_token_id
+        return ids[1:] if doubled else ids
+
+    @property
+    def document_start(self) -> tuple[int, ...]:
+        """The token that begins a document, for an empty prompt: GPT-2's <|endoftext|> where there is one, as it
+        separates documents in training, else the begin-of-text token, else one that ends a text; empty without any."""
+        separator = [id_ for id_ in sorted(self.special_ids) if self._added[id_] == "<|endoftext|>"]
+        begin = [] if self.bos_token_id is None else [self.bos_token_id]
+        return tuple([*separator, *begin, *sorted(self.eos_token_ids)][:1])
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """The tokens with a role, by the names of tokenizer_config.json: bos_token, eos_token, ..."""
+        return {name: str(token) for name, token in self._inner.special_tokens_map.items() if isinstance(token, str)}
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`. Invalid UTF-8 becomes U+FFFD; ids without a token are left out."""

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
 from fastapi import Request
+from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
 from pilotfish.engine.request import EngineInfo, check_request, fan_out
@@ -34,6 +35,7 @@ from pilotfish.server.protocol.usage import Timings, Usage
 from pilotfish.server.service import Service, check_length
 from pilotfish.server.tenants import prefix_salt
 from pilotfish.text.detokenizer import AnswerText, Detokenizer, Piece, Vocabulary
+from pilotfish.text.offsets import token_offsets
 
 MAX_SEQUENCES = 4096
 """Answers that one request may ask for, prompts times n."""
@@ -63,6 +65,11 @@ class Reply(Generic[Body]):
 
     def timings(self) -> Timings:
         return timings_of(self.answers)
+
+    @property
+    def service_tier(self) -> str | UnsetType:
+        """OpenAI's service_tier of the answer, if the request has one: there is a single tier."""
+        return UNSET if getattr(self.body, "service_tier", None) is None else "default"
 
 
 class Endpoint(ABC, Generic[Body]):
@@ -141,6 +148,8 @@ async def _ask(
 ) -> EngineRequest:
     """Make and check the engine's request for one prompt, which the client sent as `param`."""
     ids = await service.encode(prompt, param, spec.add_special_tokens) if isinstance(prompt, str) else tuple(prompt)
+    if prompt == "" and not ids:
+        ids = service.tokenizer.document_start
     check_length(param, len(ids), info)
     asked = EngineRequest(
         id=name,
@@ -163,15 +172,22 @@ def _text(
     A prompt of ids may end within a character, which the answer then completes. A prompt of text is echoed as it was
     sent, however it was tokenized.
     """
-    detokenizer = Detokenizer(vocabulary, spec.skip_special_tokens)
+    marks = vocabulary.marks(spec.stop) if spec.skip_special_tokens else {}
+    detokenizer = Detokenizer(vocabulary, spec.skip_special_tokens, marks)
     echo, offsets = "", list[int]()
     if spec.echo:
-        own = Detokenizer(vocabulary, spec.skip_special_tokens) if isinstance(prompt, str) else detokenizer
-        parts = [own.feed((id_,)) for id_ in asked.prompt_ids]
-        offsets = list(accumulate(map(len, parts[:-1]), initial=0))
-        echo = prompt if isinstance(prompt, str) else "".join(parts)
+        if isinstance(prompt, str):
+            echo, offsets = prompt, token_offsets(prompt, asked.prompt_ids, vocabulary)
+        else:
+            parts = [detokenizer.feed((id_,)) for id_ in asked.prompt_ids]
+            echo, offsets = "".join(parts), list(accumulate(map(len, parts[:-1]), initial=0))
     text = AnswerText(
-        detokenizer, spec.stop, include_stop=spec.include_stop, min_tokens=asked.params.min_tokens, offset=len(echo)
+        detokenizer,
+        spec.stop,
+        include_stop=spec.include_stop,
+        min_tokens=asked.params.min_tokens,
+        offset=len(echo),
+        marks={vocabulary.bytes_of(id_).decode("utf-8", "replace"): mark for id_, mark in marks.items()},
     )
     return text, echo, offsets
 

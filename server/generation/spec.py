@@ -25,7 +25,7 @@ class GenerationSpec:
     params: SamplingParams
     """The parameters as sent: not checked yet, and without max_tokens."""
     max_tokens: int | None = None
-    """None: as many as fit into the context after the prompt."""
+    """None, or -1 as llama.cpp's clients have it: as many as fit into the context after the prompt."""
     max_tokens_param: str = "max_tokens"
     """The client's name for max_tokens."""
     stream: bool = False
@@ -118,7 +118,7 @@ def fit(spec: GenerationSpec, prompt_tokens: int, info: EngineInfo) -> SamplingP
     # A larger top_k has the same effect, but may not fit into a message to the engine.
     params = replace(
         spec.params,
-        max_tokens=room if spec.max_tokens is None else spec.max_tokens,
+        max_tokens=room if spec.max_tokens in (None, -1) else spec.max_tokens,
         top_k=min(spec.params.top_k, info.vocab_size),
     )
     try:

@@ -17,7 +17,9 @@ MAX_BEST_OF = 128
 
 
 def _prompts(value: Any) -> list[Prompt]:
-    """Return a list of prompts for any of the four forms."""
+    """Return a list of prompts for any of the four forms; null is the beginning of a document, as ""."""
+    if value is None:
+        return [""]
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
@@ -31,7 +33,7 @@ def _prompts(value: Any) -> list[Prompt]:
 
 
 Prompts = Annotated[
-    list[Prompt], PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
+    list[Prompt], PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]] | None)
 ]
 
 

@@ -36,5 +36,19 @@ class Tokenized(msgspec.Struct):
     """The tokens as text, with return_token_strs."""
 
 
+class TokenizerInfo(msgspec.Struct):
+    """The parts of tokenizer_config.json that evaluation tools ask for, as vLLM has them."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
+    model_max_length: int
+    vocab_size: int
+    """One more than the highest token id."""
+
+
 class Detokenized(msgspec.Struct):
     prompt: str

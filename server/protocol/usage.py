@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 
 class PromptTokensDetails(msgspec.Struct):
@@ -57,7 +58,12 @@ class Timings(msgspec.Struct):
     """Prompt tokens found in the prefix cache."""
 
 
-class Response(msgspec.Struct):
+class Tiered(msgspec.Struct, kw_only=True):
+    service_tier: str | UnsetType = UNSET
+    """Only if the request has one."""
+
+
+class Response(Tiered):
     """The fields that OpenAI's whole responses and their chunks begin with."""
 
     id: str

@@ -59,7 +59,8 @@ class Chat(Endpoint[ChatRequest]):
             ChatChoice(i, ChatMessage(content=piece.text), logprobs_of(reply, piece), piece.finish_reason)
             for i, piece in enumerate(pieces)
         ]
-        return ChatCompletion(*reply.head("chat.completion"), choices, reply.usage(), reply.timings())
+        head = reply.head("chat.completion")
+        return ChatCompletion(*head, choices, reply.usage(), reply.timings(), service_tier=reply.service_tier)
 
     def chunks(self, reply: Reply[ChatRequest]) -> ChatChunks:
         return ChatChunks(reply, ChatChunk, "chat.completion.chunk")

@@ -65,7 +65,8 @@ class Completions(Endpoint[CompletionRequest]):
                 own.sort(key=lambda one: one[0].mean_logprob, reverse=True)
             kept += [piece for _, piece in own[:shown]]
         choices = [_choice(reply, i, piece) for i, piece in enumerate(kept)]
-        return Completion(*reply.head("text_completion"), choices, reply.usage(), reply.timings())
+        head = reply.head("text_completion")
+        return Completion(*head, choices, reply.usage(), reply.timings(), service_tier=reply.service_tier)
 
     def chunks(self, reply: Reply[CompletionRequest]) -> CompletionChunks:
         return CompletionChunks(reply, CompletionChunk, "text_completion")

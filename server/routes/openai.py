@@ -24,6 +24,7 @@ class OpenAIChunks(Generic[Body, Chunk]):
         self.reply = reply
         self._make: Callable[..., Chunk] = chunk_type
         self._head = reply.head(object_)
+        self._tier = reply.service_tier
         self._final_usage = reply.body.include_usage
         self._continuous = reply.body.continuous_usage
         self._usage = None if self._final_usage else UNSET
@@ -38,10 +39,10 @@ class OpenAIChunks(Generic[Body, Chunk]):
         if choice.finish_reason is not None:
             self._unfinished -= 1
             if not self._unfinished and not self._final_usage:
-                return self._make(*self._head, (choice,), usage, self.reply.timings())
-        return self._make(*self._head, (choice,), usage)
+                return self._make(*self._head, (choice,), usage, self.reply.timings(), service_tier=self._tier)
+        return self._make(*self._head, (choice,), usage, service_tier=self._tier)
 
     def end(self) -> Sequence[Chunk]:
         if self._final_usage:
-            return [self._make(*self._head, (), self.reply.usage(), self.reply.timings())]
+            return [self._make(*self._head, (), self.reply.usage(), self.reply.timings(), service_tier=self._tier)]
         return ()

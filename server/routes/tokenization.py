@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from pilotfish.errors import shown
 from pilotfish.server.encoding import json_response, returns
 from pilotfish.server.errors import bad_parameter
 from pilotfish.server.generation.facts import facts_of
-from pilotfish.server.protocol.tokenization import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from pilotfish.server.protocol.tokenization import (
+    Detokenized,
+    DetokenizeRequest,
+    Tokenized,
+    TokenizeRequest,
+    TokenizerInfo,
+)
 from pilotfish.server.protocol.unknown import unknown_fields
 from pilotfish.server.service import ServiceDependency
 
@@ -35,6 +41,25 @@ async def tokenize(body: TokenizeRequest, request: Request, service: ServiceDepe
         ids = await service.encode(body.prompt, "prompt", body.add_special_tokens is not False)
     strings = [service.tokenizer.token(id_) for id_ in ids] if body.return_token_strs else None
     return json_response(Tokenized(len(ids), info.max_model_len, list(ids), strings))
+
+
+@router.get("/tokenizer_info", **returns(TokenizerInfo))
+async def tokenizer_info(service: ServiceDependency) -> Response:
+    """Return the special tokens and the chat template of the model's tokenizer."""
+    info, tokenizer = service.ready(), service.tokenizer
+    named = tokenizer.named_tokens
+    return json_response(
+        TokenizerInfo(
+            tokenizer_class="PreTrainedTokenizerFast",
+            bos_token=named.get("bos_token"),
+            eos_token=named.get("eos_token"),
+            pad_token=named.get("pad_token"),
+            unk_token=named.get("unk_token"),
+            chat_template=tokenizer.chat_template,
+            model_max_length=info.max_model_len,
+            vocab_size=tokenizer.vocab_size,
+        )
+    )
 
 
 @router.post("/detokenize", **returns(Detokenized))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from pilotfish.checkpoints.catalog import ModelFiles
@@ -404,3 +405,69 @@ async def test_sampling_parameters_of_other_servers_reach_the_engine(serving: An
         for fields in wrong:
             error = (await served.complete(**fields)).json()["error"]
             assert error["param"] == next(iter(fields))
+
+
+async def test_echoed_special_tokens_have_their_length_in_text_offsets(serving: Any) -> None:
+    async with serving(
+        lambda request: [
+            msgspec.structs.replace(delta, prompt_logprobs=(None,) * len(request.prompt_ids))
+            for delta in say(request, [5])
+        ]
+    ) as served:
+        prompt = "<|im_start|>user\nhi<|im_end|>\n"
+        choice = (await served.complete(prompt=prompt, max_tokens=0, echo=True, logprobs=0)).json()["choices"][0]
+        assert choice["text"] == prompt
+        offsets, tokens = choice["logprobs"]["text_offset"], choice["logprobs"]["tokens"]
+        assert all(prompt.startswith(token, at) for token, at in zip(tokens, offsets, strict=True))
+        assert tokens[0] == "<|im_start|>"
+
+
+@pytest.mark.parametrize("prompt", [None, "", [""]])
+async def test_an_empty_prompt_is_the_beginning_of_a_document(serving: Any, tokenizer: Tokenizer, prompt: Any) -> None:
+    async with serving() as served:
+        response = await served.complete(prompt=prompt, echo=True)
+        assert response.status_code == 200, response.text
+        assert served.engine.requests[0].prompt_ids == (0,)
+        assert tokenizer.token(0) == "<|endoftext|>"
+        assert response.json()["choices"][0]["text"] == ""
+
+
+async def test_a_special_token_may_be_a_stop_string(serving: Any, tokenizer: Tokenizer) -> None:
+    word = tokenizer.encode("light", add_special_tokens=False)
+    async with serving(lambda request: say(request, [*word, 1], [*word, 1])) as served:
+        for stop, text, tokens in (
+            ("<|im_start|>", "light", len(word) + 1),
+            ("<|im_end|>", "lightlight", 2 * len(word) + 2),
+        ):
+            body = (await served.complete(stop=stop, max_tokens=50)).json()
+            assert body["choices"][0]["text"] == text
+            assert body["usage"]["completion_tokens"] == tokens
+        body = (await served.complete(stop="t<|im_start|>", max_tokens=50, include_stop_str_in_output=True)).json()
+        assert (body["choices"][0]["text"], body["choices"][0]["finish_reason"]) == ("light<|im_start|>", "stop")
+
+
+async def test_max_tokens_of_minus_one_is_what_the_context_has_room_for(serving: Any) -> None:
+    async with serving() as served:
+        await served.complete(max_tokens=-1)
+        await served.chat(max_completion_tokens=-1)
+        for request in served.engine.requests:
+            assert request.params.max_tokens == INFO.max_model_len - len(request.prompt_ids)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_service_tier_is_answered_if_it_is_asked_for(serving: Any, stream: bool) -> None:
+    async with serving() as served:
+        for tier, wanted in ((None, None), ("auto", "default"), ("flex", "default")):
+            for ask in (served.chat, served.complete):
+                response = await ask(stream=stream, service_tier=tier)
+                for body in events(response) if stream else [response.json()]:
+                    assert body.get("service_tier") == wanted
+                    assert ("service_tier" in body) == (wanted is not None)
+
+
+async def test_tokenizer_info_names_the_special_tokens(serving: Any, tokenizer: Tokenizer) -> None:
+    async with serving() as served:
+        info = (await served.http.get("/tokenizer_info")).json()
+        assert (info["bos_token"], info["eos_token"], info["pad_token"]) == ("<|im_start|>", "<|im_end|>", None)
+        assert info["chat_template"] == tokenizer.chat_template
+        assert info["model_max_length"] == INFO.max_model_len

@@ -31,6 +31,8 @@ class Alphabet:
 
 
 VOCABULARY = Vocabulary(Alphabet())
+SPECIAL = "<s>"
+SPELLED = st.lists(st.sampled_from(["a", "b", SPECIAL]), min_size=1, max_size=3).map("".join)
 IDS = st.lists(st.integers(0, len(Alphabet.spelled) - 1), max_size=30)
 STOPS = st.lists(st.text("abé\ufffd", min_size=1, max_size=5), min_size=1, max_size=4)
 
@@ -152,3 +154,44 @@ def test_a_stop_token_counts_but_is_no_text(logprobs: list[TokenLogprobs] | None
     piece = answer.feed([0, 1, 9], logprobs, last=True, stop_token=True)
     assert (piece.text, answer.tokens, answer.stopped) == ("ab", 3, False)
     assert [entry.token_id for entry in piece.entries] == ([] if logprobs is None else [0, 1])
+
+
+@given(
+    ids=IDS,
+    stops=st.lists(
+        st.lists(st.sampled_from(["a", "b", SPECIAL]), min_size=1, max_size=3).map("".join), min_size=1, max_size=3
+    ),
+    include=st.booleans(),
+    data=st.data(),
+)
+def test_a_stop_string_may_spell_special_tokens_that_are_left_out(
+    ids: list[int], stops: list[str], include: bool, data: st.DataObject
+) -> None:
+    """The text with special tokens in it is searched, token by token; shown is what is before, without them."""
+    marks = VOCABULARY.marks(stops)
+    detokenizer = Detokenizer(VOCABULARY, marks=marks)
+    text = AnswerText(
+        detokenizer, stops, include_stop=include, marks=dict(zip([SPECIAL], marks.values(), strict=False))
+    )
+    shown = ""
+    for portion, last in portions(ids, lambda i: data.draw(st.booleans())):
+        shown += text.feed(portion, last=last).text
+        if text.stopped:
+            break
+    plain, whole, wanted = Detokenizer(VOCABULARY), "", None
+    pieces = [SPECIAL if id_ == 9 and any(SPECIAL in stop for stop in stops) else plain.feed((id_,)) for id_ in ids]
+    pieces.append(plain.finish())
+    for piece in pieces:
+        whole += piece
+        ends = [(whole.find(stop), len(stop), stop) for stop in stops if stop in whole]
+        if ends:
+            at, _, stop = min(ends)
+            wanted = whole[:at].replace(SPECIAL, "") + (stop if include else "")
+            break
+    assert text.stopped == (wanted is not None)
+    assert shown == (whole.replace(SPECIAL, "") if wanted is None else wanted)
+
+
+def test_only_special_tokens_that_stop_strings_spell_are_marked() -> None:
+    assert VOCABULARY.marks(["a", "s>"]) == {}
+    assert list(VOCABULARY.marks(["x<s>y"])) == [9]
