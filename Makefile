@@ -1,6 +1,7 @@
 # make serve   set up on first use, then serve the default model   (make serve ARGS="--model ... --port ...")
 # make test    set up on first use, then run the tests             (make test ARGS="-k scheduler")
 # make test-fast  the tests that start no process, need no download and are quick: within a minute
+# make test-fuzz  ten thousand requests with any values, of which none may give a 500
 # make check   linter, formatter, type checker, imports between rooms, and the docs site in strict mode
 # make docs    build the docs site into site/
 
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 # The kernels are compiled on installation: they are part of what makes an installation stale.
 SOURCES := pyproject.toml setup.py $(wildcard engine/kernels/*.[ch])
 
-.PHONY: serve test test-fast check format docs clean
+.PHONY: serve test test-fast test-fuzz check format docs clean
 
 serve: $(VENV)/.installed
 	@$(BIN)/pilotfish serve $(ARGS)
@@ -20,6 +21,9 @@ test: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest --numprocesses auto --dist loadgroup -m "not process and not slow and not real_model and not docker" $(ARGS)
+
+test-fuzz: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest tests/server/test_fuzz.py -m fuzz $(ARGS)
 
 check: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

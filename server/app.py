@@ -16,7 +16,7 @@ from pilotfish.server.auth import Authentication
 from pilotfish.server.browsers import CrossOrigin, HeadAsGet
 from pilotfish.server.compression import Decompress
 from pilotfish.server.config import NO_ORIGINS, ServerConfig
-from pilotfish.server.encoding import describe, returns
+from pilotfish.server.encoding import ErrorBody, describe, returns
 from pilotfish.server.generation.flow import Endpoint, generate
 from pilotfish.server.metrics import Metrics
 from pilotfish.server.middleware import BodyLimit, RequestContext, install_handlers
@@ -58,10 +58,8 @@ def create_app(
         add_endpoint(app, endpoint)
     for router in routers:
         app.include_router(router)
-    describe(
-        app,
-        [*(endpoint.response_type for endpoint in endpoints), Model, ModelList, Tokenized, Detokenized, TokenizerInfo],
-    )
+    own = [type_ for endpoint in endpoints for type_ in (endpoint.response_type, endpoint.error_type)]
+    describe(app, [*own, Model, ModelList, Tokenized, Detokenized, TokenizerInfo, ErrorBody, health.Status])
     install_handlers(app)
     # The last added is the outermost.
     app.add_middleware(Decompress, limit=config.max_body_bytes)
@@ -85,4 +83,6 @@ def add_endpoint(app: FastAPI, endpoint: Endpoint[Any]) -> None:
 
     create.__name__ = endpoint.name
     create.__annotations__["body"] = endpoint.request_type
-    app.add_api_route(endpoint.path, create, methods=["POST"], **returns(endpoint.response_type))
+    app.add_api_route(
+        endpoint.path, create, methods=["POST"], **returns(endpoint.response_type, endpoint.error_type, streams=True)
+    )

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from pilotfish.errors import EngineDeadError, EngineNotReadyError, ParameterError, shown
-from pilotfish.server.encoding import json_response
+from pilotfish.server.encoding import ErrorBody, ErrorFields, json_response
 
 logger = logging.getLogger(__name__)
 
@@ -25,19 +25,6 @@ SERVER_ERROR = "server_error"
 
 LONGEST_MESSAGE = 1000
 LONGEST_PARAM = 200
-
-
-class ErrorFields(msgspec.Struct):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(msgspec.Struct):
-    """An error in OpenAI's form."""
-
-    error: ErrorFields
 
 
 class ApiError(Exception):

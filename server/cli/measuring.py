@@ -30,6 +30,7 @@ def add_measuring_flags(
     parser.add_argument(
         "--prompts",
         nargs="+",
+        action="extend",
         default=[],
         metavar="FILE",
         help='JSON lines with "prompt", or "turns" whose first is taken (default: prompts that come with Pilotfish)',

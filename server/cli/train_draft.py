@@ -34,6 +34,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         nargs="+",
+        action="extend",
         default=[],
         metavar="FILE",
         help='JSON lines with your own prompts ("prompt", or "turns" whose first is taken), which the target answers',

@@ -21,7 +21,7 @@ from starlette.responses import Response
 
 from pilotfish.engine.request import EngineInfo, check_request, fan_out
 from pilotfish.engine.request import Request as EngineRequest
-from pilotfish.server.encoding import json_response
+from pilotfish.server.encoding import ErrorBody, json_response
 from pilotfish.server.errors import ErrorForm, bad_parameter, openai_error
 from pilotfish.server.generation.answer import Answer
 from pilotfish.server.generation.events import DONE, Chunks, ClientGoneError, EventStream, until_disconnect
@@ -86,6 +86,8 @@ class Endpoint(ABC, Generic[Body]):
     """The name of the prompt's field, for errors."""
     end_of_stream: ClassVar[bytes] = DONE
     error_form: ErrorForm = staticmethod(openai_error)
+    error_type: ClassVar[type[msgspec.Struct]] = ErrorBody
+    """What `error_form` returns."""
 
     @abstractmethod
     def spec(self, body: Body) -> GenerationSpec:

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import msgspec
 from fastapi import APIRouter
+from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
 from pilotfish import __version__
-from pilotfish.server.encoding import json_response
+from pilotfish.server.encoding import described, json_response
 from pilotfish.server.errors import ApiError
 from pilotfish.server.service import ServiceDependency
 
 router = APIRouter()
 
 
-@router.get("/health")
+class Status(msgspec.Struct):
+    status: str
+    """A word, such as "alive", "ready", "model_loading" or "dead"."""
+    reason: str | UnsetType = UNSET
+    """Only if the status of HTTP is 503."""
+
+
+_ANSWERS: dict[str, Any] = {
+    "response_model": None,
+    "responses": {200: described("It is.", Status), 503: described("It is not.", Status)},
+}
+
+
+@router.get("/health", **_ANSWERS)
 async def health(service: ServiceDependency) -> Response:
     """Return 200 while the engine loads or runs; 503 once it is dead and the server must be restarted."""
     if service.engine.state == "dead":
@@ -23,7 +39,7 @@ async def health(service: ServiceDependency) -> Response:
     return _status(200, "alive")
 
 
-@router.get("/ready")
+@router.get("/ready", **_ANSWERS)
 async def ready(service: ServiceDependency) -> Response:
     """Return 200 while requests are accepted and the engine makes steps."""
     try:
@@ -41,4 +57,4 @@ async def version() -> dict[str, str]:
 
 
 def _status(status: int, word: str, reason: str | None = None, headers: Mapping[str, str] | None = None) -> Response:
-    return json_response({"status": word} if reason is None else {"status": word, "reason": reason}, status, headers)
+    return json_response(Status(word, UNSET if reason is None else reason), status, headers)

@@ -11,7 +11,7 @@ from pilotfish.server.service import ServiceDependency
 router = APIRouter()
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_model=None, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(service: ServiceDependency) -> Response:
     if service.engine.state == "dead":
         service.metrics.engine_gone()

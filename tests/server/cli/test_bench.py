@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pilotfish.engine.llm import LLM
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import Request
 from pilotfish.errors import ConfigError
+from pilotfish.server.cli import bench, train_draft
 from pilotfish.server.cli import main as cli
 from pilotfish.server.cli.bench_plot import plot
 from pilotfish.server.cli.prompts import BUILT_IN, read_suites
@@ -264,3 +266,13 @@ def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ConfigError, match="there are no prompts in"):
         read_suites([str(tmp_path / "empty.jsonl")], 5)
+
+
+@pytest.mark.parametrize("flag", ["--prompts", "--data"])
+def test_files_of_a_repeated_flag_add_up(flag: str) -> None:
+    command = bench if flag == "--prompts" else train_draft
+    parser = command.COMMAND.add_to(argparse.ArgumentParser().add_subparsers())
+    needed = ["--out", "out"] + (["--target", "m"] if flag == "--data" else [])
+    for _ in range(2):  # the default is not shared
+        options = vars(parser.parse_args([*needed, flag, "a", flag, "b", "c"]))
+        assert options[flag.strip("-")] == ["a", "b", "c"]
