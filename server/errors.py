@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -80,18 +81,23 @@ def model_not_found(name: str, served: tuple[str, ...]) -> ApiError:
     )
 
 
+def _spread(seconds: float) -> float:
+    """Return a time up to half as long again, at random, so that clients do not all come back at once."""
+    return seconds * (1 + random.random() / 2)
+
+
 def loading() -> ApiError:
     return ApiError(
         503,
         "The model is still loading: try again shortly, or wait until /ready returns 200.",
         type=SERVER_ERROR,
         code="model_loading",
-        retry_after=2,
+        retry_after=_spread(2),
     )
 
 
 def stopping(message: str = "The server is stopping.") -> ApiError:
-    return ApiError(503, message, type=SERVER_ERROR, code="server_stopping", retry_after=10)
+    return ApiError(503, message, type=SERVER_ERROR, code="server_stopping", retry_after=_spread(10))
 
 
 def cut_short() -> ApiError:
