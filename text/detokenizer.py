@@ -41,6 +41,8 @@ class Vocabulary:
 
     def __init__(self, tokenizer: TokenBytes) -> None:
         special = self._special = tokenizer.special_ids
+        spellings = [(id_, tokenizer.token_bytes(id_).decode("utf-8", "replace")) for id_ in sorted(special)]
+        self._spellings = [(id_, spelling) for id_, spelling in spellings if spelling]
         self.bytes_of: Callable[[int], bytes] = cache(tokenizer.token_bytes)
         """Returns the bytes of a token, including special tokens."""
         self.text_bytes_of: Callable[[int], bytes] = cache(
@@ -56,8 +58,8 @@ class Vocabulary:
         which special tokens are left out. See `StopStrings`."""
         if not stops:
             return {}
-        spelled = [(id_, self.bytes_of(id_).decode("utf-8", "replace")) for id_ in sorted(self._special)]
-        found = [id_ for id_, spelling in spelled if spelling and any(spelling in stop for stop in stops)]
+        together = "\0".join(stops)
+        found = [id_ for id_, spelling in self._spellings if spelling in together]
         return {id_: chr(_FIRST_MARK + i) for i, id_ in enumerate(found[:_MOST_MARKS])}
 
 

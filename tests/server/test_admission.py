@@ -58,6 +58,12 @@ def test_clients_that_are_refused_together_do_not_come_back_together() -> None:
     assert len({round(wait, 2) for wait in waits}) > 25
 
 
+def test_two_clients_in_the_same_place_wait_differently_long() -> None:
+    waits = {round(simulate(3, 2, 3.0, 0, seed)[1][0], 3) for seed in range(10)}
+    assert len(waits) > 5
+    assert max(waits) / min(waits) > 1.2
+
+
 async def test_a_request_with_more_answers_than_room_is_served_in_turns() -> None:
     running, most = 0, 0
     served = ScriptedApp(lambda request: say(request, [5], [6]), ServerConfig(max_queue=1))

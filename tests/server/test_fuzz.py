@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -160,35 +161,68 @@ def conforms() -> Callable[[str, str, httpx.Response], None]:
     return check
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=[pytest.mark.fuzz, pytest.mark.slow])])
-def test_any_request_is_answered_or_refused(
-    server: RunningServer, conforms: Callable[[str, str, httpx.Response], None], count: int
-) -> None:
-    statuses: dict[int, int] = {}
-    known = {"model": MODEL, "prompt": "The sea", "temperature": 0, "max_tokens": 8}
-    before = server.http.post("/v1/completions", json=known).json()["choices"]
+Send = Callable[[str, bytes], int]
 
-    @settings(
-        max_examples=count, database=None, derandomize=count < 1000, suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(extreme() | documented())
-    def send(request: tuple[str, bytes]) -> None:
-        path, body = request
+
+@pytest.fixture(scope="module")
+def send(server: RunningServer, conforms: Callable[[str, str, httpx.Response], None]) -> Send:
+    """Sends a request, checks the response, and returns its status."""
+
+    def one(path: str, body: bytes) -> int:
         response = server.http.post(path, content=body, headers={"content-type": "application/json"})
-        statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
-        assert response.status_code in (200, 400, 404), (response.status_code, response.text[:300])
+        assert response.status_code in (200, 400, 404), (response.status_code, path, body[:300], response.text[:300])
         if response.status_code == 400:
             assert len(response.json()["error"]["message"]) <= 1000
         assert '"internal_error"' not in response.text
         assert '"engine_error"' not in response.text
         conforms("post", path, response)
+        return response.status_code
 
-    send()
+    return one
+
+
+def still_serves(server: RunningServer, answer: Any = None) -> Any:
+    """Return a known request's answer, once nothing else is running."""
+    known = {"model": MODEL, "prompt": "The sea", "temperature": 0, "max_tokens": 8}
+    found = server.http.post("/v1/completions", json=known).json()["choices"]
+    assert answer in (None, found)
+    assert server.metric("pilotfish_sequences_running") == server.metric("pilotfish_sequences_waiting") == 0
+    return found
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(6_000, marks=[pytest.mark.fuzz, pytest.mark.slow])])
+def test_any_request_is_answered_or_refused(server: RunningServer, send: Send, count: int) -> None:
+    statuses: Counter[int] = Counter()
+    answer = still_serves(server)
+
+    @settings(
+        max_examples=count, database=None, derandomize=count < 1000, suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(extreme() | documented())
+    def ask(request: tuple[str, bytes]) -> None:
+        statuses[send(*request)] += 1
+
+    ask()
     print(f"answers by status: {statuses}")
     assert statuses[200] > count / 50
     assert statuses[400] > count / 10
-    assert server.http.post("/v1/completions", json=known).json()["choices"] == before
-    assert server.metric("pilotfish_sequences_running") == server.metric("pilotfish_sequences_waiting") == 0
+    still_serves(server, answer)
+
+
+@pytest.mark.fuzz
+@pytest.mark.slow
+def test_every_field_with_every_extreme(server: RunningServer, send: Send) -> None:
+    statuses: Counter[int] = Counter()
+    answer = still_serves(server)
+    for path in POSTS:
+        for name in (*fields_of(path), "frobnicate"):
+            for value in (*EXTREMES, *(f"[{each}]" for each in EXTREMES[:20])):
+                body = {key: json.dumps(own) for key, own in BASE.get(path, {}).items()} | {name: value}
+                members = ", ".join(f"{json.dumps(key)}: {own}" for key, own in body.items())
+                statuses[send(path, f"{{{members}}}".encode())] += 1
+    print(f"answers by status: {statuses}")
+    assert statuses.total() > 4_000
+    still_serves(server, answer)
 
 
 def test_what_is_read_is_as_documented(server: RunningServer, conforms: Any) -> None:

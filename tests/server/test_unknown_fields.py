@@ -98,6 +98,13 @@ def test_no_name_of_another_server_is_taken_for_a_misspelling(type_: type[ApiMod
         assert unknown_fields(body, strict=False) == (name,)
 
 
+@pytest.mark.parametrize("type_", TYPES)
+def test_other_names_are_taken_for_themselves(type_: type[ApiModel]) -> None:
+    names = ["conversation_id", "frequency", "language", "session", "tags", "thread_id", "title", "trace_id", "user_id"]
+    fields: dict[str, Any] = {**dict.fromkeys(type_.model_fields), **dict.fromkeys(names, 1)}
+    assert unknown_fields(type_.model_construct(None, **fields), strict=False) == tuple(names)
+
+
 @pytest.mark.parametrize("name", sorted(FOREIGN.keys() - CompletionRequest.model_fields.keys()))
 def test_what_would_alter_the_text_is_refused_unless_it_asks_for_nothing(name: str) -> None:
     foreign = FOREIGN[name]
