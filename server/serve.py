@@ -25,6 +25,7 @@ from pilotfish.server.admission import Gate
 from pilotfish.server.app import create_app
 from pilotfish.server.config import ServerConfig
 from pilotfish.server.console import Console
+from pilotfish.server.http_protocol import NoUpgradeProtocol
 from pilotfish.server.metrics import Metrics
 from pilotfish.server.telemetry.tracing import Tracing, open_tracing
 from pilotfish.text.tokenizer import Tokenizer, load_tokenizer
@@ -133,6 +134,7 @@ class _Run:
             app,
             log_config=None,
             access_log=False,  # server.telemetry.request_log logs more
+            http=NoUpgradeProtocol,
             ws="none",
             lifespan="on",
             server_header=False,
