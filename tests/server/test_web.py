@@ -123,7 +123,11 @@ async def test_a_small_body_that_becomes_a_large_one_is_refused() -> None:
     assert exact.status_code == 200, exact.text
 
 
-@pytest.mark.parametrize("content", [BODY, gzip.compress(BODY)[:-1], gzip.compress(BODY) + b"x", b""])
+@pytest.mark.parametrize(
+    "content",
+    [BODY, gzip.compress(BODY)[:-1], gzip.compress(BODY) + b"x", b""],
+    ids=["plain", "cut short", "with more behind it", "empty"],  # gzip writes the time: contents differ by process
+)
 async def test_a_body_that_is_not_compressed_as_it_says_is_400(content: bytes) -> None:
     response = await post(served(), content, content_encoding="gzip")
     assert response.status_code == 400
