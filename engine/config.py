@@ -20,7 +20,7 @@ Verification = Literal["coupled", "rejection"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 KernelsName = Literal["auto", "native", "torch"]
-AttentionName = Literal["auto", "flash4", "flash2", "native", "torch"]
+AttentionName = Literal["auto", "flash4", "flash2", "triton", "native", "torch"]
 QuantizationName = Literal["auto", "none", "fp8"]
 CacheDType = Literal["auto", "fp8"]
 LoadFormat = Literal["auto", "dummy"]
@@ -52,8 +52,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Kernels to use. native: Pilotfish's own CPU kernels, which are batch-invariant; torch: torch's operators; auto:
     native where they can be used."""
     attention_backend: AttentionName = "auto"
-    """Attention kernels to use. flash4, flash2: flash-attn's; native, torch: as for `kernels`; auto: the best ones that
-    this machine has."""
+    """Attention kernels to use. flash4, flash2: flash-attn's; triton: Pilotfish's own on a GPU; native, torch: as for
+    `kernels`; auto: the best ones that this machine has."""
     quantization: QuantizationName = "auto"
     """Quantization of the layer weights. fp8: quantized at load time, unless the checkpoint is already; none: never;
     auto: as the checkpoint has them where the GPU computes in fp8, otherwise in `dtype`."""

@@ -19,7 +19,7 @@ from pilotfish.tools.selftest.precision import Worst
 from pilotfish.tools.selftest.reference import ReferenceAttention
 from pilotfish.tools.selftest.subject import Subject, short_name
 
-BACKENDS = ("flash4", "flash2", "native", "torch")
+BACKENDS = ("flash4", "flash2", "triton", "native", "torch")
 BOUNDS = {torch.float32: 64.0, torch.float16: 6.0, torch.bfloat16: 6.0}
 WHY = (
     "an answer is a mean of values of about 1, whose weights a kernel rounds to the model's dtype: 6 steps of that "

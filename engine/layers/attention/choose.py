@@ -36,7 +36,8 @@ class AttentionNeeds:
 
 
 def choose_attention(name: str, needs: AttentionNeeds, kernels: NativeKernels | None) -> AttentionBackend:
-    """The backend called `name`. "auto" takes the best available: flash4, flash2, torch on a GPU, else native, torch.
+    """The backend called `name`. "auto" takes the best available: flash4, flash2, triton, torch on a GPU, else native,
+    torch.
 
     kernels: the native ones if the model computes with them; native attention shares their threads. Raises ConfigError
     with the reason if the named backend cannot be used.
@@ -47,7 +48,7 @@ def choose_attention(name: str, needs: AttentionNeeds, kernels: NativeKernels | 
             raise ConfigError(f"attention_backend is {name!r}, but {found}")
         return found
     # Native attention goes with native kernels, unless it is asked for by name.
-    suited = ("flash4", "flash2") if needs.capability else ("native",) if kernels else ()
+    suited = ("flash4", "flash2", "triton") if needs.capability else ("native",) if kernels else ()
     for candidate in suited:
         found = _try(candidate, needs, kernels)
         if not isinstance(found, str):
@@ -60,7 +61,12 @@ def choose_attention(name: str, needs: AttentionNeeds, kernels: NativeKernels | 
 
 def why_not(name: str, needs: AttentionNeeds) -> str | None:
     """Why the backend `name` cannot be used by its rules, or None. Whether its package is installed is not checked."""
-    rules = {"flash4": _why_not_flash4, "flash2": _why_not_flash2, "native": _why_not_native}
+    rules = {
+        "flash4": _why_not_flash4,
+        "flash2": _why_not_flash2,
+        "triton": _why_not_triton,
+        "native": _why_not_native,
+    }
     return rules[name](needs) if name in rules else None
 
 
@@ -74,6 +80,10 @@ def _try(name: str, needs: AttentionNeeds, kernels: NativeKernels | None) -> Att
                 return load_flash4(needs.capability)
             case "flash2":
                 return load_flash2()
+            case "triton":
+                from pilotfish.engine.layers.attention.triton import load_triton  # torch brings Triton for CUDA alone
+
+                return load_triton(needs.device)
             case "native":
                 return NativeAttention(kernels or NativeKernels())
     except ImportError as error:
@@ -124,6 +134,19 @@ def _why_not_flash2(needs: AttentionNeeds) -> str | None:
         return f"flash-attn needs a head_dim of at most 256, a multiple of 8, and the model's is {needs.head_dim}"
     if needs.block_size % 256:
         return f"flash-attn needs a block_size that is a multiple of 256, not {needs.block_size}"
+    return None
+
+
+def _why_not_triton(needs: AttentionNeeds) -> str | None:
+    """What this package's Triton kernels were written for."""
+    if needs.capability is None:
+        return f"the Triton kernels compute on NVIDIA GPUs, not on {needs.device}"
+    if needs.capability[0] < 8:
+        return f"the Triton kernels need compute capability 8.0 (Ampere) or newer, not {_dotted(needs.capability)}"
+    if needs.cache_dtype == FP8 and needs.capability < (8, 9):
+        return f"Triton reads fp8 on compute capability 8.9 or newer, not {_dotted(needs.capability)}"
+    if needs.head_dim > 256:
+        return f"the Triton kernels take a head_dim of at most 256, and the model's is {needs.head_dim}"
     return None
 
 

@@ -252,10 +252,11 @@ BOTH = ("flash_attn", "flash_attn.cute")
         (ADA, BOTH, {}, "flash2"),
         (CONSUMER_BLACKWELL, BOTH, {}, "flash2"),
         (HOPPER, ("flash_attn",), {}, "flash2"),
-        (HOPPER, (), {}, "torch"),
-        (ADA, BOTH, {"block_size": 16}, "torch"),
-        (HOPPER, BOTH, {"dtype": torch.float32, "cache_dtype": torch.float32}, "torch"),
-        (ADA, BOTH, {"cache_dtype": FP8}, "torch"),
+        (HOPPER, (), {}, "triton"),
+        (ADA, BOTH, {"block_size": 16}, "triton"),
+        (HOPPER, BOTH, {"dtype": torch.float32, "cache_dtype": torch.float32}, "triton"),
+        (ADA, BOTH, {"cache_dtype": FP8}, "triton"),
+        ((8, 0), BOTH, {"cache_dtype": FP8}, "torch"),
         (B200, BOTH, {"cache_dtype": FP8}, "flash4"),
     ],
 )
@@ -263,7 +264,7 @@ def test_auto_takes_the_best_that_is_there(monkeypatch, capability, there, chang
     installed(monkeypatch, capability, *there)
     found = choose_attention("auto", replace(NEEDS, capability=capability, **change), None)
     assert found.name == wanted
-    assert found.block_size == {"flash4": 128, "flash2": 256, "torch": 16}[wanted]
+    assert found.block_size == {"flash4": 128, "flash2": 256, "triton": 64, "torch": 16}[wanted]
 
 
 def test_what_is_asked_for_and_cannot_be_is_refused_with_the_reason(monkeypatch):

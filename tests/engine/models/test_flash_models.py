@@ -97,11 +97,13 @@ def platform_of(model: Path, **settings):
         ((9, 0), {"block_size": 16}, "flash4", 16),
         ((8, 0), {}, "flash2", 256),
         ((8, 0), {"block_size": 512}, "flash2", 512),
-        ((8, 0), {"block_size": 32}, "torch", 32),
+        ((8, 0), {"block_size": 32}, "triton", 32),
+        ((8, 0), {"attention_backend": "triton"}, "triton", 64),
         ((9, 0), {"attention_backend": "flash2"}, "flash2", 256),
         ((9, 0), {"attention_backend": "torch"}, "torch", 16),
         ((10, 0), {"kv_cache_dtype": "fp8"}, "flash4", 128),
-        ((9, 0), {"kv_cache_dtype": "fp8"}, "torch", 16),
+        ((9, 0), {"kv_cache_dtype": "fp8"}, "triton", 64),
+        ((8, 0), {"kv_cache_dtype": "fp8"}, "torch", 16),
     ],
 )
 def test_backend_and_block_size(tiny: Tiny, flash_attn, capability, settings, backend, block_size) -> None:

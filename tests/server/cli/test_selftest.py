@@ -195,10 +195,10 @@ def test_flash_attention_is_checked_where_it_is(flash_attn: Any, run: Any, monke
     flash_attn((9, 0))
     results = run("attention", quick=False, dtype="bfloat16")
     assert failed(results) == []
-    for backend in ("flash4 (in use)", "flash2", "torch"):
+    for backend in ("flash4 (in use)", "flash2", "triton", "torch"):
         own = {name: result.verdict for name, result in results.items() if f", {backend}, bfloat16" in name}
         assert len(own) == 10
-        assert own.pop(f"fp8 cache, {backend}, bfloat16") == ("passed" if backend == "torch" else "skipped")
+        assert own.pop(f"fp8 cache, {backend}, bfloat16") == ("passed" if backend in ("torch", "triton") else "skipped")
         assert set(own.values()) == {"passed"}
     module = sys.modules["flash_attn"]
     right = module.flash_attn_with_kvcache
