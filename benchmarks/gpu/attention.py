@@ -105,7 +105,7 @@ def main() -> None:
     options = parser.parse_args()
     capability = torch.cuda.get_device_capability()
     needs = AttentionNeeds(CUDA, capability, DTYPE, DTYPE, DIM, 0)
-    found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "results": []}
+    results: list[dict[str, object]] = []
     for name in ("flash4", "flash2", "triton", "torch"):
         size = {"flash2": 256}.get(name, 0)
         try:
@@ -122,10 +122,11 @@ def main() -> None:
             ms = timed(backend, sequences, HEADS, graph=backend.capturable)
             rate = keys * 2 * KV_HEADS * DIM * DTYPE.itemsize / ms / 1e6
             print(f"{name:8} {case:26} {1e3 * ms:9.1f} us {rate:8.0f} GB/s", flush=True)
-            found["results"].append({"backend": name, "case": case, "us": 1e3 * ms, "gb_per_s": rate})
+            results.append({"backend": name, "case": case, "us": 1e3 * ms, "gb_per_s": rate})
     if options.json:
         with open(options.json, "w") as file:
-            json.dump(found, file, indent=1)
+            whole = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "results": results}
+            json.dump(whole, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ def _ends_of_words(span: LogitSpan) -> list[set[int]]:
         return banned
     longest = max(map(len, longer))
     start = max(prompt_len, span.first_position - longest + 1)
-    text = (*span.sequence.tokens[start:], *span.draft)
+    drafted_from = max(0, start - len(span.sequence.tokens))
+    text = (*span.sequence.tokens[start:], *span.draft[drafted_from:])
     for row, ends in enumerate(banned):
         known = span.first_position + row - start
         for *head, end in longer:

@@ -101,8 +101,8 @@ def test_text_is_tokenized_and_comes_back(server: RunningServer) -> None:
     back = server.http.post("/detokenize", json={"model": MODEL, "tokens": response["tokens"]}).json()
     assert back == {"prompt": text}
     for path, body, param in (
-        ("/tokenize", {}, None),
-        ("/tokenize", {"prompt": "a", "messages": MESSAGES}, None),
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": MESSAGES}, "prompt"),
         ("/detokenize", {"tokens": [512]}, "tokens"),
         ("/detokenize", {"tokens": ["a"]}, "tokens[0]"),
     ):

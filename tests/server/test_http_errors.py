@@ -21,7 +21,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str, str]] = [
     ({"min_p": 1.5}, "min_p", "between 0.0 and 1.0"),
     ({"presence_penalty": -2.5}, "presence_penalty", "between -2.0 and 2.0"),
     ({"max_tokens": 0}, "max_tokens", "at least 1"),
-    ({"max_tokens": -1}, "max_tokens", "at least 1"),
+    ({"max_tokens": -2}, "max_tokens", "at least 1"),
     ({"max_tokens": 2.5}, "max_tokens", "integer"),
     ({"min_tokens": 20}, "min_tokens", "must not exceed max_tokens"),
     ({"n": 0}, "n", "at least 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -171,8 +172,8 @@ def test_a_scrape_takes_less_than_5_ms(metrics: Metrics) -> None:
         for status in (200, 400, 404, 429, 503):
             metrics.responded(route, status)
     assert metrics.render().count(b"\n") > 500  # as many as there are in a server that has seen everything
-    times = []
-    for _ in range(30):
+    times = [math.inf]
+    while min(times) >= 0.005 and len(times) < 300:  # a busy neighbour slows the processor down for seconds
         start = time.thread_time()
         metrics.render()
         times.append(time.thread_time() - start)
