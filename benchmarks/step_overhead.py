@@ -27,6 +27,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+from llguidance import LLTokenizer
 
 from pilotfish.checkpoints.catalog import Progress, resolve
 from pilotfish.engine.build import Engine
@@ -48,7 +49,9 @@ from pilotfish.engine.speculation.control.controller import Controller
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 from pilotfish.engine.speculation.speculator import Speculator
 from pilotfish.engine.verification.coupled import CoupledVerifier
+from pilotfish.errors import ModelError
 from pilotfish.server.cli.prompts import encode, read_prompts
+from pilotfish.text.grammar.matcher import Compiler
 from pilotfish.text.tokenizer import load_tokenizer
 
 PROMPTS = Path(__file__).parents[1] / "server" / "cli" / "prompts.jsonl"
@@ -140,6 +143,10 @@ class IdleDrafter:
         pass
 
 
+def _no_vocabulary() -> LLTokenizer:
+    raise ModelError("the idle model has no vocabulary")
+
+
 def idle_core(sequences: int, draft_tokens: int, controlled: bool) -> EngineCore:
     rows = sequences * (1 + max(1, draft_tokens))
     config = EngineConfig(max_num_seqs=sequences, max_batch_tokens=max(rows, 128), seed=1)
@@ -185,6 +192,7 @@ def idle_core(sequences: int, draft_tokens: int, controlled: bool) -> EngineCore
             pool=BlockPool(blocks, size),
             speculator=Speculator([IdleDrafter()], [], max(1, draft_tokens), shape.max_position, controller),
             verifier=CoupledVerifier((0,), sync_free=True),  # as on a GPU
+            grammars=Compiler(_no_vocabulary),
         )
 
     return EngineCore(config, None, build)

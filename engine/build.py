@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from pilotfish.checkpoints.catalog import Progress, resolve
 from pilotfish.engine.assembly import Assembly
@@ -26,6 +27,7 @@ from pilotfish.engine.speculation.speculator import Speculator
 from pilotfish.engine.verification.choose import make_verifier
 from pilotfish.engine.verification.verifier import Verifier
 from pilotfish.errors import ConfigError
+from pilotfish.text.grammar.matcher import Compiler, load_vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class Engine:
     pool: BlockPool
     speculator: Speculator
     verifier: Verifier
+    grammars: Compiler
     ranks: Ranks | None = None
     """The other ranks, if the model is sharded."""
 
@@ -49,7 +52,8 @@ class Engine:
         return self.ranks.memory() if self.ranks is not None else ()
 
     def close(self) -> None:
-        """End the other ranks."""
+        """End the other ranks, and the compiling of grammars."""
+        self.grammars.close()
         if self.ranks is not None:
             self.ranks.close()
 
@@ -130,6 +134,7 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
         pool=BlockPool(num_blocks, config.block_size, config.prefix_caching),
         speculator=speculator,
         verifier=make_verifier(config.verification, target.config.eos_token_ids, platform.device),
+        grammars=Compiler(partial(load_vocabulary, assembly.files, target.config.vocab_size, info.eos_token_ids)),
         ranks=ranks,
     )
 

@@ -10,14 +10,17 @@ import secrets
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import msgspec
 import torch
+from llguidance import LLMatcher
 
 from pilotfish.checkpoints.catalog import Progress
+from pilotfish.engine.answer_grammar import AnswerGrammar, plan_masks
 from pilotfish.engine.build import Engine, build
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.device import PassTimer
@@ -35,7 +38,10 @@ from pilotfish.engine.speculation.drafters.feature_router import KeptRows
 from pilotfish.engine.speculation.speculator import StepDrafts
 from pilotfish.engine.stats import Committed, StepStats, request_stats, step_stats
 from pilotfish.engine.verification.verifier import Verdict
-from pilotfish.errors import ParameterError
+from pilotfish.errors import ModelError, ParameterError
+
+PATIENCE = 0.002
+"""Seconds that a step waits for the compiling of a grammar when there is nothing else to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,8 @@ class LaunchedStep:
     tap: FeatureTap | None
     logits: torch.Tensor | None
     """(logit rows of the plan's spans, vocab); None without spans."""
+    masks: Future[None] | None
+    """The computation of grammars' masks, if the step has any."""
     timer: PassTimer
     seconds: dict[str, float]
     """Seconds by phase, of the phases so far."""
@@ -90,12 +98,16 @@ class EngineCore:
         self._scheduler = Scheduler(self.engine.pool, config.max_num_seqs, config.max_batch_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[Delta] = []  # to be reported with the next step's deltas
+        self._compiling: dict[Sequence, Future[LLMatcher]] = {}
+        """Sequences that wait for their grammars, in the order in which they came."""
+        self._masking = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._new_timer = partial(PassTimer, torch.device(self.info.device))
         self.asynchronous = self.info.device.startswith("cuda")
         """Whether a pass runs on by itself once it is launched."""
 
     def close(self) -> None:
         """End the other ranks, if there are any. May be called again; there are no steps after it."""
+        self._masking.shutdown(wait=False)
         self._finalizer()
 
     def add(self, request: Request) -> None:
@@ -105,15 +117,47 @@ class EngineCore:
             raise ParameterError("request_id", f"a request with id {request.id!r} is running already")
         params = request.params
         seed = params.seed if params.seed is not None else secrets.randbelow(MAX_SEED)
+        goes_on = params.ignore_eos and params.grammar is None
         sequence = Sequence(
             request=request,
             seed=seed,
             blocks=BlockTable(self.engine.pool, request.salt),
             drafters=drafters_of(request, self.info),
-            stops=frozenset((*params.stop_token_ids, *(() if params.ignore_eos else self.info.eos_token_ids))),
+            stops=frozenset((*params.stop_token_ids, *(() if goes_on else self.info.eos_token_ids))),
         )
         self._sequences[request.id] = sequence
+        if params.constrained and not self._restrict(sequence):
+            return
         self._scheduler.add(sequence)
+
+    def _restrict(self, sequence: Sequence) -> bool:
+        """Give a sequence its grammar; return whether it has it, or must wait until it is compiled."""
+        params, matcher = sequence.params, None
+        if params.grammar is not None:
+            started = self.engine.grammars.start(params.grammar)
+            if isinstance(started, Future):
+                self._compiling[sequence] = started
+                return False
+            matcher = started
+        sequence.grammar = AnswerGrammar(matcher, params.thinking, self.info.vocab_size)
+        return True
+
+    def _take_compiled(self) -> None:
+        """Queue the sequences whose grammars are compiled. Waits a moment if there is nothing else to do."""
+        if len(self._compiling) == len(self._sequences) and not self._ended:
+            wait(self._compiling.values(), PATIENCE, FIRST_COMPLETED)
+        for sequence, compiled in list(self._compiling.items()):
+            grammar = sequence.params.grammar
+            if grammar is None or not compiled.done():
+                continue
+            try:
+                matcher = self.engine.grammars.finish(grammar, compiled)
+            except (ParameterError, ModelError) as error:
+                self._ended.append(self._end(sequence, "error", problem=str(error)))
+                continue
+            del self._compiling[sequence]
+            sequence.grammar = AnswerGrammar(matcher, sequence.params.thinking, self.info.vocab_size)
+            self._scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request now, if it has not ended; its last delta comes with the next step's."""
@@ -134,23 +178,34 @@ class EngineCore:
         may be done meanwhile: `settle` of the step before, `add` and `abort`."""
         engine = self.engine
         seconds: dict[str, float] = {}
+        if self._compiling:
+            self._take_compiled()
         with _phase(seconds, "draft"):
             drafts = engine.speculator.draft(self._scheduler.decoding(), self._scheduler.prompt_rows())
         with _phase(seconds, "plan"):
             plan = self._scheduler.plan(drafts.drafts)
             self._note_admissions(plan)
         tap, timer, logits = engine.speculator.features.tap(), self._new_timer(), None
+        masks = self._start_masks(plan)
         timer.begin()
         if plan.spans:
             logits = engine.runner.run([_span(planned) for planned in plan.spans], tap)
         timer.launched()
-        return LaunchedStep(plan, drafts, tap, logits, timer, seconds)
+        return LaunchedStep(plan, drafts, tap, logits, masks, timer, seconds)
+
+    def _start_masks(self, plan: StepPlan) -> Future[None] | None:
+        """Compute what may be drawn at each position under a grammar, while the pass runs."""
+        found = [(planned.sequence.grammar, planned.draft.tokens) for planned in plan.spans if planned.draws]
+        asked = [(grammar, draft) for grammar, draft in found if grammar is not None and grammar.matcher is not None]
+        return self._masking.submit(plan_masks, asked, self.engine.grammars.executor) if asked else None
 
     @torch.inference_mode()
     def finish(self, step: LaunchedStep) -> FinishedStep:
         """Wait for the pass, verify, commit."""
         verdicts: list[Verdict] = []
         if step.logits is not None:
+            if step.masks is not None:
+                step.masks.result()
             verdicts = self._verify(step.plan, step.logits)
             self.engine.check()
         forward = step.seconds["forward"] = step.timer.seconds()
@@ -260,6 +315,11 @@ class EngineCore:
         tokens, reason, stop_token = self._until_stop(sequence, verdict.tokens)
         sequence.tokens.extend(tokens)
         sequence.computed = len(sequence.tokens) - 1
+        problem = None
+        if sequence.grammar is not None:
+            sequence.grammar.advance(tokens)
+            if reason is None and (problem := sequence.grammar.problem or None):
+                reason = "error"
         if reason is not None:
             sequence.blocks.commit(sequence.tokens, sequence.computed)  # else in `settle`
         sequence.steps += 1
@@ -281,27 +341,34 @@ class EngineCore:
             accepted=accepted,
             drafter=drafter,
         )
-        return delta if reason is None else self._end(sequence, reason, delta, stop_token)
+        return delta if reason is None else self._end(sequence, reason, delta, stop_token, problem)
 
     def _until_stop(self, sequence: Sequence, tokens: list[int]) -> tuple[list[int], FinishReason | None, int | None]:
         """Return the tokens up to the first that ends the sequence, the finish reason, and the stop token."""
         params = sequence.params
         room = min(params.max_tokens - sequence.output_len, self.info.max_model_len - len(sequence.tokens))
         for i, token in enumerate(tokens[:room]):
-            if token in sequence.stops and sequence.output_len + i >= params.min_tokens:
+            over = params.grammar is not None and token in self.info.eos_token_ids  # nothing else may follow
+            if token in sequence.stops and (over or sequence.output_len + i >= params.min_tokens):
                 return tokens[: i + 1], "stop", token
         return (tokens[:room], "length", None) if len(tokens) >= room else (tokens, None, None)
 
     def _end(
-        self, sequence: Sequence, reason: FinishReason, delta: Delta | None = None, stop_token: int | None = None
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        delta: Delta | None = None,
+        stop_token: int | None = None,
+        problem: str | None = None,
     ) -> Delta:
-        """Release all that the sequence holds, and return its last delta."""
+        """Release all that the sequence holds, and return its last delta. `problem`: what an error says."""
         del self._sequences[sequence.id]
-        self._scheduler.remove(sequence)
+        if self._compiling.pop(sequence, None) is None:
+            self._scheduler.remove(sequence)
         self.engine.speculator.release(sequence)
         stats = request_stats(sequence, time.monotonic())
         delta = delta or Delta(request_id=sequence.id)
-        return msgspec.structs.replace(delta, finish_reason=reason, stop_token=stop_token, stats=stats)
+        return msgspec.structs.replace(delta, finish_reason=reason, stop_token=stop_token, error=problem, stats=stats)
 
 
 def _span(planned: PlannedSpan) -> Span:

@@ -7,16 +7,28 @@ import math
 import msgspec
 
 from pilotfish.errors import ParameterError, shown
+from pilotfish.text.grammar.grammar import Grammar
 
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
+
+
+class Thinking(msgspec.Struct, frozen=True, kw_only=True):
+    """A budget for the reasoning before an answer."""
+
+    budget: int
+    """Tokens of reasoning after which it is closed."""
+    end: tuple[int, ...]
+    """The tokens that close it."""
+    begin: tuple[int, ...] = ()
+    """The tokens that open it; () if the prompt has opened it."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How the tokens of one sequence are drawn.
 
     They apply in the usual order: logit_bias, repetition penalty, presence and frequency penalties, allowed_token_ids
-    and bad_words, then temperature, top_k, top_p, min_p, typical_p. Greedy is temperature 0.
+    and bad_words, grammar and thinking, then temperature, top_k, top_p, min_p, typical_p. Greedy is temperature 0.
     """
 
     temperature: float = 1.0
@@ -46,6 +58,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Number of tokens before which no end-of-text or stop token is drawn."""
     max_tokens: int = 16
     ignore_eos: bool = False
+    grammar: Grammar | None = None
+    """What the whole answer must match; once it does and nothing may follow, the answer ends, also with ignore_eos."""
+    thinking: Thinking | None = None
     seed: int | None = None
     """None: the engine draws one when it takes the request."""
 
@@ -56,7 +71,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def depends_on_text(self) -> bool:
         """Whether the distribution of a token depends on which tokens came before it, beyond the model's logits."""
-        return self.penalizes or any(len(word) > 1 for word in self.bad_words)
+        return self.penalizes or self.constrained or any(len(word) > 1 for word in self.bad_words)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a grammar, or a budget of reasoning, says which tokens may come next."""
+        return self.grammar is not None or self.thinking is not None
 
     @property
     def penalizes(self) -> bool:
@@ -70,7 +90,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def alters_logits(self) -> bool:
         """Whether logits are changed before temperature: by a bias, a penalty, `min_tokens`, or what is forbidden."""
-        return self.penalizes or self.forbids or bool(self.logit_bias) or self.min_tokens > 0
+        return self.penalizes or self.forbids or self.constrained or bool(self.logit_bias) or self.min_tokens > 0
 
     def check(self) -> SamplingParams:
         """Return self. Raises ParameterError, with the field and its bounds, for the first field out of bounds."""
@@ -96,6 +116,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise ParameterError("allowed_token_ids", "allowed_token_ids is empty, but must have at least one token id")
         if not all(self.bad_words):
             raise ParameterError("bad_words", "bad_words has an empty word, but each must have at least one token")
+        if self.thinking is not None:
+            _between("thinking.budget", self.thinking.budget, 0, math.inf)
+            if not self.thinking.end:
+                raise ParameterError("thinking", "thinking.end is empty, but must have the tokens that close reasoning")
         if self.seed is not None:
             _between("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
         for token, bias in self.logit_bias.items():

@@ -20,8 +20,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     speculation: str | None = None
-    """None: the engine's default, and the prediction's drafter if there is a prediction; "auto": whichever drafter
-    promises most, step by step; "off": plain decoding; or a drafter's name."""
+    """None: the engine's default, the grammar's drafter where tokens are constrained, and the prediction's drafter if
+    there is a prediction; "auto": whichever drafter promises most, step by step; "off": plain decoding; or a drafter's
+    name."""
     prediction_ids: tuple[int, ...] = ()
     """The expected answer, as far as it is known."""
     salt: bytes = b""
@@ -144,8 +145,10 @@ def drafters_of(request: Request, info: EngineInfo) -> tuple[str, ...]:
     wanted = info.default_drafter if request.speculation is None else request.speculation
     predicted = bool(request.prediction_ids) and request.speculation in (None, "auto")
     names = ["prediction"] if predicted else []
+    if request.params.constrained and wanted != "off" and request.speculation in (None, "auto"):
+        names.append("grammar")
     if wanted == "auto":
-        names += [name for name in info.drafters if name != "prediction"]
+        names += [name for name in info.drafters if name not in ("prediction", "grammar")]
     elif wanted != "off":
         names.append(wanted)
     return tuple(names)

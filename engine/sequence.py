@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pilotfish.engine.answer_grammar import AnswerGrammar
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import Request, TokenLogprobs
@@ -21,6 +22,8 @@ class Sequence:
     """Names of the drafters that may draft for it; empty for plain decoding."""
     stops: frozenset[int] = frozenset()
     """Stop and end-of-text tokens that end the sequence."""
+    grammar: AnswerGrammar | None = None
+    """What its answer may be, if that is restricted."""
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     cached_prompt_tokens: int = 0

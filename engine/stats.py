@@ -49,6 +49,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_queried_tokens: int = 0
     """Prompt tokens of sequences admitted in this step, and those of them that were in the prefix cache."""
     prefix_hit_tokens: int = 0
+    constrained_rows: int = 0
+    """Rows that drew, or verified, a token of an answer under a grammar or a budget of reasoning."""
     blocks_total: int
     blocks_used: int
     """Blocks that a sequence holds."""
@@ -103,6 +105,7 @@ def step_stats(
         preemptions=plan.preemptions,
         prefix_queried_tokens=sum(len(sequence.request.prompt_ids) for sequence in plan.admitted),
         prefix_hit_tokens=sum(sequence.cached_prompt_tokens for sequence in plan.admitted),
+        constrained_rows=sum(len(p.draft.tokens) + 1 for p, _, _ in committed if p.sequence.grammar is not None),
         blocks_total=pool.num_blocks,
         blocks_used=pool.used,
         blocks_cached=pool.cached,

@@ -55,6 +55,7 @@ _STEP_COUNTERS = {
     "preemptions": ("preemptions", "Sequences that lost their memory to an older one for a while."),
     "prefix_queried_tokens": ("prefix_cache_queried_tokens", "Prompt tokens looked up in the prefix cache."),
     "prefix_hit_tokens": ("prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache."),
+    "constrained_rows": ("constrained_rows", "Rows whose token a grammar or a budget of reasoning restricted."),
 }
 """Fields of StepStats that are added to a counter, with its name and help text."""
 _STEP_GAUGES = {

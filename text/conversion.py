@@ -27,6 +27,13 @@ SUFFIXES = frozenset({".jinja", ".json", ".model", ".txt"})
 """Suffixes of the files in a folder that a tokenizer is converted from."""
 
 
+def tokenizer_folder(files: ModelFiles) -> Path:
+    """Return the folder with the tokenizer.json of a model, converting it where it has none. Raises ModelError."""
+    if files.format == "gguf" or not (files.path / "tokenizer.json").is_file():
+        return converted_folder(files)
+    return files.path
+
+
 def converted_folder(files: ModelFiles) -> Path:
     """Return a folder with a tokenizer.json for `files`, converting it if it is not in the cache. Raises ModelError."""
     target = cache_folder() / "tokenizers" / f"{files.path.stem}-{_fingerprint(files)}"

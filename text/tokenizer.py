@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from pilotfish.checkpoints.catalog import ModelFiles
 from pilotfish.checkpoints.huggingface import eos_token_ids
 from pilotfish.errors import ModelError, ParameterError
-from pilotfish.text.conversion import converted_folder
+from pilotfish.text.conversion import tokenizer_folder
 
 
 class Tokenizer:
@@ -133,9 +133,7 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
 
     The first time takes seconds for a GGUF file, which is converted.
     """
-    folder = files.path
-    if files.format == "gguf" or not (folder / "tokenizer.json").is_file():
-        folder = converted_folder(files)
+    folder = tokenizer_folder(files)
     verbosity = transformers_logging.get_verbosity()
     # It would warn of any tokenizer_class but its own, although tokenizer.json is sufficient.
     transformers_logging.set_verbosity_error()

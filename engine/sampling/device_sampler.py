@@ -77,4 +77,4 @@ def chances_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Return the probability of each row's token under softmax(logits): tokens (rows,) int64 -> (rows,) float32."""
     logits = logits.float()
     of_tokens = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    return (of_tokens - logits.logsumexp(1)).exp().clamp(0.0, 1.0)
+    return (of_tokens - logits.logsumexp(1)).exp().clamp(0.0, 1.0).nan_to_num_(0.0)  # nan: nothing may be drawn

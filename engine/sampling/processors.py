@@ -20,6 +20,7 @@ from pilotfish.engine.device import on_device
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.sampling.bans import forbid
 from pilotfish.engine.sampling.logit_spans import LogitRow, LogitSpan, rows_of
+from pilotfish.engine.sampling.restrict import restrict
 
 _HUGE = 1e30
 _TINY = 1e-37
@@ -60,9 +61,9 @@ def process(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int]
     """Return logits of the distribution that each row is drawn from: (rows, vocab), -inf for what may not be drawn.
 
     Per row, in this order: logit_bias, repetition penalty (over prompt and answer; arXiv 1909.05858), presence and
-    frequency penalties (over the answer), allowed_token_ids, bad_words, min_tokens; then, unless greedy, temperature,
-    top_k, top_p, min_p, typical_p. The answer includes the drafted tokens before the row. The likeliest token of a
-    sampled row has the logit 0, unless typical_p has left it out.
+    frequency penalties (over the answer), allowed_token_ids, bad_words, min_tokens, grammar and thinking; then, unless
+    greedy, temperature, top_k, top_p, min_p, typical_p. The answer includes the drafted tokens before the row. The
+    likeliest token of a sampled row has the logit 0, unless typical_p has left it out.
 
     logits: (rows, vocab), the rows of `spans` one after the other; float32 is changed in place, other types are copied
     to float32. Returned as they are, whatever their type, if nothing applies (greedy and no adjustments).
@@ -85,8 +86,8 @@ def spread(adjusted: torch.Tensor, supports: list[Support]) -> torch.Tensor:
 
 @torch.inference_mode()
 def adjust(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] = ()) -> torch.Tensor:
-    """Apply logit_bias, penalties, allowed_token_ids, bad_words and min_tokens; see `process`. Costs nothing for spans
-    that use none of them."""
+    """Apply logit_bias, penalties, allowed_token_ids, bad_words, min_tokens, grammar and thinking; see `process`. Costs
+    nothing for spans that use none of them."""
     end = 0
     for span in spans:
         start, end = end, end + span.rows
@@ -94,7 +95,7 @@ def adjust(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] 
         if not params.alters_logits:
             continue
         early = min(params.min_tokens - (span.first_position - span.sequence.prompt_len), span.rows)
-        if not (params.logit_bias or params.penalizes or params.forbids or early > 0):
+        if not (params.logit_bias or params.penalizes or params.forbids or params.constrained or early > 0):
             continue
         logits = logits.float()
         block = logits[start:end]
@@ -104,8 +105,14 @@ def adjust(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] 
             block.index_add_(1, ids, bias.expand(span.rows, -1))
         if params.penalizes:
             _penalize(block, span)
+        never = params.grammar is not None and params.ignore_eos and bool(eos_token_ids)
+        unbanned = block.clone() if params.constrained and (params.forbids or early > 0 or never) else None
         if params.forbids or early > 0:
             forbid(block, span, max(0, early), [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)])
+        if never:
+            block.index_fill_(1, on_device(list(eos_token_ids), block.device), -math.inf)
+        if params.constrained:
+            restrict(block, unbanned, span)
     return logits
 
 

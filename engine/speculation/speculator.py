@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from pilotfish.engine.draft import Draft
+from pilotfish.engine.draft import Draft, shortened
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.control.candidates import Candidate, Choice, UpcomingStep
 from pilotfish.engine.speculation.control.controller import Controller
@@ -117,8 +117,7 @@ class Speculator:
             context = sum(len(request.sequence.tokens) for request in requests)
             controller.observe_drafting(name, asked.passes, took, context)
             for request, draft in zip(requests, drafts, strict=True):
-                if draft.tokens:
-                    by_sequence[request.sequence].drafts.append(draft)
+                _add(by_sequence[request.sequence], draft)
         choice = controller.choose(step)
         controller.observe_choosing(choice, self._clock() - begun - drafting)
         return choice, drafting
@@ -137,5 +136,13 @@ def _propose(drafter: Drafter, candidates: list[Candidate]) -> None:
     if candidates:
         drafts = drafter.propose([DraftRequest(each.sequence, each.limit) for each in candidates])
         for candidate, draft in zip(candidates, drafts, strict=True):
-            if draft.tokens:
-                candidate.drafts.append(draft)
+            _add(candidate, draft)
+
+
+def _add(candidate: Candidate, draft: Draft) -> None:
+    """Add a proposal, up to the first token that the answer's grammar refuses: it would only cost rows."""
+    grammar = candidate.sequence.grammar
+    if grammar is not None and draft.tokens:
+        draft = shortened(draft, grammar.count_allowed(draft.tokens))
+    if draft.tokens:
+        candidate.drafts.append(draft)

@@ -8,9 +8,23 @@ import msgspec
 import torch
 
 from pilotfish.engine.llm import Completion
-from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.params import SamplingParams, Thinking
 from pilotfish.engine.request import RequestStats
+from pilotfish.text.grammar import compose
 
+OBJECT = compose.json_value(
+    {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 8},
+            "count": {"type": "integer", "minimum": 0, "maximum": 99},
+            "kind": {"enum": ["alpha", "beta"]},
+        },
+        "required": ["name", "count", "kind"],
+        "additionalProperties": False,
+        "x-guidance": {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False},
+    }
+)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=32, ignore_eos=True)
 PARAMS = {
@@ -28,6 +42,10 @@ PARAMS = {
         allowed_token_ids=tuple(range(3, 60)),
         bad_words=((7,), (9, 11), *((i, i + 1) for i in range(20, 40)), (12, 13, 14)),
     ),
+    "schema": msgspec.structs.replace(GREEDY, grammar=OBJECT, max_tokens=64),
+    "sampled schema": msgspec.structs.replace(SAMPLED, grammar=OBJECT, frequency_penalty=0.5, max_tokens=64),
+    "regex": msgspec.structs.replace(SAMPLED, grammar=compose.pattern(r"([a-z]{2,5} ){3,4}[0-9]+\."), min_tokens=30),
+    "thinking": msgspec.structs.replace(SAMPLED, thinking=Thinking(budget=9, end=(61, 62, 63))),
     "stops": msgspec.structs.replace(SAMPLED, stop_token_ids=tuple(range(200, 240)), min_tokens=5, ignore_eos=False),
 }
 

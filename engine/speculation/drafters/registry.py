@@ -62,6 +62,7 @@ REGISTRY: tuple[DrafterKind, ...] = (
     DrafterKind("ngram", prior=0.35),
     DrafterKind("suffix", prior=0.35),
     DrafterKind("prediction", prior=0.8, always=True),
+    DrafterKind("grammar", prior=0.95, always=True),
     DrafterKind("eagle3", prior=0.5, recognise=_is_eagle3),
     # Last, since any model with the target's vocabulary can draft.
     DrafterKind("draft-model", prior=0.6, recognise=lambda files: True, sharded=True),

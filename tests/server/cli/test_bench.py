@@ -131,7 +131,7 @@ def test_bench(
             assert each.acceptance_rate == 1.0
             # 12 tokens: the prompt's step gives one, the next nine (eight were drafted), then two.
             assert each.mean_accepted_length == 4.0
-    assert content["targets"]["qwen3"]["drafters"] == ["ngram", "prediction", "draft-model"]
+    assert content["targets"]["qwen3"]["drafters"] == ["ngram", "prediction", "grammar", "draft-model"]
     assert imread(tmp_path / "out" / "bench.png").ndim == 3
     printed = capsys.readouterr()
     assert printed.out.count("| streams | arm") == 2

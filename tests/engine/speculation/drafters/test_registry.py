@@ -52,7 +52,7 @@ def toy_head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_a_new_drafter_is_one_file_and_one_line(tiny: Callable[[str], Path], adaptive: bool) -> None:
     settings: dict[str, Any] = {"model": str(tiny("llama")), "kv_cache_memory": 4 << 20, "adaptive_drafts": adaptive}
     with LLM(drafter=("toy", "suffix"), **settings) as llm:
-        assert llm.info.drafters == ("toy", "suffix", "prediction")
+        assert llm.info.drafters == ("toy", "suffix", "prediction", "grammar")
         for params in PARAMS:
             plain = llm.generate(PROMPTS, params, speculation="off")
             drafted = llm.generate(PROMPTS, params, speculation="toy")
@@ -69,7 +69,7 @@ def test_a_new_model_based_drafter_is_one_file_and_one_line(
 ) -> None:
     settings: dict[str, Any] = {"model": str(tiny("llama")), "kv_cache_memory": 4 << 20, "adaptive_drafts": adaptive}
     with LLM(drafter=("ngram", f"mine={toy_head}"), **settings) as llm:
-        assert llm.info.drafters == ("ngram", "prediction", "mine")
+        assert llm.info.drafters == ("ngram", "prediction", "grammar", "mine")
         for params in PARAMS:
             plain = llm.generate(PROMPTS, params, speculation="off")
             drafted = llm.generate(PROMPTS, params, speculation="mine")
@@ -89,7 +89,7 @@ def test_names_derive_from_the_registry() -> None:
     with pytest.raises(ConfigError, match="give it 'ngram', 'suffix', 'toy' or a model"):
         registry.parse_entries([""])
     sources = registry.find(["toy", "ngram"], "another")
-    assert [source.name for source in sources] == ["toy", "ngram", "prediction"]
+    assert [source.name for source in sources] == ["toy", "ngram", "prediction", "grammar"]
     registry.check_speculation("toy", sources)
     with pytest.raises(ConfigError, match="'auto', 'none', 'toy', 'ngram', 'prediction'"):
         registry.check_speculation("suffix", sources)
