@@ -14,7 +14,7 @@ SHARED_PATHS = frozenset({
 """With those below SHARED_PREFIX, the paths that pages of other origins may use: none that change the server."""
 
 _METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
-_EXPOSED = ("x-request-id", "warning", "retry-after", "retry-after-ms")
+_EXPOSED = ("x-request-id", "request-id", "warning", "retry-after", "retry-after-ms")
 
 
 class CrossOrigin:

@@ -45,6 +45,8 @@ class ApiError(Exception):
         self.message = _shortened(_encodable(message), LONGEST_MESSAGE)
         self.param = None if param is None else _shortened(_encodable(param), LONGEST_PARAM)
         self.status, self.type, self.code, self.retry_after = status, type, code, retry_after
+        self.request_id: str | None = None
+        """The id of the request that failed, once it is known."""
 
     def response(self, form: ErrorForm) -> Response:
         return json_response(form(self), self.status, self.retry_headers)

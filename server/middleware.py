@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pilotfish.errors import EngineDeadError, EngineNotReadyError, ParameterError
-from pilotfish.server.errors import ApiError
+from pilotfish.server.errors import ApiError, ErrorForm, openai_error
 from pilotfish.server.generation.facts import RequestFacts, facts_of
 from pilotfish.server.generation.flow import Endpoint
 from pilotfish.server.metrics import Metrics
@@ -61,8 +61,7 @@ class RequestContext:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         facts = RequestFacts(_request_id(Headers(scope=scope)))
-        if (endpoint := self._endpoints.get(scope["path"])) is not None:
-            facts.error_form = endpoint.error_form
+        facts.error_form = self._error_form(scope["path"])
         facts.put_into(scope)
         status = 0
 
@@ -71,7 +70,7 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = facts.request_id
+                headers["x-request-id"] = headers["request-id"] = facts.request_id  # OpenAI's name, and Anthropic's
                 if facts.ignored:
                     headers["warning"] = _warning(facts.ignored)
             await send(message)
@@ -94,6 +93,14 @@ class RequestContext:
         if self._tracing is not None:
             trace_id = self._tracing.record(scope, route, status, now)
         log_request(scope, status, now - facts.arrival, trace_id)
+
+    def _error_form(self, path: str) -> ErrorForm:
+        """Return the form of errors of the endpoint at a path or above it, so that also those have it that come before
+        the route is known, or because there is none."""
+        for own, endpoint in self._endpoints.items():
+            if path == own or path.startswith(f"{own}/"):
+                return endpoint.error_form
+        return openai_error
 
     def _route(self, path: str) -> str:
         """Return the path of the route: a client's own string must not become a label."""

@@ -51,7 +51,7 @@ class RequestFacts:
     def failed(self, error: Exception) -> ApiError:
         """Record an error, and return it as the client receives it."""
         known = as_api_error(error, self.request_id)
-        self.error = known.code
+        self.error, known.request_id = known.code, self.request_id
         return known
 
     def error_response(self, error: Exception) -> Response:

@@ -6,12 +6,14 @@ parameters (`engine.params`); bounds of values that it never sees are here.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from pilotfish.errors import shown
+from pilotfish.server.protocol.foreign import FOREIGN, Foreign
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -26,6 +28,9 @@ class ApiModel(BaseModel):
     """A JSON object. Fields that it does not know are kept in `model_extra`, for `protocol.unknown` to judge."""
 
     model_config = ConfigDict(extra="allow", strict=True)
+
+    foreign: ClassVar[Mapping[str, Foreign]] = FOREIGN
+    """Parameters of other servers that it refuses (see `protocol.foreign`)."""
 
 
 def wrong(problem: str) -> PydanticCustomError:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from pydantic import BaseModel
 
 from pilotfish.server.errors import ApiError, bad_parameter
-from pilotfish.server.protocol.foreign import FOREIGN, INERT
+from pilotfish.server.protocol.common import ApiModel
+from pilotfish.server.protocol.foreign import INERT
 
 MOST = 64
 """Unknown fields in one request that are looked at; one with more of them is refused."""
@@ -17,7 +18,7 @@ NEAR = 0.84
 LONGEST_NAME = 64
 
 
-def unknown_fields(body: BaseModel, strict: bool) -> tuple[str, ...]:
+def unknown_fields(body: ApiModel, strict: bool) -> tuple[str, ...]:
     """Return the names of the unknown fields that are ignored, such as "foo" and "stream_options.foo".
 
     Raises ApiError 400 for one that is probably a misspelling, for one that other servers know and that would change
@@ -25,7 +26,7 @@ def unknown_fields(body: BaseModel, strict: bool) -> tuple[str, ...]:
     """
     ignored = []
     for path, name, value, known in _extras(body, ""):
-        foreign = FOREIGN.get(name) if not path else None
+        foreign = type(body).foreign.get(name) if not path else None
         if foreign is not None and not foreign.asks_for_nothing(value):
             message = f"{name} is not supported by this server: {foreign.instead}"
             raise bad_parameter(name, message, "unsupported_parameter")

@@ -1,0 +1,23 @@
+"""Errors in Anthropic's form."""
+
+from __future__ import annotations
+
+from pilotfish.server.errors import ApiError
+from pilotfish.server.protocol.messages_out import MessagesError, MessagesErrorFields
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def anthropic_error(error: ApiError) -> MessagesError:
+    default = "api_error" if error.status >= 500 else "invalid_request_error"
+    kind = default if error.code == "engine_dead" else _TYPES.get(error.status, default)  # waiting would not help
+    return MessagesError(MessagesErrorFields(kind, error.message), error.request_id)
