@@ -60,6 +60,12 @@ struct rotate {
   int64_t row_stride, heads, dim;
 };
 
+struct mask {
+  float *logits; /* rows x vocab */
+  const int32_t *words; /* rows x row_words: bit i of word w for token 32 w + i */
+  int64_t vocab, row_words;
+};
+
 /* native.py has the same structure. */
 struct attention {
   const float *query; /* rows x heads x dim, row stride query_stride */
@@ -229,6 +235,12 @@ EXPORT void pilotfish_rotate(int level, float *x, int64_t row_stride, const int6
                              int64_t rows, int64_t heads, int64_t dim) {
   const struct rotate a = {x, positions, cos_sin, row_stride, heads, dim};
   parallel_for(rows, rows * heads * dim, PICK(level, rotate), &a);
+}
+
+/* -INFINITY for the logits whose bits are 0. */
+EXPORT void pilotfish_mask(int level, float *logits, const int32_t *words, int64_t rows, int64_t vocab, int64_t row_words) {
+  const struct mask a = {logits, words, vocab, row_words};
+  parallel_for(rows, rows * vocab, PICK(level, mask), &a);
 }
 
 static void write_cache(const float *key, int64_t key_stride, const float *value, int64_t value_stride, float *keys,

@@ -58,6 +58,7 @@ def load_library() -> ctypes.CDLL | None:
         "silu_mul": (c_int, c_void_p, c_void_p, c_int64, c_int64),
         "gelu_mul": (c_int, c_void_p, c_void_p, c_int64, c_int64),
         "rotate": (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64),
+        "mask": (c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64),
         "write_cache": (c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64),
         "attend": (c_int, POINTER(AttentionArguments)),
         "decode": (c_int, c_void_p, c_int64, c_void_p),
@@ -222,6 +223,23 @@ class NativeKernels:
     def decode(self, layers: Any, count: int, step: ctypes.Structure) -> None:
         """Run `count` layers of the fused decoder (decoder.h); `layers` is the address of the first."""
         self._library.pilotfish_decode(self.level, layers, count, ctypes.byref(step))
+
+
+def mask_logits(logits: torch.Tensor, words: torch.Tensor, level: int | None = None) -> bool:
+    """Set the logits whose bits are 0 to -inf: logits (rows, vocab) float32, words (rows, words) int32 with bit i of
+    word w for token 32 w + i, both contiguous on the CPU. Returns False, with nothing done, if there is no library."""
+    library = load_library()
+    if library is None:
+        return False
+    rows, vocab = logits.shape
+    assert logits.is_contiguous()
+    assert words.is_contiguous()
+    assert words.shape[1] * 32 >= vocab
+    best = int(library.pilotfish_level())
+    library.pilotfish_mask(
+        best if level is None else level, logits.data_ptr(), words.data_ptr(), rows, vocab, words.shape[1]
+    )
+    return True
 
 
 def address(tensor: torch.Tensor | None) -> int | None:

@@ -234,6 +234,29 @@ TARGET static void NAME(rms_norm)(const void *arguments, int64_t begin, int64_t 
   }
 }
 
+TARGET static void NAME(mask)(const void *arguments, int64_t begin, int64_t end, int thread) {
+  (void)thread;
+  const struct mask *a = arguments;
+  const VEC never = NAME(splat)(-INFINITY);
+  IVEC bits;
+  for (int i = 0; i < LANES; i++) bits[i] = 1 << i;
+  for (int64_t r = begin; r < end; r++) {
+    float *row = a->logits + r * a->vocab;
+    const int32_t *words = a->words + r * a->row_words;
+    int64_t token = 0;
+    for (; token + 32 <= a->vocab; token += 32) {
+      const int32_t word = words[token / 32];
+      if (word == -1) continue;
+      for (int k = 0; k < 32; k += LANES) {
+        const IVEC part = (IVEC){0} + (int32_t)((uint32_t)word >> k);
+        NAME(store)(row + token + k, NAME(select)((part & bits) != 0, NAME(load)(row + token + k), never));
+      }
+    }
+    for (; token < a->vocab; token++)
+      if (!(((uint32_t)words[token / 32] >> token % 32) & 1)) row[token] = -INFINITY;
+  }
+}
+
 TARGET static void NAME(silu_mul)(const void *arguments, int64_t begin, int64_t end, int thread) {
   (void)thread;
   const struct gated *a = arguments;

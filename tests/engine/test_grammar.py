@@ -17,6 +17,7 @@ from llguidance import LLTokenizer
 
 from pilotfish.checkpoints.catalog import resolve
 from pilotfish.engine.answer_grammar import AnswerGrammar
+from pilotfish.engine.kernels.native import load_library, mask_logits
 from pilotfish.engine.llm import LLM, Completion
 from pilotfish.engine.params import SamplingParams, Thinking
 from pilotfish.engine.request import Request
@@ -206,7 +207,8 @@ def test_a_budget_is_checked(llm: LLM) -> None:
 
 
 def allowed(masks: np.ndarray) -> list[set[int]]:
-    return [set(row.nonzero().squeeze(1).tolist()) for row in unpack(masks, VOCAB_SIZE, torch.device("cpu"))]
+    bits = unpack(torch.from_numpy(np.ascontiguousarray(masks)), VOCAB_SIZE, torch.device("cpu"))
+    return [set(row.nonzero().squeeze(1).tolist()) for row in bits]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -253,10 +255,22 @@ def test_forced_tokens_are_the_only_text(vocabulary: LLTokenizer) -> None:
     assert matcher.count_allowed([IM_END]) == 0
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_bits_become_booleans(rows: int) -> None:
-    words = np.random.default_rng(1).integers(-(2**31), 2**31, (rows, 4), dtype=np.int32)
-    mask = unpack(words, 101, torch.device("cpu"))
-    assert mask.shape == (rows, 101)
-    for row in range(rows):
-        assert [bool(int(words[row, i // 32]) >> i % 32 & 1) for i in range(101)] == mask[row].tolist()
+LEVELS = range(3)
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 101, 4096])
+@pytest.mark.parametrize("level", LEVELS)
+def test_masked_logits_keep_what_is_allowed_to_the_last_bit(level: int, vocab: int) -> None:
+    rng = np.random.default_rng(vocab)
+    words = rng.integers(-(2**31), 2**31, (5, -(-vocab // 32) + 1), dtype=np.int32)
+    words[0], words[1] = 0, -1
+    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(1))
+    masked = logits.clone()
+    library = load_library()
+    if library is None or level > library.pilotfish_level():
+        pytest.skip(f"the processor, or the installation, has no kernels of level {level}")
+    assert mask_logits(masked, torch.from_numpy(words), level)
+    bits = unpack(torch.from_numpy(words), vocab, torch.device("cpu"))
+    for row in range(5):
+        assert [bool(int(words[row, i // 32]) >> i % 32 & 1) for i in range(vocab)] == bits[row].tolist()
+    assert torch.equal(masked, logits.masked_fill(~bits, -torch.inf))

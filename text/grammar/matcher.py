@@ -79,12 +79,11 @@ class Matcher:
         """Return the tokens that must come next; the last one may end the answer."""
         inner = self._inner
         tokens: list[int] = inner.compute_ff_tokens()
-        if not self._ends:
-            return tokens
-        count = inner.try_consume_tokens(tokens)
-        if count == len(tokens) and inner.is_stopped() and not inner.is_error():
+        count = inner.try_consume_tokens(tokens) if tokens else 0
+        if count == len(tokens) and self._ends and inner.is_stopped() and not inner.is_error():
             tokens = [*tokens, min(self._ends)]
-        inner.rollback(count)
+        if count:
+            inner.rollback(count)
         return tokens
 
     @property
