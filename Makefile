@@ -2,6 +2,7 @@
 # make test    set up on first use, then run the tests             (make test ARGS="-k scheduler")
 # make test-fast  the tests that start no process, need no download and are quick: within a minute
 # make test-fuzz  ten thousand requests with any values, of which none may give a 500
+# make test-clients  client libraries of Python and Node against a real server
 # make check   linter, formatter, type checker, imports between rooms, and the docs site in strict mode
 # make docs    build the docs site into site/
 
@@ -11,7 +12,10 @@ BIN := $(VENV)/bin
 # The kernels are compiled on installation: they are part of what makes an installation stale.
 SOURCES := pyproject.toml setup.py $(wildcard engine/kernels/*.[ch])
 
-.PHONY: serve test test-fast test-fuzz check format docs clean
+CLIENTS := .venv-clients
+CLIENTS_NODE := tests/clients/node
+
+.PHONY: serve test test-fast test-fuzz test-clients check format docs clean
 
 serve: $(VENV)/.installed
 	@$(BIN)/pilotfish serve $(ARGS)
@@ -24,6 +28,9 @@ test-fast: $(VENV)/.installed-dev
 
 test-fuzz: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest tests/server/test_fuzz.py -m fuzz $(ARGS)
+
+test-clients: $(VENV)/.installed-dev $(CLIENTS)/.installed $(CLIENTS_NODE)/node_modules/.installed
+	@$(BIN)/python -m pytest tests/clients -m clients $(ARGS)
 
 check: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
@@ -53,6 +60,17 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing what the tests need"
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev,docs]'
+	@touch $@
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt
+	@echo "Installing the client libraries of Python in $(CLIENTS)"
+	@$(PYTHON) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	@touch $@
+
+$(CLIENTS_NODE)/node_modules/.installed: $(CLIENTS_NODE)/package-lock.json
+	@echo "Installing the client libraries of Node"
+	@npm ci --prefix $(CLIENTS_NODE) --ignore-scripts --no-audit --no-fund --loglevel=error
 	@touch $@
 
 clean:
