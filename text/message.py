@@ -1,12 +1,12 @@
 """The parts of an assistant's message, as a parser finds them in the tokens of an answer: reasoning, content and tool
-calls. Chat, responses and messages translate them into their own events.
+calls. Chat, responses and messages translate them into their own events. And the tools that an answer may call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +86,25 @@ class AssistantMessage:
                     self.calls.append(ToolCall(id_, name, ""))
                 case CallArguments(index, text):
                     self.calls[index].arguments += text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A function that the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON schema of its arguments; None: no arguments."""
+    strict: bool = False
+    """Whether arguments must match the schema: a grammar sees to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedTool:
+    """The tool_choice that demands a call of one tool."""
+
+    name: str
+
+
+ToolChoice = Literal["auto", "none", "required"] | NamedTool

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pilotfish.text.message import ToolCall
+from pilotfish.text.message import Tool, ToolCall, ToolChoice
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -30,28 +30,6 @@ class Turn:
     """The calls of an assistant's turn."""
     call_id: str | None = None
     """The id of the call that a tool's turn answers."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tool:
-    """A function that the model may call."""
-
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    """JSON schema of its arguments; None: no arguments."""
-    strict: bool = False
-    """Whether arguments must match the schema: a grammar sees to it."""
-
-
-@dataclass(frozen=True, slots=True)
-class NamedTool:
-    """The tool_choice that demands a call of one tool."""
-
-    name: str
-
-
-ToolChoice = Literal["auto", "none", "required"] | NamedTool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from pilotfish.errors import shown
 from pilotfish.server.errors import ApiError, bad_parameter
-from pilotfish.server.generation.conversation import Conversation, NamedTool, Tool, ToolChoice, Turn
+from pilotfish.server.generation.conversation import Conversation, Turn
 from pilotfish.server.protocol.messages import (
     Block,
     CountTokensRequest,
@@ -28,7 +28,7 @@ from pilotfish.server.protocol.messages import (
     ToolResultBlockParam,
     ToolUseBlockParam,
 )
-from pilotfish.text.message import ToolCall
+from pilotfish.text.message import NamedTool, Tool, ToolCall, ToolChoice
 
 _FAILED = "Error: "
 """Put before the result of a call that failed: templates have no field for it."""

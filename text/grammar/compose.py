@@ -96,8 +96,9 @@ def either(*parts: Grammar) -> Grammar:
 
 def repeat(part: Grammar, least: int = 0, most: int | None = None, separator: Grammar | None = None) -> Grammar:
     """Return the grammar of `least` to `most` parts (None: any number), with a separator between two."""
-    if separator is None:
-        return lark(f"start: {_reference(part)}{_times(least, most)}", part)
+    if separator is None or most == 1:
+        times = "" if least == most == 1 else _times(least, most)
+        return lark(f"start: {_reference(part)}{times}", part)
     if most == 0:
         return literal("")
     further = _times(max(least - 1, 0), None if most is None else most - 1)

@@ -9,10 +9,10 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from pilotfish.server.errors import ApiError, as_api_error
-from pilotfish.server.generation.conversation import Conversation, NamedTool, Tool, Turn
+from pilotfish.server.generation.conversation import Conversation, Turn
 from pilotfish.server.messages.conversation import conversation_of
 from pilotfish.server.protocol.messages import CountTokensRequest
-from pilotfish.text.message import ToolCall
+from pilotfish.text.message import NamedTool, Tool, ToolCall
 
 HELLO = {"role": "user", "content": "Hello"}
 WEATHER = {"name": "weather", "description": "Look it up.", "input_schema": {"type": "object"}}

@@ -1,0 +1,198 @@
+"""The formats that are known by name, and how a model's is found from its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import keyword
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from pilotfish.errors import ModelError
+from pilotfish.text.formats.calls import CallReader, Calls, JsonCalls, NamedJson, PythonCalls
+from pilotfish.text.formats.message_format import CallFormat, MessageFormat
+from pilotfish.text.grammar import compose
+from pilotfish.text.grammar.grammar import Grammar
+from pilotfish.text.message import Tool
+from pilotfish.text.tokenizer import Tokenizer
+
+_Form = TypeVar("_Form")
+
+_HERMES = """You have access to these functions:
+<tools>
+{tools}
+</tools>
+
+To call a function, write a JSON object with its name and arguments within <tool_call></tool_call> tags:
+<tool_call>
+{"name": "function name", "arguments": {"argument": "value"}}
+</tool_call>"""
+_JSON = """You have access to these functions:
+{tools}
+
+To call a function, answer with nothing but a JSON object:
+{"name": "function name", "parameters": {"argument": "value"}}"""
+
+
+def _object(key: str) -> Callable[[Tool, Grammar], Sequence[Grammar | str]]:
+    """Return what writes a call as {"name": ..., `key`: ...}."""
+
+    def written(tool: Tool, arguments: Grammar) -> Sequence[Grammar | str]:
+        return f'{{"name": {json.dumps(tool.name)}, "{key}": ', arguments, "}"
+
+    return written
+
+
+def _tagged(tool: Tool, arguments: Grammar) -> Sequence[Grammar | str]:
+    return f'\n{{"name": {json.dumps(tool.name)}, "arguments": ', arguments, "}\n</tool_call>"
+
+
+def _python(tool: Tool, arguments: Grammar) -> Sequence[Grammar | str]:
+    """A call with literals for any of the tool's arguments: their types are not enforced."""
+    properties = (tool.parameters or {}).get("properties")
+    known = [key for key in properties if key.isidentifier()] if isinstance(properties, dict) else []
+    names = "|".join(key for key in known if not keyword.iskeyword(key))
+    if not names:
+        return (f"{tool.name}()",)
+    value = r"(-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,18})?|True|False|None|" + r'"([^"\\\x00-\x1f]|\\[n"\\])*")'
+    argument = f"({names})={value}"
+    return f"{tool.name}(", compose.pattern(rf"({argument}(, {argument}){{0,31}})?"), ")"
+
+
+def _list_reader(calls: Calls) -> CallReader:
+    return JsonCalls(calls, in_list=True)
+
+
+CALL_FORMATS: dict[str, CallFormat] = {
+    form.name: form
+    for form in (
+        CallFormat(
+            name="hermes",
+            opener="<tool_call>",
+            reader=partial(JsonCalls, end="</tool_call>"),
+            written=_tagged,
+            instructions=_HERMES,
+        ),
+        CallFormat(
+            name="llama3_json",
+            starters=("<|python_tag|>", "{"),
+            reader=partial(JsonCalls, separators=" \t\r\n;", known=True, begin="<|python_tag|>"),
+            between="; ",
+            written=_object("parameters"),
+            instructions=_JSON,
+        ),
+        CallFormat(
+            name="json",
+            starters=("{",),
+            reader=partial(JsonCalls, known=True, separators=" \t\r\n;,"),
+            between="\n",
+            written=_object("arguments"),
+            instructions=_JSON,
+        ),
+        CallFormat(
+            name="pythonic",
+            starters=("[",),
+            reader=partial(PythonCalls, end="]", begin="["),
+            written=_python,
+            open_list="[",
+            close_list="]",
+            between=", ",
+            instructions=_JSON,
+        ),
+        CallFormat(
+            name="mistral",
+            opener="[TOOL_CALLS]",
+            reader=partial(NamedJson, middle=("[ARGS]", "[CALL_ID]")),
+            written=lambda tool, arguments: (f"{tool.name}[ARGS]", arguments),
+            id_length=9,
+            instructions=_JSON,
+        ),
+        CallFormat(
+            name="mistral_list",
+            opener="[TOOL_CALLS]",
+            reader=_list_reader,
+            written=_object("arguments"),
+            open_list="[",
+            close_list="]",
+            between=", ",
+            id_length=9,
+            instructions=_JSON,
+        ),
+        CallFormat(
+            name="gemma",
+            opener="```tool_code",
+            reader=partial(PythonCalls, end="```"),
+            written=lambda tool, arguments: ("\n", *_python(tool, arguments), "\n```"),
+            instructions=_JSON,
+        ),
+        CallFormat(
+            name="phi4_mini_json",
+            opener="functools",
+            reader=_list_reader,
+            written=_object("arguments"),
+            open_list="[",
+            close_list="]",
+            between=", ",
+            instructions=_JSON,
+        ),
+        CallFormat(
+            name="phi4",
+            opener="<|tool_call|>",
+            reader=partial(JsonCalls, in_list=True, end="<|/tool_call|>"),
+            written=_object("arguments"),
+            open_list="[",
+            close_list="]<|/tool_call|>",
+            between=", ",
+            instructions=_JSON,
+        ),
+    )
+}
+REASONING_FORMATS: dict[str, tuple[str, str]] = {
+    "think": ("<think>", "</think>"),
+    "mistral": ("[THINK]", "[/THINK]"),
+    "reasoning": ("<reasoning>", "</reasoning>"),
+    "thinking": ("<thinking>", "</thinking>"),
+    "seed": ("<seed:think>", "</seed:think>"),
+    "granite": ("Here is my thought process:", "Here is my response:"),
+}
+"""The markers of reasoning, by their name for --reasoning-parser."""
+_ALIASES = {
+    "qwen": "hermes", "qwen25": "hermes", "qwen3": "hermes", "llama3": "llama3_json", "llama4_pythonic": "pythonic",
+    "deepseek_r1": "think",
+}  # fmt: skip
+_TRACES = (
+    ("[ARGS]", "mistral"), ("[TOOL_CALLS]", "mistral_list"), ("<tool_call>", "hermes"), ("<|tool_call|>", "phi4"),
+    ("functools[", "phi4_mini_json"), ("tool_code", "gemma"), ("<|python_tag|>", "llama3_json"),
+    ('"parameters": dictionary', "llama3_json"), ('"name": function name, "parameters"', "llama3_json"),
+    ("func_name1(params_name1", "pythonic"),
+)  # fmt: skip
+"""What a chat template has in it, and the format of calls that this tells; the first one counts."""
+
+
+def detect(
+    tokenizer: Tokenizer, tool_call_parser: str | None = None, reasoning_parser: str | None = None
+) -> MessageFormat:
+    """Return the format of a model, found from its chat template, or by the names of formats; "none": no such part.
+
+    A model whose template does not know tools is shown them in a system message, and calls in Hermes' format. Raises
+    ModelError for a name that is not known.
+    """
+    template = tokenizer.chat_template or ""
+    calls = next((name for trace, name in _TRACES if trace in template), "hermes")
+    reasoning = next((name for name, (_, end) in REASONING_FORMATS.items() if end in template), "none")
+    return MessageFormat(
+        calls=_named("tool_call_parser", tool_call_parser, calls, CALL_FORMATS),
+        reasoning=_named("reasoning_parser", reasoning_parser, reasoning, REASONING_FORMATS),
+        special={tokenizer.token(id_): id_ for id_ in tokenizer.special_ids},
+    )
+
+
+def _named(setting: str, name: str | None, found: str, known: dict[str, _Form]) -> _Form | None:
+    name = found if name in (None, "auto") else name
+    name = _ALIASES.get(name or "", name)
+    if name == "none":
+        return None
+    if name not in known:
+        listed = ", ".join(["auto", "none", *known])
+        raise ModelError(f"{setting} is {name!r}, but the formats that are known are {listed}")
+    return known[name]
