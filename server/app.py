@@ -20,6 +20,7 @@ from pilotfish.server.encoding import ErrorBody, describe, returns
 from pilotfish.server.generation.flow import Endpoint, generate
 from pilotfish.server.metrics import Metrics
 from pilotfish.server.middleware import BodyLimit, RequestContext, install_handlers
+from pilotfish.server.paths import TidyPaths
 from pilotfish.server.protocol.models import Model, ModelList
 from pilotfish.server.protocol.tokenization import Detokenized, Tokenized, TokenizerInfo
 from pilotfish.server.routes import ENDPOINTS, health, metrics, models, tokenization
@@ -60,18 +61,19 @@ def create_app(
         app.include_router(router)
     own = [type_ for endpoint in endpoints for type_ in (endpoint.response_type, endpoint.error_type)]
     describe(app, [*own, Model, ModelList, Tokenized, Detokenized, TokenizerInfo, ErrorBody, health.Status])
-    install_handlers(app)
+    every = [route for router in (app, *routers) for route in router.routes]
+    paths = [route.path for route in every if isinstance(route, Route) and "{" not in route.path]
+    install_handlers(app, paths)
     # The last added is the outermost.
     app.add_middleware(Decompress, limit=config.max_body_bytes)
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
     app.add_middleware(Authentication, keys=config.all_keys(), tenant_header=config.tenant_header)
     app.add_middleware(HeadAsGet)
-    every = [route for router in (app, *routers) for route in router.routes]
-    paths = [route.path for route in every if isinstance(route, Route) and "{" not in route.path]
     by_path = {endpoint.path: endpoint for endpoint in endpoints}
     app.add_middleware(RequestContext, metrics=stats, routes=paths, endpoints=by_path, tracing=tracing)
     if config.cors_origins != NO_ORIGINS:
         app.add_middleware(CrossOrigin, origins=config.cors_origins)
+    app.add_middleware(TidyPaths, paths=paths)
     return app
 
 

@@ -18,8 +18,8 @@ _EXPOSED = ("x-request-id", "request-id", "warning", "retry-after", "retry-after
 
 
 class CrossOrigin:
-    """The outermost middleware: answers preflights, which carry no API key, and marks the answers for the configured
-    origins ("*": all). Never with credentials: a page cannot use cookies or a password that a browser keeps."""
+    """Answers preflights, which carry no API key, and marks the answers for the configured origins ("*": all). Never
+    with credentials: a page cannot use cookies or a password that a browser keeps."""
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
         self._app = app

@@ -83,6 +83,12 @@ def model_not_found(name: str, served: tuple[str, ...]) -> ApiError:
     )
 
 
+def unknown_url(meant: str | None = None) -> ApiError:
+    """`meant`: the path that the client probably meant."""
+    hint = "see the server's /docs for the endpoints that exist" if meant is None else f"did you mean {meant}"
+    return ApiError(404, f"Unknown request URL: {hint}{'.' if meant is None else '?'}", code="unknown_url")
+
+
 def _spread(seconds: float) -> float:
     """Return a time up to half as long again, at random, so that clients do not all come back at once."""
     return seconds * (1 + random.random() / 2)
@@ -158,9 +164,7 @@ def _routing_error(error: HTTPException) -> ApiError:
     if error.status_code == 400 and error.__cause__ is not None:
         return _unreadable(error.__cause__)
     if error.status_code == 404:
-        return ApiError(
-            404, "Unknown request URL: see the server's /docs for the endpoints that exist.", code="unknown_url"
-        )
+        return unknown_url()
     if error.status_code == 405:
         return ApiError(405, "This URL does not take this method.", code="method_not_allowed")
     if error.status_code == 413:

@@ -20,10 +20,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pilotfish.errors import EngineDeadError, EngineNotReadyError, ParameterError
-from pilotfish.server.errors import ApiError, ErrorForm, openai_error
+from pilotfish.server.errors import ApiError, ErrorForm, openai_error, unknown_url
 from pilotfish.server.generation.facts import RequestFacts, facts_of
 from pilotfish.server.generation.flow import Endpoint
 from pilotfish.server.metrics import Metrics
+from pilotfish.server.paths import meant
 from pilotfish.server.telemetry.request_log import log_request
 from pilotfish.server.telemetry.tracing import Tracing
 
@@ -38,9 +39,9 @@ MODEL_ROUTE = f"{MODELS_PATH}/{{id}}"
 
 
 class RequestContext:
-    """The outermost middleware. Gives each request its facts, with an id (the client's x-request-id, if valid) that the
-    response repeats; answers unexpected exceptions with status 500; counts, logs and traces each response. `routes` are
-    the application's paths, `endpoints` the endpoints that generate text, by path.
+    """Gives each request its facts, with an id (the client's x-request-id, if valid) that the response repeats; answers
+    unexpected exceptions with status 500; counts, logs and traces each response. `routes` are the application's paths,
+    `endpoints` the endpoints that generate text, by path. Outside of it are only CORS and the tidying of paths.
     """
 
     def __init__(
@@ -109,10 +110,13 @@ class RequestContext:
         return MODEL_ROUTE if path.startswith(f"{MODELS_PATH}/") else OTHER_ROUTE
 
 
-def install_handlers(app: FastAPI) -> None:
-    """Answer the known errors of routes in the endpoint's form; RequestContext handles all others."""
+def install_handlers(app: FastAPI, paths: Collection[str]) -> None:
+    """Answer the known errors of routes in the endpoint's form; RequestContext handles all others. `paths` are the
+    application's."""
 
     async def handle(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code == 404:
+            error = unknown_url(meant(request.scope["path"], paths))
         response = facts_of(request.scope).error_response(error)
         if isinstance(error, HTTPException) and error.headers:
             response.headers.update(error.headers)

@@ -17,7 +17,7 @@ from pilotfish.server.errors import ApiError, bad_parameter
 from pilotfish.server.generation.conversation import Conversation, Turn
 from pilotfish.server.protocol.messages import (
     Block,
-    CountTokensRequest,
+    ConversationRequest,
     MessageParam,
     RedactedThinkingBlockParam,
     TextBlockParam,
@@ -38,7 +38,7 @@ _EFFORTS = {"xhigh": "high", "max": "high"}
 """Anthropic's levels that templates do not know."""
 
 
-def conversation_of(body: CountTokensRequest) -> Conversation:
+def conversation_of(body: ConversationRequest) -> Conversation:
     """Translate a request. Raises ApiError 400 that names the place for what is valid JSON, but no conversation."""
     turns = _Turns()
     turns.add(Turn(role="system", content=_joined(body.system)))

@@ -20,4 +20,7 @@ _TYPES = {
 def anthropic_error(error: ApiError) -> MessagesError:
     default = "api_error" if error.status >= 500 else "invalid_request_error"
     kind = default if error.code == "engine_dead" else _TYPES.get(error.status, default)  # waiting would not help
-    return MessagesError(MessagesErrorFields(kind, error.message), error.request_id)
+    # This form has no field for the parameter.
+    named = error.param is None or error.param in error.message
+    message = error.message if named else f"{error.param}: {error.message}"
+    return MessagesError(MessagesErrorFields(kind, message), error.request_id)

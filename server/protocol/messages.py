@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter
+from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, TypeAdapter
 
 from pilotfish.errors import shown
 from pilotfish.server.protocol.common import ApiModel, Stops, unsupported, wrong
@@ -94,11 +94,15 @@ def _listed(names: Mapping[str, object]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
+# Only the first of a list's errors is shown, and a client could send thousands.
 _TEXTS: TypeAdapter[list[TextBlockParam]] = TypeAdapter(
-    list[Annotated[TextBlockParam, PlainValidator(lambda value: _block(value, {"text": TextBlockParam}))]]
+    Annotated[
+        list[Annotated[TextBlockParam, PlainValidator(lambda value: _block(value, {"text": TextBlockParam}))]],
+        FailFast(),
+    ]
 )
 _BLOCKS: TypeAdapter[list[Block]] = TypeAdapter(
-    list[Annotated[Block, PlainValidator(lambda value: _block(value, _KINDS))]]
+    Annotated[list[Annotated[Block, PlainValidator(lambda value: _block(value, _KINDS))]], FailFast()]
 )
 
 
@@ -160,15 +164,20 @@ class OutputConfigParam(ApiModel):
     format: JsonFormatParam | None = None
 
 
-class CountTokensRequest(ApiModel):
+class ConversationRequest(ApiModel):
     """What both endpoints take. null stands for the default."""
 
     foreign: ClassVar[Mapping[str, Foreign]] = MESSAGES_FOREIGN
 
     model: str
-    messages: Annotated[list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
     system: Texts = ()
-    tools: list[ToolParam] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop_sequences: Stops = ()
+    stream: bool | None = None
+    tools: Annotated[list[ToolParam] | None, FailFast()] = None
     tool_choice: ToolChoiceParam | None = None
     thinking: ThinkingParam | None = None
     output_config: OutputConfigParam | None = None
@@ -178,25 +187,9 @@ class CountTokensRequest(ApiModel):
     # Anthropic's fields that have no effect here.
     cache_control: Any = None
     context_management: Any = None
-    speed: Any = None
-
-    # Extensions.
-    chat_template_kwargs: dict[str, Any] | None = None
-    """Values for the model's chat template."""
-
-
-class MessagesRequest(CountTokensRequest):
-    max_tokens: Annotated[int, Field(ge=0)]
-    """0: only put the prompt into the cache."""
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    stop_sequences: Stops = ()
-    stream: bool | None = None
-
-    # Anthropic's fields that have no effect here.
     metadata: Any = None
     service_tier: Any = None
+    speed: Any = None
     inference_geo: Any = None
     diagnostics: Any = None
     user_profile_id: Any = None
@@ -209,7 +202,20 @@ class MessagesRequest(CountTokensRequest):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Values for the model's chat template."""
     cache_salt: str | None = None
     """Prefixes are found only by requests of the same tenant with the same salt."""
     speculation: str | None = None
     """Pilotfish's own: "auto", "off" or a drafter; null: the server's default. Never changes the text."""
+
+
+class MessagesRequest(ConversationRequest):
+    max_tokens: Annotated[int, Field(ge=0)]
+    """0: only put the prompt into the cache."""
+
+
+class CountTokensRequest(ConversationRequest):
+    """What is not part of the prompt has no effect."""
+
+    max_tokens: Any = None

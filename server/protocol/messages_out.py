@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -35,30 +36,28 @@ class OutputTokensDetails(msgspec.Struct):
     thinking_tokens: int
 
 
-class MessageUsage(msgspec.Struct):
+class MessageUsage(msgspec.Struct, kw_only=True):
     """The prompt has input_tokens and cache_read_input_tokens together."""
 
     input_tokens: int
-    output_tokens: int
-    cache_read_input_tokens: int
-    output_tokens_details: OutputTokensDetails
     cache_creation_input_tokens: int = 0
-    """Always 0: whatever was computed is in the cache afterwards, at no price."""
+    """Always 0: what was computed is in the cache afterwards, at no price."""
+    cache_read_input_tokens: int
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    service_tier: str | UnsetType = UNSET
+    """Not at the end of a stream."""
 
 
-class WholeUsage(MessageUsage):
-    service_tier: str = "standard"
-
-
-class Message(msgspec.Struct, tag_field="type", tag="message"):
+class Message(msgspec.Struct, tag_field="type", tag="message", kw_only=True):
     id: str
+    role: str = "assistant"
     model: str
-    content: list[ContentBlock]
-    usage: WholeUsage
+    content: Sequence[ContentBlock]
     stop_reason: str | None = None
     """null at the start of a stream."""
     stop_sequence: str | None = None
-    role: str = "assistant"
+    usage: MessageUsage
     timings: Timings | UnsetType = UNSET
     """Pilotfish's own, of whole messages."""
 

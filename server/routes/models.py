@@ -1,33 +1,53 @@
-"""GET /v1/models and /v1/models/{id}."""
+"""GET /v1/models and /v1/models/{id}: in Anthropic's form for clients that send its header, in OpenAI's for others."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from datetime import UTC, datetime
+
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pilotfish.server.encoding import json_response, returns
 from pilotfish.server.errors import model_not_found
-from pilotfish.server.protocol.models import Model, ModelList
+from pilotfish.server.generation.facts import facts_of
+from pilotfish.server.messages.errors import anthropic_error
+from pilotfish.server.protocol.models import Model, ModelInfo, ModelList, ModelPage
 from pilotfish.server.service import Service, ServiceDependency
+
+ANTHROPIC = "anthropic-version"
 
 router = APIRouter()
 
 
 @router.get("/v1/models", **returns(ModelList))
-async def list_models(service: ServiceDependency) -> Response:
+async def list_models(request: Request, service: ServiceDependency) -> Response:
+    if ANTHROPIC in request.headers:
+        names = service.names
+        return json_response(ModelPage([_info(service, name) for name in names], names[0], names[-1]))
     return json_response(ModelList(data=[_model(service, name) for name in service.names]))
 
 
 @router.get("/v1/models/{model:path}", **returns(Model))
-async def get_model(model: str, service: ServiceDependency) -> Response:
+async def get_model(model: str, request: Request, service: ServiceDependency) -> Response:
     if not model:  # /v1/models/
-        return await list_models(service)
+        return await list_models(request, service)
+    anthropics = ANTHROPIC in request.headers
     if model not in service.names:
+        if anthropics:
+            facts_of(request.scope).error_form = anthropic_error
         raise model_not_found(model, service.names)
-    return json_response(_model(service, model))
+    return json_response(_info(service, model) if anthropics else _model(service, model))
 
 
 def _model(service: Service, name: str) -> Model:
+    return Model(id=name, created=service.created, root=service.engine.config.model, max_model_len=_limit(service))
+
+
+def _info(service: Service, name: str) -> ModelInfo:
+    limit = _limit(service)
+    return ModelInfo(name, name, datetime.fromtimestamp(service.created, UTC), limit, limit)
+
+
+def _limit(service: Service) -> int | None:
     info = service.engine.info
-    limit = None if info is None else info.max_model_len
-    return Model(id=name, created=service.created, root=service.engine.config.model, max_model_len=limit)
+    return None if info is None else info.max_model_len

@@ -132,3 +132,39 @@ async def test_a_body_that_is_not_compressed_as_it_says_is_400(content: bytes) -
     response = await post(served(), content, content_encoding="gzip")
     assert response.status_code == 400
     assert "body" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions/", "//v1/completions", "/v1//completions//"])
+async def test_slashes_too_many_are_taken_out(path: str) -> None:
+    app = served(api_key=("secret",))
+    url = f"http://test{path}"
+    headers = {"content-type": "application/json", "origin": ORIGIN}
+    refused = await app.http.post(url, content=BODY, headers=headers)
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "*")
+    response = await app.http.post(url, content=BODY, headers=headers | {"x-api-key": "secret"})
+    assert response.status_code == 200
+    assert app.metric("pilotfish_http_requests_total", route="/v1/completions", status="200") == 1
+
+
+async def test_other_paths_are_taken_as_they_are() -> None:
+    """A proxy may keep clients from /metrics by its name."""
+    for path in ("//metrics", "/metrics/", "/v1//nothing"):
+        assert (await served().http.get(f"http://test{path}")).status_code in (307, 404)
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/completions", "/v1/completions"),
+        ("/api/v1/models", "/v1/models"),
+        ("/v1/engines/davinci/completions", "/v1/completions"),
+        ("/v2/nothing", None),
+        ("/", None),
+    ],
+)
+async def test_an_unknown_path_gets_the_one_that_was_probably_meant(path: str, hint: str | None) -> None:
+    response = await served().http.post(path, json={})
+    message = response.json()["error"]["message"]
+    assert response.status_code == 404
+    assert message.endswith(f"did you mean {hint}?" if hint else "/docs for the endpoints that exist.")
