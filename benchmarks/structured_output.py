@@ -165,6 +165,15 @@ def report(visits: Sequence[Visit], tasks: Sequence[Task]) -> Iterator[str]:
         yield "| {} | {:.1f} | {:.2f} | {:.2f} |".format(way, *figures)
 
 
+def rows(visits: Sequence[Visit]) -> Iterator[dict[str, Any]]:
+    """The visits as JSON, with the text of the first round's `auto` alone."""
+    for visit in visits:
+        row = asdict(visit)
+        if visit.round or visit.way != "auto":
+            del row["text"]
+        yield row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
@@ -173,7 +182,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--free-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="where to write every answer")
+    parser.add_argument("--json", type=Path, help="where to write the figures of every answer")
     args = parser.parse_args()
     tasks = [task for task in read_tasks(args.schemas) if not args.only or task.name in args.only]
     visits: list[Visit] = []
@@ -190,7 +199,7 @@ def main() -> None:
                 print(f"{task.name}: {mine.finish_reason}, {mine.tokens} tokens; tok/s {speeds}", flush=True)
     print("", *report(visits, tasks), sep="\n")
     if args.json:
-        args.json.write_text(json.dumps([asdict(visit) for visit in visits], indent=1) + "\n")
+        args.json.write_text("[\n" + ",\n".join(map(json.dumps, rows(visits))) + "\n]\n")
 
 
 if __name__ == "__main__":
