@@ -13,10 +13,13 @@ from starlette.routing import Route
 from pilotfish import __version__
 from pilotfish.engine.process.client import AsyncEngine
 from pilotfish.server.auth import Authentication
+from pilotfish.server.bodies import LARGE_BODY, BodyBudget, BodyRoute
 from pilotfish.server.browsers import CrossOrigin, HeadAsGet
 from pilotfish.server.compression import Decompress
 from pilotfish.server.config import NO_ORIGINS, ServerConfig
 from pilotfish.server.encoding import ErrorBody, describe, returns
+from pilotfish.server.generation.events import ClientGoneError, until_disconnect
+from pilotfish.server.generation.facts import facts_of
 from pilotfish.server.generation.flow import Endpoint, generate
 from pilotfish.server.metrics import Metrics
 from pilotfish.server.middleware import BodyLimit, RequestContext, install_handlers
@@ -50,9 +53,11 @@ def create_app(
         try:
             yield
         finally:
+            app.state.service.close()
             await engine.stop()
 
     app = FastAPI(title="Pilotfish", version=__version__, lifespan=lifespan)
+    app.router.route_class = BodyRoute
     app.state.service = Service(engine, tokenizer, config, stats, names)
     routers = [module.router for module in (models, tokenization, health, metrics)]
     for endpoint in endpoints:
@@ -65,6 +70,9 @@ def create_app(
     paths = [route.path for route in every if isinstance(route, Route) and "{" not in route.path]
     install_handlers(app, paths)
     # The last added is the outermost.
+    app.add_middleware(
+        BodyBudget, limit=max(config.max_bodies_bytes, config.max_body_bytes), offload=app.state.service.offload
+    )
     app.add_middleware(Decompress, limit=config.max_body_bytes)
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
     app.add_middleware(Authentication, keys=config.all_keys(), tenant_header=config.tenant_header)
@@ -81,7 +89,12 @@ def add_endpoint(app: FastAPI, endpoint: Endpoint[Any]) -> None:
     """Add the route of an endpoint."""
 
     async def create(body: Any, request: Request, service: ServiceDependency) -> Response:
-        return await generate(endpoint, body, request, service)
+        if facts_of(request.scope).body_bytes < LARGE_BODY:
+            return await generate(endpoint, body, request, service)
+        try:  # else it would be prepared for nobody
+            return await until_disconnect(request.receive, generate(endpoint, body, request, service))
+        except ClientGoneError:
+            return Response(status_code=499)
 
     create.__name__ = endpoint.name
     create.__annotations__["body"] = endpoint.request_type

@@ -54,6 +54,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     429."""
     max_body_bytes: Positive = 8 * 2**20
     """Maximum size of a request body; larger ones are refused with status 413."""
+    max_bodies_bytes: Positive = 256 * 2**20
+    """Maximum size of the bodies of all requests in flight together; more are refused with status 429. At least one
+    body of max_body_bytes is accepted."""
     strict_requests: bool = False
     """Refuse requests with fields that are not known, instead of ignoring these with a warning."""
     drain_timeout: Annotated[float, Meta(ge=0)] = 30.0

@@ -122,6 +122,10 @@ def queue_full(in_flight: int, limit: int, retry_after: float) -> ApiError:
     )
 
 
+def bodies_full(message: str, retry_after: float | None = None) -> ApiError:
+    return ApiError(429, message, type="rate_limit_error", code="bodies_full", retry_after=retry_after)
+
+
 def engine_dead(reason: str | None = None) -> ApiError:
     because = f": {reason}" if reason else ""
     message = f"The engine has ended{because}; the server must be restarted."
@@ -169,6 +173,8 @@ def _routing_error(error: HTTPException) -> ApiError:
         return ApiError(405, "This URL does not take this method.", code="method_not_allowed")
     if error.status_code == 413:
         return ApiError(413, error.detail, code="body_too_large")
+    if error.status_code == 429:
+        return bodies_full(error.detail)
     message = error.detail or HTTPStatus(error.status_code).phrase
     return ApiError(error.status_code, message, type=INVALID_REQUEST if error.status_code < 500 else SERVER_ERROR)
 

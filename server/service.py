@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
 from collections.abc import Sequence
@@ -18,12 +17,11 @@ from pilotfish.server.admission import Gate
 from pilotfish.server.config import ServerConfig
 from pilotfish.server.errors import ApiError, bad_parameter, engine_dead, loading, model_not_found, stopping
 from pilotfish.server.metrics import Metrics
+from pilotfish.server.offload import Offload, Tokenizing, TooLongError
 from pilotfish.server.protocol.chat import Message
 from pilotfish.text.detokenizer import Vocabulary
 from pilotfish.text.tokenizer import Tokenizer
 
-LONG_TEXT = 8192
-"""Texts of at least this many characters are tokenized in a thread: they take about 1 ms, which would delay streams."""
 STUCK_SECONDS = 60.0
 """The engine counts as stuck after this long without a step while requests are in flight."""
 
@@ -42,6 +40,8 @@ class Service:
         self.engine = engine
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(tokenizer)
+        self.offload = Offload()
+        self.tokenizing = Tokenizing(tokenizer)
         self.config = config
         self.metrics = metrics
         self.names = names
@@ -58,6 +58,11 @@ class Service:
         if self.engine.state == "starting" or self.engine.info is None:
             raise loading()
         return self.engine.info
+
+    def close(self) -> None:
+        """End the threads."""
+        self.offload.close()
+        self.tokenizing.close()
 
     @property
     def stuck(self) -> bool:
@@ -77,12 +82,17 @@ class Service:
         if name is not None and name not in self.names:
             raise model_not_found(name, self.names)
 
-    async def encode(self, text: str, param: str, add_special_tokens: bool) -> tuple[int, ...]:
-        """Return the token ids of a text that the client sent as `param`. Raises ParameterError."""
+    async def encode(
+        self, text: str, param: str, add_special_tokens: bool, info: EngineInfo | None = None
+    ) -> tuple[int, ...]:
+        """Return the token ids of a text that the client sent as `param`. Raises ParameterError; with `info`, ApiError
+        400 for a text that cannot fit into the model's context, mostly without tokenizing it."""
+        limit = None if info is None else info.max_model_len - 1
         try:
-            if len(text) < LONG_TEXT:
-                return tuple(self.tokenizer.encode(text, add_special_tokens))
-            return tuple(await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens))
+            return tuple(await self.tokenizing.encode(text, add_special_tokens, limit))
+        except TooLongError as error:
+            assert info is not None
+            raise too_long(param, f"at least {error.least}", info) from None
         except ParameterError as error:
             raise ParameterError(param, error.message) from error
 
@@ -120,13 +130,18 @@ _TEMPLATE_ARGUMENTS = frozenset({
 def check_length(param: str, length: int, info: EngineInfo) -> None:
     """Raise ApiError 400 for a prompt that leaves no room for an answer in the model's context."""
     if length + 1 > info.max_model_len:
-        raise ApiError(
-            400,
-            f"This model's maximum context length is {info.max_model_len} tokens, of which an answer needs at least 1. "
-            f"However, your {param} resulted in {length} tokens.",
-            param=param,
-            code="context_length_exceeded",
-        )
+        raise too_long(param, str(length), info)
+
+
+def too_long(param: str, length: str, info: EngineInfo) -> ApiError:
+    """Return the error for a prompt of that many tokens."""
+    return ApiError(
+        400,
+        f"This model's maximum context length is {info.max_model_len} tokens, of which an answer needs at least 1. "
+        f"However, your {param} resulted in {length} tokens.",
+        param=param,
+        code="context_length_exceeded",
+    )
 
 
 async def get_service(request: Request) -> Service:  # async: FastAPI would run a plain function in a thread

@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -21,6 +23,10 @@ from pilotfish.checkpoints.catalog import ModelFiles
 from pilotfish.checkpoints.huggingface import eos_token_ids
 from pilotfish.errors import ModelError, ParameterError
 from pilotfish.text.conversion import tokenizer_folder
+from pilotfish.text.length_bound import LengthBound, byte_alphabet
+
+_MANY_IDS = 2**15
+"""Ids that take about a millisecond to turn into a list, or into text."""
 
 
 class Tokenizer:
@@ -60,12 +66,19 @@ class Tokenizer:
         valid Unicode.
         """
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # Unlike encode, this lets other threads run, and it makes no offsets, which take most of the memory.
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError):  # a lone surrogate, which JSON can spell
             raise ParameterError("prompt", "the prompt is not valid Unicode text (it has a lone surrogate)") from None
+        ids = _ids(encoding)
         # A text that begins with the begin-of-text token itself has it once.
         doubled = add_special_tokens and len(ids) > 1 and ids[0] == ids[1] == self.bos_token_id
         return ids[1:] if doubled else ids
+
+    @cached_property
+    def length_bound(self) -> LengthBound:
+        """The fewest tokens that texts can have. Takes up to a second the first time."""
+        return LengthBound(self._backend, self.token_bytes, self._byte_level)
 
     @property
     def document_start(self) -> tuple[int, ...]:
@@ -82,7 +95,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`. Invalid UTF-8 becomes U+FFFD; ids without a token are left out."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if len(ids) < _MANY_IDS:
+            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        (text,) = self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)  # lets other threads run
+        return text
 
     def token(self, id: int) -> str:
         """Return the text of one token: a leading space is kept, a special token spelled out. Bytes that are only part
@@ -146,6 +162,17 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
     return Tokenizer(inner, eos_token_ids(folder))
 
 
+def _ids(encoding: Encoding) -> list[int]:
+    """Return the ids of an encoding, which is used up, in parts, since no other thread runs while a list is made."""
+    if len(encoding) < _MANY_IDS:
+        return encoding.ids
+    encoding.truncate(_MANY_IDS)
+    ids = encoding.ids
+    for part in encoding.overflowing:
+        ids += part.ids
+    return ids
+
+
 def _kinds_of_decoder(backend: Backend) -> tuple[bool, bool]:
     """Return whether tokens are spelled in GPT-2's byte alphabet, and whether "<0xAB>" stands for a byte."""
     if backend.decoder is None:
@@ -155,13 +182,5 @@ def _kinds_of_decoder(backend: Backend) -> tuple[bool, bool]:
     return "ByteLevel" in parts, "ByteFallback" in parts
 
 
-def _byte_alphabet() -> dict[str, bytes]:
-    """Return GPT-2's spelling of bytes: printable Latin-1 stands for itself, U+0100 and on for the others."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    spelled = {chr(byte): bytes([byte]) for byte in printable}
-    return spelled | {chr(0x100 + i): bytes([byte]) for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
+_BYTE_OF = {char: bytes([byte]) for char, byte in byte_alphabet().items()}
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")

@@ -39,6 +39,8 @@ class RequestFacts:
     """time.monotonic() seconds."""
     tenant: str = ""
     """Whose request it is (see `server.tenants`); "" if all are of one tenant."""
+    body_bytes: int = 0
+    """Bytes of the body that were read, decompressed."""
     ignored: tuple[str, ...] = ()
     """Names of fields of the request that are not known, and were ignored."""
     error_form: ErrorForm = openai_error

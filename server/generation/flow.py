@@ -5,6 +5,7 @@ An endpoint consists of a request type, response types and an adapter to this fl
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -29,6 +30,7 @@ from pilotfish.server.generation.facts import GenerationFacts, RequestFacts, fac
 from pilotfish.server.generation.follow import Pieces, follow_all
 from pilotfish.server.generation.spec import GenerationSpec, fit
 from pilotfish.server.generation.usage import timings_of, usage_of
+from pilotfish.server.offload import MANY_IDS
 from pilotfish.server.protocol.common import ApiModel, Prompt
 from pilotfish.server.protocol.unknown import unknown_fields
 from pilotfish.server.protocol.usage import Timings, Usage
@@ -128,13 +130,19 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
         answers: list[Answer] = []
         for i, prompt in enumerate(endpoint.prompts(body, service)):
             name = identity if spec.prompts == 1 else f"{identity}-{i}"
+            if i:
+                await asyncio.sleep(0)  # thousands of short texts are as much work as a long one
             asked = await _ask(service, info, spec, endpoint.prompt_param, prompt, name, facts)
             seed = service.engine.draw_seed() if asked.params.seed is None else asked.params.seed
             for one in fan_out(asked, spec.answers, seed):
-                text = _text(service.vocabulary, spec, prompt, one)
+                work = (service.vocabulary, spec, prompt, one)
+                long = spec.echo and len(one.prompt_ids) >= MANY_IDS
+                text = await service.offload.run(_text, *work) if long else _text(*work)
                 answers.append(Answer(len(answers), i, spec, one, *text))
         reply = Reply(body, spec, answers, service.vocabulary, identity, int(time.time()), service.fingerprint(info))
-        facts.generation = GenerationFacts(identity, endpoint.operation, spec, answers, _prompts(service, answers))
+        facts.generation = GenerationFacts(
+            identity, endpoint.operation, spec, answers, await _prompts(service, answers)
+        )
         pieces = follow_all(service.engine, answers, service.metrics, at_once)
         if spec.stream:
             return EventStream(endpoint.chunks(reply), pieces, admission.pop_all(), endpoint.end_of_stream)
@@ -149,9 +157,11 @@ async def _ask(
     service: Service, info: EngineInfo, spec: GenerationSpec, param: str, prompt: Prompt, name: str, facts: RequestFacts
 ) -> EngineRequest:
     """Make and check the engine's request for one prompt, which the client sent as `param`."""
-    ids = await service.encode(prompt, param, spec.add_special_tokens) if isinstance(prompt, str) else tuple(prompt)
-    if prompt == "" and not ids:
-        ids = service.tokenizer.document_start
+    if isinstance(prompt, str):
+        ids = await service.encode(prompt, param, spec.add_special_tokens, info) or service.tokenizer.document_start
+    else:
+        check_length(param, len(prompt), info)
+        ids = tuple(prompt)
     check_length(param, len(ids), info)
     asked = EngineRequest(
         id=name,
@@ -194,12 +204,12 @@ def _text(
     return text, echo, offsets
 
 
-def _prompts(service: Service, answers: Sequence[Answer]) -> list[str] | None:
+async def _prompts(service: Service, answers: Sequence[Answer]) -> list[str] | None:
     """Return the text of the prompts, if it may be logged."""
     if not service.config.log_prompts:
         return None
     prompts = {answer.prompt_index: answer.request.prompt_ids for answer in answers}.values()
-    return [service.tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts]
+    return [await service.tokenizing.decode(ids) for ids in prompts]
 
 
 async def _collect(answers: Sequence[Answer], pieces: Pieces) -> list[Piece]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import ConfigDict, Field, PlainValidator
+from pydantic import ConfigDict, FailFast, Field, PlainValidator
 
 from pilotfish.errors import shown
 from pilotfish.server.protocol.common import ApiModel, GenerationRequest, Unsupported, only, unsupported, wrong
@@ -65,7 +65,7 @@ _NO_TOOLS = "is not supported by this server, which has no tools: leave it out"
 
 
 class ChatRequest(GenerationRequest):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
     max_completion_tokens: int | None = None
     """The newer name of max_tokens. Default: as many as fit into the context."""
     logprobs: bool | None = None

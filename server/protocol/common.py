@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from pilotfish.errors import shown
@@ -174,7 +174,7 @@ class GenerationRequest(ApiModel):
     top_k: int | None = None
     min_p: float | None = None
     typical_p: float | None = None
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: Annotated[list[int] | None, FailFast()] = None
     """The only tokens that may be drawn."""
     bad_words: Words = ()
     """Texts whose tokens may not occur in the answer, with or without a space before them."""
@@ -183,7 +183,7 @@ class GenerationRequest(ApiModel):
     """llama.cpp's name of repetition_penalty."""
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[list[int] | None, FailFast()] = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     """Leave special tokens out of the text; the default."""

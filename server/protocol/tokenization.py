@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import msgspec
+from pydantic import FailFast
 
 from pilotfish.server.protocol.chat import Message
 from pilotfish.server.protocol.common import ApiModel
@@ -15,7 +17,7 @@ class TokenizeRequest(ApiModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message] | None, FailFast()] = None
     add_special_tokens: bool | None = None
     """Default: true for a prompt, false for messages, whose chat template adds them."""
     add_generation_prompt: bool | None = None
@@ -25,13 +27,13 @@ class TokenizeRequest(ApiModel):
 
 class DetokenizeRequest(ApiModel):
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], FailFast()]
 
 
 class Tokenized(msgspec.Struct):
     count: int
     max_model_len: int
-    tokens: list[int]
+    tokens: Sequence[int]
     token_strs: list[str] | None = None
     """The tokens as text, with return_token_strs."""
 

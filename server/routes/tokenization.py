@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from pilotfish.engine.request import EngineInfo
 from pilotfish.errors import shown
+from pilotfish.server.bodies import BodyRoute
 from pilotfish.server.encoding import json_response, returns
 from pilotfish.server.errors import bad_parameter
 from pilotfish.server.generation.facts import facts_of
+from pilotfish.server.offload import MANY_IDS
 from pilotfish.server.protocol.tokenization import (
     Detokenized,
     DetokenizeRequest,
@@ -17,9 +22,9 @@ from pilotfish.server.protocol.tokenization import (
     TokenizerInfo,
 )
 from pilotfish.server.protocol.unknown import unknown_fields
-from pilotfish.server.service import ServiceDependency
+from pilotfish.server.service import Service, ServiceDependency
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/tokenize", **returns(Tokenized))
@@ -39,8 +44,14 @@ async def tokenize(body: TokenizeRequest, request: Request, service: ServiceDepe
         )
     else:
         ids = await service.encode(body.prompt, "prompt", body.add_special_tokens is not False)
-    strings = [service.tokenizer.token(id_) for id_ in ids] if body.return_token_strs else None
-    return json_response(Tokenized(len(ids), info.max_model_len, list(ids), strings))
+    if len(ids) < MANY_IDS:
+        return _tokenized(service, info, ids, bool(body.return_token_strs))
+    return await service.offload.run(_tokenized, service, info, ids, bool(body.return_token_strs))
+
+
+def _tokenized(service: Service, info: EngineInfo, ids: Sequence[int], spelled: bool) -> Response:
+    strings = [service.tokenizer.token(id_) for id_ in ids] if spelled else None
+    return json_response(Tokenized(len(ids), info.max_model_len, ids, strings))
 
 
 @router.get("/tokenizer_info", **returns(TokenizerInfo))
@@ -68,9 +79,17 @@ async def detokenize(body: DetokenizeRequest, request: Request, service: Service
     info = service.ready()
     facts_of(request.scope).ignored = unknown_fields(body, service.config.strict_requests)
     service.check_model(body.model)
-    for id_ in body.tokens:
+    if len(body.tokens) < MANY_IDS:
+        _check_ids(body.tokens, info)
+    else:
+        await service.offload.run(_check_ids, body.tokens, info)
+    return json_response(Detokenized(await service.tokenizing.decode(body.tokens)))
+
+
+def _check_ids(ids: Sequence[int], info: EngineInfo) -> None:
+    """Raise ApiError 400 for an id that the model has not."""
+    for id_ in ids:
         if not 0 <= id_ < info.vocab_size:
             raise bad_parameter(
                 "tokens", f"tokens has {shown(id_)}, but token ids must be between 0 and {info.vocab_size - 1}"
             )
-    return json_response(Detokenized(service.tokenizer.decode(body.tokens, skip_special_tokens=False)))
