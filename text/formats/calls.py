@@ -5,11 +5,10 @@ A reader may get any amount of text at once, and never loses any: what it cannot
 
 from __future__ import annotations
 
-import ast
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from pilotfish.text.formats.scanner import ObjectScanner
 from pilotfish.text.message import CallArguments, CallBegin, ContentText, Part
@@ -22,8 +21,9 @@ ARGUMENTS = ("arguments", "parameters", "args", "input")
 class Calls:
     """The calls of a message so far."""
 
-    names: Collection[str]
-    """The tools that may be called; of formats that begin like content, other names are none."""
+    names: Mapping[str, Sequence[str]]
+    """The tools that may be called, with the names of their arguments in order; of formats that begin like content,
+    other names are none."""
     new_id: Callable[[], str]
     count: int = 0
 
@@ -250,86 +250,3 @@ class NamedJson:
 
     def finish(self) -> list[Part]:
         return [ContentText(self._held)] if self._held.strip() else []
-
-
-@dataclass(slots=True)
-class PythonCalls:
-    """Calls as Python writes them, in a list or one a line: `[f(a=1), g(b="x")]`. A call is read when it is closed."""
-
-    calls: Calls
-    end: str
-    """What closes them: "]", or a fence."""
-    begin: str = ""
-    """What the text begins with, if the marker was left to this reader."""
-    _text: str = ""
-    _at: int = 0
-    _quote: str = ""
-    _depth: int = 0
-    _start: int = 0
-
-    def feed(self, text: str) -> tuple[list[Part], str | None]:
-        if not self._text:
-            self._at = self._start = len(self.begin)
-        self._text += text
-        parts: list[Part] = []
-        while self._at < len(self._text):
-            at = self._at
-            char = self._text[at]
-            if self._quote:
-                if char == "\\":
-                    self._at += 1
-                elif char == self._quote:
-                    self._quote = ""
-            elif char in "'\"":
-                self._quote = char
-            elif self._depth == 0 and self._text.startswith(self.end, at):
-                rest = self._text[at + len(self.end) :]
-                if self._start == len(self.begin) and at > self._start:  # none of it was a call
-                    return [ContentText(self._text[: at + len(self.end)])], rest
-                return parts, rest
-            elif self._depth == 0 and self.end.startswith(self._text[at:]):
-                return parts, None
-            elif char in "([{":
-                self._depth += 1
-            elif char in ")]}":
-                self._depth -= 1
-                if self._depth == 0:
-                    parts += self._call(self._text[self._start : at + 1])
-                    self._start = at + 1
-            self._at += 1
-        return parts, None
-
-    def finish(self) -> list[Part]:
-        left = self._text if self._start == len(self.begin) else self._text[self._start :]
-        return [ContentText(left)] if left.strip(" ,\n") else []
-
-    def _call(self, source: str) -> list[Part]:
-        text = source.lstrip(" ,\t\r\n;")
-        try:
-            node = ast.parse(text, mode="eval").body
-            assert isinstance(node, ast.Call)
-            arguments = {key.arg: _plain(key.value) for key in node.keywords if key.arg is not None}
-            name = ast.unparse(node.func)
-        except (SyntaxError, AssertionError, ValueError, TypeError, RecursionError, MemoryError):
-            return [ContentText(source)]
-        if self.begin and name not in self.calls.names:
-            return [ContentText(source)]
-        return [self.calls.begin(name), self.calls.arguments(json.dumps(arguments, ensure_ascii=False))]
-
-
-def _plain(node: ast.expr) -> Any:
-    """Return the value of a literal; also true, false and null, which models write."""
-    if isinstance(node, ast.Name) and node.id in _NAMES:
-        return _NAMES[node.id]
-    match node:
-        case ast.List(elements) | ast.Tuple(elements):
-            return [_plain(each) for each in elements]
-        case ast.Dict(keys, values):
-            pairs = zip(keys, values, strict=True)
-            return {str(ast.literal_eval(key)): _plain(value) for key, value in pairs if key is not None}
-    value = ast.literal_eval(node)
-    json.dumps(value)  # TypeError for what JSON does not have
-    return value
-
-
-_NAMES = {"true": True, "false": False, "null": None, "none": None}

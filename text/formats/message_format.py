@@ -7,6 +7,7 @@ import secrets
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pilotfish.errors import ParameterError
 from pilotfish.text.formats.calls import CallReader, Calls
@@ -17,7 +18,7 @@ from pilotfish.text.grammar.grammar import Grammar
 from pilotfish.text.grammar.output_format import ANY_OBJECT
 from pilotfish.text.message import MessageParser, NamedTool, Tool, ToolChoice
 
-SchemaBuilder = Callable[..., Grammar]
+SchemaBuilder = Callable[[Any, str], Grammar]
 """Makes and checks the grammar of a JSON schema at a place: (schema, place) -> Grammar. Raises ParameterError."""
 
 
@@ -34,6 +35,9 @@ class CallFormat:
     reader: Callable[[Calls], CallReader]
     written: Callable[[Tool, Grammar], Sequence[Grammar | str]]
     """Returns a call without its opener: of a tool, and the grammar of its arguments."""
+    arguments: Callable[[dict[str, Any], str, Callable[[Any, str, Any], Grammar]], Grammar] | None = None
+    """Makes the grammar of arguments that are not JSON, from a schema, its place, and what makes the grammar of a
+    schema (the last argument is one to fall back on); None: they are."""
     open_list: str = ""
     close_list: str = ""
     """What stands around all of the calls, behind the opener: most formats have an opener for each call instead."""
@@ -78,7 +82,7 @@ class MessageFormat:
             return PlainParser()
         openers, starters = [], []
         if call is not None:
-            calls = Calls({tool.name for tool in tools}, new_id or self.new_id)
+            calls = Calls({tool.name: _argument_names(tool) for tool in tools}, new_id or self.new_id)
 
             def reader() -> CallReader:
                 return call.reader(calls)
@@ -153,18 +157,26 @@ class MessageFormat:
             return compose.text_with_calls(self._marker(form.opener), rest, parallel=parallel and not form.open_list)
         begins = {start[0] for start in form.starters if start not in self.special}
         first = "".join(f"\\{char}" if char in "[]^-\\" else char for char in sorted(begins))
-        return compose.either(calls, compose.pattern(rf"([^{first}](.|\n)*)?"))
+        return compose.either(calls, compose.pattern(rf"\s*([^\s{first}](.|\n)*)?"))
 
     def _call(self, tool: Tool, place: str, schema: SchemaBuilder) -> Grammar:
         form = self.calls
         assert form is not None
         wanted = tool.parameters if tool.parameters is not None else {"type": "object", "properties": {}}
-        try:
-            arguments = schema(wanted, f"{place}.function.parameters")
-        except ParameterError:
-            if tool.strict:
-                raise
-            arguments = schema(ANY_OBJECT, place)
+
+        def build(schema_: Any, at: str, otherwise: Any) -> Grammar:
+            try:
+                return schema(schema_, at)
+            except ParameterError:
+                if tool.strict:
+                    raise
+                return schema(otherwise, at)
+
+        at = f"{place}.function.parameters"
+        if form.arguments is not None and isinstance(wanted, dict):
+            arguments = form.arguments(wanted, at, build)
+        else:
+            arguments = build(wanted, at, ANY_OBJECT)
         return self._sequence(*form.written(tool, arguments))
 
     def _sequence(self, *parts: Grammar | str) -> Grammar:
@@ -187,6 +199,11 @@ class MessageFormat:
 
     def _marker(self, text: str) -> Marker:
         return self.special.get(text, text)
+
+
+def _argument_names(tool: Tool) -> list[str]:
+    properties = (tool.parameters or {}).get("properties")
+    return list(properties) if isinstance(properties, dict) else []
 
 
 def _described(tool: Tool) -> dict[str, str]:

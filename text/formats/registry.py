@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import keyword
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
 from pilotfish.errors import ModelError
-from pilotfish.text.formats.calls import CallReader, Calls, JsonCalls, NamedJson, PythonCalls
+from pilotfish.text.formats.calls import CallReader, Calls, JsonCalls, NamedJson
 from pilotfish.text.formats.message_format import CallFormat, MessageFormat
-from pilotfish.text.grammar import compose
+from pilotfish.text.formats.python_calls import PythonCalls, python_arguments
 from pilotfish.text.grammar.grammar import Grammar
 from pilotfish.text.message import Tool
 from pilotfish.text.tokenizer import Tokenizer
@@ -48,15 +47,7 @@ def _tagged(tool: Tool, arguments: Grammar) -> Sequence[Grammar | str]:
 
 
 def _python(tool: Tool, arguments: Grammar) -> Sequence[Grammar | str]:
-    """A call with literals for any of the tool's arguments: their types are not enforced."""
-    properties = (tool.parameters or {}).get("properties")
-    known = [key for key in properties if key.isidentifier()] if isinstance(properties, dict) else []
-    names = "|".join(key for key in known if not keyword.iskeyword(key))
-    if not names:
-        return (f"{tool.name}()",)
-    value = r"(-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,18})?|True|False|None|" + r'"([^"\\\x00-\x1f]|\\[n"\\])*")'
-    argument = f"({names})={value}"
-    return f"{tool.name}(", compose.pattern(rf"({argument}(, {argument}){{0,31}})?"), ")"
+    return f"{tool.name}(", arguments, ")"
 
 
 def _list_reader(calls: Calls) -> CallReader:
@@ -94,6 +85,7 @@ CALL_FORMATS: dict[str, CallFormat] = {
             starters=("[",),
             reader=partial(PythonCalls, end="]", begin="["),
             written=_python,
+            arguments=python_arguments,
             open_list="[",
             close_list="]",
             between=", ",
@@ -123,6 +115,7 @@ CALL_FORMATS: dict[str, CallFormat] = {
             opener="```tool_code",
             reader=partial(PythonCalls, end="```"),
             written=lambda tool, arguments: ("\n", *_python(tool, arguments), "\n```"),
+            arguments=python_arguments,
             instructions=_JSON,
         ),
         CallFormat(

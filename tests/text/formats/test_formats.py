@@ -36,7 +36,6 @@ FORMATS = {
     for name, calls in CALL_FORMATS.items()
     for thought in ("none", "think")
 }
-PYTHON = ("pythonic", "gemma")
 
 
 def schema(value: Any, place: str) -> Grammar:
@@ -119,9 +118,7 @@ def test_what_the_grammar_allows_is_read(name: str, choice: Any) -> None:
     for text in texts:
         message = assert_same_in_all_cuts(form, text, rng)
         for call in message.calls:
-            if name.partition("-")[0] not in PYTHON:
-                jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
-            assert isinstance(json.loads(call.arguments), dict)
+            jsonschema.validate(json.loads(call.arguments), SCHEMAS[call.name])
         if choice != "auto":
             assert message.calls
         if isinstance(choice, NamedTool):
@@ -248,3 +245,37 @@ def test_formats_by_name() -> None:
     assert detect(tokenizer, "none").calls is None
     with pytest.raises(ModelError, match=r"tool_call_parser is 'nope', but .* hermes"):
         detect(tokenizer, "nope")
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ('weather("Oslo", days=2)', '{"city": "Oslo", "days": 2}'),
+        ("print(weather(city='a\\'b', days=None))", '{"city": "a\'b", "days": null}'),
+        ('default_api.weather(city="""a "b" )""")', '{"city": "a \\"b\\" )"}'),
+        ('weather(city="\\ud83d\\ude00\\/")', '{"city": "\\ud83d\\ude00\\/"}'),
+        ("weather(city='\\ud83d')", '{"city": "\\ud83d"}'),
+        ("weather(city=['\\d', True, {'a': (1, 0x10)}])", '{"city": ["\\\\d", true, {"a": [1, 16]}]}'),
+    ],
+)
+def test_calls_in_python(written: str, arguments: str) -> None:
+    message = assert_same_in_all_cuts(FORMATS["gemma-none"], f"```tool_code\n{written}\n```", random.Random(6))
+    assert [(call.name, call.arguments) for call in message.calls] == [("weather", arguments)]
+    assert message.content == ""
+
+
+@pytest.mark.parametrize("written", ["weather(1, 2, 3)", "weather(city={1})", "weather(city=x)", "x = 1", "f(**{})"])
+def test_what_is_no_call_in_python_stays_content(written: str) -> None:
+    message = assert_same_in_all_cuts(FORMATS["gemma-none"], f"```tool_code\n{written}\n```", random.Random(7))
+    assert message.calls == []
+    assert written in message.content
+
+
+def test_arguments_in_python_match_the_schema() -> None:
+    form = FORMATS["pythonic-none"]
+    grammar = form.grammar(TOOLS, "required", schema=schema)
+    assert grammar is not None
+    for text in ('[weather(city="Oslo")]', '[weather(city="Oslo", days=3), now()]'):
+        assert accepts(grammar, text)
+    for text in ("[weather()]", "[weather(days=3)]", '[weather(city="Oslo", days=30)]', "[now(a=1)]"):
+        assert not accepts(grammar, text)
