@@ -45,6 +45,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Name of the model in the API, instead of its own. Repeatable."""
     chat_template: str | None = None
     """File with a Jinja2 chat template that replaces the model's own."""
+    tool_call_parser: str = "auto"
+    """Format of the model's tool calls, such as hermes, llama3_json or mistral; auto: found from the chat template;
+    none: calls are text."""
+    reasoning_parser: str = "auto"
+    """Format of the model's reasoning, such as think or mistral; auto: found from the chat template; none: it is
+    text."""
 
     cors_origins: tuple[str, ...] = ("*",)
     """Origin of web pages that may use the API, such as https://chat.example.com; "*": all, "none": none.

@@ -85,8 +85,10 @@ class Tokenizing:
         self._offload.close()
 
     def _encode(self, text: str, add_special_tokens: bool, limit: int | None) -> Sequence[int]:
-        if limit is not None and (least := self._tokenizer.length_bound.at_least(text, limit + 1)) > limit:
-            raise TooLongError(least)
+        if limit is not None and limit < len(text):
+            least = self._tokenizer.length_bound.at_least(self._tokenizer.unshield(text), limit + 1)
+            if least > limit:
+                raise TooLongError(least)
         return self._tokenizer.encode(text, add_special_tokens)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, Request
 
@@ -15,11 +15,15 @@ from pilotfish.engine.request import EngineInfo
 from pilotfish.errors import ParameterError
 from pilotfish.server.admission import Gate
 from pilotfish.server.config import ServerConfig
-from pilotfish.server.errors import ApiError, bad_parameter, engine_dead, loading, model_not_found, stopping
+from pilotfish.server.errors import ApiError, engine_dead, loading, model_not_found, stopping
 from pilotfish.server.metrics import Metrics
 from pilotfish.server.offload import Offload, Tokenizing, TooLongError
-from pilotfish.server.protocol.chat import Message
+from pilotfish.server.prompting.conversation import Conversation
+from pilotfish.server.prompting.grammars import Grammars
+from pilotfish.server.prompting.rendering import Rendered, render
 from pilotfish.text.detokenizer import Vocabulary
+from pilotfish.text.formats.message_format import MessageFormat
+from pilotfish.text.formats.registry import detect
 from pilotfish.text.tokenizer import Tokenizer
 
 STUCK_SECONDS = 60.0
@@ -42,6 +46,8 @@ class Service:
         self.vocabulary = Vocabulary(tokenizer)
         self.offload = Offload()
         self.tokenizing = Tokenizing(tokenizer)
+        self.format = detect(tokenizer, config.tool_call_parser, config.reasoning_parser)
+        self.grammars = Grammars(tokenizer)
         self.config = config
         self.metrics = metrics
         self.names = names
@@ -102,29 +108,9 @@ class Service:
         found = [await self.encode(text, "bad_words", add_special_tokens=False) for text in spelled]
         return tuple(dict.fromkeys(filter(None, found)))
 
-    def render(
-        self, messages: list[Message], add_generation_prompt: bool = True, variables: dict[str, Any] | None = None
-    ) -> str:
-        """Return the prompt of a conversation. `variables` are passed to the model's chat template. Raises ApiError 400
-        for reserved names, ParameterError if the template fails."""
-        for name in _TEMPLATE_ARGUMENTS.intersection(variables or {}):
-            raise bad_parameter("chat_template_kwargs", f"chat_template_kwargs must not have {name!r}")
-        plain = [
-            {"role": _ROLES.get(message.role, message.role), "content": message.content}
-            | ({} if message.name is None else {"name": message.name})
-            for message in messages
-        ]
-        return self.tokenizer.apply_chat_template(plain, add_generation_prompt, **(variables or {}))
-
-
-_ROLES = {"developer": "system"}
-"""OpenAI's newer role names, by the names that the templates of open models know."""
-_TEMPLATE_ARGUMENTS = frozenset({
-    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages",
-    "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "self", "tokenize", "tokenizer_kwargs",
-    "truncation",
-})  # fmt: skip
-"""Arguments of apply_chat_template that are not the template's own: clients must not set them."""
+    async def render(self, conversation: Conversation, form: MessageFormat) -> Rendered:
+        """Return the prompt of a conversation, rendered in a thread. Raises as `rendering.render`."""
+        return await self.offload.run(render, conversation, self.tokenizer, form)
 
 
 def check_length(param: str, length: int, info: EngineInfo) -> None:

@@ -59,6 +59,16 @@ def test_prediction(example_server: RunningServer) -> None:
     assert re.search(r"^\d+ predicted tokens accepted, \d+ rejected$", printed, re.MULTILINE)
 
 
+def test_structured_output(example_server: RunningServer) -> None:
+    person, train = run("structured_output", url=example_server.url).splitlines()
+    assert re.fullmatch(r"name='.*' age=\d+ mood='(happy|sad|hungry)'", person)
+    assert re.fullmatch(r"At ([01]\d|2[0-3]):[0-5]\d\.", train)
+
+
+def test_tools(example_server: RunningServer) -> None:
+    assert re.match(r'weather\(\{"city": ".*"\}\)\n.', run("tools", url=example_server.url))
+
+
 def test_offline(tiny_llama: Path) -> None:
     lines = run("offline", str(tiny_llama)).splitlines()
     assert len(lines) == 4

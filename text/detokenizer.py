@@ -50,6 +50,12 @@ class Vocabulary:
         )
         """Returns the bytes of a token; b"" for special tokens."""
 
+    def showing(self, shown: frozenset[int]) -> Callable[[int], bytes]:
+        """Return what returns the bytes of a token; b"" for special tokens that are not in `shown`."""
+        if not shown:
+            return self.text_bytes_of
+        return lambda id_: self.bytes_of(id_) if id_ in shown else self.text_bytes_of(id_)
+
     def is_special(self, id_: int) -> bool:
         return id_ in self._special
 
@@ -71,10 +77,15 @@ class Detokenizer:
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, skip_special_tokens: bool = True, marks: Mapping[int, str] | None = None
+        self,
+        vocabulary: Vocabulary,
+        skip_special_tokens: bool = True,
+        marks: Mapping[int, str] | None = None,
+        shown: frozenset[int] = frozenset(),
     ) -> None:
-        """`marks` (of `Vocabulary.marks`) are put where these special tokens were left out."""
-        self._bytes_of = vocabulary.text_bytes_of if skip_special_tokens else vocabulary.bytes_of
+        """`marks` (of `Vocabulary.marks`) are put where these special tokens were left out; those in `shown` are
+        spelled out all the same."""
+        self._bytes_of = vocabulary.showing(shown) if skip_special_tokens else vocabulary.bytes_of
         self._marks = marks or {}
         self._held = b""
 
@@ -126,6 +137,8 @@ class StopStrings:
         self._hidden = dict.fromkeys(map(ord, (marks or {}).values()))
         self._include = include
         self._held = ""
+        self.found: str | None = None
+        """The stop string that was found, as the client has it."""
 
     def visible(self, text: str) -> str:
         """Return the text without marks."""
@@ -146,7 +159,7 @@ class StopStrings:
             ]
             if found:
                 at, _, stop = min(found)
-                self._held = ""
+                self._held, self.found = "", self._whole[stop]
                 return self.visible(window[:at]) + (self._whole[stop] if self._include else ""), True
         shown = len(window) - max(_overlap(window, stop) for stop in self._stops)
         self._held = window[shown:]
@@ -219,6 +232,11 @@ class AnswerText:
         self.tokens = 0
         self.stopped = False
         """Whether a stop string has ended the text."""
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that has ended the text, or None."""
+        return self._stops.found
 
     def feed(
         self,

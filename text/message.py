@@ -47,6 +47,11 @@ class MessageParser(Protocol):
     """Finds the parts of one answer. What it finds does not depend on how the tokens are portioned: the same tokens,
     one by one or all at once, give the same message, and the parts of a stream add up to it."""
 
+    @property
+    def thinking(self) -> bool:
+        """Whether the text so far ends within reasoning, or may still begin with it."""
+        ...
+
     def feed(self, text: str) -> Sequence[Part]:
         """Add text, in which special tokens are spelled out if the format needs them. Returns the parts that it
         completes, and holds back what may still become a marker."""

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Encoding
@@ -39,6 +40,8 @@ class Tokenizer:
     eos_token_ids: frozenset[int]
     """Tokens that end an answer: those of generation_config.json or config.json, and the tokenizer's eos_token."""
     bos_token_id: int | None
+    folder: Path | None = None
+    """The folder with its tokenizer.json, if it was loaded from one."""
     vocab_size: int
     """One more than the highest token id; the model's own vocabulary may be padded to more."""
 
@@ -65,12 +68,16 @@ class Tokenizer:
         Special tokens spelled out in the text become those tokens. Raises ParameterError("prompt") for text that is not
         valid Unicode.
         """
+        ids: list[int]
         try:
-            # Unlike encode, this lets other threads run, and it makes no offsets, which take most of the memory.
-            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            ids = []
+            for i, (piece, literal) in enumerate(self._pieces(text) if _SHIELD in text else [(text, False)]):
+                backend = self._literal if literal else self._backend
+                # Unlike encode, this lets other threads run, and it makes no offsets, which take most of the memory.
+                (encoding,) = backend.encode_batch_fast([piece], add_special_tokens=add_special_tokens and not i)
+                ids += _ids(encoding)
         except (UnicodeEncodeError, TypeError):  # a lone surrogate, which JSON can spell
             raise ParameterError("prompt", "the prompt is not valid Unicode text (it has a lone surrogate)") from None
-        ids = _ids(encoding)
         # A text that begins with the begin-of-text token itself has it once.
         doubled = add_special_tokens and len(ids) > 1 and ids[0] == ids[1] == self.bos_token_id
         return ids[1:] if doubled else ids
@@ -79,6 +86,46 @@ class Tokenizer:
     def length_bound(self) -> LengthBound:
         """The fewest tokens that texts can have. Takes up to a second the first time."""
         return LengthBound(self._backend, self.token_bytes, self._byte_level)
+
+    def shield(self, text: str) -> str:
+        """Mark the special tokens that a text spells, so that `encode` takes them for text: what a client writes into
+        a message is never a control token, and cannot forge a turn."""
+        pattern = self._spelled
+        if pattern is None or pattern.search(text) is None:
+            return text
+        return pattern.sub(lambda match: f"{_SHIELD}{chr(_FIRST + self._special_list.index(match[0]))}{_SHIELD}", text)
+
+    def unshield(self, text: str) -> str:
+        """Return a text with the marks of `shield` replaced by what was marked."""
+        return "".join(piece for piece, _ in self._pieces(text)) if _SHIELD in text else text
+
+    def _pieces(self, text: str) -> list[tuple[str, bool]]:
+        """Return the pieces of a text with marks, each with whether its special tokens are text."""
+        pieces: list[tuple[str, bool]] = []
+        for i, piece in enumerate(_SHIELDED.split(text)):
+            if i % 2 == 0:
+                pieces.append((piece, False))
+            elif 0 <= (at := ord(piece) - _FIRST) < len(self._special_list):
+                pieces.append((self._special_list[at], True))
+            else:  # not one of this tokenizer's marks
+                pieces.append((f"{_SHIELD}{piece}{_SHIELD}", False))
+        return [(piece, literal) for piece, literal in pieces if piece]
+
+    @cached_property
+    def _special_list(self) -> list[str]:
+        return sorted((self.token(id_) for id_ in self.special_ids), key=len, reverse=True)
+
+    @cached_property
+    def _spelled(self) -> re.Pattern[str] | None:
+        spelled = [re.escape(token) for token in self._special_list if token]
+        return re.compile("|".join(spelled)) if spelled else None
+
+    @cached_property
+    def _literal(self) -> Backend:
+        """The same tokenizer, for which special tokens are text."""
+        backend = Backend.from_str(self._backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
 
     @property
     def document_start(self) -> tuple[int, ...]:
@@ -159,7 +206,9 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
         raise ModelError(f"cannot read the tokenizer of {files.name!r} in {folder}: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    return Tokenizer(inner, eos_token_ids(folder))
+    tokenizer = Tokenizer(inner, eos_token_ids(folder))
+    tokenizer.folder = folder
+    return tokenizer
 
 
 def _ids(encoding: Encoding) -> list[int]:
@@ -183,4 +232,20 @@ def _kinds_of_decoder(backend: Backend) -> tuple[bool, bool]:
 
 
 _BYTE_OF = {char: bytes([byte]) for char, byte in byte_alphabet().items()}
+
+
+def _byte_alphabet() -> dict[str, bytes]:
+    """Return GPT-2's spelling of bytes: printable Latin-1 stands for itself, U+0100 and on for the others."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelled = {chr(byte): bytes([byte]) for byte in printable}
+    return spelled | {chr(0x100 + i): bytes([byte]) for i, byte in enumerate(others)}
+
+
+_SHIELD = "\ufdd0"
+"""A noncharacter, which no text that is meant for others has."""
+_FIRST = 0xF0000
+"""Between two shields stands a character of a private plane, for a special token's place in the list."""
+_SHIELDED = re.compile(f"{_SHIELD}([\U000f0000-\U000fffff]){_SHIELD}")
+_BYTE_OF = _byte_alphabet()
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")

@@ -13,6 +13,7 @@ from pilotfish.engine.request import Delta, Request
 from pilotfish.server.generation.spec import GenerationSpec
 from pilotfish.server.metrics import NO_DRAFTER, Metrics, Outcome
 from pilotfish.text.detokenizer import AnswerText, Piece, TokenEntry
+from pilotfish.text.message import MessageParser, Part, ReasoningText
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +26,8 @@ class Answer:
     spec: GenerationSpec
     request: Request
     text: AnswerText
+    parser: MessageParser | None = None
+    """Finds the parts of the message; None for text that is no message."""
     echo: str = ""
     """The text of the prompt, until it is put before the first piece."""
     echo_offsets: Sequence[int] = ()
@@ -44,6 +47,11 @@ class Answer:
     drafted: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)
     logprob_sum: float = 0.0
+    reasoning_tokens: int = 0
+    """Tokens up to the end of the reasoning, if there is any."""
+    _thought: bool = field(default=False, init=False)
+    _undecided: int = field(default=0, init=False)
+    """Tokens that may turn out to be reasoning."""
 
     @property
     def tokens(self) -> int:
@@ -81,12 +89,7 @@ class Answer:
         else:
             text = self.text
             before = text.tokens
-            piece = text.feed(
-                delta.token_ids,
-                delta.logprobs if self.spec.show_logprobs else None,
-                last=delta.finish_reason is not None,
-                stop_token=delta.stop_token is not None,
-            )
+            piece = self._read(delta)
             if kept := text.tokens - before:
                 self._account(delta, kept, metrics)
             piece.finish_reason = "stop" if text.stopped else delta.finish_reason
@@ -94,6 +97,37 @@ class Answer:
         if self.echo or delta.prompt_logprobs is not None:
             self._put_echo_before(piece, delta)
         return piece
+
+    def _read(self, delta: Delta) -> Piece:
+        """Return the text that a delta adds, and what the parser finds in it."""
+        text, parser = self.text, self.parser
+        logprobs = delta.logprobs if self.spec.show_logprobs else None
+        last, stop_token = delta.finish_reason is not None, delta.stop_token is not None
+        if parser is None:
+            return text.feed(delta.token_ids, logprobs, last=last, stop_token=stop_token)
+        ids, shown, entries, parts = delta.token_ids, "", list[TokenEntry](), list[Part]()
+        while parser.thinking and len(ids) > 1 and not text.stopped:  # one by one, to count those of reasoning
+            piece = text.feed(ids[:1], None if logprobs is None else logprobs[:1])
+            self._parse(parser, piece, 1, parts)
+            shown, ids, logprobs = shown + piece.text, ids[1:], None if logprobs is None else logprobs[1:]
+            entries += piece.entries
+        if not text.stopped:
+            before = text.tokens
+            piece = text.feed(ids, logprobs, last=last, stop_token=stop_token)
+            self._parse(parser, piece, text.tokens - before, parts)
+            shown, entries = shown + piece.text, [*entries, *piece.entries]
+        if last or text.stopped:
+            parts += parser.finish()
+        return Piece(shown, entries, parts=parts)
+
+    def _parse(self, parser: MessageParser, piece: Piece, tokens: int, parts: list[Part]) -> None:
+        thinking = parser.thinking
+        found = parser.feed(piece.text)
+        parts += found
+        self._undecided += tokens if thinking else 0
+        self._thought = self._thought or any(isinstance(part, ReasoningText) for part in found)
+        if self._thought:
+            self.reasoning_tokens, self._undecided = self.reasoning_tokens + self._undecided, 0
 
     def _put_echo_before(self, piece: Piece, delta: Delta) -> None:
         piece.text, self.echo = self.echo + piece.text, ""

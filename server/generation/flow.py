@@ -9,9 +9,10 @@ import asyncio
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -20,6 +21,7 @@ from fastapi import Request
 from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
+from pilotfish.engine.params import Thinking
 from pilotfish.engine.request import EngineInfo, check_request, fan_out
 from pilotfish.engine.request import Request as EngineRequest
 from pilotfish.server.encoding import ErrorBody, json_response
@@ -31,12 +33,15 @@ from pilotfish.server.generation.follow import Pieces, follow_all
 from pilotfish.server.generation.spec import GenerationSpec, fit
 from pilotfish.server.generation.usage import timings_of, usage_of
 from pilotfish.server.offload import MANY_IDS
+from pilotfish.server.prompting.conversation import Conversation
 from pilotfish.server.protocol.common import ApiModel, Prompt
 from pilotfish.server.protocol.unknown import unknown_fields
 from pilotfish.server.protocol.usage import Timings, Usage
 from pilotfish.server.service import Service, check_length
 from pilotfish.server.tenants import prefix_salt
 from pilotfish.text.detokenizer import AnswerText, Detokenizer, Piece, Vocabulary
+from pilotfish.text.grammar.grammar import Grammar
+from pilotfish.text.message import MessageParser
 from pilotfish.text.offsets import token_offsets
 
 MAX_SEQUENCES = 4096
@@ -96,8 +101,9 @@ class Endpoint(ABC, Generic[Body]):
         """Translate a request, except for its prompts. Raises ApiError 400 for fields that contradict each other."""
 
     @abstractmethod
-    def prompts(self, body: Body, service: Service) -> Sequence[Prompt]:
-        """Return the request's `spec.prompts` prompts, each as text or as token ids."""
+    async def prompts(self, body: Body, service: Service) -> Sequence[Prompt] | Conversation:
+        """Return the request's `spec.prompts` prompts, each as text or as token ids; or the conversation that is to be
+        answered. Raises ApiError 400."""
 
     @abstractmethod
     def whole(self, reply: Reply[Body], pieces: Sequence[Piece]) -> msgspec.Struct:
@@ -128,17 +134,20 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
             words = await service.word_tokens(spec.bad_words)
             spec = replace(spec, params=msgspec.structs.replace(spec.params, bad_words=words))
         answers: list[Answer] = []
-        for i, prompt in enumerate(endpoint.prompts(body, service)):
+        spec, prompts, parser = await _prepare(service, info, spec, await endpoint.prompts(body, service))
+        for i, prompt in enumerate(prompts):
             name = identity if spec.prompts == 1 else f"{identity}-{i}"
             if i:
                 await asyncio.sleep(0)  # thousands of short texts are as much work as a long one
             asked = await _ask(service, info, spec, endpoint.prompt_param, prompt, name, facts)
             seed = service.engine.draw_seed() if asked.params.seed is None else asked.params.seed
             for one in fan_out(asked, spec.answers, seed):
-                work = (service.vocabulary, spec, prompt, one)
+                shown = frozenset[int]() if parser is None else service.format.shown
+                work = (service.vocabulary, spec, prompt, one, shown)
                 long = spec.echo and len(one.prompt_ids) >= MANY_IDS
-                text = await service.offload.run(_text, *work) if long else _text(*work)
-                answers.append(Answer(len(answers), i, spec, one, *text))
+                text, echo, offsets = await service.offload.run(_text, *work) if long else _text(*work)
+                own = None if parser is None else parser()
+                answers.append(Answer(len(answers), i, spec, one, text, own, echo, offsets))
         reply = Reply(body, spec, answers, service.vocabulary, identity, int(time.time()), service.fingerprint(info))
         facts.generation = GenerationFacts(
             identity, endpoint.operation, spec, answers, await _prompts(service, answers)
@@ -151,6 +160,32 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
         except ClientGoneError:
             return Response(status_code=499)
     return json_response(endpoint.whole(reply, whole))
+
+
+async def _prepare(
+    service: Service, info: EngineInfo, spec: GenerationSpec, asked: Sequence[Prompt] | Conversation
+) -> tuple[GenerationSpec, Sequence[Prompt], Callable[[], MessageParser] | None]:
+    """Return the spec with the grammar of its answers, the prompts, and what makes a parser for each answer to a
+    conversation. Raises ApiError 400 and ParameterError."""
+    if not isinstance(asked, Conversation):
+        grammar = None if spec.output is None else await service.grammars.of_output(spec.output, info)
+        return _restricted(spec, grammar, None), asked, None
+    form = service.format if asked.parse else service.format.plain()
+    rendered = await service.render(asked, form)
+    grammar = await service.grammars.of_conversation(asked, form, spec.output, rendered.in_reasoning, info)
+    thinking = None
+    if asked.thinking_budget is not None and form.reasoning is not None:
+        begin, end = [await service.encode(marker, "thinking", False) for marker in form.reasoning]
+        thinking = Thinking(budget=asked.thinking_budget, end=end, begin=() if rendered.in_reasoning else begin)
+    tools = asked.tools if asked.tool_choice != "none" else ()
+    parser = partial(form.parser, tools, in_reasoning=rendered.in_reasoning)
+    return _restricted(spec, grammar, thinking), [rendered.text], parser
+
+
+def _restricted(spec: GenerationSpec, grammar: Grammar | None, thinking: Thinking | None) -> GenerationSpec:
+    if grammar is None and thinking is None:
+        return spec
+    return replace(spec, params=msgspec.structs.replace(spec.params, grammar=grammar, thinking=thinking))
 
 
 async def _ask(
@@ -177,7 +212,7 @@ async def _ask(
 
 
 def _text(
-    vocabulary: Vocabulary, spec: GenerationSpec, prompt: Prompt, asked: EngineRequest
+    vocabulary: Vocabulary, spec: GenerationSpec, prompt: Prompt, asked: EngineRequest, shown: frozenset[int]
 ) -> tuple[AnswerText, str, Sequence[int]]:
     """Return the empty text of an answer, the prompt to echo before it, and the offsets of the prompt's tokens.
 
@@ -185,7 +220,8 @@ def _text(
     sent, however it was tokenized.
     """
     marks = vocabulary.marks(spec.stop) if spec.skip_special_tokens else {}
-    detokenizer = Detokenizer(vocabulary, spec.skip_special_tokens, marks)
+    marks = {id_: mark for id_, mark in marks.items() if id_ not in shown}  # these are spelled out
+    detokenizer = Detokenizer(vocabulary, spec.skip_special_tokens, marks, shown)
     echo, offsets = "", list[int]()
     if spec.echo:
         if isinstance(prompt, str):
@@ -223,6 +259,7 @@ async def _collect(answers: Sequence[Answer], pieces: Pieces) -> list[Piece]:
             "".join(piece.text for piece in own),
             [entry for piece in own for entry in piece.entries],
             own[-1].finish_reason,
+            [part for piece in own for part in piece.parts],
         )
         for own in parts
     ]

@@ -15,6 +15,8 @@ from pilotfish.engine.request import EngineInfo
 from pilotfish.errors import ParameterError
 from pilotfish.server.errors import bad_parameter
 from pilotfish.server.protocol.common import GenerationRequest
+from pilotfish.server.protocol.output import output_of
+from pilotfish.text.grammar.output_format import OutputFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,8 @@ class GenerationSpec:
     cache_salt: str | None = None
     speculation: str | None = None
     prediction: str | None = None
+    output: OutputFormat | None = None
+    """What the answer, or what follows its reasoning, must match."""
 
     @property
     def sequences(self) -> int:
@@ -96,6 +100,7 @@ def spec_of(
         "cache_salt": body.cache_salt,
         "speculation": body.speculation,
         "prediction": body.prediction,
+        "output": output_of(body),
     }
     spec = GenerationSpec(model=body.model, params=params, **shared | own)
     if body.stream_options is not None and not spec.stream:

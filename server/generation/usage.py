@@ -31,7 +31,9 @@ def usage_of(answers: Sequence[Answer]) -> Usage:
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
         prompt_tokens_details=PromptTokensDetails(sum(answer.cached_tokens for answer in prompts)),
-        completion_tokens_details=CompletionTokensDetails(accepted, predicted - accepted),
+        completion_tokens_details=CompletionTokensDetails(
+            accepted, predicted - accepted, sum(answer.reasoning_tokens for answer in answers)
+        ),
     )
 
 

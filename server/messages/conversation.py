@@ -14,7 +14,7 @@ from typing import Any
 
 from pilotfish.errors import shown
 from pilotfish.server.errors import ApiError, bad_parameter
-from pilotfish.server.generation.conversation import Conversation, Turn
+from pilotfish.server.prompting.conversation import Conversation, Turn
 from pilotfish.server.protocol.messages import (
     Block,
     ConversationRequest,

@@ -10,22 +10,37 @@ from pydantic import ConfigDict, FailFast, Field, PlainValidator
 
 from pilotfish.errors import shown
 from pilotfish.server.protocol.common import ApiModel, GenerationRequest, Unsupported, only, unsupported, wrong
+from pilotfish.server.protocol.tools import (
+    Call,
+    CallDelta,
+    CalledFunction,
+    CallParam,
+    Function,
+    FunctionChoice,
+    Functions,
+    ToolChoiceParam,
+    Tools,
+)
 from pilotfish.server.protocol.usage import Response, Timings, Usage
 
 MAX_TOP_LOGPROBS = 20
+Budget = Annotated[int | None, Field(ge=0, le=2**31 - 1)]
 
-Role = Literal["system", "developer", "user", "assistant"]
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 
 
-def _content(value: Any) -> str:
+def _content(value: Any) -> str | None:
     """Return the text, or the text parts joined by newlines."""
-    if isinstance(value, str):
+    if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
         raise wrong("must be a string or a list of text parts")
     texts = []
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "refusal" and isinstance(part.get("refusal"), str):
+            texts.append(part["refusal"])
+            continue
         if kind is not None and kind != "text":
             raise unsupported(f"has a part of type {shown(kind)}, but this model takes only text")
         if kind is None or not isinstance(part.get("text"), str):
@@ -34,9 +49,10 @@ def _content(value: Any) -> str:
     return "\n".join(texts)
 
 
+Content = Annotated[str | None, PlainValidator(_content, json_schema_input_type=str | list[dict[str, str]] | None)]
+
+
 def _role(value: Any) -> Role:
-    if value in ("tool", "function"):
-        raise unsupported(f"is {value!r}, but this server does not support tools")
     if value not in get_args(Role):
         raise wrong(f"is {shown(value)}, but must be one of {', '.join(map(repr, get_args(Role)))}")
     return cast(Role, value)
@@ -48,20 +64,23 @@ class Message(ApiModel):
     model_config = ConfigDict(extra="ignore")
 
     role: Annotated[Role, PlainValidator(_role, json_schema_input_type=Role)]
-    content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[dict[str, str]])]
+    content: Content = None
+    """null only for an assistant's message."""
     name: str | None = None
-
-    # OpenAI's client sends these back with an answer; they are null or empty.
-    tool_calls: Unsupported = None
-    function_call: Unsupported = None
+    tool_calls: list[CallParam] | None = None
+    tool_call_id: str | None = None
+    """The call that a tool's message answers."""
+    function_call: CalledFunction | None = None
+    reasoning_content: Any = None
+    """The reasoning of an earlier answer, by either of its names."""
+    reasoning: Any = None
+    prefix: Any = None
+    """Whether the answer goes on with this message, the last one."""
     audio: Unsupported = None
 
 
-_ONLY_TEXT = 'must be {"type": "text"} or left out: this server does not support structured output'
 _ONLY_TEXT_OUT = 'must be ["text"] or left out: this model answers in text'
-_NO_REASONING = 'must be "none" or left out: this model has no levels of reasoning'
 _ONLY_MEDIUM = 'must be "medium" or left out: this model has no levels of verbosity'
-_NO_TOOLS = "is not supported by this server, which has no tools: leave it out"
 
 
 class ChatRequest(GenerationRequest):
@@ -70,21 +89,32 @@ class ChatRequest(GenerationRequest):
     """The newer name of max_tokens. Default: as many as fit into the context."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
-    response_format: Annotated[Any, only({"type": "text"}, otherwise=_ONLY_TEXT)] = None
     modalities: Annotated[Any, only(["text"], otherwise=_ONLY_TEXT_OUT)] = None
-    tool_choice: Annotated[Any, only("none", "auto", otherwise=_NO_TOOLS)] = None
+    tools: Tools = None
+    tool_choice: ToolChoiceParam = None
     chat_template_kwargs: dict[str, Any] | None = None
     """Values for the model's chat template, such as {"enable_thinking": false}."""
 
     parallel_tool_calls: bool | None = None
+    functions: Functions = None
+    """The older form of tools, with function_call for tool_choice."""
+    function_call: FunctionChoice = None
+    reasoning_effort: str | None = None
+    """Passed to the chat template; "none" turns reasoning off, where the model can."""
+    include_reasoning: bool | None = None
+    """false: leave the reasoning out of the answer."""
+    thinking_budget: Budget = None
+    """Tokens of reasoning after which it is closed."""
+    thinking_token_budget: Budget = None
+    """vLLM's name of thinking_budget."""
+    continue_final_message: bool | None = None
+    """Go on with the last message, an assistant's."""
+    add_generation_prompt: bool | None = None
+    """Whether the prompt opens an assistant's message; true unless the last message is to go on."""
 
-    tools: Unsupported = None
-    functions: Unsupported = None
-    function_call: Unsupported = None
     audio: Unsupported = None
     web_search_options: Unsupported = None
     moderation: Unsupported = None
-    reasoning_effort: Annotated[Any, only("none", otherwise=_NO_REASONING)] = None
     verbosity: Annotated[Any, only("medium", otherwise=_ONLY_MEDIUM)] = None
 
 
@@ -109,8 +139,14 @@ class ChatLogprobs(msgspec.Struct):
 
 class ChatMessage(msgspec.Struct, kw_only=True):
     role: str = "assistant"
-    content: str
+    content: str | None
+    """null for an answer of nothing but calls."""
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    """Reasoning has two names, as clients look for one or the other."""
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[Call] | UnsetType = UNSET
+    function_call: Function | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -130,8 +166,12 @@ class ChatDelta(msgspec.Struct):
     """A chunk's addition to a message: the role in the first chunk, nothing in the last."""
 
     role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
     refusal: UnsetType | None = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: tuple[CallDelta, ...] | UnsetType = UNSET
+    function_call: Function | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct):

@@ -188,6 +188,18 @@ class GenerationRequest(ApiModel):
     skip_special_tokens: bool | None = None
     """Leave special tokens out of the text; the default."""
 
+    # The form of the answer, by OpenAI's name and other servers'; see `protocol.output`.
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    grammar: str | None = None
+    """A context-free grammar in GBNF or Lark."""
+    json_schema: Any = None
+
     cache_salt: str | None = None
     """Prefixes are found only by requests of the same tenant with the same salt."""
     speculation: str | None = None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pilotfish.server.chat.conversation import conversation_of
+from pilotfish.server.chat.message import deltas_of, finish_reason, message_of
 from pilotfish.server.errors import bad_parameter
 from pilotfish.server.generation.answer import Answer
 from pilotfish.server.generation.flow import Endpoint, Reply
 from pilotfish.server.generation.logprobs import chat_logprobs
 from pilotfish.server.generation.spec import GenerationSpec, spec_of
+from pilotfish.server.prompting.conversation import Conversation
 from pilotfish.server.protocol.chat import (
     ChatChoice,
     ChatChunk,
@@ -16,13 +19,12 @@ from pilotfish.server.protocol.chat import (
     ChatCompletion,
     ChatDelta,
     ChatLogprobs,
-    ChatMessage,
     ChatRequest,
 )
-from pilotfish.server.protocol.common import Prompt
 from pilotfish.server.routes.openai import OpenAIChunks
 from pilotfish.server.service import Service
 from pilotfish.text.detokenizer import Piece
+from pilotfish.text.message import CallBegin
 
 
 class Chat(Endpoint[ChatRequest]):
@@ -51,14 +53,15 @@ class Chat(Endpoint[ChatRequest]):
             )
         return spec
 
-    def prompts(self, body: ChatRequest, service: Service) -> Sequence[Prompt]:
-        return [service.render(body.messages, variables=body.chat_template_kwargs)]
+    async def prompts(self, body: ChatRequest, service: Service) -> Conversation:
+        return conversation_of(body)
 
     def whole(self, reply: Reply[ChatRequest], pieces: Sequence[Piece]) -> ChatCompletion:
-        choices = [
-            ChatChoice(i, ChatMessage(content=piece.text), logprobs_of(reply, piece), piece.finish_reason)
-            for i, piece in enumerate(pieces)
-        ]
+        choices = []
+        for i, piece in enumerate(pieces):
+            message = message_of(piece.parts, reply.body)
+            reason = finish_reason(piece.finish_reason, piece.parts, reply.body)
+            choices.append(ChatChoice(i, message, logprobs_of(reply, piece), reason))
         head = reply.head("chat.completion")
         return ChatCompletion(*head, choices, reply.usage(), reply.timings(), service_tier=reply.service_tier)
 
@@ -67,7 +70,11 @@ class Chat(Endpoint[ChatRequest]):
 
 
 class ChatChunks(OpenAIChunks[ChatRequest, ChatChunk]):
-    """Makes a chunk with the role of each choice, chunks with its text, and one with its finish_reason."""
+    """Makes a chunk with the role of each choice, chunks with its parts, and one with its finish_reason."""
+
+    def __init__(self, reply: Reply[ChatRequest], chunk_type: type[ChatChunk], object_: str) -> None:
+        super().__init__(reply, chunk_type, object_)
+        self._called: set[int] = set()
 
     def begin(self) -> Sequence[ChatChunk]:
         role = ChatDelta(role="assistant", content="", refusal=None)
@@ -75,11 +82,17 @@ class ChatChunks(OpenAIChunks[ChatRequest, ChatChunk]):
 
     def add(self, answer: Answer, piece: Piece) -> Sequence[ChatChunk]:
         chunks = []
-        if piece.text or piece.entries:
-            delta = ChatDelta(content=piece.text)
-            chunks.append(self.chunk(ChatChunkChoice(answer.index, delta, logprobs_of(self.reply, piece))))
+        logprobs = logprobs_of(self.reply, piece)
+        deltas = deltas_of(piece.parts, self.reply.body)
+        if piece.entries and not deltas:
+            deltas = [ChatDelta(content="")]  # tokens whose text is held back, or not shown
+        for i, delta in enumerate(deltas):
+            chunks.append(self.chunk(ChatChunkChoice(answer.index, delta, None if i else logprobs)))
+        if any(isinstance(part, CallBegin) for part in piece.parts):
+            self._called.add(answer.index)
         if piece.finish_reason is not None:
-            chunks.append(self.chunk(ChatChunkChoice(answer.index, ChatDelta(), None, piece.finish_reason)))
+            reason = finish_reason(piece.finish_reason, piece.parts, self.reply.body, answer.index in self._called)
+            chunks.append(self.chunk(ChatChunkChoice(answer.index, ChatDelta(), None, reason)))
         return chunks
 
 

@@ -53,7 +53,7 @@ class Completions(Endpoint[CompletionRequest]):
             raise bad_parameter("max_tokens", "max_tokens is 0, but must be at least 1 (0 only with echo: true)")
         return spec
 
-    def prompts(self, body: CompletionRequest, service: Service) -> Sequence[Prompt]:
+    async def prompts(self, body: CompletionRequest, service: Service) -> Sequence[Prompt]:
         return body.prompt
 
     def whole(self, reply: Reply[CompletionRequest], pieces: Sequence[Piece]) -> Completion:

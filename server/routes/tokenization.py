@@ -10,10 +10,12 @@ from starlette.responses import Response
 from pilotfish.engine.request import EngineInfo
 from pilotfish.errors import shown
 from pilotfish.server.bodies import BodyRoute
+from pilotfish.server.chat.conversation import turns_of
 from pilotfish.server.encoding import json_response, returns
 from pilotfish.server.errors import bad_parameter
 from pilotfish.server.generation.facts import facts_of
 from pilotfish.server.offload import MANY_IDS
+from pilotfish.server.prompting.conversation import Conversation
 from pilotfish.server.protocol.tokenization import (
     Detokenized,
     DetokenizeRequest,
@@ -36,8 +38,13 @@ async def tokenize(body: TokenizeRequest, request: Request, service: ServiceDepe
     if body.messages is not None:
         if body.prompt is not None:
             raise bad_parameter("prompt", "prompt and messages are two ways to say the same: give only one of them")
-        text = service.render(body.messages, body.add_generation_prompt is not False, body.chat_template_kwargs)
-        ids = await service.encode(text, "messages", bool(body.add_special_tokens))
+        conversation = Conversation(
+            turns=turns_of(body.messages),
+            template_variables=body.chat_template_kwargs or {},
+            add_generation_prompt=body.add_generation_prompt is not False,
+        )
+        rendered = await service.render(conversation, service.format)
+        ids = await service.encode(rendered.text, "messages", bool(body.add_special_tokens))
     elif body.prompt is None:
         raise bad_parameter(
             "prompt", "Missing required parameter: 'prompt' or 'messages'.", "missing_required_parameter"

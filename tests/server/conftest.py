@@ -8,6 +8,8 @@ from pathlib import Path
 import openai
 import pytest
 
+from pilotfish.checkpoints.catalog import ModelFiles
+from pilotfish.text.tokenizer import Tokenizer, load_tokenizer
 from tests.support.running_server import RunningServer
 
 
@@ -26,3 +28,8 @@ def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def client(server: RunningServer) -> Iterator[openai.OpenAI]:
     with server.client() as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_llama: Path) -> Tokenizer:
+    return load_tokenizer(ModelFiles("tiny", "huggingface", tiny_llama))

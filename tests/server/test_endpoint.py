@@ -98,7 +98,7 @@ class Stories(Endpoint[StoryRequest]):
             stream=body.stream,
         )
 
-    def prompts(self, body: StoryRequest, service: Service) -> Sequence[Prompt]:
+    async def prompts(self, body: StoryRequest, service: Service) -> Sequence[Prompt]:
         return [body.opening]
 
     def whole(self, reply: Reply[StoryRequest], pieces: Sequence[Piece]) -> Story:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import msgspec
 import pytest
 from openai.types import completion_create_params as completions
 from openai.types.chat import completion_create_params as chat
 
+from pilotfish.text.tokenizer import Tokenizer
 from tests.support.paths import ROOT
 from tests.support.scripted_app import ScriptedApp
-from tests.support.scripted_engine import say
+from tests.support.scripted_engine import INFO, say
 
 PAGE = (ROOT / "docs" / "http-api.md").read_text()
 TABLE = re.search(r"## OpenAI's parameters\n.*?\n\n(\|.*?)\n\n", PAGE.replace("\n\n|", "\n\n|"), re.DOTALL)
@@ -37,6 +39,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "top_logprobs": {"logprobs": True},
     "stream_options": {"stream": True},
     "tool_choice": {"tools": SAMPLES["tools"]},
+    "function_call": {"functions": SAMPLES["functions"]},
 }
 
 
@@ -70,8 +73,9 @@ def test_the_table_has_every_parameter_of_openais_package(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in sorted(parameters(kind))])
-async def test_a_parameter_does_what_the_table_says(kind: str, name: str) -> None:
-    served = ScriptedApp(lambda request: say(request, [5]))
+async def test_a_parameter_does_what_the_table_says(kind: str, name: str, tokenizer: Tokenizer) -> None:
+    served = ScriptedApp(lambda request: say(request, [5]), tokenizer=tokenizer)
+    served.engine.info = msgspec.structs.replace(INFO, max_model_len=512)  # room for tools
     required = {"model": "tiny"} | ({"messages": SAMPLES["messages"]} if kind == "chat" else {"prompt": "a"})
     value = logprobs(kind) if name == "logprobs" else SAMPLES[name]
     body = required | {name: value}

@@ -18,6 +18,7 @@ class WordTokenizer:
 
     special_ids: frozenset[int] = frozenset()
     chat_template = "none"
+    folder = None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [20 + len(word) for word in text.split()] or [20]
@@ -27,6 +28,15 @@ class WordTokenizer:
 
     def token_bytes(self, id: int, /) -> bytes:
         return b" word%d" % id
+
+    def shield(self, text: str) -> str:
+        return text
+
+    def unshield(self, text: str) -> str:
+        return text
+
+    def token(self, id: int, /) -> str:
+        return self.token_bytes(id).decode()
 
     def apply_chat_template(self, messages: list[dict[str, Any]], *arguments: Any, **variables: Any) -> str:
         return " ".join(message["content"] for message in messages)

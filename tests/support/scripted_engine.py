@@ -74,7 +74,8 @@ class ScriptedEngine:
             raise EngineDeadError(self.error)
         if self.state != "ready":
             raise EngineNotReadyError("the model is still loading")
-        check_request(request, INFO)
+        assert self.info is not None
+        check_request(request, self.info)
         assert abs(time.monotonic() - request.arrival) < 60
         self.requests.append(request)
         return self._stream(request)

@@ -14,6 +14,8 @@ Openers = Sequence[tuple[str, Callable[[], CallReader]]]
 class PlainParser:
     """The parser of answers that are nothing but content."""
 
+    thinking = False
+
     def feed(self, text: str) -> Sequence[Part]:
         return (ContentText(text),) if text else ()
 
@@ -53,6 +55,10 @@ class AnswerParser:
         self._started = False
         """Whether content or a call has begun."""
         self._called = False
+
+    @property
+    def thinking(self) -> bool:
+        return self._thinking or (self._may_think and not self._started)
 
     def feed(self, text: str) -> Sequence[Part]:
         parts: list[Part] = []

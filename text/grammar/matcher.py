@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
@@ -172,8 +173,13 @@ def load_vocabulary(files: ModelFiles, vocab_size: int, eos_token_ids: Sequence[
 
     Takes tenths of a second. Raises ModelError for a model without a tokenizer that llguidance can read.
     """
-    path = tokenizer_folder(files) / "tokenizer.json"
+    return vocabulary_of(tokenizer_folder(files), vocab_size, eos_token_ids)
+
+
+def vocabulary_of(folder: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
+    """As `load_vocabulary`, of the tokenizer.json in a folder."""
     try:
-        return LLTokenizer(str(path), n_vocab=vocab_size, eos_token=list(eos_token_ids) or None)
+        path = str(folder / "tokenizer.json")
+        return LLTokenizer(path, n_vocab=vocab_size, eos_token=list(eos_token_ids) or None)
     except Exception as error:  # its errors have no common type
-        raise ModelError(f"cannot use the tokenizer of {files.name!r} for grammars: {error}") from error
+        raise ModelError(f"cannot use the tokenizer in {folder} for grammars: {error}") from error

@@ -9,8 +9,8 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from pilotfish.server.errors import ApiError, as_api_error
-from pilotfish.server.generation.conversation import Conversation, Turn
 from pilotfish.server.messages.conversation import conversation_of
+from pilotfish.server.prompting.conversation import Conversation, Turn
 from pilotfish.server.protocol.messages import CountTokensRequest
 from pilotfish.text.message import NamedTool, Tool, ToolCall
 
