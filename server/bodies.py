@@ -29,8 +29,8 @@ LARGE_BODY = 2**16
 MAX_CONTAINERS = 2**16
 """Objects and arrays in a body; each message of a conversation is one or more, and takes a kilobyte."""
 MAX_STRINGS = 2**18
-MAX_VALUES = 2**21
-"""Values in a body, most of them token ids."""
+MAX_VALUES = 2**20
+"""Values in a body, most of them token ids, which take 50 ms to parse."""
 RETRY_SECONDS = 1
 _READ_ALREADY = b"?"
 

@@ -30,7 +30,7 @@ _TRIM_SECONDS = 1.0
 class Offload:
     """A few threads. Memory that large requests have used is given back to the system after them."""
 
-    def __init__(self, threads: int = THREADS) -> None:
+    def __init__(self, threads: int) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="offload")
         self._trim = _malloc_trim()
         self._trimmed = 0.0

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ from pilotfish.text.tokenizer import Tokenizer, load_tokenizer
 KEEP_ALIVE_SECONDS = 75
 CLOSE_SECONDS = 5
 """Time for connections to close after the last answer has been written."""
+SWITCH_SECONDS = 0.001
+"""How long another thread may run while the event loop waits for its turn; Python's own 5 ms show in streams."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -55,6 +58,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, console: Console) -
         files = resolve(engine_config.model, console.progress, weights)
         check_speculation(engine_config.speculation, find(engine_config.drafter, files.name, console.progress))
         run = _Run(engine_config, config, console, files, template, tracing)
+        sys.setswitchinterval(SWITCH_SECONDS)
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(run.run(listener))
 
@@ -113,8 +117,9 @@ class _Run:
             self._console.progress("starting the engine", 0.0)
             await self._engine.start()  # it loads while the tokenizer does
             tokenizer = await asyncio.to_thread(self._load_tokenizer)
-            if not self._asked.is_set():
-                await self._serve(tokenizer, listener)
+            with contextlib.closing(tokenizer):
+                if not self._asked.is_set():
+                    await self._serve(tokenizer, listener)
         finally:
             await self._engine.stop()
             if self._tracing is not None and not self._forced:

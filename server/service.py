@@ -44,7 +44,7 @@ class Service:
         self.engine = engine
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(tokenizer)
-        self.offload = Offload()
+        self.offload = Offload(threads=1)  # its work does not get faster by another
         self.tokenizing = Tokenizing(tokenizer)
         self.format = detect(tokenizer, config.tool_call_parser, config.reasoning_parser)
         self.grammars = Grammars(tokenizer)

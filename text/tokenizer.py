@@ -25,6 +25,7 @@ from pilotfish.checkpoints.huggingface import eos_token_ids
 from pilotfish.errors import ModelError, ParameterError
 from pilotfish.text.conversion import tokenizer_folder
 from pilotfish.text.length_bound import LengthBound, byte_alphabet
+from pilotfish.text.template_process import TemplateLimitError, TemplateProcesses
 
 _MANY_IDS = 2**15
 """Ids that take about a millisecond to turn into a list, or into text."""
@@ -47,6 +48,7 @@ class Tokenizer:
 
     def __init__(self, inner: PreTrainedTokenizerFast, eos_ids: Sequence[int] = ()) -> None:
         self._inner = inner
+        self._templates: TemplateProcesses | None = None
         self._backend: Backend = inner.backend_tokenizer
         self._backend.no_truncation()  # tokenizer.json may have truncation and padding left over from training
         self._backend.no_padding()
@@ -166,6 +168,17 @@ class Tokenizer:
             return bytes([int(match[1], 16)])
         return token.replace("▁", " ").encode()
 
+    def isolate_templates(self) -> None:
+        """Render chat templates under limits of time and memory from now on, in processes that `close` ends."""
+        self._templates = TemplateProcesses()
+        if self.chat_template is not None:
+            self._templates.start()
+
+    def close(self) -> None:
+        """End the processes of `isolate_templates`, if any."""
+        if self._templates is not None:
+            self._templates.close()
+
     def apply_chat_template(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
@@ -178,14 +191,16 @@ class Tokenizer:
             raise ParameterError(
                 "messages", "this model has no chat template, so it cannot take messages: use /v1/completions"
             )
+        variables = {"add_generation_prompt": add_generation_prompt, **kwargs}
         try:
+            if self._templates is not None:
+                named = {name: str(token) for name, token in self._inner.special_tokens_map.items()}
+                return self._templates.render(self.chat_template, messages, {**named, **variables})
             text = self._inner.apply_chat_template(
-                messages,
-                chat_template=self.chat_template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **kwargs,
+                messages, chat_template=self.chat_template, tokenize=False, **variables
             )
+        except TemplateLimitError as error:
+            raise ParameterError("messages", f"the model's chat template {error}") from error
         except Exception as error:  # model's template, client's data: anything can be raised
             raise ParameterError("messages", f"the model's chat template refuses these messages: {error}") from error
         return str(text)
