@@ -6,6 +6,7 @@ A reader may get any amount of text at once, and never loses any: what it cannot
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +16,11 @@ from pilotfish.text.message import CallArguments, CallBegin, ContentText, Part
 
 ARGUMENTS = ("arguments", "parameters", "args", "input")
 """Keys under which models write a call's arguments."""
+_OTHERS = ("name", "function", "type", "id", "description")
+"""Further keys that an object may have before a call's name."""
+MAX_NAME = 512
+"""Characters within which the arguments begin that follow a name."""
+_NAME = re.compile(r"[\w.-]+")
 
 
 @dataclass(slots=True)
@@ -49,11 +55,11 @@ class CallReader(Protocol):
 class JsonCall:
     """One JSON object with a name and arguments, which are passed on as they grow."""
 
-    def __init__(self, calls: Calls, known: bool = False) -> None:
-        """`known`: whether the name must be that of a tool, else the object is content."""
+    def __init__(self, calls: Calls, known: bool = False, before: str = "") -> None:
+        """`known`: whether the name must be that of a tool, else the object is content; so is what was `before` it."""
         self._calls, self._known = calls, known
         self._scanner = ObjectScanner()
-        self._raw = ""
+        self._raw = before
         """All of the text, as long as it may still be content."""
         self._named: CallBegin | None = None
         self._name = ""
@@ -61,10 +67,12 @@ class JsonCall:
         """Arguments that came before the name, or that are a string to be decoded."""
         self._quoted: bool | None = None
         self._any = False
+        self.failed = False
+        """Whether it has turned out to be content."""
 
     @property
     def over(self) -> bool:
-        return self._scanner.over
+        return self._scanner.over or self.failed
 
     def feed(self, text: str) -> tuple[list[Part], str]:
         """Add text. Returns parts, and the text after the object, empty as long as it goes on."""
@@ -73,6 +81,9 @@ class JsonCall:
             self._raw += text[: len(text) - len(rest)]
         parts: list[Part] = []
         for value in values:
+            if self._known and self._named is None and value.key not in (*ARGUMENTS, *_OTHERS):
+                self.failed = True
+                return [], rest
             if value.key in ("name", "function") and self._named is None:
                 self._name += value.text
                 if value.done:
@@ -84,7 +95,7 @@ class JsonCall:
     def close(self) -> list[Part]:
         """Return what is left, when the object or the answer ends."""
         if self._named is None:
-            raw, self._raw = self._raw, ""
+            raw, self._raw, self.failed = self._raw, "", True
             return [ContentText(raw)] if raw else []
         parts: list[Part] = []
         if self._held:
@@ -149,6 +160,8 @@ class JsonCalls:
     """Whether only objects that name a tool are calls; others are content."""
     begin: str = ""
     """What may stand before the first object."""
+    fence: str = ""
+    """What closes them if they begin with `begin`."""
     _object: JsonCall | None = None
     _between: str = ""
     _seen: bool = False
@@ -162,7 +175,10 @@ class JsonCalls:
                 if not self._object.over:
                     return parts, None
                 parts += self._object.close()
+                failed = self._object.failed
                 self._object, self._seen, text = None, True, rest
+                if failed:
+                    return parts, text
                 if not self.end and not self.in_list and ";" not in self.separators:
                     return parts, text
                 continue
@@ -187,11 +203,13 @@ class JsonCalls:
         """Decide about the text between objects: whether the calls are over and what follows, or None to wait."""
         skipped = self._between.lstrip(self.separators + ("[" if self.in_list and not self._seen else ""))
         if self.begin and not self._seen:
+            self.end = self.fence if skipped.startswith(self.begin) else self.end
             skipped = skipped.removeprefix(self.begin).lstrip()
         if not skipped:
             return None
         if skipped[0] == "{":
-            self._object, self._between = JsonCall(self.calls, self.known), ""
+            before = self._between[: len(self._between) - len(skipped)]
+            self._object, self._between = JsonCall(self.calls, self.known, before), ""
             return False, skipped
         if self.in_list and skipped[0] == "]":
             self.in_list, self._between = False, ""
@@ -223,14 +241,13 @@ class NamedJson:
         parts: list[Part] = []
         if self._scanner is None:
             self._held += text
-            brace = self._held.find("{")
+            brace = self._held.find("{", 0, MAX_NAME)
             if brace < 0:
-                return parts, None
+                return (parts, None) if len(self._held) < MAX_NAME else (parts, self._held)
             head, text = self._held[:brace], self._held[brace:]
             name = min((head.partition(marker)[0] for marker in self.middle), key=len).strip()
-            if not name:
-                self._held = ""
-                return [ContentText(head)] if head.strip() else [], text
+            if not _NAME.fullmatch(name):
+                return parts, self._held
             parts.append(self.calls.begin(name))
             self._scanner, self._held = ObjectScanner(), ""
         if not self._scanner.over:
@@ -250,3 +267,27 @@ class NamedJson:
 
     def finish(self) -> list[Part]:
         return [ContentText(self._held)] if self._held.strip() else []
+
+
+@dataclass(slots=True)
+class MistralCalls:
+    """What follows Mistral's [TOOL_CALLS]: a list of objects, or one `name[ARGS]{...}`; models differ."""
+
+    calls: Calls
+    _held: str = ""
+    _reader: CallReader | None = None
+
+    def feed(self, text: str) -> tuple[Sequence[Part], str | None]:
+        if self._reader is None:
+            self._held += text
+            text, first = self._held, self._held.lstrip()[:1]
+            if not first:
+                return [], None
+            if first in "[{":
+                self._reader = JsonCalls(self.calls, in_list=True)
+            else:
+                self._reader = NamedJson(self.calls, ("[ARGS]", "[CALL_ID]"))
+        return self._reader.feed(text)
+
+    def finish(self) -> Sequence[Part]:
+        return [] if self._reader is None else self._reader.finish()

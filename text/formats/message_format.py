@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import string
 from collections.abc import Callable, Sequence
@@ -20,6 +21,13 @@ from pilotfish.text.message import MessageParser, NamedTool, Tool, ToolChoice
 
 SchemaBuilder = Callable[[Any, str], Grammar]
 """Makes and checks the grammar of a JSON schema at a place: (schema, place) -> Grammar. Raises ParameterError."""
+
+_INSTRUCTIONS = """You have access to these functions:
+<tools>
+{tools}
+</tools>
+
+To call a function, {how}"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +54,7 @@ class CallFormat:
     id_length: int = 0
     """Characters of an id that templates demand (Mistral's 9); 0: call_ and 24 characters."""
     instructions: str = ""
-    """How to write a call, for a template that doesn't know tools."""
+    """How to write a call, for a template that doesn't know tools: what follows "To call a function, "."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,13 +143,13 @@ class MessageFormat:
             for tool in tools
         ]
         listed = "\n".join(json.dumps(each, ensure_ascii=False) for each in functions)
-        return self.calls.instructions.replace("{tools}", listed)
+        return _INSTRUCTIONS.replace("{how}", self.calls.instructions).replace("{tools}", listed)
 
     def _with_calls(self, call: Grammar, choice: ToolChoice, parallel: bool, answer: Grammar | None) -> Grammar:
         form = self.calls
         assert form is not None
         several = parallel and not isinstance(choice, NamedTool)
-        if form.open_list or not form.opener:
+        if form.close_list or not form.opener:
             some = compose.repeat(call, 1, None if several else 1, self._literal(form.between))
             listed = self._sequence(form.open_list, some, form.close_list)
             calls = self._sequence(form.opener, listed)
@@ -154,10 +162,9 @@ class MessageFormat:
         if answer is not None:
             return compose.either(answer, calls)
         if form.opener:
-            return compose.text_with_calls(self._marker(form.opener), rest, parallel=parallel and not form.open_list)
-        begins = {start[0] for start in form.starters if start not in self.special}
-        first = "".join(f"\\{char}" if char in "[]^-\\" else char for char in sorted(begins))
-        return compose.either(calls, compose.pattern(rf"\s*([^\s{first}](.|\n)*)?"))
+            return compose.text_with_calls(self._marker(form.opener), rest, parallel=parallel and not form.close_list)
+        starters = [start for start in form.starters if start not in self.special]
+        return compose.either(calls, compose.pattern(_other_text(starters)))
 
     def _call(self, tool: Tool, place: str, schema: SchemaBuilder) -> Grammar:
         form = self.calls
@@ -199,6 +206,18 @@ class MessageFormat:
 
     def _marker(self, text: str) -> Marker:
         return self.special.get(text, text)
+
+
+def _other_text(starters: Sequence[str]) -> str:
+    """Return a regular expression of the texts that begin, after white space, with none of the starters."""
+    prefixes = sorted({start[:length] for start in starters for length in range(len(start))})
+    ways = []
+    for prefix in prefixes:
+        taken = {start[len(prefix)] for start in starters if start.startswith(prefix)}
+        others = "".join(f"\\{char}" if char in "[]^-\\" else char for char in sorted(taken))
+        space = "" if prefix else r"\s"
+        ways.append(rf"{re.escape(prefix)}([^{space}{others}](.|\n)*)?")
+    return rf"\s*({'|'.join(ways)})"
 
 
 def _argument_names(tool: Tool) -> list[str]:

@@ -55,6 +55,11 @@ class AnswerParser:
         self._started = False
         """Whether content or a call has begun."""
         self._called = False
+        self._opener = ""
+        """The marker that has opened the reader, with the white space before it, until something was read as a call: of
+        what turns out to be none, it is content."""
+        self._fed = 0
+        """Characters that the reader was given."""
 
     @property
     def thinking(self) -> bool:
@@ -84,15 +89,22 @@ class AnswerParser:
         if self._reader is not None:
             text, self._window = self._window, ""
             found, rest = self._reader.feed(text) if text else ([], None)
+            self._fed += len(text)
             self._note(found, parts)
             if rest is None:
                 return False
+            if self._opener and len(rest) == self._fed:  # the reader took nothing
+                parts.append(ContentText(self._opener))
             self._reader, self._window, self._fresh = None, rest, True
             return bool(rest)
         return self._think(parts) if self._thinking else self._read(parts)
 
     def _note(self, found: Sequence[Part], parts: list[Part]) -> None:
         self._called |= any(isinstance(part, CallBegin) for part in found)
+        if found:
+            if self._opener and isinstance(found[0], ContentText):
+                parts.append(ContentText(self._opener))
+            self._opener = ""
         parts += found
 
     def _think(self, parts: list[Part]) -> bool:
@@ -133,7 +145,7 @@ class AnswerParser:
                 return True
             if marker is not None:
                 self._reader = next(make for start, make in self._starters if start == marker)()
-                self._started, self._window = True, stripped
+                self._started, self._window, self._opener = True, stripped, ""
                 return True
             after_thought = bool(self._pairs) and not self._may_think
             self._window = window = stripped if after_thought else window
@@ -145,6 +157,7 @@ class AnswerParser:
                 parts.append(ContentText(content))
             self._reader = next(make for each, make in self._openers if each == marker)()
             self._window, self._started, self._fresh = window[at + len(marker) :], True, True
+            self._opener, self._fed = ("" if self._called else window[len(content) : at]) + marker, 0
             return bool(self._window)
         shown = window[: len(window) - _held(window, openers)]
         if openers:

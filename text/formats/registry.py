@@ -8,7 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 from pilotfish.errors import ModelError
-from pilotfish.text.formats.calls import CallReader, Calls, JsonCalls, NamedJson
+from pilotfish.text.formats.calls import CallReader, Calls, JsonCalls, MistralCalls
 from pilotfish.text.formats.message_format import CallFormat, MessageFormat
 from pilotfish.text.formats.python_calls import PythonCalls, python_arguments
 from pilotfish.text.grammar.grammar import Grammar
@@ -17,20 +17,17 @@ from pilotfish.text.tokenizer import Tokenizer
 
 _Form = TypeVar("_Form")
 
-_HERMES = """You have access to these functions:
-<tools>
-{tools}
-</tools>
-
-To call a function, write a JSON object with its name and arguments within <tool_call></tool_call> tags:
+_HERMES = """write a JSON object with its name and arguments within <tool_call></tool_call> tags:
 <tool_call>
 {"name": "function name", "arguments": {"argument": "value"}}
 </tool_call>"""
-_JSON = """You have access to these functions:
-{tools}
-
-To call a function, answer with nothing but a JSON object:
+_PARAMETERS = """answer with nothing but a JSON object:
 {"name": "function name", "parameters": {"argument": "value"}}"""
+_JSON = _PARAMETERS.replace("parameters", "arguments")
+_LIST = """write a list of JSON objects:
+%s[{"name": "function name", "arguments": {"argument": "value"}}]%s"""
+_PYTHON = """write it in Python:
+%sfunction_name(argument="value")%s"""
 
 
 def _object(key: str) -> Callable[[Tool, Grammar], Sequence[Grammar | str]]:
@@ -70,12 +67,12 @@ CALL_FORMATS: dict[str, CallFormat] = {
             reader=partial(JsonCalls, separators=" \t\r\n;", known=True, begin="<|python_tag|>"),
             between="; ",
             written=_object("parameters"),
-            instructions=_JSON,
+            instructions=_PARAMETERS,
         ),
         CallFormat(
             name="json",
-            starters=("{",),
-            reader=partial(JsonCalls, known=True, separators=" \t\r\n;,"),
+            starters=("{", "```json"),
+            reader=partial(JsonCalls, known=True, separators=" \t\r\n;,", begin="```json", fence="```"),
             between="\n",
             written=_object("arguments"),
             instructions=_JSON,
@@ -89,26 +86,26 @@ CALL_FORMATS: dict[str, CallFormat] = {
             open_list="[",
             close_list="]",
             between=", ",
-            instructions=_JSON,
+            instructions=_PYTHON % ("[", "]"),
         ),
         CallFormat(
             name="mistral",
             opener="[TOOL_CALLS]",
-            reader=partial(NamedJson, middle=("[ARGS]", "[CALL_ID]")),
+            reader=MistralCalls,
             written=lambda tool, arguments: (f"{tool.name}[ARGS]", arguments),
             id_length=9,
-            instructions=_JSON,
+            instructions='write its name and arguments:\n[TOOL_CALLS]function_name[ARGS]{"argument": "value"}',
         ),
         CallFormat(
             name="mistral_list",
             opener="[TOOL_CALLS]",
-            reader=_list_reader,
+            reader=MistralCalls,
             written=_object("arguments"),
             open_list="[",
             close_list="]",
             between=", ",
             id_length=9,
-            instructions=_JSON,
+            instructions=_LIST % ("[TOOL_CALLS]", ""),
         ),
         CallFormat(
             name="gemma",
@@ -116,17 +113,16 @@ CALL_FORMATS: dict[str, CallFormat] = {
             reader=partial(PythonCalls, end="```"),
             written=lambda tool, arguments: ("\n", *_python(tool, arguments), "\n```"),
             arguments=python_arguments,
-            instructions=_JSON,
+            instructions=_PYTHON % ("```tool_code\n", "\n```"),
         ),
         CallFormat(
             name="phi4_mini_json",
-            opener="functools",
+            opener="functools[",
             reader=_list_reader,
             written=_object("arguments"),
-            open_list="[",
             close_list="]",
             between=", ",
-            instructions=_JSON,
+            instructions=_LIST % ("functools", ""),
         ),
         CallFormat(
             name="phi4",
@@ -136,7 +132,17 @@ CALL_FORMATS: dict[str, CallFormat] = {
             open_list="[",
             close_list="]<|/tool_call|>",
             between=", ",
-            instructions=_JSON,
+            instructions=_LIST % ("<|tool_call|>", "<|/tool_call|>"),
+        ),
+        CallFormat(
+            name="granite",
+            opener="<|tool_call|>",
+            reader=_list_reader,
+            written=_object("arguments"),
+            open_list="[",
+            close_list="]",
+            between=", ",
+            instructions=_LIST % ("<|tool_call|>", ""),
         ),
     )
 }
@@ -154,8 +160,9 @@ _ALIASES = {
     "deepseek_r1": "think",
 }  # fmt: skip
 _TRACES = (
-    ("[ARGS]", "mistral"), ("[TOOL_CALLS]", "mistral_list"), ("<tool_call>", "hermes"), ("<|tool_call|>", "phi4"),
-    ("functools[", "phi4_mini_json"), ("tool_code", "gemma"), ("<|python_tag|>", "llama3_json"),
+    ("[ARGS]", "mistral"), ("[TOOL_CALLS]", "mistral_list"), ("<tool_call>", "hermes"), ("<|tool|>", "phi4"),
+    ("<|/tool_call|>", "phi4"), ("<|tool_call|>", "granite"), ("functools[", "phi4_mini_json"),
+    ("tool_code", "gemma"), ("<|python_tag|>", "llama3_json"),
     ('"parameters": dictionary', "llama3_json"), ('"name": function name, "parameters"', "llama3_json"),
     ("func_name1(params_name1", "pythonic"),
 )  # fmt: skip
@@ -173,6 +180,8 @@ def detect(
     template = tokenizer.chat_template or ""
     calls = next((name for trace, name in _TRACES if trace in template), "hermes")
     reasoning = next((name for name, (_, end) in REASONING_FORMATS.items() if end in template), "none")
+    if tool_call_parser == "mistral" and calls == "mistral_list":
+        tool_call_parser = calls  # both have this name elsewhere
     return MessageFormat(
         calls=_named("tool_call_parser", tool_call_parser, calls, CALL_FORMATS),
         reasoning=_named("reasoning_parser", reasoning_parser, reasoning, REASONING_FORMATS),

@@ -91,6 +91,7 @@ WRITTEN = {
     "gemma": "```tool_code\nweather(city='Oslo {\"}\" ', days=3)\nnow()\n```",
     "phi4_mini_json": f"functools{LIST}",
     "phi4": f"<|tool_call|>{LIST}<|/tool_call|>",
+    "granite": f"<|tool_call|>{LIST}",
 }
 
 
@@ -137,7 +138,25 @@ def test_one_call_at_most(name: str) -> None:
 MARKERS = [
     *("<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "```tool_code", "```", "[", "]"),
     *('{"name": "now", "arguments": {}}', '{"name"', ': "weather"', '"arguments": {', "}", "}}", "functools", "now()"),
-    *("<|tool_call|>", "<|/tool_call|>", " ", "\n", "\n\n", "text", 'a "quote" ', "<", "</", "é😀", "\\", ",", ";"),
+    *(
+        "<|tool_call|>",
+        "<|/tool_call|>",
+        " ",
+        "\n",
+        "\n\n",
+        "text",
+        'a "quote" ',
+        "<",
+        "</",
+        "é😀",
+        "\\",
+        ",",
+        ";",
+        "```json",
+        "now",
+        "{",
+        "weather(",
+    ),
 ]
 
 
@@ -166,7 +185,7 @@ def test_a_call_that_is_cut_off_keeps_what_there_is() -> None:
     ]
     for text in ("<tool_call>\nnonsense", '<tool_call>\n{"nam'):
         message = assert_same_in_all_cuts(form, text, random.Random(5))
-        assert (message.calls, message.content.strip()) == ([], text.removeprefix("<tool_call>").strip())
+        assert (message.calls, message.content.strip()) == ([], text)
 
 
 def test_long_arguments_take_linear_time() -> None:
@@ -226,7 +245,8 @@ class _Tokenizer:
         ("[TOOL_CALLS] [ARGS] [/THINK]", "mistral", "mistral"),
         ("[TOOL_CALLS] [", "mistral_list", None),
         ("<|python_tag|>", "llama3_json", None),
-        ("<|tool_call|>", "phi4", None),
+        ("<|tool|>", "phi4", None),
+        ("<|tool_call|>", "granite", None),
         ("```tool_code", "gemma", None),
     ],
 )
@@ -279,3 +299,53 @@ def test_arguments_in_python_match_the_schema() -> None:
         assert accepts(grammar, text)
     for text in ("[weather()]", "[weather(days=3)]", '[weather(city="Oslo", days=30)]', "[now(a=1)]"):
         assert not accepts(grammar, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", 'Like so: <tool_call>{"nam": 1}</tool_call> and on'),
+        ("hermes", "a <tool_call> b"),
+        ("json", '```json\n{"a": 1}\n```\nand on'),
+        ("json", '{"type": "function", "name": "other", "arguments": {}} and on'),
+        ("json", '{"a": 1, "name": "now", "arguments": {}} and on'),
+        ("llama3_json", '{"name": 3}; {"name": "now"}'),
+        ("phi4_mini_json", "Use functools.partial, or functools"),
+        ("mistral", "[TOOL_CALLS] I think that {x} is 1"),
+        ("gemma", "```tool_code\nnothing = 1\n``` is it"),
+        ("pythonic", "[other(a=1)] is it"),
+        ("pythonic", "[1, 2, now()]"),
+    ],
+)
+def test_what_is_no_call_stays_content(name: str, text: str) -> None:
+    message = assert_same_in_all_cuts(FORMATS[f"{name}-none"], text, random.Random(8))
+    assert message == AssistantMessage(content=text)
+
+
+def test_a_list_that_is_no_call_streams() -> None:
+    parser = FORMATS["pythonic-none"].parser(TOOLS)
+    assert [len(parser.feed(piece)) for piece in ("[", "1", ", 2", "]")] == [0, 1, 1, 1]
+    parser = FORMATS["json-none"].parser(TOOLS)
+    assert [len(parser.feed(piece)) for piece in ('{"', 'a": ', '"b', 'c"', "}")] == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", CALL_FORMATS)
+def test_instructions_show_a_call_that_is_read(name: str) -> None:
+    """The example in the instructions is a call in this very format."""
+    form = FORMATS[f"{name}-none"]
+    text = form.instructions(TOOLS)
+    assert '"name": "weather"' in text
+    example = text.split("To call a function, ")[1].partition("\n")[2]
+    example = example.replace("function name", "now").replace("function_name", "now")
+    message = assert_same_in_all_cuts(form, example, random.Random(9))
+    assert [call.name for call in message.calls] == ["now"]
+    assert message.content == ""
+
+
+def test_calls_in_a_fence_and_in_both_of_mistral_s_forms() -> None:
+    rng = random.Random(10)
+    fenced = f"```json\n{WRITTEN['json']}\n```"
+    message = assert_same_in_all_cuts(FORMATS["json-none"], fenced, rng)
+    assert (calls_of(message), message.content) == ([ONE, TWO], "")
+    for name, other in (("mistral", "mistral_list"), ("mistral_list", "mistral")):
+        assert calls_of(assert_same_in_all_cuts(FORMATS[f"{name}-none"], WRITTEN[other], rng)) == [ONE, TWO]
