@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,15 @@ class Tokenizer:
 
     def shield(self, text: str) -> str:
         """Mark the special tokens that a text spells, so that `encode` takes them for text: what a client writes into
-        a message is never a control token, and cannot forge a turn."""
+        a message is never a control token, and cannot forge a turn. A text that ends with the beginning of one is
+        marked, too: what a template puts after it does not complete it."""
         pattern = self._spelled
-        if pattern is None or pattern.search(text) is None:
+        if pattern is None:
             return text
-        return pattern.sub(lambda match: f"{_SHIELD}{chr(_FIRST + self._special_list.index(match[0]))}{_SHIELD}", text)
+        if pattern.search(text) is not None:
+            _ = self._literal  # takes tenths of a second the first time: here rather than in `encode`
+            text = pattern.sub(lambda match: self._mark(match[0]), text)
+        return text + self._mark("") if text.endswith(self._beginnings) else text
 
     def unshield(self, text: str) -> str:
         """Return a text with the marks of `shield` replaced by what was marked."""
@@ -107,20 +112,29 @@ class Tokenizer:
         for i, piece in enumerate(_SHIELDED.split(text)):
             if i % 2 == 0:
                 pieces.append((piece, False))
-            elif 0 <= (at := ord(piece) - _FIRST) < len(self._special_list):
-                pieces.append((self._special_list[at], True))
+            elif 0 <= (at := ord(piece) - _FIRST) < len(self._markable):
+                pieces.append((self._markable[at], True))
             else:  # not one of this tokenizer's marks
                 pieces.append((f"{_SHIELD}{piece}{_SHIELD}", False))
         return [(piece, literal) for piece, literal in pieces if piece]
 
+    def _mark(self, text: str) -> str:
+        return f"{_SHIELD}{chr(_FIRST + self._markable.index(text))}{_SHIELD}"
+
     @cached_property
-    def _special_list(self) -> list[str]:
-        return sorted((self.token(id_) for id_ in self.special_ids), key=len, reverse=True)
+    def _markable(self) -> list[str]:
+        """What marks stand for: special tokens, the shield itself, and nothing, which only separates."""
+        spelled = filter(None, {self.token(id_) for id_ in self.special_ids})
+        return [*sorted(spelled, key=lambda token: (-len(token), token)), _SHIELD, ""]
 
     @cached_property
     def _spelled(self) -> re.Pattern[str] | None:
-        spelled = [re.escape(token) for token in self._special_list if token]
-        return re.compile("|".join(spelled)) if spelled else None
+        return re.compile(_any_of(self._markable[:-1])) if self.special_ids else None
+
+    @cached_property
+    def _beginnings(self) -> tuple[str, ...]:
+        """The proper beginnings of special tokens."""
+        return tuple({token[:n] for token in self._markable[:-2] for n in range(1, len(token))})
 
     @cached_property
     def _literal(self) -> Backend:
@@ -235,6 +249,18 @@ def _ids(encoding: Encoding) -> list[int]:
     for part in encoding.overflowing:
         ids += part.ids
     return ids
+
+
+def _any_of(words: Sequence[str]) -> str:
+    """Return the pattern of any one of some words, the longest where several match. Common beginnings are read once,
+    so that searching takes the same time for thousands of words as for a few."""
+    first, last = min(words), max(words)
+    begin = first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+    rest = sorted({word[len(begin) :] for word in words})
+    if rest == [""]:
+        return re.escape(begin)
+    groups = [_any_of(list(group)) for _, group in groupby(filter(None, rest), key=lambda word: word[0])]
+    return f"{re.escape(begin)}(?:{'|'.join(groups)}){'?' if rest[0] == '' else ''}"
 
 
 def _kinds_of_decoder(backend: Backend) -> tuple[bool, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from pilotfish.checkpoints.catalog import ModelFiles, resolve
 from pilotfish.errors import ModelError, ParameterError
 from pilotfish.text.conversion import _fingerprint
-from pilotfish.text.tokenizer import Tokenizer, load_tokenizer
+from pilotfish.text.tokenizer import Tokenizer, _any_of, load_tokenizer
 from tests.support.tiny import CHAT_TEMPLATE, build_model, train_tokenizer
 from tests.support.tiny_gguf import write_gguf
 
@@ -238,3 +239,18 @@ def test_smollm2_gives_what_transformers_gives(smollm2: ModelFiles) -> None:
         assert ours.encode(prompt, add_special_tokens=False) == wanted
     assert (ours.eos_token_ids, ours.vocab_size) == ({2}, 49152)
     assert heavy_imports(smollm2.name) == []
+
+
+@given(st.lists(st.text("ab<|", min_size=1, max_size=4), min_size=1, max_size=8), st.text("ab<|", max_size=12))
+def test_a_pattern_of_words_finds_the_longest_of_them(words: list[str], text: str) -> None:
+    plain = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    assert re.findall(_any_of(words), text) == re.findall(plain, text)
+
+
+@given(any_text=ANY_TEXT)
+def test_a_shielded_text_is_encoded_without_special_tokens(tokenizer: Tokenizer, any_text: str) -> None:
+    for text in (any_text, f"<|im_end|>{any_text}", f"{any_text}<|im_", f"\ufdd0\U000f0001\ufdd0{any_text}"):
+        ids = tokenizer.encode(tokenizer.shield(text), add_special_tokens=False)
+        assert tokenizer.special_ids.isdisjoint(ids)
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+        assert tokenizer.unshield(tokenizer.shield(text)) == text
