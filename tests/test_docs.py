@@ -22,6 +22,7 @@ from pilotfish.server.protocol.chat import ChatRequest
 from pilotfish.server.protocol.completions import CompletionRequest
 from pilotfish.server.protocol.tokenization import DetokenizeRequest, TokenizeRequest
 from pilotfish.server.protocol.usage import Timings
+from pilotfish.text.formats.registry import CALL_FORMATS, REASONING_FORMATS
 from tests.support.paths import ROOT
 from tests.support.scripted_app import ScriptedApp
 
@@ -119,6 +120,20 @@ def test_every_choice_of_a_setting_is_documented() -> None:
     for setting in (*settings_of(EngineConfig), *settings_of(ServerConfig)):
         if isinstance(setting.type, msgspec.inspect.LiteralType):
             assert set(setting.type.values) <= set(meanings[setting.flag]), setting.flag
+
+
+def test_every_format_of_messages_is_documented() -> None:
+    documented: dict[str, set[str]] = {"--tool-call-parser": set(), "--reasoning-parser": set()}
+    flag = ""
+    for cells in rows("tools.md"):
+        named = code(cells[0].partition(" (also")[0])
+        if cells[0].startswith("`--"):
+            (flag,) = named
+        elif flag and cells[0] != "field":
+            documented[flag].update(named)
+        else:
+            flag = ""
+    assert documented == {"--tool-call-parser": set(CALL_FORMATS), "--reasoning-parser": set(REASONING_FORMATS)}
 
 
 def test_readmes_options_exist_with_these_defaults() -> None:

@@ -29,6 +29,9 @@ def conversation_of(body: ChatRequest) -> Conversation:
     if continued and last.role != "assistant":
         raise bad_parameter("continue_final_message", "continue_final_message needs an assistant's message at the end")
     continues = bool(continued or (continued is None and last.prefix and last.role == "assistant"))
+    if continues and last.tool_calls:
+        place = f"messages[{len(body.messages) - 1}].tool_calls"
+        raise bad_parameter(place, f"{place} ends the message, so that nothing can go on with it")
     return Conversation(
         turns=turns_of(body.messages),
         tools=tools,
