@@ -27,6 +27,8 @@ def message_of(parts: Sequence[Part], body: ChatRequest) -> ChatMessage:
 
 def deltas_of(parts: Sequence[Part], body: ChatRequest) -> list[ChatDelta]:
     """Return what each part adds to a message in a stream."""
+    if len(parts) == 1 and isinstance(parts[0], ContentText):  # as most are
+        return [ChatDelta(content=parts[0].text)]
     deltas = []
     for part in parts:
         match part:

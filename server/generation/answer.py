@@ -103,8 +103,13 @@ class Answer:
         text, parser = self.text, self.parser
         logprobs = delta.logprobs if self.spec.show_logprobs else None
         last, stop_token = delta.finish_reason is not None, delta.stop_token is not None
-        if parser is None:
-            return text.feed(delta.token_ids, logprobs, last=last, stop_token=stop_token)
+        if parser is None or not parser.thinking:
+            piece = text.feed(delta.token_ids, logprobs, last=last, stop_token=stop_token)
+            if parser is not None:
+                piece.parts = parser.feed(piece.text)
+                if last or text.stopped:
+                    piece.parts = [*piece.parts, *parser.finish()]
+            return piece
         ids, shown, entries, parts = delta.token_ids, "", list[TokenEntry](), list[Part]()
         while parser.thinking and len(ids) > 1 and not text.stopped:  # one by one, to count those of reasoning
             piece = text.feed(ids[:1], None if logprobs is None else logprobs[:1])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec import UNSET
+
 from pilotfish.server.chat.conversation import conversation_of
 from pilotfish.server.chat.message import deltas_of, finish_reason, message_of
 from pilotfish.server.errors import bad_parameter
@@ -24,7 +26,6 @@ from pilotfish.server.protocol.chat import (
 from pilotfish.server.routes.openai import OpenAIChunks
 from pilotfish.server.service import Service
 from pilotfish.text.detokenizer import Piece
-from pilotfish.text.message import CallBegin
 
 
 class Chat(Endpoint[ChatRequest]):
@@ -86,10 +87,11 @@ class ChatChunks(OpenAIChunks[ChatRequest, ChatChunk]):
         deltas = deltas_of(piece.parts, self.reply.body)
         if piece.entries and not deltas:
             deltas = [ChatDelta(content="")]  # tokens whose text is held back, or not shown
-        for i, delta in enumerate(deltas):
-            chunks.append(self.chunk(ChatChunkChoice(answer.index, delta, None if i else logprobs)))
-        if any(isinstance(part, CallBegin) for part in piece.parts):
-            self._called.add(answer.index)
+        for delta in deltas:
+            chunks.append(self.chunk(ChatChunkChoice(answer.index, delta, logprobs)))
+            logprobs = None
+            if delta.tool_calls is not UNSET or delta.function_call is not UNSET:
+                self._called.add(answer.index)
         if piece.finish_reason is not None:
             reason = finish_reason(piece.finish_reason, piece.parts, self.reply.body, answer.index in self._called)
             chunks.append(self.chunk(ChatChunkChoice(answer.index, ChatDelta(), None, reason)))
