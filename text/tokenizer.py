@@ -71,19 +71,28 @@ class Tokenizer:
         Special tokens spelled out in the text become those tokens. Raises ParameterError("prompt") for text that is not
         valid Unicode.
         """
-        ids: list[int]
         try:
-            ids = []
-            for i, (piece, literal) in enumerate(self._pieces(text) if _SHIELD in text else [(text, False)]):
-                backend = self._literal if literal else self._backend
-                # Unlike encode, this lets other threads run, and it makes no offsets, which take most of the memory.
-                (encoding,) = backend.encode_batch_fast([piece], add_special_tokens=add_special_tokens and not i)
-                ids += _ids(encoding)
+            if _SHIELD in text:
+                return self._encode_shielded(text, add_special_tokens)
+            # Unlike encode, this lets other threads run, and it makes no offsets, which take most of the memory.
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError):  # a lone surrogate, which JSON can spell
             raise ParameterError("prompt", "the prompt is not valid Unicode text (it has a lone surrogate)") from None
+        ids = _ids(encoding)
         # A text that begins with the begin-of-text token itself has it once.
         doubled = add_special_tokens and len(ids) > 1 and ids[0] == ids[1] == self.bos_token_id
         return ids[1:] if doubled else ids
+
+    def _encode_shielded(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids = self.encode("") if add_special_tokens else []
+        pieces = self._pieces(text)
+        plain, literal = (  # one call for all pieces of a kind
+            iter(backend.encode_batch_fast([piece for piece, each in pieces if each == kind], add_special_tokens=False))
+            for backend, kind in ((self._backend, False), (self._literal, True))
+        )
+        for _, is_literal in pieces:
+            ids += _ids(next(literal if is_literal else plain))
+        return ids
 
     @cached_property
     def length_bound(self) -> LengthBound:
