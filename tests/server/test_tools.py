@@ -35,7 +35,7 @@ TOOLS: list[Any] = [
 ]
 ONE: dict[str, Any] = {"tools": TOOLS, "parallel_tool_calls": False}
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
-SAMPLING = {"greedy": {"temperature": 0}, "sampled": {"temperature": 1.2, "seed": 3}}
+SAMPLING: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0}, "sampled": {"temperature": 1.2, "seed": 3}}
 
 
 class GetWeather(BaseModel):
@@ -61,7 +61,7 @@ def asked(real: RunningServer) -> Iterator[openai.OpenAI]:
 
 
 def ask(client: openai.OpenAI, **fields: Any) -> Any:
-    given = {"model": MODEL, "messages": QUESTION, "max_tokens": 120, "temperature": 0} | fields
+    given: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "max_tokens": 120, "temperature": 0, **fields}
     return client.chat.completions.create(**given).choices[0]
 
 
@@ -168,8 +168,10 @@ def test_openais_helpers(asked: openai.OpenAI) -> None:
     }
     with asked.chat.completions.stream(**given, **demanded) as stream:
         kinds = {event.type for event in stream}
-        (call,) = stream.get_final_completion().choices[0].message.tool_calls or ()
+        calls = stream.get_final_completion().choices[0].message.tool_calls
     assert {"tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"} <= kinds
+    assert calls is not None
+    (call,) = calls
     assert isinstance(call.function.parsed_arguments, GetWeather)
 
 
