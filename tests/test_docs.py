@@ -20,6 +20,7 @@ from pilotfish.server.config import ServerConfig
 from pilotfish.server.metrics import PHASES, POSITIONS, Metrics, Outcome
 from pilotfish.server.protocol.chat import ChatRequest
 from pilotfish.server.protocol.completions import CompletionRequest
+from pilotfish.server.protocol.messages import MessagesRequest
 from pilotfish.server.protocol.tokenization import DetokenizeRequest, TokenizeRequest
 from pilotfish.server.protocol.usage import Timings
 from pilotfish.text.formats.registry import CALL_FORMATS, REASONING_FORMATS
@@ -155,9 +156,9 @@ def test_every_endpoint_is_documented() -> None:
     assert documented == known
 
 
-@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest])
+@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, MessagesRequest])
 def test_every_field_of_a_request_is_documented(model: type[BaseModel]) -> None:
-    page = (ROOT / "docs" / "http-api.md").read_text()
+    page = (ROOT / "docs" / ("messages-api.md" if model is MessagesRequest else "http-api.md")).read_text()
     assert [field for field in model.model_fields if f"`{field}`" not in page] == []
 
 

@@ -32,7 +32,8 @@ def example_server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def run(name: str, *arguments: str, url: str = "") -> str:
     """What the program prints; it must end with status 0."""
-    environment = os.environ | {"OPENAI_BASE_URL": f"{url}/v1"} if url else dict(os.environ)
+    urls = {"OPENAI_BASE_URL": f"{url}/v1", "ANTHROPIC_BASE_URL": url} if url else {}
+    environment = {**os.environ, **urls}
     command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -67,6 +68,12 @@ def test_structured_output(example_server: RunningServer) -> None:
 
 def test_tools(example_server: RunningServer) -> None:
     assert re.match(r'weather\(\{"city": ".*"\}\)\n.', run("tools", url=example_server.url))
+
+
+def test_messages(example_server: RunningServer) -> None:
+    printed = run("messages", url=example_server.url)
+    assert re.search(r"^\d+ tokens to read$", printed, re.MULTILINE)
+    assert re.search(r"^\d+ tokens, ended by (max_tokens|end_turn|stop_sequence)$", printed, re.MULTILINE)
 
 
 def test_offline(tiny_llama: Path) -> None:

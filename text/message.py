@@ -103,6 +103,8 @@ class Tool:
     """JSON schema of its arguments; None: no arguments."""
     strict: bool = False
     """Whether arguments must match the schema: a grammar sees to it."""
+    place: str | None = None
+    """Where the client sent `parameters`, for errors; None: where OpenAI's chat has them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,8 +166,14 @@ def _tools(tools: Sequence[ToolParam]) -> list[Tool]:
             raise bad_parameter(f"tools[{i}].name", f"tools[{i}].name is {shown(tool.name)}, as another tool's is")
         names.add(tool.name)
     return [
-        Tool(name=tool.name, description=tool.description, parameters=tool.input_schema, strict=bool(tool.strict))
-        for tool in tools
+        Tool(
+            name=tool.name,
+            description=tool.description,
+            parameters=tool.input_schema,
+            strict=bool(tool.strict),
+            place=f"tools[{i}].input_schema",
+        )
+        for i, tool in enumerate(tools)
     ]
 
 

@@ -11,9 +11,7 @@ from pilotfish.errors import shown
 from pilotfish.server.protocol.common import ApiModel, Stops, unsupported, wrong
 from pilotfish.server.protocol.foreign import Foreign
 from pilotfish.server.protocol.messages_foreign import MESSAGES_FOREIGN
-
-MAX_MESSAGES = 100_000
-"""Anthropic's limit."""
+from pilotfish.server.protocol.tools import MAX_TOOLS, FunctionName
 
 
 class Part(BaseModel):
@@ -42,7 +40,7 @@ class RedactedThinkingBlockParam(Part):
 class ToolUseBlockParam(Part):
     type: Literal["tool_use"]
     id: str
-    name: str
+    name: FunctionName
     input: dict[str, Any]
 
 
@@ -132,7 +130,7 @@ class ToolParam(Part):
     """A function that the model may call."""
 
     type: Annotated[str | None, PlainValidator(_only_custom, json_schema_input_type=Literal["custom"] | None)] = None
-    name: Annotated[str, Field(min_length=1, max_length=128)]
+    name: FunctionName
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
@@ -170,14 +168,14 @@ class ConversationRequest(ApiModel):
     foreign: ClassVar[Mapping[str, Foreign]] = MESSAGES_FOREIGN
 
     model: str
-    messages: Annotated[list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES), FailFast()]
+    messages: Annotated[list[MessageParam], Field(min_length=1), FailFast()]
     system: Texts = ()
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     stop_sequences: Stops = ()
     stream: bool | None = None
-    tools: Annotated[list[ToolParam] | None, FailFast()] = None
+    tools: Annotated[list[ToolParam] | None, Field(max_length=MAX_TOOLS), FailFast()] = None
     tool_choice: ToolChoiceParam | None = None
     thinking: ThinkingParam | None = None
     output_config: OutputConfigParam | None = None

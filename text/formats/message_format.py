@@ -179,7 +179,7 @@ class MessageFormat:
                     raise
                 return schema(otherwise, at)
 
-        at = f"{place}.function.parameters"
+        at = f"{place}.function.parameters" if tool.place is None else tool.place
         if form.arguments is not None and isinstance(wanted, dict):
             arguments = form.arguments(wanted, at, build)
         else:

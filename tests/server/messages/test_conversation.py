@@ -101,8 +101,13 @@ def test_a_last_message_of_the_assistant_is_continued() -> None:
 def test_tools() -> None:
     tools = [WEATHER, {"name": "now", "input_schema": {}, "strict": True, "type": "custom", "defer_loading": False}]
     assert conversation(tools=tools).tools == [
-        Tool(name="weather", description="Look it up.", parameters={"type": "object"}),
-        Tool(name="now", parameters={}, strict=True),
+        Tool(
+            name="weather",
+            description="Look it up.",
+            parameters={"type": "object"},
+            place="tools[0].input_schema",
+        ),
+        Tool(name="now", parameters={}, strict=True, place="tools[1].input_schema"),
     ]
 
 
