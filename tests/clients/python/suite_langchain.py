@@ -82,9 +82,8 @@ def test_structured_output_of_a_plain_schema_and_its_stream(chat: ChatOpenAI) ->
     assert list(asked.stream(MESSAGES))[-1] == found
 
 
-def test_json_mode_with_the_raw_message(chat: ChatOpenAI) -> None:
-    brief = chat.model_copy(update={"max_tokens": 200})
-    found: Any = brief.with_structured_output(None, method="json_mode", include_raw=True).invoke(
-        [HumanMessage("Give the weather of Oslo in JSON.")]
-    )
-    assert found["raw"].text.startswith("{")
+def test_any_json_object(chat: ChatOpenAI) -> None:
+    """What it has in it is the model's, and may be cut by max_tokens."""
+    forms: dict[str, Any] = {"type": "json_object"}
+    asked = chat.bind(text={"format": forms}) if chat.use_responses_api else chat.bind(response_format=forms)
+    assert "".join(part.text for part in asked.stream(MESSAGES)).startswith("{")
