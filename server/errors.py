@@ -152,6 +152,8 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
             return _routing_error(error)
         case RequestValidationError():
             return _validation_error(error)
+        case RecursionError():  # whatever was recursing, it was over what the client sent
+            return ApiError(400, "The request is nested too deeply.", code="invalid_json")
     logger.error("request %s failed", request_id, exc_info=error)
     return internal(request_id)
 

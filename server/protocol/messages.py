@@ -11,7 +11,7 @@ from pilotfish.errors import shown
 from pilotfish.server.protocol.common import ApiModel, Stops, unsupported, wrong
 from pilotfish.server.protocol.foreign import Foreign
 from pilotfish.server.protocol.messages_foreign import MESSAGES_FOREIGN
-from pilotfish.server.protocol.tools import MAX_TOOLS, FunctionName
+from pilotfish.server.protocol.tools import MAX_TOOLS, FunctionName, ObjectSchema
 
 
 class Part(BaseModel):
@@ -132,7 +132,7 @@ class ToolParam(Part):
     type: Annotated[str | None, PlainValidator(_only_custom, json_schema_input_type=Literal["custom"] | None)] = None
     name: FunctionName
     description: str | None = None
-    input_schema: dict[str, Any]
+    input_schema: ObjectSchema
     strict: bool | None = None
     """Whether the input must match the schema."""
 

@@ -28,6 +28,14 @@ def _function(value: Any) -> Any:
     return value
 
 
+def _object(schema: dict[str, Any]) -> dict[str, Any]:
+    if schema.get("type", "object") != "object":
+        raise wrong(f"has type {shown(schema['type'])}, but a function's arguments are an object")
+    return schema
+
+
+ObjectSchema = Annotated[dict[str, Any], AfterValidator(_object)]
+"""The JSON schema of a function's arguments."""
 FunctionName = Annotated[str, AfterValidator(_name)]
 FunctionType = Annotated[Literal["function"], PlainValidator(_function, json_schema_input_type=Literal["function"])]
 
@@ -39,7 +47,7 @@ class FunctionParam(ApiModel):
 
     name: FunctionName
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: ObjectSchema | None = None
     strict: bool | None = None
 
 

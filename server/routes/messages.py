@@ -73,7 +73,11 @@ class Messages(Endpoint[MessagesRequest]):
         )
 
     async def prompts(self, body: MessagesRequest, service: Service) -> Conversation:
-        return conversation_of(body)
+        conversation = conversation_of(body)
+        if conversation.continue_final_message and (form := _output(body)) is not None:
+            message = f"{form.place} demands the form of a whole answer, but messages ends with the beginning of one"
+            raise bad_parameter(form.place, message)
+        return conversation
 
     def whole(self, reply: Reply[MessagesRequest], pieces: Sequence[Piece]) -> Message:
         (answer,), (piece,) = reply.answers, pieces

@@ -223,3 +223,31 @@ async def test_long_ids_become_text_and_are_checked(real: Tokenizer) -> None:
     assert refused.json()["error"]["param"] == "tokens"
     wrong = await served.http.post("/detokenize", json={"tokens": [*ids, "a", "b"]})
     assert wrong.json()["error"]["param"] == f"tokens[{len(ids)}]"
+
+
+DEEP = {
+    "/v1/chat/completions": (
+        '"tools": [{"type": "function", "function": {"name": "f", "parameters": %s}}]',
+        '"response_format": {"type": "json_schema", "json_schema": {"name": "f", "schema": %s}}',
+        '"chat_template_kwargs": {"a": %s}',
+        '"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": %s}}]}]',
+    ),
+    "/v1/messages": (
+        '"tools": [{"name": "f", "input_schema": %s}]',
+        '"output_format": {"type": "json_schema", "schema": %s}',
+        '"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": %s}]}]',
+        '"metadata": %s',
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "field"), [(path, field) for path, fields in DEEP.items() for field in fields])
+async def test_deeply_nested_values_are_no_500(real: Tokenizer, path: str, field: str) -> None:
+    """Python's own limit is met at another depth in each place that recurses over them."""
+    served = app(real)
+    for depth in (100, 300, 500, 700, 900, 940, 5000):
+        nested = '{"a": ' * depth + "1" + "}" * depth
+        rest = "" if "messages" in field else '"messages": [{"role": "user", "content": "a"}], '
+        content = f'{{"model": "tiny", "max_tokens": 2, {rest}{field % nested}}}'
+        response = await served.http.post(path, content=content, headers={"content-type": "application/json"})
+        assert response.status_code in (200, 400), response.text

@@ -217,12 +217,19 @@ async def test_what_messages_spell_is_never_a_control_token(
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "thing"}}}]},
+            "tools[0].function.parameters",
+        ),
+        (
             {
                 "tools": [
-                    {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "thing"}}}
+                    {
+                        "type": "function",
+                        "function": {"name": "f", "strict": True, "parameters": {"properties": {"a": {"type": 1}}}},
+                    }
                 ]
             },
-            "tools[0].function.parameters.type",
+            "tools[0].function.parameters.properties.a.type",
         ),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),

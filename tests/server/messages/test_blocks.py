@@ -28,18 +28,21 @@ def summed(events: list[BlockEvent]) -> list[dict[str, Any]]:
     """The blocks that events add up to, by Anthropic's documentation. Their types and order are checked."""
     blocks: list[dict[str, Any]] = []
     open_: int | None = None
+    last = ""
     for event in json.loads(msgspec.json.encode(events)):
         assert ANTHROPICS.validate_python(event).type == event["type"]
         if event["type"] == "content_block_start":
             assert (open_, event["index"]) == (None, len(blocks))
-            open_ = event["index"]
+            open_, last = event["index"], ""
             blocks.append(event["content_block"] | {"json": ""})
             continue
         assert event["index"] == open_
         if event["type"] == "content_block_stop":
+            assert (blocks[-1]["type"] == "thinking") == (last == "signature_delta")
             open_ = None
             continue
         block, delta = blocks[-1], event["delta"]
+        last = delta["type"]
         assert delta["type"] in DELTAS[block["type"]]
         match delta["type"]:
             case "text_delta":

@@ -89,9 +89,16 @@ def test_text_in_a_demanded_form(anthropics: anthropic.Anthropic) -> None:
         ),
         ({"output_config": {"format": {"type": "json_schema", "schema": {"type": 3}}}}, "output_config.format.schema"),
         ({"output_format": {"type": "json_schema", "schema": {"type": 3}}}, "output_format.schema"),
+        (
+            {
+                "output_format": {"type": "json_schema", "schema": PERSON},
+                "messages": [*MESSAGES, {"role": "assistant", "content": "{"}],
+            },
+            "output_format.schema",
+        ),
         ({"system": "long " * 4000}, "maximum context length"),
     ],
-    ids=["tool", "format", "older", "long"],
+    ids=["tool", "format", "older", "prefill", "long"],
 )
 def test_what_cannot_be_answered_is_refused(
     anthropics: anthropic.Anthropic, fields: dict[str, Any], place: str
