@@ -59,6 +59,20 @@ class ApiError(Exception):
         return {"retry-after": str(math.ceil(self.retry_after)), "retry-after-ms": str(round(self.retry_after * 1000))}
 
 
+class ContextLengthError(ApiError):
+    """A prompt that leaves no room for an answer. `tokens`: its length, or at least that."""
+
+    def __init__(self, param: str, tokens: int, exact: bool, limit: int) -> None:
+        self.tokens, self.limit = tokens, limit
+        super().__init__(
+            400,
+            f"This model's maximum context length is {limit} tokens, of which an answer needs at least 1. However, "
+            f"your {param} resulted in {'' if exact else 'at least '}{tokens} tokens.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
 def _encodable(text: str) -> str:
     """Escape lone surrogates, which a quoted request may contain and UTF-8 cannot encode."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -15,7 +15,7 @@ from pilotfish.engine.request import EngineInfo
 from pilotfish.errors import ParameterError
 from pilotfish.server.admission import Gate
 from pilotfish.server.config import ServerConfig
-from pilotfish.server.errors import ApiError, engine_dead, loading, model_not_found, stopping
+from pilotfish.server.errors import ContextLengthError, engine_dead, loading, model_not_found, stopping
 from pilotfish.server.metrics import Metrics
 from pilotfish.server.offload import Offload, Tokenizing, TooLongError
 from pilotfish.server.prompting.conversation import Conversation
@@ -98,7 +98,7 @@ class Service:
             return tuple(await self.tokenizing.encode(text, add_special_tokens, limit))
         except TooLongError as error:
             assert info is not None
-            raise too_long(param, f"at least {error.least}", info) from None
+            raise ContextLengthError(param, error.least, False, info.max_model_len) from None
         except ParameterError as error:
             raise ParameterError(param, error.message) from error
 
@@ -116,18 +116,7 @@ class Service:
 def check_length(param: str, length: int, info: EngineInfo) -> None:
     """Raise ApiError 400 for a prompt that leaves no room for an answer in the model's context."""
     if length + 1 > info.max_model_len:
-        raise too_long(param, str(length), info)
-
-
-def too_long(param: str, length: str, info: EngineInfo) -> ApiError:
-    """Return the error for a prompt of that many tokens."""
-    return ApiError(
-        400,
-        f"This model's maximum context length is {info.max_model_len} tokens, of which an answer needs at least 1. "
-        f"However, your {param} resulted in {length} tokens.",
-        param=param,
-        code="context_length_exceeded",
-    )
+        raise ContextLengthError(param, length, True, info.max_model_len)
 
 
 async def get_service(request: Request) -> Service:  # async: FastAPI would run a plain function in a thread

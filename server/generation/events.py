@@ -19,6 +19,8 @@ from pilotfish.text.detokenizer import Piece
 
 T = TypeVar("T")
 
+PING_SECONDS = 15.0
+"""Proxies and clients often close a connection on which nothing comes for a minute, as a long prompt may take."""
 DONE = b"data: [DONE]\n\n"
 """The end of OpenAI's streams."""
 
@@ -78,13 +80,18 @@ class EventStream(Response):
     """A response of server-sent events: those that `chunks` makes of `pieces`, then `end`.
 
     An exception from `pieces` becomes an event in the endpoint's form of errors, as the status has been sent by then.
-    `admission` is released when the stream ends, however it does.
+    `admission` is released when the stream ends, however it does. `ping` is sent in between, every PING_SECONDS.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, chunks: Chunks, pieces: Pieces, admission: AbstractContextManager[object], end: bytes = DONE
+        self,
+        chunks: Chunks,
+        pieces: Pieces,
+        admission: AbstractContextManager[object],
+        end: bytes = DONE,
+        ping: bytes = b"",
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
@@ -92,6 +99,7 @@ class EventStream(Response):
         self._pieces = pieces
         self._admission = admission
         self._end = end
+        self._ping = ping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._admission, suppress(ClientGoneError):
@@ -101,6 +109,7 @@ class EventStream(Response):
         chunks, add = self._chunks, self._chunks.add
         async with aclosing(self._pieces) as pieces:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            pinging = asyncio.create_task(_repeat(self._ping, send)) if self._ping else None
             try:
                 if body := b"".join(map(event, chunks.begin())):
                     await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -110,9 +119,18 @@ class EventStream(Response):
                 body = b"".join(map(event, chunks.end()))
             except Exception as error:
                 body = event(facts.error_form(facts.failed(error)))
+            finally:
+                if pinging is not None:
+                    pinging.cancel()
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": self._end, "more_body": False})
+
+
+async def _repeat(body: bytes, send: Send) -> None:
+    while True:
+        await asyncio.sleep(PING_SECONDS)
+        await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -92,6 +92,8 @@ class Endpoint(ABC, Generic[Body]):
     prompt_param: ClassVar[str]
     """The name of the prompt's field, for errors."""
     end_of_stream: ClassVar[bytes] = DONE
+    ping: ClassVar[bytes] = b""
+    """An event that means nothing, to be sent from time to time; b"": none."""
     error_form: ErrorForm = staticmethod(openai_error)
     error_type: ClassVar[type[msgspec.Struct]] = ErrorBody
     """What `error_form` returns."""
@@ -154,7 +156,8 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
         )
         pieces = follow_all(service.engine, answers, service.metrics, at_once)
         if spec.stream:
-            return EventStream(endpoint.chunks(reply), pieces, admission.pop_all(), endpoint.end_of_stream)
+            chunks, end = endpoint.chunks(reply), endpoint.end_of_stream
+            return EventStream(chunks, pieces, admission.pop_all(), end, endpoint.ping)
         try:
             whole = await until_disconnect(request.receive, _collect(answers, pieces))
         except ClientGoneError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pilotfish.server.errors import ApiError
+from pilotfish.server.errors import ApiError, ContextLengthError
 from pilotfish.server.protocol.messages_out import MessagesError, MessagesErrorFields
 
 _TYPES = {
@@ -20,7 +20,9 @@ _TYPES = {
 def anthropic_error(error: ApiError) -> MessagesError:
     default = "api_error" if error.status >= 500 else "invalid_request_error"
     kind = default if error.code == "engine_dead" else _TYPES.get(error.status, default)  # waiting would not help
-    # This form has no field for the parameter.
-    named = error.param is None or error.param in error.message
-    message = error.message if named else f"{error.param}: {error.message}"
+    message = error.message
+    if isinstance(error, ContextLengthError):  # in Anthropic's words: agents find them, and shorten the conversation
+        message = f"prompt is too long: {error.tokens} tokens > {error.limit - 1} maximum"
+    elif error.param is not None and error.param not in message:  # this form has no field for it
+        message = f"{error.param}: {message}"
     return MessagesError(MessagesErrorFields(kind, message), error.request_id)

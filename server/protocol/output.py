@@ -47,7 +47,11 @@ def _response_format(value: Any) -> OutputFormat | None:
     place = "response_format"
     if value is None or value == {}:
         return None
-    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        raise bad_parameter(
+            place, f'{place} is {shown(value)}, but must be an object such as {{"type": "json_object"}}'
+        )
+    kind = value.get("type")
     match kind:
         case "text":
             return None

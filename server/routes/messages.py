@@ -13,6 +13,7 @@ from pilotfish.server.bodies import BodyRoute
 from pilotfish.server.encoding import json_response, returns
 from pilotfish.server.errors import bad_parameter
 from pilotfish.server.generation.answer import Answer
+from pilotfish.server.generation.events import event
 from pilotfish.server.generation.facts import facts_of
 from pilotfish.server.generation.flow import Endpoint, Reply
 from pilotfish.server.generation.spec import GenerationSpec
@@ -55,6 +56,7 @@ class Messages(Endpoint[MessagesRequest]):
     operation = "chat"
     prompt_param = "messages"
     end_of_stream = b""
+    ping = event(Ping())
     error_form = staticmethod(anthropic_error)
     error_type = MessagesError
 

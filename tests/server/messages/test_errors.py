@@ -17,7 +17,7 @@ from pilotfish.engine.request import Request
 from pilotfish.errors import EngineDeadError
 from pilotfish.server.config import ServerConfig
 from tests.support.scripted_app import ScriptedApp
-from tests.support.scripted_engine import Script, say
+from tests.support.scripted_engine import INFO, Script, say
 
 PATH = "/v1/messages"
 COUNT = "/v1/messages/count_tokens"
@@ -66,7 +66,8 @@ async def test_wrong_requests(path: str, fields: dict[str, Any], status: int, pa
 async def test_a_prompt_that_is_too_long() -> None:
     messages = [{"role": "user", "content": "a " * 100}]
     response = await served().http.post(PATH, json=ASKED | {"messages": messages})
-    assert "100 tokens" in check(response, 400, "invalid_request_error")
+    message = check(response, 400, "invalid_request_error")
+    assert message == f"prompt is too long: 100 tokens > {INFO.max_model_len - 1} maximum"
 
 
 @pytest.mark.parametrize(

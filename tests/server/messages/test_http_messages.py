@@ -96,7 +96,7 @@ def test_text_in_a_demanded_form(anthropics: anthropic.Anthropic) -> None:
             },
             "output_format.schema",
         ),
-        ({"system": "long " * 4000}, "maximum context length"),
+        ({"system": "long " * 4000}, "prompt is too long"),
     ],
     ids=["tool", "format", "older", "prefill", "long"],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from pydantic import TypeAdapter
 from pilotfish.checkpoints.catalog import ModelFiles
 from pilotfish.engine.request import Delta, Request
 from pilotfish.server.config import ServerConfig
+from pilotfish.server.generation import events
 from pilotfish.text.tokenizer import Tokenizer, load_tokenizer
 from tests.support.scripted_app import ScriptedApp
 from tests.support.scripted_engine import INFO, say
@@ -73,23 +75,23 @@ async def streamed(app: ScriptedApp, **fields: Any) -> list[dict[str, Any]]:
     """The events of a stream, each checked against Anthropic's type."""
     response = await app.http.post("/v1/messages", json=ASKED | fields | {"stream": True})
     assert response.headers["content-type"].startswith("text/event-stream")
-    events = []
+    found = []
     for block in response.text.removesuffix("\n\n").split("\n\n"):
         name, data = block.split("\n")
         event = json.loads(data.removeprefix("data: "))
         assert name == f"event: {event['type']}"
         if event["type"] != "ping":
             EVENTS.validate_python(event)
-        events.append(event)
-    return events
+        found.append(event)
+    return found
 
 
-def summed(events: list[dict[str, Any]]) -> dict[str, Any]:
+def summed(streamed: list[dict[str, Any]]) -> dict[str, Any]:
     """The message that events add up to, by Anthropic's documentation."""
-    assert (events[0]["type"], events[-1]["type"]) == ("message_start", "message_stop")
-    message: dict[str, Any] = events[0]["message"]
+    assert (streamed[0]["type"], streamed[-1]["type"]) == ("message_start", "message_stop")
+    message: dict[str, Any] = streamed[0]["message"]
     inputs: dict[int, str] = {}
-    for event in events[1:]:
+    for event in streamed[1:]:
         match event["type"]:
             case "content_block_start":
                 assert event["index"] == len(message["content"])
@@ -237,3 +239,17 @@ async def test_counting_is_not_bounded_by_the_context(serving: Serving) -> None:
     messages = [{"role": "user", "content": "day " * 2000}]
     response = await serving("").http.post("/v1/messages/count_tokens", json={"model": "tiny", "messages": messages})
     assert response.json()["input_tokens"] >= 2000
+
+
+async def test_pings_come_while_nothing_else_does(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
+    monkeypatch.setattr(events, "PING_SECONDS", 0.01)
+    go = asyncio.Event()
+    app = ScriptedApp(lambda request: [go, *say(request, [5], [6])], tokenizer=tokenizer)
+    app.engine.info = msgspec.structs.replace(INFO, max_model_len=1024)
+    asyncio.get_running_loop().call_later(0.1, go.set)
+    kinds = [event["type"] for event in await streamed(app)]
+    begin = kinds.index("content_block_start")
+    assert kinds[:3] == ["message_start", "ping", "ping"]
+    assert set(kinds[1:begin]) == {"ping"}
+    assert kinds[-1] == "message_stop"
+    assert "ping" not in (await app.chat(stream=True)).text
