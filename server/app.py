@@ -26,8 +26,9 @@ from pilotfish.server.middleware import BodyLimit, RequestContext, install_handl
 from pilotfish.server.paths import TidyPaths
 from pilotfish.server.protocol.messages_out import TokenCount
 from pilotfish.server.protocol.models import Model, ModelList
+from pilotfish.server.protocol.responses_out import DeletedResponse, InputItems
 from pilotfish.server.protocol.tokenization import Detokenized, Tokenized, TokenizerInfo
-from pilotfish.server.routes import ENDPOINTS, health, messages, metrics, models, tokenization
+from pilotfish.server.routes import ENDPOINTS, health, messages, metrics, models, responses, tokenization
 from pilotfish.server.service import Service, ServiceDependency
 from pilotfish.server.telemetry.tracing import Tracing
 from pilotfish.text.tokenizer import Tokenizer
@@ -60,13 +61,14 @@ def create_app(
     app = FastAPI(title="Pilotfish", version=__version__, lifespan=lifespan)
     app.router.route_class = BodyRoute
     app.state.service = Service(engine, tokenizer, config, stats, names)
-    routers = [module.router for module in (messages, models, tokenization, health, metrics)]
+    routers = [module.router for module in (messages, models, responses, tokenization, health, metrics)]
     for endpoint in endpoints:
         add_endpoint(app, endpoint)
     for router in routers:
         app.include_router(router)
     own = [type_ for endpoint in endpoints for type_ in (endpoint.response_type, endpoint.error_type)]
-    describe(app, [*own, TokenCount, Model, ModelList, Tokenized, Detokenized, TokenizerInfo, ErrorBody, health.Status])
+    others = (TokenCount, Model, ModelList, Tokenized, Detokenized, TokenizerInfo)
+    describe(app, [*own, *others, DeletedResponse, InputItems, ErrorBody, health.Status])
     every = [route for router in (app, *routers) for route in router.routes]
     paths = [route.path for route in every if isinstance(route, Route) and "{" not in route.path]
     install_handlers(app, paths)

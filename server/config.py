@@ -55,6 +55,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cors_origins: tuple[str, ...] = ("*",)
     """Origin of web pages that may use the API, such as https://chat.example.com; "*": all, "none": none.
     Repeatable. Never with credentials."""
+    response_store: str | None = None
+    """File of an SQLite database for the responses of /v1/responses, which survives a restart; without it they are kept
+    in memory."""
+    response_store_size: NotNegative = 1000
+    """Number of responses of /v1/responses that are kept, the newest; 0: none."""
+    response_store_age: Annotated[float, Meta(gt=0)] = 86400.0
+    """Seconds that a response of /v1/responses is kept."""
     max_queue: NotNegative = 256
     """Maximum number of waiting sequences, in addition to the max_num_seqs that run; more are refused with status
     429."""

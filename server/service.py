@@ -21,6 +21,7 @@ from pilotfish.server.offload import Offload, Tokenizing, TooLongError
 from pilotfish.server.prompting.conversation import Conversation
 from pilotfish.server.prompting.grammars import Grammars
 from pilotfish.server.prompting.rendering import Rendered, render
+from pilotfish.server.responses.store import ResponseStore
 from pilotfish.text.detokenizer import Vocabulary
 from pilotfish.text.formats.message_format import MessageFormat
 from pilotfish.text.formats.registry import detect
@@ -48,6 +49,9 @@ class Service:
         self.tokenizing = Tokenizing(tokenizer)
         self.format = detect(tokenizer, config.tool_call_parser, config.reasoning_parser)
         self.grammars = Grammars(tokenizer)
+        self.responses = ResponseStore(
+            config.response_store or ":memory:", config.response_store_size, config.response_store_age
+        )
         self.config = config
         self.metrics = metrics
         self.names = names
@@ -69,6 +73,7 @@ class Service:
         """End the threads."""
         self.offload.close()
         self.tokenizing.close()
+        self.responses.close()
 
     @property
     def stuck(self) -> bool:

@@ -60,6 +60,11 @@ def test_prediction(example_server: RunningServer) -> None:
     assert re.search(r"^\d+ predicted tokens accepted, \d+ rejected$", printed, re.MULTILINE)
 
 
+def test_responses(example_server: RunningServer) -> None:
+    printed = run("responses", url=example_server.url)
+    assert re.search(r"^\d+ tokens in, \d+ of them cached$", printed, re.MULTILINE)
+
+
 def test_structured_output(example_server: RunningServer) -> None:
     person, train = run("structured_output", url=example_server.url).splitlines()
     assert re.fullmatch(r"name='.*' age=\d+ mood='(happy|sad|hungry)'", person)

@@ -62,6 +62,8 @@ class Reply(Generic[Body]):
     created: int
     """Seconds since 1970."""
     fingerprint: str
+    service: Service
+    tenant: str
 
     def head(self, object_: str) -> tuple[str, str, int, str, str]:
         """Return the fields of `protocol.usage.Response`."""
@@ -102,6 +104,10 @@ class Endpoint(ABC, Generic[Body]):
     def spec(self, body: Body) -> GenerationSpec:
         """Translate a request, except for its prompts. Raises ApiError 400 for fields that contradict each other."""
 
+    async def recall(self, body: Body, service: Service, tenant: str) -> None:
+        """Look up what the request refers to. Raises ApiError 404."""
+        return
+
     @abstractmethod
     async def prompts(self, body: Body, service: Service) -> Sequence[Prompt] | Conversation:
         """Return the request's `spec.prompts` prompts, each as text or as token ids; or the conversation that is to be
@@ -136,6 +142,7 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
             words = await service.word_tokens(spec.bad_words)
             spec = replace(spec, params=msgspec.structs.replace(spec.params, bad_words=words))
         answers: list[Answer] = []
+        await endpoint.recall(body, service, facts.tenant)
         spec, prompts, parser = await _prepare(service, info, spec, await endpoint.prompts(body, service))
         for i, prompt in enumerate(prompts):
             name = identity if spec.prompts == 1 else f"{identity}-{i}"
@@ -150,7 +157,17 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
                 text, echo, offsets = await service.offload.run(_text, *work) if long else _text(*work)
                 own = None if parser is None else parser()
                 answers.append(Answer(len(answers), i, spec, one, text, own, echo, offsets))
-        reply = Reply(body, spec, answers, service.vocabulary, identity, int(time.time()), service.fingerprint(info))
+        reply = Reply(
+            body,
+            spec,
+            answers,
+            service.vocabulary,
+            identity,
+            int(time.time()),
+            service.fingerprint(info),
+            service,
+            facts.tenant,
+        )
         facts.generation = GenerationFacts(
             identity, endpoint.operation, spec, answers, await _prompts(service, answers)
         )

@@ -115,10 +115,10 @@ FOREIGN: Mapping[str, Foreign] = {
 """By name. `_off`: refused unless neutral; `_shapes`: of no effect by itself; `_named`: goes by another name here."""
 
 INERT = frozenset({
-    "cache_prompt", "id_slot", "include_reasoning", "keep_alive", "kv_transfer_params", "metadata", "models",
-    "parallel_tool_calls", "priority", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
-    "prompt_logprobs", "provider", "request_id", "return_token_ids", "return_tokens_as_token_ids", "rid", "route",
-    "safety_identifier", "separate_reasoning", "service_tier", "session_id", "store", "stream_interval",
-    "timings_per_token", "top_logprobs", "transforms", "verbosity",
+    "cache_prompt", "conversation_id", "id_slot", "include_reasoning", "keep_alive", "kv_transfer_params",
+    "metadata", "models", "parallel_tool_calls", "priority", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "prompt_logprobs", "provider", "request_id", "return_token_ids",
+    "return_tokens_as_token_ids", "rid", "route", "safety_identifier", "separate_reasoning", "service_tier",
+    "session_id", "store", "stream_interval", "timings_per_token", "top_logprobs", "transforms", "verbosity",
 })  # fmt: skip
 """Names of OpenAI's and other servers' that are no spelling mistakes, and change no text where they are unknown."""

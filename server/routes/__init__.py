@@ -8,6 +8,7 @@ from pilotfish.server.generation.flow import Endpoint
 from pilotfish.server.routes.chat import Chat
 from pilotfish.server.routes.completions import Completions
 from pilotfish.server.routes.messages import Messages
+from pilotfish.server.routes.responses import Responses
 
-ENDPOINTS: tuple[Endpoint[Any], ...] = (Completions(), Chat(), Messages())
+ENDPOINTS: tuple[Endpoint[Any], ...] = (Completions(), Chat(), Responses(), Messages())
 """The endpoints that generate text."""

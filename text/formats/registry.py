@@ -155,10 +155,13 @@ REASONING_FORMATS: dict[str, tuple[str, str]] = {
     "granite": ("Here is my thought process:", "Here is my response:"),
 }
 """The markers of reasoning, by their name for --reasoning-parser."""
-_ALIASES = {
+_CALL_ALIASES = {
     "qwen": "hermes", "qwen25": "hermes", "qwen3": "hermes", "llama3": "llama3_json", "llama4_pythonic": "pythonic",
-    "deepseek_r1": "think",
 }  # fmt: skip
+_REASONING_ALIASES = {
+    "deepseek_r1": "think", "qwen3": "think", "qwen": "think", "glm45": "think", "seed_oss": "seed",
+}  # fmt: skip
+"""Names that other servers have for them."""
 _TRACES = (
     ("[ARGS]", "mistral"), ("[TOOL_CALLS]", "mistral_list"), ("<tool_call>", "hermes"), ("<|tool|>", "phi4"),
     ("<|/tool_call|>", "phi4"), ("<|tool_call|>", "granite"), ("functools[", "phi4_mini_json"),
@@ -183,15 +186,17 @@ def detect(
     if tool_call_parser == "mistral" and calls == "mistral_list":
         tool_call_parser = calls  # both have this name elsewhere
     return MessageFormat(
-        calls=_named("tool_call_parser", tool_call_parser, calls, CALL_FORMATS),
-        reasoning=_named("reasoning_parser", reasoning_parser, reasoning, REASONING_FORMATS),
+        calls=_named("tool_call_parser", tool_call_parser, calls, CALL_FORMATS, _CALL_ALIASES),
+        reasoning=_named("reasoning_parser", reasoning_parser, reasoning, REASONING_FORMATS, _REASONING_ALIASES),
         special={tokenizer.token(id_): id_ for id_ in tokenizer.special_ids},
     )
 
 
-def _named(setting: str, name: str | None, found: str, known: dict[str, _Form]) -> _Form | None:
+def _named(
+    setting: str, name: str | None, found: str, known: dict[str, _Form], aliases: dict[str, str]
+) -> _Form | None:
     name = found if name in (None, "auto") else name
-    name = _ALIASES.get(name or "", name)
+    name = aliases.get(name or "", name)
     if name == "none":
         return None
     if name not in known:

@@ -263,6 +263,8 @@ def test_formats_by_name() -> None:
     form = detect(tokenizer, "qwen3", "none")
     assert (form.calls, form.reasoning) == (CALL_FORMATS["hermes"], None)
     assert detect(tokenizer, "none").calls is None
+    assert detect(tokenizer, "qwen3", "qwen3").reasoning == REASONING_FORMATS["think"]
+    assert detect(_Tokenizer("[TOOL_CALLS]"), "mistral").calls == CALL_FORMATS["mistral_list"]  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"tool_call_parser is 'nope', but .* hermes"):
         detect(tokenizer, "nope")
 
