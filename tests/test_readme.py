@@ -37,8 +37,9 @@ pytestmark = [pytest.mark.real_model, pytest.mark.process]
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where a server of the default model listens: what `make serve` runs, on a free port."""
-    program, *arguments = dry_run("serve", "ARGS=--port 0").splitlines()[-1].split()
+    """Where a server of the default model listens: what `make serve` runs, on a free port, and with a seed: a sampled
+    answer of a small model may be a word long."""
+    program, *arguments = dry_run("serve", "ARGS=--port 0 --seed 1").splitlines()[-1].split()
     assert Path(program).name == "pilotfish"
     log = tmp_path_factory.mktemp("readme") / "log"
     with log.open("w") as output:
