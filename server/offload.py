@@ -8,6 +8,7 @@ into C. A task that is cancelled while its work waits for a thread takes the wor
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,21 +29,17 @@ _TRIM_SECONDS = 1.0
 
 
 class Offload:
-    """A few threads. Memory that large requests have used is given back to the system after them."""
+    """A few threads."""
 
     def __init__(self, threads: int) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="offload")
         self._trim = _malloc_trim()
-        self._trimmed = 0.0
         self._due: asyncio.TimerHandle | None = None
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return the result of `work`, run in a thread as soon as one is free."""
         loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self._threads, lambda: work(*args, **kwargs))
-        finally:
-            self.trim_soon()
+        return await loop.run_in_executor(self._threads, lambda: work(*args, **kwargs))
 
     def trim_soon(self) -> None:
         """Give freed memory back to the system in a while, at most once a second: glibc keeps it for threads that may
@@ -53,7 +50,8 @@ class Offload:
     def _trim_now(self) -> None:
         self._due = None
         if self._trim is not None:
-            self._threads.submit(self._trim, 0)  # it lets other threads run, but takes milliseconds
+            with contextlib.suppress(RuntimeError):  # closed meanwhile
+                self._threads.submit(self._trim, 0)  # it lets other threads run, but takes milliseconds
 
     def close(self) -> None:
         if self._due is not None:
@@ -80,6 +78,10 @@ class Tokenizing:
         if len(ids) < MANY_IDS:
             return self._tokenizer.decode(ids, skip_special_tokens=False)
         return await self._offload.run(self._tokenizer.decode, ids, skip_special_tokens=False)
+
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return the result of other work that takes as long as a text."""
+        return await self._offload.run(work, *args, **kwargs)
 
     def close(self) -> None:
         self._offload.close()

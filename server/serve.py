@@ -130,6 +130,7 @@ class _Run:
         tokenizer = load_tokenizer(self._files)
         if self._chat_template is not None:
             tokenizer.chat_template = self._chat_template
+        tokenizer.isolate_templates()
         return tokenizer
 
     async def _serve(self, tokenizer: Tokenizer, listener: socket.socket) -> None:
