@@ -23,6 +23,8 @@ LONG_TEXT = 8192
 """Characters from which a text is tokenized in a thread: it takes about 2 ms."""
 MANY_IDS = 4096
 """Ids from which they are turned into text in a thread."""
+MANY_MESSAGES = 256
+"""Messages from which they are translated in a thread."""
 THREADS = 2
 """Each holds one text's tokens in the making, 60 bytes and more for a byte of text."""
 _TRIM_SECONDS = 1.0

@@ -14,7 +14,7 @@ from pilotfish.server.chat.conversation import turns_of
 from pilotfish.server.encoding import json_response, returns
 from pilotfish.server.errors import bad_parameter
 from pilotfish.server.generation.facts import facts_of
-from pilotfish.server.offload import MANY_IDS
+from pilotfish.server.offload import MANY_IDS, MANY_MESSAGES
 from pilotfish.server.prompting.conversation import Conversation
 from pilotfish.server.protocol.tokenization import (
     Detokenized,
@@ -39,7 +39,9 @@ async def tokenize(body: TokenizeRequest, request: Request, service: ServiceDepe
         if body.prompt is not None:
             raise bad_parameter("prompt", "prompt and messages are two ways to say the same: give only one of them")
         conversation = Conversation(
-            turns=turns_of(body.messages),
+            turns=turns_of(body.messages)
+            if len(body.messages) < MANY_MESSAGES
+            else await service.offload.run(turns_of, body.messages),
             template_variables=body.chat_template_kwargs or {},
             add_generation_prompt=body.add_generation_prompt is not False,
         )
