@@ -154,7 +154,8 @@ class _Run:
         announcement = asyncio.create_task(self._announce(url))
         drain = asyncio.create_task(self._drain_when_asked())
         try:
-            await self._server.serve(sockets=[listener])
+            with app.state.service.reclaimer.collecting():
+                await self._server.serve(sockets=[listener])
         finally:
             for task in (announcement, drain):
                 task.cancel()

@@ -16,6 +16,7 @@ from pilotfish.errors import ParameterError
 from pilotfish.server.admission import Gate
 from pilotfish.server.config import ServerConfig
 from pilotfish.server.errors import ContextLengthError, engine_dead, loading, model_not_found, stopping
+from pilotfish.server.memory import Reclaimer
 from pilotfish.server.metrics import Metrics
 from pilotfish.server.offload import Offload, Tokenizing, TooLongError
 from pilotfish.server.prompting.conversation import Conversation
@@ -49,6 +50,7 @@ class Service:
         self.vocabulary = Vocabulary(tokenizer)
         self.offload = Offload(threads=1)  # its work does not get faster by another
         self.tokenizing = Tokenizing(tokenizer)
+        self.reclaimer = Reclaimer()
         self._rendering = Offload(threads=1)
         self.format = detect(tokenizer, config.tool_call_parser, config.reasoning_parser)
         self.grammars = Grammars(tokenizer)
@@ -76,6 +78,7 @@ class Service:
         """End the threads."""
         self.offload.close()
         self.tokenizing.close()
+        self.reclaimer.close()
         self.responses.close()
         self._rendering.close()
 

@@ -108,7 +108,7 @@ class Tokenizer:
         pattern = self._spelled
         if pattern is None:
             return text
-        parts, done, at, longest = list[str](), 0, 0, max(map(len, self._special_list))
+        parts, done, at, longest = list[str](), 0, 0, max(map(len, self._markable))
         while at < len(text):  # by slices: no other thread runs during a search
             match = pattern.search(text, at, at + _SLICE + longest)
             if match is None or match.start() >= at + _SLICE:
