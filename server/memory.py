@@ -1,7 +1,7 @@
 """What large requests have used of the process's memory is found and given back when nobody waits for it.
 
-Python's garbage collector stops every thread while it looks at all objects, which takes 100 ms if a conversation of
-60,000 messages is among them; and glibc keeps freed memory for threads that may want it again.
+Python's garbage collector stops every thread while it looks at all objects, which takes 100 ms if conversations of
+7,000 messages are among them; and glibc keeps freed memory for threads that may want it again.
 """
 
 from __future__ import annotations
