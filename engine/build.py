@@ -155,8 +155,8 @@ def _num_blocks(assembly: Assembly, progress: Progress, ranks: Ranks | None) -> 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig, num_blocks: int) -> int:
     room = num_blocks * config.block_size
-    if config.max_model_len > model.max_position:
-        raise ConfigError(f"max_model_len is {config.max_model_len}, but the model's context is {model.max_position}")
+    if config.max_model_len > model.longest:
+        raise ConfigError(f"max_model_len is {config.max_model_len}, but the model's context is {model.longest}")
     if config.max_model_len > room:
         raise ConfigError(
             f"max_model_len is {config.max_model_len}, but the KV cache holds {room} tokens: "

@@ -233,10 +233,6 @@ class AnswerText:
         self.stopped = False
         """Whether a stop string has ended the text."""
 
-    def start(self, id_: int) -> int:
-        """Return the number of characters before a next token `id_`, those included that may become a stop string."""
-        return self._decoded + self._detokenizer.breaks(id_)
-
     @property
     def stopped_by(self) -> str | None:
         """The stop string that has ended the text, or None."""
@@ -255,9 +251,7 @@ class AnswerText:
         if self._plain and logprobs is None:
             self.tokens += len(ids)
             text = self._detokenizer.feed(spelled)
-            text = (text + self._detokenizer.finish()) if last else text
-            self._decoded += len(text)
-            return Piece(text)
+            return Piece((text + self._detokenizer.finish()) if last else text)
         text = ""
         for i, id_ in enumerate(spelled):
             if logprobs is not None:

@@ -4,7 +4,6 @@ calls. Chat, responses and messages translate them into their own events. And th
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -43,9 +42,6 @@ class CallArguments:
 
 Part = ReasoningText | ContentText | CallBegin | CallArguments
 
-OPEN = sys.maxsize
-"""The end of reasoning that is not closed."""
-
 
 class MessageParser(Protocol):
     """Finds the parts of one answer. What it finds does not depend on how the tokens are portioned: the same tokens,
@@ -53,12 +49,7 @@ class MessageParser(Protocol):
 
     @property
     def thinking(self) -> bool:
-        """Whether the text so far ends within reasoning, or reasoning may still begin."""
-        ...
-
-    @property
-    def thoughts(self) -> Sequence[tuple[int, int]]:
-        """Where in the text reasoning begins and ends, without its markers; the end of the last one may be OPEN."""
+        """Whether the text so far ends within reasoning, or may still begin with it."""
         ...
 
     def feed(self, text: str) -> Sequence[Part]:

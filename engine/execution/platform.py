@@ -79,6 +79,7 @@ def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) ->
         cache_dtype=torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype,
         head_dim=model.head_dim,
         block_size=config.block_size,
+        softcap=model.attention_softcap is not None,
     )
     native = kernels if isinstance(kernels, NativeKernels) else None
     attention = choose_attention(config.attention_backend, needs, native)
@@ -119,7 +120,10 @@ def _why_not_native(
 
 def check_draft(platform: Platform, name: str, model: ModelConfig, config: EngineConfig, ranks: int = 1) -> None:
     """Raise ConfigError if a draft model, sharded over `ranks`, cannot compute on the target's platform."""
-    reason = why_not(platform.attention.name, replace(platform.needs, head_dim=model.head_dim))
+    reason = why_not(
+        platform.attention.name,
+        replace(platform.needs, head_dim=model.head_dim, softcap=model.attention_softcap is not None),
+    )
     if reason:
         raise ConfigError(f"drafter {name!r}: {reason}; attention_backend names another one for both models")
     if platform.kernels.name == "native":

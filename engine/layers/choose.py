@@ -59,6 +59,12 @@ def _why_not(layer: DecoderLayer, first: DecoderLayer) -> str | None:
         return "has a norm of query or key alone"
     if layer.attention.softcap:
         return "caps attention scores"
+    if layer.mlp_norm is None:
+        return "has no norm before its MLP"
+    if layer.whole_norms:
+        return "norms all heads of a query at once"
+    if layer.residual_scale != 1.0:
+        return "scales what it adds to the hidden states"
     assert isinstance(first.mlp, DenseMlp)
     if (layer.mlp.gate, layer.attention.scale) != (first.mlp.gate, first.attention.scale):
         return "has another gate or attention scale than layer 0"

@@ -52,6 +52,16 @@ class Linears:
             self.adapter.add_(name, x, y, self.batch)
         return y
 
+    def sharded_rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """RMSNorm over a dimension that is sharded: (rows, this rank's part) and its weights -> the same shape. Entries
+        may be on several ranks, if all are on as many."""
+        if self.comm.size == 1:
+            return self.kernels.rms_norm(x, weight, eps)
+        wide = x.float()
+        squares = self.comm.all_reduce(wide.square().sum(-1, keepdim=True))
+        scale = torch.rsqrt(squares / (x.shape[-1] * self.comm.size) + eps)
+        return (wide * scale * weight.float()).to(x.dtype)
+
     def summed(self, name: str, x: torch.Tensor, weight: PreparedLinear, residual: torch.Tensor | None) -> torch.Tensor:
         """A linear that is sharded by columns, plus `residual` if given: (rows, this rank's part of in_features) ->
         (rows, out_features), a new tensor with the same bits on every rank.
@@ -91,15 +101,17 @@ class DenseMlp:
 class DecoderLayer:
     """One layer's weights. A norm that the architecture does not have is None."""
 
-    input_norm: torch.Tensor | None  # None: attention reads the `given` of `Decoder.forward`
+    input_norm: torch.Tensor | None  # None: attention reads the `given` of `Decoder.forward`, or the hidden states
     qkv: PreparedLinear  # query, key and value heads in this order
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
+    whole_norms: bool = False  # norms of query and key are over all heads at once, those of other ranks included
     output: PreparedLinear
     attention_post_norm: torch.Tensor | None = None  # of what attention adds to the hidden states
-    mlp_norm: torch.Tensor
+    mlp_norm: torch.Tensor | None
     mlp: Mlp
     mlp_post_norm: torch.Tensor | None = None
+    residual_scale: float = 1.0  # of what attention and MLP add to the hidden states
     cos_sin: torch.Tensor  # (max_positions, head_dim) float32; shared by the layers of a kind
     attention: AttentionParams
     adapter: Adapter | None = None
@@ -144,7 +156,8 @@ class Decoder(Protocol):
         """Hidden states after the last layer, (rows, hidden_size). The rows' keys and values are in the caches
         afterwards.
 
-        given: (rows, in_features of qkv) contiguous, what attention reads in layers that have no `input_norm`.
+        given: (rows, in_features of qkv) contiguous, what attention reads in layers that have no `input_norm`; None:
+        it reads the hidden states there.
         """
         ...
 

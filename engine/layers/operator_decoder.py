@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,19 +59,31 @@ class OperatorDecoder:
         linears, kernels, eps = self._linears, self._kernels, self.shape.eps
         if layer.adapter is not None:
             linears = replace(linears, adapter=layer.adapter, batch=step.batch)
-        x = step.given if layer.input_norm is None else kernels.rms_norm(hidden, layer.input_norm, eps)
-        assert x is not None, "a layer without an input norm needs a given input"
+        given = hidden if step.given is None else step.given
+        x = given if layer.input_norm is None else kernels.rms_norm(hidden, layer.input_norm, eps)
         attended = self._attend(layer, cache, linears.apply("qkv", x, layer.qkv), step)
-        residual = hidden if layer.attention_post_norm is None else None
-        change = linears.summed("output", attended, layer.output, residual)
-        hidden = self._added(hidden, change, layer.attention_post_norm)
-        residual = hidden if layer.mlp_post_norm is None else None
-        change = layer.mlp.forward(linears, kernels.rms_norm(hidden, layer.mlp_norm, eps), residual)
-        return self._added(hidden, change, layer.mlp_post_norm)
+        hidden = self._added(
+            hidden, layer, layer.attention_post_norm, partial(linears.summed, "output", attended, layer.output)
+        )
+        x = hidden if layer.mlp_norm is None else kernels.rms_norm(hidden, layer.mlp_norm, eps)
+        return self._added(hidden, layer, layer.mlp_post_norm, partial(layer.mlp.forward, linears, x))
 
-    def _added(self, hidden: torch.Tensor, change: torch.Tensor, post_norm: torch.Tensor | None) -> torch.Tensor:
-        """Without a norm after it, `change` has its residual already."""
-        return change if post_norm is None else hidden + self._kernels.rms_norm(change, post_norm, self.shape.eps)
+    def _added(
+        self,
+        hidden: torch.Tensor,
+        layer: DecoderLayer,
+        post_norm: torch.Tensor | None,
+        change: Callable[[torch.Tensor | None], torch.Tensor],
+    ) -> torch.Tensor:
+        """The hidden states with the change, which is computed with its residual where nothing comes between them."""
+        if post_norm is None and layer.residual_scale == 1.0:
+            return change(hidden)
+        found = change(None)
+        if post_norm is not None:
+            found = self._kernels.rms_norm(found, post_norm, self.shape.eps)
+        if layer.residual_scale != 1.0:
+            found = found * layer.residual_scale
+        return hidden + found
 
     def _attend(self, layer: DecoderLayer, cache: LayerCache, qkv: torch.Tensor, step: _Pass) -> torch.Tensor:
         shape, kernels = self.shape, self._kernels
@@ -77,11 +91,19 @@ class OperatorDecoder:
         qkv = qkv.view(len(qkv), heads + 2 * kv_heads, shape.head_dim)
         query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
-            query = kernels.rms_norm(query, layer.q_norm, shape.eps)
-            key = kernels.rms_norm(key, layer.k_norm, shape.eps)
+            if layer.whole_norms:
+                query = self._normed(query, layer.q_norm)
+                key = self._normed(key, layer.k_norm)
+            else:
+                query = kernels.rms_norm(query, layer.q_norm, shape.eps)
+                key = kernels.rms_norm(key, layer.k_norm, shape.eps)
             kernels.rotate_(query, step.positions, layer.cos_sin)
             kernels.rotate_(key, step.positions, layer.cos_sin)
             value = value.contiguous()
         else:
             kernels.rotate_(qkv[:, : heads + kv_heads], step.positions, layer.cos_sin)  # both in one call
         return self._attention.attend(query, key, value, cache, step.batch, layer.attention)
+
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Queries or keys, (rows, heads, head_dim), all heads normed at once."""
+        return self._linears.sharded_rms_norm(x.flatten(1), weight, self.shape.eps).view(x.shape)

@@ -9,16 +9,38 @@ from pilotfish.engine.weights.quantization import Quantization
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """Rotary embedding. `kind` is Hugging Face's rope_type: "default", "linear" or "llama3"."""
+    """Rotary embedding. `kind` is Hugging Face's rope_type, of those that `engine.models.rope` knows, or "none"."""
 
     theta: float = 10000.0
     kind: str = "default"
+    share: float = 1.0
+    """The part of a head's dimensions that is rotated, from the first on."""
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    """Positions that the model was trained with before it was scaled."""
+    beta_fast: float = 32.0
+    """Rotations in the original context from which on YaRN leaves a frequency as it is."""
+    beta_slow: float = 1.0
+    """Rotations in the original context up to which YaRN divides a frequency by `factor`."""
+    truncate: bool = True
+    """Whether YaRN rounds these two bounds to whole dimensions, outwards."""
+    attention_factor: float = 1.0
+    """Factor of cosines and sines."""
     freq_factors: tuple[float, ...] | None = None
-    """Divisors of the head_dim / 2 frequencies: the form that llama3's scaling has in GGUF files."""
+    """Divisors of the frequencies: the form that llama3's scaling has in GGUF files, and longrope's for contexts up to
+    `original_max_position`."""
+    long_factors: tuple[float, ...] | None = None
+    """longrope's divisors of the frequencies for longer contexts."""
+
+    def rotated(self, head_dim: int) -> int:
+        """Dimensions of a head that are rotated."""
+        return int(head_dim * self.share)
+
+
+NO_ROPE = RopeConfig(kind="none")
+"""Queries and keys stay as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +70,19 @@ class ModelConfig:
     """Whether each layer has the sliding window; empty: all do, if there is one."""
     local_rope: RopeConfig | None = None
     """Rotary embedding of the layers with a sliding window; None: `rope`."""
+    unrotated_layers: tuple[int, ...] = ()
+    """Layers without rotary embedding."""
     attention_scale: float | None = None
     """Factor of the scores before the softmax; None: head_dim ** -0.5."""
+    attention_softcap: float | None = None
+    """Scores before the softmax become cap * tanh(score / cap); None: they stay as they are."""
+    logit_softcap: float | None = None
+    """The same of logits."""
+    embedding_scale: float = 1.0
+    """Factor of token embeddings."""
+    residual_scale: float = 1.0
+    """Factor of what attention and MLP add to the hidden states."""
+    logit_divisor: float = 1.0
     sandwich_norms: bool = False
     """Whether attention and MLP have a norm after them as well."""
     eos_token_ids: tuple[int, ...] = ()
@@ -58,6 +91,23 @@ class ModelConfig:
     """The checkpoint's dtype: "float32", "bfloat16" or "float16"."""
     quantization: Quantization | None = None
     """How the checkpoint is quantized; None: it has plain weights."""
+
+    @property
+    def longest(self) -> int:
+        """The longest context that may be asked for: dynamic scaling has no end of its own."""
+        return int(self.max_position * self.rope.factor) if self.rope.kind == "dynamic" else self.max_position
+
+    def slides(self, layer: int) -> bool:
+        """Whether the layer has the sliding window."""
+        if self.sliding_window is None:
+            return False
+        return self.sliding_layers[layer] if self.sliding_layers else True
+
+    def rope_of(self, layer: int) -> RopeConfig:
+        """The layer's rotary embedding."""
+        if layer in self.unrotated_layers:
+            return NO_ROPE
+        return self.local_rope if self.local_rope is not None and self.slides(layer) else self.rope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

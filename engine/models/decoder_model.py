@@ -56,21 +56,22 @@ class DecoderModel:
         self.head = self.embedding if config.tie_embeddings else store.linear("lm_head")
         self._norm = store.norm("model.norm.weight")
         self.embedding_scale: torch.Tensor | None = None
-        if family.scaled_embedding:
+        if family.scaled_embedding or config.embedding_scale != 1.0:
             # A tensor, since models are trained with the root rounded to their dtype (25.25, not 25.298, in bfloat16).
-            self.embedding_scale = torch.full((), config.hidden_size**0.5, dtype=store.dtype, device=device)
+            factor = config.hidden_size**0.5 if family.scaled_embedding else config.embedding_scale
+            self.embedding_scale = torch.full((), factor, dtype=store.dtype, device=device)
 
         scale = config.attention_scale or config.head_dim**-0.5
-        tables = {
-            rope: cos_sin_table(rope, config.head_dim, max_positions).to(device)
-            for rope in (config.rope, config.local_rope or config.rope)
-        }
-        everywhere = AttentionParams(scale), tables[config.rope]
-        nearby = AttentionParams(scale, config.sliding_window), tables[config.local_rope or config.rope]
-        sliding = config.sliding_layers or (config.sliding_window is not None,) * config.num_layers
+        ropes = dict.fromkeys(map(config.rope_of, range(config.num_layers)))
+        tables = {rope: cos_sin_table(rope, config.head_dim, max_positions).to(device) for rope in ropes}
         layers = [
-            family.layer(LayerWeights(store, f"model.layers.{i}."), config, *(nearby if slides else everywhere))
-            for i, slides in enumerate(sliding)
+            family.layer(
+                LayerWeights(store, f"model.layers.{i}."),
+                config,
+                AttentionParams(scale, config.sliding_window if config.slides(i) else None, config.attention_softcap),
+                tables[config.rope_of(i)],
+            )
+            for i in range(config.num_layers)
         ]
         shape = LayerShape(self.layout.num_heads, self.layout.num_kv_heads, config.head_dim, config.rms_norm_eps)
         self.decoder = choose_decoder(kernels, attention, comm, layers, shape)
@@ -105,6 +106,10 @@ class DecoderModel:
         """(rows, hidden_size) as `forward` returns them -> (rows, vocab_size), on rank 0 only."""
         normed = self._kernels.rms_norm(hidden, self._norm, self.config.rms_norm_eps)
         logits = self._kernels.linear(normed, self.head)
+        if self.config.logit_divisor != 1.0:
+            logits = logits.div_(self.config.logit_divisor)
+        if cap := self.config.logit_softcap:
+            logits = logits.div_(cap).tanh_().mul_(cap)
         if self.comm.size == 1:
             return logits
         # The head is sharded by rows; the last parts are padded.

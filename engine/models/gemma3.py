@@ -89,8 +89,8 @@ def layer(
     return DecoderLayer(
         input_norm=weights.norm("input_layernorm"),
         qkv=weights.linear("self_attn.qkv_proj"),
-        q_norm=weights.norm("self_attn.q_norm"),
-        k_norm=weights.norm("self_attn.k_norm"),
+        q_norm=weights.norm("self_attn.q_norm") if config.qk_norm else None,
+        k_norm=weights.norm("self_attn.k_norm") if config.qk_norm else None,
         output=weights.linear("self_attn.o_proj"),
         attention_post_norm=weights.norm("post_attention_layernorm"),
         mlp_norm=weights.norm("pre_feedforward_layernorm"),

@@ -35,8 +35,8 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
     yield from embedding(config)
     for i in range(config.num_layers):
         hf, gguf = f"model.layers.{i}.", f"blk.{i}."
-        # llama.cpp's converter permutes the rows of query and key of "llama" models only.
-        paired_rows = config.head_dim if config.architecture == "llama" else 0
+        # llama.cpp's converter permutes the rows of query and key of these models only.
+        paired_rows = config.head_dim if config.architecture in ("llama", "granite", "smollm3") else 0
         yield norm(f"{hf}input_layernorm", f"{gguf}attn_norm", config.hidden_size)
         yield from attention(config, f"{hf}self_attn.", gguf, paired_rows=paired_rows)
         yield norm(f"{hf}post_attention_layernorm", f"{gguf}ffn_norm", config.hidden_size)

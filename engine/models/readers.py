@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ def hf_config(values: Values, **special: Any) -> ModelConfig:
     a model that the engine does not know, and for a file that lacks a value."""
     hidden, heads = values.size("hidden_size"), values.size("num_attention_heads")
     dtype = values.get("dtype") or values.get("torch_dtype")  # transformers 4 wrote torch_dtype
+    rope = special.get("rope") or hf_rope(values)
     fields: dict[str, Any] = {
         "architecture": values.get("model_type"),
         "vocab_size": values.size("vocab_size"),
@@ -29,9 +31,9 @@ def hf_config(values: Values, **special: Any) -> ModelConfig:
         "num_heads": heads,
         "num_kv_heads": values.size("num_key_value_heads", heads),
         "head_dim": values.size("head_dim", hidden // heads),
-        "max_position": values.size("max_position_embeddings"),
+        "max_position": _max_position(values, rope),
         "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
-        "rope": special.get("rope") or hf_rope(values),
+        "rope": rope,
         "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
         "eos_token_ids": huggingface.eos_token_ids(values.path.parent),
         "bos_token_id": values.get("bos_token_id"),
@@ -40,17 +42,26 @@ def hf_config(values: Values, **special: Any) -> ModelConfig:
     return ModelConfig(**fields | special)
 
 
+def _max_position(values: Values, rope: RopeConfig) -> int:
+    """Published files with YaRN name the context before it or after it."""
+    named = values.size("max_position_embeddings")
+    return max(named, int(rope.factor * rope.original_max_position)) if rope.kind == "yarn" else named
+
+
 _ROPE_FIELDS: Mapping[str, Mapping[str, str]] = {
     "default": {},
     "linear": {"factor": "factor"},
+    "dynamic": {"factor": "factor"},
     "llama3": {
         "factor": "factor",
         "low_freq_factor": "low_freq_factor",
         "high_freq_factor": "high_freq_factor",
         "original_max_position": "original_max_position_embeddings",
     },
+    "yarn": {},
+    "longrope": {"freq_factors": "short_factor", "long_factors": "long_factor"},
 }
-"""RopeConfig's fields, and Hugging Face's names for them, by rope_type."""
+"""RopeConfig's fields that must be there, and Hugging Face's names for them, by rope_type."""
 
 
 def hf_rope(values: Values) -> RopeConfig:
@@ -59,18 +70,51 @@ def hf_rope(values: Values) -> RopeConfig:
     found = values.get("rope_parameters") or old
     theta = float(found.get("rope_theta") or values.get("rope_theta") or 10000.0)
     kind = found.get("rope_type", found.get("type", "default"))
-    partial = float(found.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)))
-    if partial != 1.0:
-        raise values.error(f"partial_rotary_factor is {partial}, but the engine rotates whole heads (1.0)")
+    kind = {"su": "longrope"}.get(kind, kind)  # longrope's old name
     if kind not in _ROPE_FIELDS:
-        raise values.error(f"rope_type is {kind!r}, but the engine knows 'default', 'linear' and 'llama3'")
+        raise values.error(f"rope_type is {kind!r}, but the engine knows {', '.join(map(repr, _ROPE_FIELDS))}")
     fields = _ROPE_FIELDS[kind]
     if missing := [name for name in fields.values() if name not in found]:
         raise values.error(f"rope scaling of type {kind!r} lacks {', '.join(map(repr, missing))}")
-    read: dict[str, Any] = {field: float(found[name]) for field, name in fields.items()}
+    read: dict[str, Any] = {field: found[name] for field, name in fields.items()}
+    read = {field: tuple(value) if isinstance(value, list) else float(value) for field, value in read.items()}
+    share = float(found.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0)
+    if kind in ("yarn", "longrope"):
+        read |= _stretch(values, found, kind)
+    elif kind == "dynamic":
+        read["original_max_position"] = values.size("max_position_embeddings")
     if "original_max_position" in read:
         read["original_max_position"] = int(read["original_max_position"])
-    return RopeConfig(theta=theta, kind=kind, **read)
+    return RopeConfig(theta=theta, kind=kind, share=share, **read)
+
+
+def _stretch(values: Values, found: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The fields of YaRN and longrope, whose defaults follow from one another."""
+    longest = values.size("max_position_embeddings")
+    original = (
+        values.get("original_max_position_embeddings") or found.get("original_max_position_embeddings") or longest
+    )
+    factor = float(found.get("factor") or longest / original)
+    scale = found.get("attention_factor")
+    if kind == "longrope":
+        scale = scale or (math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0)
+        return {"original_max_position": original, "factor": factor, "attention_factor": float(scale)}
+    top, all_dims = found.get("mscale"), found.get("mscale_all_dim")
+    if scale is None:
+        scale = yarn_scale(factor, top) / yarn_scale(factor, all_dims) if top and all_dims else yarn_scale(factor)
+    return {
+        "original_max_position": original,
+        "factor": factor,
+        "attention_factor": float(scale),
+        "beta_fast": float(found.get("beta_fast") or 32),
+        "beta_slow": float(found.get("beta_slow") or 1),
+        "truncate": bool(found.get("truncate", True)),
+    }
+
+
+def yarn_scale(factor: float, weight: float = 1.0) -> float:
+    """YaRN's factor of queries and keys (arXiv 2309.00071, section 3.4)."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def gguf_config(header: Header, **special: Any) -> ModelConfig:
@@ -84,11 +128,10 @@ def gguf_config(header: Header, **special: Any) -> ModelConfig:
         raise values.error("it lacks tensor 'token_embd.weight', or it is not a matrix")
     hidden, heads = values.size("embedding_length"), values.size("attention.head_count")
     head_dim = values.get("attention.key_length", hidden // heads)
-    for name in ("attention.value_length", "rope.dimension_count"):
-        if (size := values.get(name, head_dim)) != head_dim:
-            raise values.error(
-                f"{values.prefix}{name} is {size}, but the engine needs that of a head's keys, {head_dim}"
-            )
+    if (size := values.get("attention.value_length", head_dim)) != head_dim:
+        raise values.error(
+            f"{values.prefix}attention.value_length is {size}, but the engine needs that of a head's keys, {head_dim}"
+        )
     fields: dict[str, Any] = {
         "architecture": header.architecture,
         "vocab_size": embedding.shape[0],
@@ -115,20 +158,60 @@ def gguf_config(header: Header, **special: Any) -> ModelConfig:
 
 
 def gguf_rope(header: Header) -> RopeConfig:
-    values, factors = header.values, header.tensors.get(ROPE_FACTORS)
+    values = header.values
     theta = float(values.get("rope.freq_base", 10000.0))
     kind = values.get("rope.scaling.type", "none")
     factor = float(values.get("rope.scaling.factor", values.get("rope.scale_linear", 1.0)))
-    if kind not in ("none", "linear"):
-        raise values.error(f"rope.scaling.type is {kind!r}, but the engine knows 'none' and 'linear'")
-    scaled = factor != 1.0 and (kind == "linear" or "rope.scaling.type" not in header.metadata)
-    freq_factors = None
-    if factors is not None:
-        with header.path.open("rb") as file:
-            freq_factors = tuple(read_array(header.path, file, factors, whole(factors.shape)).tolist())
-    return RopeConfig(
-        theta=theta, kind="linear" if scaled else "default", factor=factor if scaled else 1.0, freq_factors=freq_factors
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise values.error(
+            f"rope.scaling.type is {kind!r}, but the engine knows 'none', 'linear', 'yarn' and 'longrope'"
+        )
+    head_dim = values.get(
+        "attention.key_length", values.size("embedding_length") // values.size("attention.head_count")
     )
+    share = values.get("rope.dimension_count", head_dim) / head_dim
+    factors = {name: _gguf_factors(header, name) for name in ROPE_FACTORS}
+    short, long = factors["rope_factors_short.weight"], factors["rope_factors_long.weight"]
+    original = values.get("rope.scaling.original_context_length", values.get("context_length"))
+    if short is not None and long is not None:
+        attention_factor = float(values.get("rope.scaling.attn_factor", 1.0))
+        return RopeConfig(
+            theta=theta,
+            kind="longrope",
+            share=share,
+            original_max_position=original,
+            attention_factor=attention_factor,
+            freq_factors=short,
+            long_factors=long,
+        )
+    if kind == "yarn":
+        attention_factor = float(values.get("rope.scaling.attn_factor", 1.0)) * yarn_scale(factor)
+        return RopeConfig(
+            theta=theta,
+            kind="yarn",
+            share=share,
+            factor=factor,
+            original_max_position=original,
+            attention_factor=attention_factor,
+            beta_fast=float(values.get("rope.scaling.yarn_beta_fast", 32.0)),
+            beta_slow=float(values.get("rope.scaling.yarn_beta_slow", 1.0)),
+        )
+    scaled = factor != 1.0 and (kind == "linear" or "rope.scaling.type" not in header.metadata)
+    return RopeConfig(
+        theta=theta,
+        kind="linear" if scaled else "default",
+        share=share,
+        factor=factor if scaled else 1.0,
+        freq_factors=factors["rope_freqs.weight"],
+    )
+
+
+def _gguf_factors(header: Header, name: str) -> tuple[float, ...] | None:
+    stored = header.tensors.get(name)
+    if stored is None:
+        return None
+    with header.path.open("rb") as file:
+        return tuple(read_array(header.path, file, stored, whole(stored.shape)).tolist())
 
 
 def gguf_dtype(header: Header) -> str:

@@ -6,13 +6,22 @@ from collections.abc import Iterable
 from math import prod
 from typing import Any, Literal
 
-from pilotfish.engine.models import gemma3, llama
+from pilotfish.engine.models import gemma2, gemma3, granite, llama, mistral3, olmo2, phi3, smollm3
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.family import Family
 from pilotfish.engine.weights.tensors import Tensor, by_name
 from pilotfish.errors import ModelError
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, gemma3.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    gemma3.FAMILY,
+    gemma2.FAMILY,
+    granite.FAMILY,
+    mistral3.FAMILY,
+    olmo2.FAMILY,
+    phi3.FAMILY,
+    smollm3.FAMILY,
+)
 
 NamedBy = Literal["model_types", "gguf_architectures"]
 

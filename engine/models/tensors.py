@@ -14,9 +14,24 @@ from pilotfish.engine.weights.tensors import Axis, Tensor
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def norm(name: str, gguf: str, size: int, offset: float = 0.0) -> Tensor:
+def norm(
+    name: str,
+    gguf: str,
+    size: int,
+    offset: float = 0.0,
+    *,
+    axis: Axis | None = None,
+    turned: tuple[int, int] | None = None,
+) -> Tensor:
     """A norm's weight, (size,), which multiplies by offset + weight."""
-    return Tensor(name=f"{name}.weight", shape=(size,), gguf=f"{gguf}.weight", axes=(None,), norm_offset=offset)
+    return Tensor(
+        name=f"{name}.weight",
+        shape=(size,),
+        gguf=f"{gguf}.weight",
+        axes=(axis,),
+        norm_offset=offset,
+        turned=turned,
+    )
 
 
 def linear(
@@ -30,10 +45,14 @@ def linear(
     fused: str | None = None,
     quantizable: bool = True,
     paired_rows: int = 0,
+    turned: tuple[int, int] | None = None,
+    stored: str = "",
+    gguf_stored: str = "",
 ) -> Iterator[Tensor]:
     """A matrix, (out_features, in_features), sharded by its `rows` or its `columns`, and its bias if it has one.
 
-    fused: the module path of the matrix that it is fused into; None: it stands alone.
+    fused: the module path of the matrix that it is fused into; None: it stands alone. stored, gguf_stored: the modules
+    whose stored tensors these are parts of; "": they are stored by themselves.
     """
     path = fused or name
     yield Tensor(
@@ -44,6 +63,9 @@ def linear(
         linear=path,
         quantizable=quantizable,
         paired_rows=paired_rows,
+        turned=turned,
+        stored=stored and f"{stored}.weight",
+        gguf_stored=gguf_stored and f"{gguf_stored}.weight",
     )
     if bias:
         yield Tensor(
@@ -54,6 +76,9 @@ def linear(
             linear=path,
             first_rank_only=columns is not None,
             paired_rows=paired_rows,
+            turned=turned,
+            stored=stored and f"{stored}.bias",
+            gguf_stored=gguf_stored and f"{gguf_stored}.bias",
         )
 
 
@@ -63,11 +88,25 @@ def embedding(config: ModelConfig) -> Iterator[Tensor]:
 
 
 def attention(
-    config: ModelConfig, hf: str, gguf: str, *, inputs: int = 0, norm_offset: float = 0.0, paired_rows: int = 0
+    config: ModelConfig,
+    hf: str,
+    gguf: str,
+    *,
+    inputs: int = 0,
+    norm_offset: float = 0.0,
+    paired_rows: int = 0,
+    stored: bool = False,
+    whole_norms: bool = False,
 ) -> Iterator[Tensor]:
-    """A layer's attention; `hf` and `gguf` are prefixes of its names. inputs: in_features of qkv; 0: hidden_size."""
+    """A layer's attention; `hf` and `gguf` are prefixes of its names.
+
+    inputs: in_features of qkv; 0: hidden_size. stored: query, key and value are stored as one matrix. whole_norms:
+    norms of query and key are over all heads at once.
+    """
     hidden, queries = config.hidden_size, config.num_heads * config.head_dim
     keys = config.num_kv_heads * config.head_dim
+    rotated = config.rope.rotated(config.head_dim)
+    turned = None if rotated == config.head_dim else (config.head_dim, rotated)
     heads: tuple[tuple[str, int, Axis, int], ...] = (
         ("q", queries, "heads", paired_rows),
         ("k", keys, "kv_heads", paired_rows),
@@ -82,16 +121,27 @@ def attention(
             bias=config.qkv_bias,
             fused=f"{hf}qkv_proj",
             paired_rows=pairs,
+            turned=None if letter == "v" else turned,
+            stored=f"{hf}qkv_proj" if stored else "",
+            gguf_stored=f"{gguf}attn_qkv" if stored else "",
         )
     if config.qk_norm:
-        for letter in "qk":
-            yield norm(f"{hf}{letter}_norm", f"{gguf}attn_{letter}_norm", config.head_dim, norm_offset)
+        for letter, size, rows, _ in heads[:2]:
+            yield norm(
+                f"{hf}{letter}_norm",
+                f"{gguf}attn_{letter}_norm",
+                size if whole_norms else config.head_dim,
+                norm_offset,
+                axis=rows if whole_norms else None,
+                turned=turned,
+            )
     names = f"{hf}o_proj", f"{gguf}attn_output"
     yield from linear(*names, (hidden, queries), columns="heads", bias=config.output_bias)
 
 
-def gated_mlp(config: ModelConfig, hf: str, gguf: str) -> Iterator[Tensor]:
-    """A layer's dense MLP; `hf` and `gguf` are the prefixes of its names."""
+def gated_mlp(config: ModelConfig, hf: str, gguf: str, *, stored: bool = False) -> Iterator[Tensor]:
+    """A layer's dense MLP; `hf` and `gguf` are the prefixes of its names. stored: gate and up are stored as one
+    matrix."""
     hidden, inner = config.hidden_size, config.intermediate_size
     for name in ("gate", "up"):
         yield from linear(
@@ -101,6 +151,8 @@ def gated_mlp(config: ModelConfig, hf: str, gguf: str) -> Iterator[Tensor]:
             rows="inner",
             bias=config.mlp_bias,
             fused=f"{hf}gate_up_proj",
+            stored=f"{hf}gate_up_proj" if stored else "",
+            gguf_stored=f"{gguf}ffn_up" if stored else "",
         )
     yield from linear(f"{hf}down_proj", f"{gguf}ffn_down", (hidden, inner), columns="inner", bias=config.mlp_bias)
 

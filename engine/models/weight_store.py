@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pilotfish.engine.kernels.protocol import Kernels, PreparedLinear
+from pilotfish.engine.models.rope import rotated_first
 from pilotfish.engine.weights.quantization import SCALE, scheme_of
 from pilotfish.engine.weights.tensors import Tensor
 from pilotfish.errors import ModelError
@@ -37,6 +38,8 @@ class WeightStore:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Add a tensor under its declared name, or its scales; in any order."""
         declared, tensor = self._declared[name.removesuffix(SCALE)], tensor.to(self._device)
+        if declared.turned is not None:
+            tensor = _turned(tensor, *declared.turned)
         if declared.linear is None:
             self._norms[name], self.dtype = tensor, tensor.dtype
             return
@@ -93,6 +96,13 @@ class LayerWeights:
 
     def norm(self, name: str) -> torch.Tensor:
         return self.store.norm(f"{self.prefix}{name}.weight")
+
+
+def _turned(tensor: torch.Tensor, head_dim: int, rotated: int) -> torch.Tensor:
+    """The rows of each head in the order of `rotated_first`."""
+    order = rotated_first(head_dim, rotated).to(tensor.device)
+    heads = tensor.reshape(-1, head_dim, *tensor.shape[1:])
+    return heads[:, order].view(tensor.shape)
 
 
 def _padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:

@@ -6,7 +6,8 @@ tensors, the gguf package dequantizes them. torch is imported only to make tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -16,13 +17,13 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 
 from pilotfish.checkpoints.gguf_header import StoredTensor, read_header
-from pilotfish.engine.weights.tensors import Part, Tensor, check_names, check_shape, shape_of
+from pilotfish.engine.weights.tensors import Part, Tensor, check_names, check_shape, rows_of, shape_of
 from pilotfish.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
 
-ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
 CHUNK = 1 << 18
 """Values that are dequantized at a time: the gguf package's intermediate arrays then stay in the processor's cache."""
@@ -37,8 +38,14 @@ def iter_weights(
     """
     import torch
 
-    names = {tensor.gguf: name for name, tensor in tensors.items()}
-    found = {names.get(name, name): each for name, each in read_header(path).tensors.items() if not _derived(name)}
+    names = {tensor.gguf: name for name, tensor in tensors.items() if not tensor.gguf_stored}
+    parted = rows_of(tensors.values(), lambda tensor: tensor.gguf_stored)
+    found: dict[str, StoredTensor] = {}
+    for name, each in read_header(path).tensors.items():
+        if name in parted:
+            found |= _parted(path, each, parted[name])
+        elif not _derived(name):
+            found[names.get(name, name)] = each
     check_names(path, found.keys(), tensors.keys())
     for name, tensor in tensors.items():
         check_shape(path, found[name].name, found[name].shape, tensor.shape)
@@ -50,6 +57,22 @@ def iter_weights(
             if tensor.norm_offset:
                 values = values - tensor.norm_offset
             yield name, values.to(dtype)
+
+
+def _parted(path: Path, stored: StoredTensor, parts: Sequence[tuple[Tensor, slice]]) -> dict[str, StoredTensor]:
+    """The declared tensors that this one holds."""
+    height = parts[-1][1].stop
+    check_shape(path, stored.name, stored.shape, (height, *parts[0][0].shape[1:]))
+    width = stored.size // height
+    return {
+        tensor.name: replace(
+            stored,
+            shape=tensor.shape,
+            offset=stored.offset + rows.start * width,
+            size=(rows.stop - rows.start) * width,
+        )
+        for tensor, rows in parts
+    }
 
 
 def read_array(path: Path, file: BinaryIO, stored: StoredTensor, part: Part) -> np.ndarray:
@@ -73,7 +96,7 @@ def read_array(path: Path, file: BinaryIO, stored: StoredTensor, part: Part) -> 
 
 def _derived(name: str) -> bool:
     """Whether the tensor holds rotary frequencies, which are in the RopeConfig; old files have copies in each layer."""
-    return name == ROPE_FACTORS or name.endswith((".attn_rot_embd.weight", ".rope_freqs.weight"))
+    return name in ROPE_FACTORS or name.endswith((".attn_rot_embd.weight", ".rope_freqs.weight"))
 
 
 def _dequantized(path: Path, stored: StoredTensor, raw: np.ndarray, width: int) -> np.ndarray:

@@ -39,7 +39,8 @@ class Quantization:
         """Whether the tensor is quantized: a matrix of a layer, and not of one of the modules `unquantized`."""
         if not tensor.quantizable:
             return False
-        return not any(_names(pattern, tensor.module) for pattern in self.unquantized)
+        modules = {tensor.module, tensor.stored.rpartition(".")[0]} - {""}
+        return not any(_names(pattern, module) for pattern in self.unquantized for module in modules)
 
 
 def _names(pattern: str, module: str) -> bool:

@@ -12,6 +12,7 @@ import os
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from pilotfish.engine.weights.quantization import SCALE, SCHEMES, Quantization, scheme_of
 from pilotfish.engine.weights.read_ahead import Job, read_ahead
-from pilotfish.engine.weights.tensors import Part, Tensor, check_names, check_shape, shape_of
+from pilotfish.engine.weights.tensors import Part, Tensor, check_names, check_shape, rows_of, shape_of
 from pilotfish.errors import ModelError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -88,10 +89,11 @@ def iter_weights(
     with ExitStack() as stack:
         found: dict[str, Stored] = {}
         sizes = []
+        parted = rows_of(tensors.values(), lambda tensor: tensor.stored)
         for path in _shards(folder):
             for stored in _open(path, stack):
                 if (name := name_of(stored.name)) is not None:
-                    found[name] = stored
+                    found |= _parted(name, stored, parted)
             sizes.append(path.stat().st_size)
         _check(folder, tensors, found, quantization)
         jobs = [_job(name, part, found, dtype, device) for name, part in _side_by_side(parts, found)]
@@ -99,6 +101,25 @@ def iter_weights(
         with closing(read_ahead(jobs, THREADS, limit)) as results:
             for weights in results:
                 yield from weights
+
+
+def _parted(name: str, stored: Stored, parted: Mapping[str, Seq[tuple[Tensor, slice]]]) -> dict[str, Stored]:
+    """The declared tensors, or their scales, that this one holds."""
+    suffix = SCALE if name.endswith(SCALE) else ""
+    parts = parted.get(name.removesuffix(suffix), ())
+    if not parts or (suffix and prod(stored.shape) == 1):  # one scale for all rows
+        return dict.fromkeys((tensor.name + suffix for tensor, _ in parts), stored) or {name: stored}
+    height = parts[-1][1].stop
+    check_shape(
+        stored.path, stored.name, stored.shape, (height, *(stored.shape[1:] if suffix else parts[0][0].shape[1:]))
+    )
+    width = prod(stored.shape[1:]) * stored.dtype.itemsize
+    return {
+        tensor.name + suffix: replace(
+            stored, shape=(rows.stop - rows.start, *stored.shape[1:]), offset=stored.offset + rows.start * width
+        )
+        for tensor, rows in parts
+    }
 
 
 def _check(

@@ -6,7 +6,7 @@ theirs with the vocabulary of `engine.models.tensors`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,6 +42,14 @@ class Tensor:
     paired_rows: int = 0
     """Rows of a head that GGUF files hold in the order (x0, y0, x1, y1, ...), the pairs that are rotated together,
     where Hugging Face has (x0, x1, ..., y0, y1, ...); 0: both have the same order."""
+    turned: tuple[int, int] | None = None
+    """The size of a head, and how many of its dimensions are rotated, if these are not all: rows of a head are laid out
+    as `engine.models.rope.rotated_first` orders them. None: all are rotated, or none."""
+    stored: str = ""
+    """The name of the stored tensor that it is a part of: those of one tensor are its rows, in the order of their
+    declaration. "": it is stored by itself."""
+    gguf_stored: str = ""
+    """The same in GGUF files."""
 
     @property
     def module(self) -> str:
@@ -65,6 +73,18 @@ def whole_parts(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
 
 def shape_of(part: Part) -> tuple[int, ...]:
     return tuple(each.stop - each.start for each in part)
+
+
+def rows_of(tensors: Iterable[Tensor], whole: Callable[[Tensor], str]) -> dict[str, list[tuple[Tensor, slice]]]:
+    """The parts of each stored tensor that is declared in parts, with their rows; `whole` gives a part's stored name,
+    or "" for a tensor that is stored by itself."""
+    parts: dict[str, list[tuple[Tensor, slice]]] = {}
+    for tensor in tensors:
+        if name := whole(tensor):
+            together = parts.setdefault(name, [])
+            start = together[-1][1].stop if together else 0
+            together.append((tensor, slice(start, start + tensor.shape[0])))
+    return parts
 
 
 def by_name(tensors: Iterable[Tensor]) -> dict[str, Tensor]:

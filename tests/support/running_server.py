@@ -82,11 +82,8 @@ class RunningServer:
     @property
     def engine(self) -> psutil.Process:
         """The engine's process."""
-        (child,) = [each for each in self._children() if "pilotfish.engine.process.main" in each.cmdline()]
+        (child,) = psutil.Process(self.process.pid).children()
         return child
-
-    def _children(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children()
 
     def signal_group(self, number: int) -> None:
         """Signals server and engine alike, as a service manager or a terminal does."""

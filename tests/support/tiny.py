@@ -13,18 +13,28 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 VOCAB_SIZE = 512
@@ -56,6 +66,22 @@ _LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "attention_factor": 1.0,
+    "original_max_position_embeddings": 16,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.7],
+    "long_factor": [1.0, 1.4, 3.0, 9.0],
+    "partial_rotary_factor": 0.5,
+    "attention_factor": 1.1,
 }
 _KINDS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": _LLAMA3_ROPE}),  # Llama 3.1
@@ -92,8 +118,47 @@ _KINDS: dict[str, tuple[type, type, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        {
+            "hidden_size": 96,
+            "sliding_window": 8,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 6.0,
+            "tie_word_embeddings": True,
+            "attn_implementation": "eager",  # torch's own attention caps no scores
+        },
+    ),
+    "granite": (
+        GraniteConfig,
+        GraniteForCausalLM,
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.3, "logits_scaling": 1.5},
+    ),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),
+    # The context is longer than the original one, so that the long factors apply.
+    "phi3": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            "rope_parameters": LONGROPE,
+            "original_max_position_embeddings": 32,
+            "tie_word_embeddings": False,
+            "pad_token_id": None,
+        },
+    ),
+    "smollm3": (
+        SmolLM3Config,
+        SmolLM3ForCausalLM,
+        {"rope_parameters": _YARN, "num_hidden_layers": 4, "pad_token_id": None},
+    ),
 }
 KINDS = tuple(_KINDS)
+UNFUSED = ("gemma2", "granite", "olmo2")
+"""Kinds that the fused decoder does not know."""
 
 
 def make_tiny(kind: str, path: Path, *, seed: int = 0, max_shard_size: str = "1GB", **overrides: Any) -> Path:
@@ -124,12 +189,29 @@ def build_model(kind: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMode
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("norm.weight"):
-                parameter.copy_(_gemma3_norm(name, noise) if kind == "gemma3" else 1 + 0.2 * noise)
+                parameter.copy_(_gemma3_norm(name, noise) if kind in ("gemma2", "gemma3") else 1 + 0.2 * noise)
             elif name.endswith("bias") or "embed_tokens" in name or "lm_head" in name:
                 parameter.copy_(0.5 * noise)
             else:
                 parameter.copy_(noise * 1.5 * parameter.shape[1] ** -0.5)
     return model
+
+
+def declared(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The model's weights under the names that families declare; a tied head is not among them."""
+    weights = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = [count * head_dim for count in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
+    for name in list(weights):
+        for whole, parts, sizes in (("qkv", "qkv", heads), ("gate_up", ("gate", "up"), [config.intermediate_size] * 2)):
+            if f"{whole}_proj" in name:
+                tensors = weights.pop(name).split(sizes)
+                names = (name.replace(whole, part) for part in parts)
+                weights |= {each: tensor.clone() for each, tensor in zip(names, tensors, strict=True)}
+    return weights
 
 
 def _gemma3_norm(name: str, noise: torch.Tensor) -> torch.Tensor:

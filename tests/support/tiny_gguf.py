@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,16 @@ _PARTS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_GEMMA3_PARTS = _PARTS | {
+_GEMMA_PARTS = _PARTS | {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
+}
+_OWN_PARTS: dict[str, dict[str, str]] = {
+    "gemma2": _GEMMA_PARTS,
+    "gemma3": _GEMMA_PARTS,
+    "olmo2": _GEMMA_PARTS,
+    "phi3": _PARTS | {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
 }
 
 
@@ -68,12 +75,34 @@ def write_gguf(
     writer.add_value_length(head_dim(model))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_rope_dimension_count(head_dim(model))
+    writer.add_rope_dimension_count(int(head_dim(model) * rope.get("partial_rotary_factor", 1.0)))
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    if arch == "gemma3":
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        # llama.cpp multiplies by its own factor of the scaling.
+        writer.add_rope_scaling_attn_factors(rope["attention_factor"] / (1 + 0.1 * math.log(rope["factor"])))
+    if rope["rope_type"] == "longrope":
+        writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+        writer.add_rope_scaling_attn_factors(rope["attention_factor"])
+        replaced = dict(replaced or {}) | {
+            f"rope_factors_{name}.weight": np.array(rope[f"{name}_factor"], dtype=np.float32)
+            for name in ("short", "long")
+        }
+    if arch in ("gemma2", "gemma3"):
         writer.add_sliding_window(config.sliding_window)
+    if arch == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if arch == "granite":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     _add_vocabulary(writer, config.vocab_size, tokenizer, add_bos)
     for name, value in (metadata or {}).items():
         add = writer.add_string if isinstance(value, str) else writer.add_uint32
@@ -83,11 +112,12 @@ def write_gguf(
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = parameter.float().numpy()
-        if arch == "llama" and ".q_proj." in name:
+        paired = arch in ("llama", "granite", "smollm3")
+        if paired and ".q_proj." in name:
             values = interleaved(values, config.num_attention_heads)
-        elif arch == "llama" and ".k_proj." in name:
+        elif paired and ".k_proj." in name:
             values = interleaved(values, config.num_key_value_heads)
-        elif arch == "gemma3" and name.endswith("norm.weight"):
+        elif arch in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             values = values + 1
         tensors[gguf_name(name, arch)] = values
     if rope_factors is not None:
@@ -137,8 +167,7 @@ def gguf_name(name: str, arch: str = "llama") -> str:
             return short + name.removeprefix(prefix)
     _, _, layer, rest = name.split(".", 3)
     module, _, kind = rest.rpartition(".")
-    parts = _GEMMA3_PARTS if arch == "gemma3" else _PARTS
-    return f"blk.{layer}.{parts[module]}.{kind}"
+    return f"blk.{layer}.{_OWN_PARTS.get(arch, _PARTS)[module]}.{kind}"
 
 
 def interleaved(values: np.ndarray, heads: int) -> np.ndarray:

@@ -33,6 +33,8 @@ class AttentionNeeds:
     head_dim: int
     block_size: int
     """Tokens per block; 0: the backend's default."""
+    softcap: bool = False
+    """Whether scores are capped."""
 
 
 def choose_attention(name: str, needs: AttentionNeeds, kernels: NativeKernels | None) -> AttentionBackend:
@@ -157,6 +159,8 @@ def _why_not_native(needs: AttentionNeeds) -> str | None:
         return "the native kernels' KV cache is float32, not fp8"
     if needs.head_dim % VECTOR:
         return f"the model's head_dim ({needs.head_dim}) is not a multiple of {VECTOR}"
+    if needs.softcap:
+        return "the model caps attention scores, which the native kernels do not"
     if needs.block_size % VECTOR:
         return f"block_size ({needs.block_size}) is not a multiple of {VECTOR}"
     if load_library() is None:

@@ -68,7 +68,7 @@ def _attention(
     keys, values = (part.float().repeat_interleave(groups, dim=0) for part in (keys, values))
     scores = softcap * torch.tanh(query.float() @ keys.transpose(1, 2) * (scale / softcap))  # (heads, length, seen)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = torch.where(mask, scores, -torch.inf)
     return (scores.softmax(-1) @ values).to(query.dtype)
 
 

@@ -46,7 +46,8 @@ SHAPE = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 12,
 
 
 def shape(kind: str, size: int) -> dict[str, Any]:
-    return SHAPE | {"num_key_value_heads": 1 if kind == "gemma3" else {2: 4, 3: 3, 4: 2}[size]}
+    own = {"hidden_size": 192} if kind == "phi3" else {}  # which has no head_dim
+    return SHAPE | own | {"num_key_value_heads": 1 if kind == "gemma3" else {2: 4, 3: 3, 4: 2}[size]}
 
 
 def folder_files(folder: Path) -> ModelFiles:

@@ -32,7 +32,7 @@ from pilotfish.engine.models.features import FeatureTap
 from pilotfish.engine.weights.int8 import quantize
 from pilotfish.engine.weights.quantization import SCALE
 from tests.support.parity import BLOCKS, OTHERS, runner_of
-from tests.support.tiny import KINDS
+from tests.support.tiny import KINDS, UNFUSED
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the native kernels were not built (no C compiler)")
 
@@ -46,7 +46,7 @@ def by_operators(decoder: Decoder) -> OperatorDecoder:
     return OperatorDecoder(kernels, NativeAttention(kernels), ALONE, decoder.layers, decoder.shape)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in UNFUSED])
 def test_a_models_layers(tiny: Callable[[str], Path], kind: str) -> None:
     fused, apart = (runner_of(str(tiny(kind)), "native") for _ in range(2))
     count = fused.model.config.num_layers

@@ -58,6 +58,8 @@ def shape(kind: str, size: int) -> dict[str, Any]:
     own: dict[str, Any] = DIVISIBLE | {"num_key_value_heads": 12 if kind == "llama2" else KV_HEADS[size]}
     if kind == "gemma3":  # one key-value head, which is on all ranks
         own |= {"num_key_value_heads": 1, "num_hidden_layers": 4}
+    if kind == "phi3":  # which has no head_dim
+        own |= {"hidden_size": 192}
     return own
 
 
