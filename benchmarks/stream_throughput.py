@@ -129,6 +129,15 @@ class Words:
     def token_bytes(self, id: int, /) -> bytes:
         return b" word%d" % id
 
+    def token(self, id: int, /) -> str:
+        return self.token_bytes(id).decode()
+
+    def shield(self, text: str) -> str:
+        return text
+
+    def unshield(self, text: str) -> str:
+        return text
+
     def apply_chat_template(self, messages: Sequence[Any], *arguments: Any, **variables: Any) -> str:
         return "words"
 

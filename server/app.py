@@ -74,7 +74,7 @@ def create_app(
     install_handlers(app, paths)
     # The last added is the outermost.
     app.add_middleware(
-        BodyBudget, limit=max(config.max_bodies_bytes, config.max_body_bytes), offload=app.state.service.offload
+        BodyBudget, limit=max(config.max_bodies_bytes, config.max_body_bytes), reclaimer=app.state.service.reclaimer
     )
     app.add_middleware(Decompress, limit=config.max_body_bytes)
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)

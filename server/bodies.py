@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
 from typing import Any
 
 import msgspec
@@ -22,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pilotfish.server.errors import ApiError, bodies_full
 from pilotfish.server.generation.facts import facts_of
+from pilotfish.server.memory import Reclaimer
 from pilotfish.server.offload import Offload
 
 LARGE_BODY = 2**16
@@ -39,10 +41,10 @@ class BodyBudget:
     """Refuses bodies with status 429 while those of all requests in flight have more than `limit` bytes together. The
     bytes of a request count until its answer is complete, since what was parsed of them is kept that long."""
 
-    def __init__(self, app: ASGIApp, limit: int, offload: Offload) -> None:
+    def __init__(self, app: ASGIApp, limit: int, reclaimer: Reclaimer) -> None:
         self._app = app
         self._limit = limit
-        self._offload = offload
+        self._reclaimer = reclaimer
         self._used = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,18 +59,19 @@ class BodyBudget:
                 if self._used + size > self._limit:  # as an HTTPException: FastAPI would turn others into 400
                     raise HTTPException(429, self._full(), {"retry-after": str(RETRY_SECONDS)})
                 self._used += size
+                if facts.body_bytes < LARGE_BODY <= facts.body_bytes + size:
+                    large.enter_context(self._reclaimer.large())
                 facts.body_bytes += size
             return message
 
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and self._used + int(length) > self._limit:
             return await facts.error_response(bodies_full(self._full(), RETRY_SECONDS))(scope, receive, send)
-        try:
-            await self._app(scope, counted, send)
-        finally:
-            self._used -= facts.body_bytes
-            if facts.body_bytes >= LARGE_BODY:
-                self._offload.trim_soon()
+        with ExitStack() as large:
+            try:
+                await self._app(scope, counted, send)
+            finally:
+                self._used -= facts.body_bytes
 
     def _full(self) -> str:
         return (

@@ -8,7 +8,6 @@ into C. A task that is cancelled while its work waits for a thread takes the wor
 from __future__ import annotations
 
 import asyncio
-import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -22,42 +21,24 @@ LONG_TEXT = 8192
 """Characters from which a text is tokenized in a thread: it takes about 2 ms."""
 MANY_IDS = 4096
 """Ids from which they are turned into text in a thread."""
+MANY_MESSAGES = 256
+"""Messages from which they are translated in a thread."""
 THREADS = 2
 """Each holds one text's tokens in the making, 60 bytes and more for a byte of text."""
-_TRIM_SECONDS = 1.0
 
 
 class Offload:
-    """A few threads. Memory that large requests have used is given back to the system after them."""
+    """A few threads."""
 
     def __init__(self, threads: int) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="offload")
-        self._trim = _malloc_trim()
-        self._trimmed = 0.0
-        self._due: asyncio.TimerHandle | None = None
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return the result of `work`, run in a thread as soon as one is free."""
         loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self._threads, lambda: work(*args, **kwargs))
-        finally:
-            self.trim_soon()
-
-    def trim_soon(self) -> None:
-        """Give freed memory back to the system in a while, at most once a second: glibc keeps it for threads that may
-        want it again."""
-        if self._trim is not None and self._due is None:
-            self._due = asyncio.get_running_loop().call_later(_TRIM_SECONDS, self._trim_now)
-
-    def _trim_now(self) -> None:
-        self._due = None
-        if self._trim is not None:
-            self._threads.submit(self._trim, 0)  # it lets other threads run, but takes milliseconds
+        return await loop.run_in_executor(self._threads, lambda: work(*args, **kwargs))
 
     def close(self) -> None:
-        if self._due is not None:
-            self._due.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
@@ -81,6 +62,10 @@ class Tokenizing:
             return self._tokenizer.decode(ids, skip_special_tokens=False)
         return await self._offload.run(self._tokenizer.decode, ids, skip_special_tokens=False)
 
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return the result of other work that takes as long as a text."""
+        return await self._offload.run(work, *args, **kwargs)
+
     def close(self) -> None:
         self._offload.close()
 
@@ -98,12 +83,3 @@ class TooLongError(Exception):
     def __init__(self, least: int) -> None:
         super().__init__(f"the text has at least {least} tokens")
         self.least = least
-
-
-def _malloc_trim() -> Callable[[int], int] | None:
-    """Return glibc's malloc_trim, which no other C library has."""
-    try:
-        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):
-        return None
-    return found

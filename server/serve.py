@@ -130,6 +130,7 @@ class _Run:
         tokenizer = load_tokenizer(self._files)
         if self._chat_template is not None:
             tokenizer.chat_template = self._chat_template
+        tokenizer.isolate_templates()
         return tokenizer
 
     async def _serve(self, tokenizer: Tokenizer, listener: socket.socket) -> None:
@@ -153,7 +154,8 @@ class _Run:
         announcement = asyncio.create_task(self._announce(url))
         drain = asyncio.create_task(self._drain_when_asked())
         try:
-            await self._server.serve(sockets=[listener])
+            with app.state.service.reclaimer.collecting():
+                await self._server.serve(sockets=[listener])
         finally:
             for task in (announcement, drain):
                 task.cancel()

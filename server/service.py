@@ -16,6 +16,7 @@ from pilotfish.errors import ParameterError
 from pilotfish.server.admission import Gate
 from pilotfish.server.config import ServerConfig
 from pilotfish.server.errors import ContextLengthError, engine_dead, loading, model_not_found, stopping
+from pilotfish.server.memory import Reclaimer
 from pilotfish.server.metrics import Metrics
 from pilotfish.server.offload import Offload, Tokenizing, TooLongError
 from pilotfish.server.prompting.conversation import Conversation
@@ -27,6 +28,8 @@ from pilotfish.text.formats.message_format import MessageFormat
 from pilotfish.text.formats.registry import detect
 from pilotfish.text.tokenizer import Tokenizer
 
+LARGE_CONVERSATION = 2**15
+"""Characters from which a conversation takes longer than a millisecond to render."""
 STUCK_SECONDS = 60.0
 """The engine counts as stuck after this long without a step while requests are in flight."""
 
@@ -47,6 +50,8 @@ class Service:
         self.vocabulary = Vocabulary(tokenizer)
         self.offload = Offload(threads=1)  # its work does not get faster by another
         self.tokenizing = Tokenizing(tokenizer)
+        self.reclaimer = Reclaimer()
+        self._rendering = Offload(threads=1)
         self.format = detect(tokenizer, config.tool_call_parser, config.reasoning_parser)
         self.grammars = Grammars(tokenizer)
         self.responses = ResponseStore(
@@ -73,7 +78,9 @@ class Service:
         """End the threads."""
         self.offload.close()
         self.tokenizing.close()
+        self.reclaimer.close()
         self.responses.close()
+        self._rendering.close()
 
     @property
     def stuck(self) -> bool:
@@ -114,8 +121,11 @@ class Service:
         return tuple(dict.fromkeys(filter(None, found)))
 
     async def render(self, conversation: Conversation, form: MessageFormat) -> Rendered:
-        """Return the prompt of a conversation, rendered in a thread. Raises as `rendering.render`."""
-        return await self.offload.run(render, conversation, self.tokenizer, form)
+        """Return the prompt of a conversation, rendered in a thread: a short one does not wait for long ones. Raises as
+        `rendering.render`."""
+        length = sum(len(turn.content or "") + len(turn.reasoning or "") + 100 for turn in conversation.turns)
+        run = self._rendering.run if length < LARGE_CONVERSATION else self.tokenizing.run
+        return await run(render, conversation, self.tokenizer, form)
 
 
 def check_length(param: str, length: int, info: EngineInfo) -> None:

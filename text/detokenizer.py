@@ -233,6 +233,10 @@ class AnswerText:
         self.stopped = False
         """Whether a stop string has ended the text."""
 
+    def start(self, id_: int) -> int:
+        """Return the number of characters before a next token `id_`, those included that may become a stop string."""
+        return self._decoded + self._detokenizer.breaks(id_)
+
     @property
     def stopped_by(self) -> str | None:
         """The stop string that has ended the text, or None."""
@@ -251,7 +255,9 @@ class AnswerText:
         if self._plain and logprobs is None:
             self.tokens += len(ids)
             text = self._detokenizer.feed(spelled)
-            return Piece((text + self._detokenizer.finish()) if last else text)
+            text = (text + self._detokenizer.finish()) if last else text
+            self._decoded += len(text)
+            return Piece(text)
         text = ""
         for i, id_ in enumerate(spelled):
             if logprobs is not None:

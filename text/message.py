@@ -4,6 +4,7 @@ calls. Chat, responses and messages translate them into their own events. And th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -42,6 +43,9 @@ class CallArguments:
 
 Part = ReasoningText | ContentText | CallBegin | CallArguments
 
+OPEN = sys.maxsize
+"""The end of reasoning that is not closed."""
+
 
 class MessageParser(Protocol):
     """Finds the parts of one answer. What it finds does not depend on how the tokens are portioned: the same tokens,
@@ -49,7 +53,12 @@ class MessageParser(Protocol):
 
     @property
     def thinking(self) -> bool:
-        """Whether the text so far ends within reasoning, or may still begin with it."""
+        """Whether the text so far ends within reasoning, or reasoning may still begin."""
+        ...
+
+    @property
+    def thoughts(self) -> Sequence[tuple[int, int]]:
+        """Where in the text reasoning begins and ends, without its markers; the end of the last one may be OPEN."""
         ...
 
     def feed(self, text: str) -> Sequence[Part]:

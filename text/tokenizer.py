@@ -28,6 +28,8 @@ from pilotfish.text.conversion import tokenizer_folder
 from pilotfish.text.length_bound import LengthBound, byte_alphabet
 from pilotfish.text.template_process import TemplateLimitError, TemplateProcesses
 
+_SLICE = 2**17
+"""Characters in which special tokens are looked for at a time."""
 _MANY_IDS = 2**15
 """Ids that take about a millisecond to turn into a list, or into text."""
 
@@ -106,9 +108,17 @@ class Tokenizer:
         pattern = self._spelled
         if pattern is None:
             return text
-        if pattern.search(text) is not None:
+        parts, done, at, longest = list[str](), 0, 0, max(map(len, self._markable))
+        while at < len(text):  # by slices: no other thread runs during a search
+            match = pattern.search(text, at, at + _SLICE + longest)
+            if match is None or match.start() >= at + _SLICE:
+                at += _SLICE
+                continue
+            parts += text[done : match.start()], self._mark(match[0])
+            done = at = match.end()
+        if parts:
             _ = self._literal  # takes tenths of a second the first time: here rather than in `encode`
-            text = pattern.sub(lambda match: self._mark(match[0]), text)
+            text = "".join([*parts, text[done:]])
         return text + self._mark("") if text.endswith(self._beginnings) else text
 
     def unshield(self, text: str) -> str:
@@ -282,20 +292,9 @@ def _kinds_of_decoder(backend: Backend) -> tuple[bool, bool]:
 
 
 _BYTE_OF = {char: bytes([byte]) for char, byte in byte_alphabet().items()}
-
-
-def _byte_alphabet() -> dict[str, bytes]:
-    """Return GPT-2's spelling of bytes: printable Latin-1 stands for itself, U+0100 and on for the others."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    spelled = {chr(byte): bytes([byte]) for byte in printable}
-    return spelled | {chr(0x100 + i): bytes([byte]) for i, byte in enumerate(others)}
-
-
 _SHIELD = "\ufdd0"
 """A noncharacter, which no text that is meant for others has."""
 _FIRST = 0xF0000
 """Between two shields stands a character of a private plane, for a special token's place in the list."""
 _SHIELDED = re.compile(f"{_SHIELD}([\U000f0000-\U000fffff]){_SHIELD}")
-_BYTE_OF = _byte_alphabet()
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")

@@ -20,18 +20,7 @@ _ROLES: dict[str, Role] = {"developer": "system", "function": "tool"}
 def conversation_of(body: ChatRequest) -> Conversation:
     """Translate a request. Raises ApiError 400 that names the place of what contradicts itself."""
     tools, choice = _tools(body)
-    continued, add = body.continue_final_message, body.add_generation_prompt
-    if continued and add:
-        raise bad_parameter(
-            "add_generation_prompt", "add_generation_prompt and continue_final_message cannot both be true"
-        )
-    last = body.messages[-1]
-    if continued and last.role != "assistant":
-        raise bad_parameter("continue_final_message", "continue_final_message needs an assistant's message at the end")
-    continues = bool(continued or (continued is None and last.prefix and last.role == "assistant"))
-    if continues and last.tool_calls:
-        place = f"messages[{len(body.messages) - 1}].tool_calls"
-        raise bad_parameter(place, f"{place} ends the message, so that nothing can go on with it")
+    continues = goes_on(body.messages, body.continue_final_message, body.add_generation_prompt)
     return Conversation(
         turns=turns_of(body.messages),
         tools=tools,
@@ -40,9 +29,34 @@ def conversation_of(body: ChatRequest) -> Conversation:
         reasoning_effort=body.reasoning_effort,
         thinking_budget=body.thinking_budget if body.thinking_budget is not None else body.thinking_token_budget,
         template_variables=body.chat_template_kwargs or {},
-        add_generation_prompt=not continues and add is not False,
+        add_generation_prompt=not continues and body.add_generation_prompt is not False,
         continue_final_message=continues,
     )
+
+
+def goes_on(messages: Sequence[Message], continued: bool | None, add: bool | None) -> bool:
+    """Return whether an answer goes on with the last message, as `continue_final_message` or the message itself asks
+    for. Raises ApiError 400 for what contradicts that."""
+    last = messages[-1]
+    place = f"messages[{len(messages) - 1}]"
+    prefix = last.prefix is True
+    if prefix and last.role != "assistant":
+        raise bad_parameter(f"{place}.prefix", f"{place}.prefix is only for the role 'assistant'")
+    if prefix and continued is False:
+        said = f"continue_final_message is false, but {place}.prefix asks to go on with that message"
+        raise bad_parameter("continue_final_message", said)
+    if not (prefix or continued):
+        return False
+    if add:
+        asks = "continue_final_message" if continued else f"{place}.prefix"
+        raise bad_parameter("add_generation_prompt", f"add_generation_prompt and {asks} cannot both be true")
+    if last.role != "assistant":
+        raise bad_parameter("continue_final_message", "continue_final_message needs an assistant's message at the end")
+    for name in ("tool_calls", "function_call"):
+        if getattr(last, name):
+            where = f"{place}.{name}"
+            raise bad_parameter(where, f"{where} ends the message, so that nothing can go on with it")
+    return True
 
 
 def turns_of(messages: Sequence[Message]) -> list[Turn]:
@@ -101,13 +115,8 @@ def _tools(body: ChatRequest) -> tuple[list[Tool], ToolChoice]:
     if body.tools and body.functions:
         raise bad_parameter("functions", "functions is the older form of tools: give only one of them")
     param = "functions" if body.functions else "tools"
-    given = body.functions or [tool.function for tool in body.tools or ()]
-    tools = [_tool(function) for function in given]
+    tools = declared(body.functions or [tool.function for tool in body.tools or ()], param)
     names = [tool.name for tool in tools]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            where = f"{param}[{i}].name" if body.functions else f"{param}[{i}].function.name"
-            raise bad_parameter(where, f"{where} is {shown(name)}, as another tool's is")
     value, where = (
         (body.function_call, "function_call") if body.function_call is not None else (body.tool_choice, "tool_choice")
     )
@@ -129,6 +138,28 @@ def _tools(body: ChatRequest) -> tuple[list[Tool], ToolChoice]:
     return tools, NamedTool(name)
 
 
+def declared(functions: Sequence[FunctionParam], param: str) -> list[Tool]:
+    """Translate what the client sent as `param`, "tools" or "functions". Raises ApiError 400 for a name that is there
+    twice."""
+    inner = "" if param == "functions" else ".function"
+    names: set[str] = set()
+    for i, function in enumerate(functions):
+        if function.name in names:
+            where = f"{param}[{i}]{inner}.name"
+            raise bad_parameter(where, f"{where} is {shown(function.name)}, as another tool's is")
+        names.add(function.name)
+    return [
+        Tool(
+            name=function.name,
+            description=function.description,
+            parameters=function.parameters,
+            strict=bool(function.strict),
+            place=f"{param}[{i}]{inner}.parameters",
+        )
+        for i, function in enumerate(functions)
+    ]
+
+
 def _name_of(value: Any, where: str) -> str:
     function = value.get("function", value) if isinstance(value, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
@@ -142,12 +173,3 @@ def _check_known(name: str, names: list[str], where: str) -> None:
     if name not in names:
         known = ", ".join(map(repr, names))
         raise bad_parameter(where, f"{where} names {shown(name)}, but the tools are called {known}")
-
-
-def _tool(function: FunctionParam) -> Tool:
-    return Tool(
-        name=function.name,
-        description=function.description,
-        parameters=function.parameters,
-        strict=bool(function.strict),
-    )

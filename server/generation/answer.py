@@ -5,6 +5,7 @@ drafts. The endpoint makes JSON of the pieces.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pilotfish.engine.request import Delta, Request
 from pilotfish.server.generation.spec import GenerationSpec
 from pilotfish.server.metrics import NO_DRAFTER, Metrics, Outcome
 from pilotfish.text.detokenizer import AnswerText, Piece, TokenEntry
-from pilotfish.text.message import MessageParser, Part, ReasoningText
+from pilotfish.text.message import MessageParser, Part
 
 
 @dataclass(slots=True, eq=False)
@@ -47,16 +48,19 @@ class Answer:
     drafted: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)
     logprob_sum: float = 0.0
-    reasoning_tokens: int = 0
-    """Tokens up to the end of the reasoning, if there is any."""
-    _thought: bool = field(default=False, init=False)
-    _undecided: int = field(default=0, init=False)
-    """Tokens that may turn out to be reasoning."""
+    _starts: list[int] = field(default_factory=list, init=False)
+    """Number of characters before each token, as long as reasoning may come."""
 
     @property
     def tokens(self) -> int:
         """Number of tokens so far, including the one that ended the answer."""
         return self.text.tokens
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Number of tokens of reasoning so far, without its markers: those that begin in it."""
+        thoughts = () if self.parser is None else self.parser.thoughts
+        return sum(bisect_left(self._starts, end) - bisect_left(self._starts, begin) for begin, end in thoughts)
 
     @property
     def end(self) -> str:
@@ -112,27 +116,20 @@ class Answer:
             return piece
         ids, shown, entries, parts = delta.token_ids, "", list[TokenEntry](), list[Part]()
         while parser.thinking and len(ids) > 1 and not text.stopped:  # one by one, to count those of reasoning
+            self._starts.append(text.start(ids[0]))
             piece = text.feed(ids[:1], None if logprobs is None else logprobs[:1])
-            self._parse(parser, piece, 1, parts)
+            parts += parser.feed(piece.text)
             shown, ids, logprobs = shown + piece.text, ids[1:], None if logprobs is None else logprobs[1:]
             entries += piece.entries
         if not text.stopped:
-            before = text.tokens
+            if parser.thinking and ids:  # the last one
+                self._starts.append(text.start(ids[0]))
             piece = text.feed(ids, logprobs, last=last, stop_token=stop_token)
-            self._parse(parser, piece, text.tokens - before, parts)
+            parts += parser.feed(piece.text)
             shown, entries = shown + piece.text, [*entries, *piece.entries]
         if last or text.stopped:
             parts += parser.finish()
         return Piece(shown, entries, parts=parts)
-
-    def _parse(self, parser: MessageParser, piece: Piece, tokens: int, parts: list[Part]) -> None:
-        thinking = parser.thinking
-        found = parser.feed(piece.text)
-        parts += found
-        self._undecided += tokens if thinking else 0
-        self._thought = self._thought or any(isinstance(part, ReasoningText) for part in found)
-        if self._thought:
-            self.reasoning_tokens, self._undecided = self.reasoning_tokens + self._undecided, 0
 
     def _put_echo_before(self, piece: Piece, delta: Delta) -> None:
         piece.text, self.echo = self.echo + piece.text, ""

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
-from pydantic import FailFast
+from pydantic import FailFast, Field
 
 from pilotfish.server.protocol.chat import Message
 from pilotfish.server.protocol.common import ApiModel
+from pilotfish.server.protocol.tools import Tools
 
 
 class TokenizeRequest(ApiModel):
@@ -17,9 +18,11 @@ class TokenizeRequest(ApiModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message] | None, FailFast()] = None
+    messages: Annotated[list[Message] | None, Field(min_length=1), FailFast()] = None
     add_special_tokens: bool | None = None
     """Default: true for a prompt, false for messages, whose chat template adds them."""
+    tools: Tools = None
+    continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None

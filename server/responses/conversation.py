@@ -231,7 +231,13 @@ def _tool(tool: dict[str, Any], place: str) -> Tool:
     if description is not None and not isinstance(description, str):
         raise bad_parameter(f"{place}.description", f"{place}.description must be a string")
     name = _string(tool, "name", place)
-    return Tool(name=name, description=description, parameters=parameters, strict=tool.get("strict") is True)
+    return Tool(
+        name=name,
+        description=description,
+        parameters=parameters,
+        strict=tool.get("strict") is True,
+        place=f"{place}.parameters",
+    )
 
 
 def _string(item: dict[str, Any], key: str, place: str) -> str:

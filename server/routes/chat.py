@@ -13,6 +13,7 @@ from pilotfish.server.generation.answer import Answer
 from pilotfish.server.generation.flow import Endpoint, Reply
 from pilotfish.server.generation.logprobs import chat_logprobs
 from pilotfish.server.generation.spec import GenerationSpec, spec_of
+from pilotfish.server.offload import MANY_MESSAGES
 from pilotfish.server.prompting.conversation import Conversation
 from pilotfish.server.protocol.chat import (
     ChatChoice,
@@ -55,7 +56,9 @@ class Chat(Endpoint[ChatRequest]):
         return spec
 
     async def prompts(self, body: ChatRequest, service: Service) -> Conversation:
-        return conversation_of(body)
+        if len(body.messages) < MANY_MESSAGES:
+            return conversation_of(body)
+        return await service.offload.run(conversation_of, body)
 
     def whole(self, reply: Reply[ChatRequest], pieces: Sequence[Piece]) -> ChatCompletion:
         choices = []

@@ -10,11 +10,11 @@ from starlette.responses import Response
 from pilotfish.engine.request import EngineInfo
 from pilotfish.errors import shown
 from pilotfish.server.bodies import BodyRoute
-from pilotfish.server.chat.conversation import turns_of
+from pilotfish.server.chat.conversation import declared, goes_on, turns_of
 from pilotfish.server.encoding import json_response, returns
 from pilotfish.server.errors import bad_parameter
 from pilotfish.server.generation.facts import facts_of
-from pilotfish.server.offload import MANY_IDS
+from pilotfish.server.offload import MANY_IDS, MANY_MESSAGES
 from pilotfish.server.prompting.conversation import Conversation
 from pilotfish.server.protocol.tokenization import (
     Detokenized,
@@ -38,10 +38,15 @@ async def tokenize(body: TokenizeRequest, request: Request, service: ServiceDepe
     if body.messages is not None:
         if body.prompt is not None:
             raise bad_parameter("prompt", "prompt and messages are two ways to say the same: give only one of them")
+        continues = goes_on(body.messages, body.continue_final_message, body.add_generation_prompt)
         conversation = Conversation(
-            turns=turns_of(body.messages),
+            turns=turns_of(body.messages)
+            if len(body.messages) < MANY_MESSAGES
+            else await service.offload.run(turns_of, body.messages),
+            tools=declared([tool.function for tool in body.tools or ()], "tools"),
             template_variables=body.chat_template_kwargs or {},
-            add_generation_prompt=body.add_generation_prompt is not False,
+            add_generation_prompt=not continues and body.add_generation_prompt is not False,
+            continue_final_message=continues,
         )
         rendered = await service.render(conversation, service.format)
         ids = await service.encode(rendered.text, "messages", bool(body.add_special_tokens))

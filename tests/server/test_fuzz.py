@@ -28,7 +28,7 @@ from tests.support.scripted_app import ScriptedApp
 pytestmark = pytest.mark.process
 
 DOCUMENT: dict[str, Any] = ScriptedApp(lambda request: []).app.openapi()
-POSTS = [path for path, methods in DOCUMENT["paths"].items() if "post" in methods]
+POSTS = [path for path, methods in DOCUMENT["paths"].items() if "requestBody" in methods.get("post", {})]
 GETS = [path for path, methods in DOCUMENT["paths"].items() if "get" in methods]
 FEW = 3
 """Answers to a prompt, and prompts: more of them only take longer."""
@@ -36,6 +36,9 @@ FEW = 3
 BASE: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": MODEL, "prompt": "a"},
     "/v1/chat/completions": {"model": MODEL, "messages": [{"role": "user", "content": "a"}]},
+    "/v1/responses": {"model": MODEL, "input": "a"},
+    "/v1/messages": {"model": MODEL, "max_tokens": 4, "messages": [{"role": "user", "content": "a"}]},
+    "/v1/messages/count_tokens": {"model": MODEL, "messages": [{"role": "user", "content": "a"}]},
     "/tokenize": {"prompt": "a"},
     "/detokenize": {"tokens": [5]},
 }

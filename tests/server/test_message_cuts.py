@@ -92,6 +92,21 @@ def answered(
     return message, shown, answer.tokens, answer.reasoning_tokens
 
 
+def thought_tokens(form: MessageFormat, tokens: Tokens, visible: str, kept: int) -> int:
+    """Return the number of tokens that begin in the reasoning of a text, found without a parser."""
+    if form.reasoning is None or not visible.startswith(form.reasoning[0]):
+        return 0
+    begin, end = form.reasoning
+    closed = visible.find(end, len(begin))
+    span = range(len(begin.encode()), 10**9 if closed < 0 else len(visible[:closed].encode()))
+    starts, at = [], 0
+    for id_ in tokens.ids[:kept]:
+        starts.append(at)
+        hidden = id_ in tokens.special_ids and id_ not in form.shown
+        at += 0 if hidden else len(tokens.token_bytes(id_))
+    return sum(start in span for start in starts)
+
+
 def portioned(ids: list[int], rng: random.Random) -> list[list[int]]:
     portions = []
     while ids:
@@ -118,5 +133,6 @@ def test_a_message_does_not_depend_on_how_its_tokens_arrive(seed: int) -> None:
             continue
         whole = answered(form, tokens, [tokens.ids], stops, metrics)
         assert whole[:2] == (parse(form, [visible]), visible), (form.calls, text, stops)
+        assert whole[3] == thought_tokens(form, tokens, visible, whole[2]), (form.reasoning, text, stops)
         for portions in ([[id_] for id_ in tokens.ids], *(portioned(tokens.ids, rng) for _ in range(4))):
             assert answered(form, tokens, portions, stops, metrics) == whole, (form.calls, text, portions)

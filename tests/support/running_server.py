@@ -82,8 +82,11 @@ class RunningServer:
     @property
     def engine(self) -> psutil.Process:
         """The engine's process."""
-        (child,) = psutil.Process(self.process.pid).children()
+        (child,) = [each for each in self._children() if "pilotfish.engine.process.main" in each.cmdline()]
         return child
+
+    def _children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
 
     def signal_group(self, number: int) -> None:
         """Signals server and engine alike, as a service manager or a terminal does."""

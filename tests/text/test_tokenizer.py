@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pilotfish.checkpoints.catalog import ModelFiles, resolve
 from pilotfish.errors import ModelError, ParameterError
+from pilotfish.text import tokenizer as tokenizer_module
 from pilotfish.text.conversion import _fingerprint
 from pilotfish.text.tokenizer import Tokenizer, _any_of, load_tokenizer
 from tests.support.tiny import CHAT_TEMPLATE, build_model, train_tokenizer
@@ -105,6 +106,21 @@ def test_begin_of_text_token_comes_once(sentencepiece: Tokenizer) -> None:
     prompt = sentencepiece.apply_chat_template([{"role": "user", "content": "hello"}])
     assert prompt == "<s>hello"
     assert sentencepiece.encode(prompt, add_special_tokens=False).count(1) == 1
+
+
+@given(
+    pieces=st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "<|im_", "end|>", "a", " b ", "\n"]), max_size=30)
+)
+def test_shields_do_not_depend_on_slices(tokenizer: Tokenizer, pieces: list[str]) -> None:
+    text = "".join(pieces)
+    shielded = tokenizer.shield(text)
+    assert tokenizer.unshield(shielded) == text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "_SLICE", 3)
+        assert tokenizer.shield(text) == shielded
+    ids = tokenizer.encode(shielded, add_special_tokens=False)
+    assert not tokenizer.special_ids.intersection(ids)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
 def test_single_tokens(tokenizer: Tokenizer, sentencepiece: Tokenizer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from pilotfish.text.formats.calls import CallReader
-from pilotfish.text.message import CallBegin, ContentText, Part, ReasoningText
+from pilotfish.text.message import OPEN, CallBegin, ContentText, Part, ReasoningText
 
 Openers = Sequence[tuple[str, Callable[[], CallReader]]]
 """Markers that open calls, each with what makes the reader of the text behind it."""
@@ -15,6 +15,7 @@ class PlainParser:
     """The parser of answers that are nothing but content."""
 
     thinking = False
+    thoughts: Sequence[tuple[int, int]] = ()
 
     def feed(self, text: str) -> Sequence[Part]:
         return (ContentText(text),) if text else ()
@@ -60,6 +61,9 @@ class AnswerParser:
         what turns out to be none, it is content."""
         self._fed = 0
         """Characters that the reader was given."""
+        self._length = 0
+        """Characters of text so far; the window is the last of them."""
+        self.thoughts: list[tuple[int, int]] = [(0, OPEN)] if in_reasoning else []
 
     @property
     def thinking(self) -> bool:
@@ -68,6 +72,7 @@ class AnswerParser:
     def feed(self, text: str) -> Sequence[Part]:
         parts: list[Part] = []
         self._window += text
+        self._length += len(text)
         while self._advance(parts):
             pass
         return _joined(parts)
@@ -112,8 +117,10 @@ class AnswerParser:
         if self._fresh and self._reopens:
             if any(begin != window and begin.startswith(window) for begin in self._reopens):
                 return False
-            window = window.removeprefix(next((begin for begin in self._reopens if window.startswith(begin)), ""))
-            self._reopens = []
+            reopened = next((begin for begin in self._reopens if window.startswith(begin)), "")
+            window, self._reopens = window.removeprefix(reopened), []
+            if reopened:
+                self.thoughts = [(self._length - len(window), OPEN)]
             window = window.lstrip()
         at, marker = _first(window, self._close)
         shown = window[:at] if marker else window[: len(window) - _held(window, self._close)]
@@ -125,6 +132,7 @@ class AnswerParser:
         self._window = held
         if not marker:
             return False
+        self.thoughts = [(self.thoughts[0][0], self._length - len(window) + at)]
         self._thinking, self._fresh, self._window = False, True, window[at + len(marker) :]
         return True
 
@@ -142,6 +150,7 @@ class AnswerParser:
             if marker in begins:
                 self._close = [end for begin, end in self._pairs if begin == marker]
                 self._thinking, self._may_think, self._window = True, False, stripped[len(marker or "") :]
+                self.thoughts = [(self._length - len(self._window), OPEN)]
                 return True
             if marker is not None:
                 self._reader = next(make for start, make in self._starters if start == marker)()

@@ -194,7 +194,7 @@ async def test_a_history_of_calls(saying: Callable[..., ScriptedApp], tokenizer:
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].id"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
-        ({"tools": [{**TOOL, "strict": True, "parameters": {"type": "thing"}}]}, "tools[0].function.parameters.type"),
+        ({"tools": [{**TOOL, "strict": True, "parameters": {"type": "thing"}}]}, "tools[0].parameters.type"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
