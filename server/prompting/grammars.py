@@ -39,7 +39,7 @@ class Grammars:
 
     async def of_output(self, output: OutputFormat, info: EngineInfo) -> Grammar | None:
         """Return the grammar of an answer in this form. Raises ParameterError with the place at fault."""
-        return await self._get(("output", _key(output)), self._build, output, info)
+        return await self._get(("output", _key(output)), output.place, self._build, output, info)
 
     async def of_conversation(
         self,
@@ -55,10 +55,14 @@ class Grammars:
             return None
         parts = (tools, conversation.tool_choice, conversation.parallel_tool_calls, in_reasoning)
         key = ("conversation", parts, None if output is None else _key(output))
-        return await self._get(key, self._combine, conversation, form, output, in_reasoning, info)
+        place = "tools" if output is None else output.place
+        return await self._get(key, place, self._combine, conversation, form, output, in_reasoning, info)
 
-    async def _get(self, key: Any, make: Any, *arguments: Any) -> Grammar | None:
-        encoded = _encode(key)
+    async def _get(self, key: Any, place: str, make: Any, *arguments: Any) -> Grammar | None:
+        try:
+            encoded = _encode(key)
+        except UnicodeEncodeError:
+            raise ParameterError(place, f"{place} is not valid Unicode text (it has a lone surrogate)") from None
         if encoded not in self._kept:
             made: Grammar | None = await asyncio.get_running_loop().run_in_executor(self._threads, make, *arguments)
             self._kept[encoded] = made

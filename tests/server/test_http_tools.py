@@ -242,6 +242,16 @@ async def test_what_messages_spell_is_never_a_control_token(
             "response_format.json_schema.schema.type",
         ),
         ({"guided_regex": "("}, "guided_regex"),
+        ({"guided_regex": "\ud800"}, "guided_regex"),
+        ({"grammar": "\ud800"}, "grammar"),
+        ({"guided_choice": ["a", "\ud800"]}, "guided_choice"),
+        ({"guided_json": {"enum": ["\ud800"]}}, "guided_json"),
+        (
+            {"structured_outputs": {"structural_tag": {"triggers": ["\ud800"], "structures": []}}},
+            "structured_outputs.structural_tag",
+        ),
+        ({"tools": [{"type": "function", "function": {"name": "f", "description": "\ud800"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": "\ud800"}}}]}, "tools"),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
         ({"structured_outputs": {"regexp": "a"}}, "structured_outputs.regexp"),
@@ -252,7 +262,9 @@ async def test_what_messages_spell_is_never_a_control_token(
 async def test_errors_name_their_place(saying: Callable[..., ScriptedApp], body: dict[str, Any], param: str) -> None:
     served = saying("ok")
     async with served.http:
-        response = await served.chat(**body)
+        asked = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "a"}]} | body)
+        headers = {"content-type": "application/json"}
+        response = await served.http.post("/v1/chat/completions", content=asked, headers=headers)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
     assert served.engine.requests == []
 
