@@ -21,7 +21,7 @@ from pilotfish.server.metrics import Metrics
 from pilotfish.server.offload import Offload, Tokenizing, TooLongError
 from pilotfish.server.prompting.conversation import Conversation
 from pilotfish.server.prompting.grammars import Grammars
-from pilotfish.server.prompting.rendering import Rendered, render
+from pilotfish.server.prompting.rendering import Rendered, Renderer
 from pilotfish.server.responses.store import ResponseStore
 from pilotfish.text.detokenizer import Vocabulary
 from pilotfish.text.formats.message_format import MessageFormat
@@ -52,6 +52,7 @@ class Service:
         self.tokenizing = Tokenizing(tokenizer)
         self.reclaimer = Reclaimer()
         self._rendering = Offload(threads=1)
+        self._renderer = Renderer(tokenizer)
         self.format = detect(tokenizer, config.tool_call_parser, config.reasoning_parser)
         self.grammars = Grammars(tokenizer)
         self.responses = ResponseStore(
@@ -122,10 +123,10 @@ class Service:
 
     async def render(self, conversation: Conversation, form: MessageFormat) -> Rendered:
         """Return the prompt of a conversation, rendered in a thread: a short one does not wait for long ones. Raises as
-        `rendering.render`."""
+        `Renderer.render`."""
         length = sum(len(turn.content or "") + len(turn.reasoning or "") + 100 for turn in conversation.turns)
         run = self._rendering.run if length < LARGE_CONVERSATION else self.tokenizing.run
-        return await run(render, conversation, self.tokenizer, form)
+        return await run(self._renderer.render, conversation, form)
 
 
 def check_length(param: str, length: int, info: EngineInfo) -> None:

@@ -39,7 +39,7 @@ class Conversation:
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
     reasoning_effort: str | None = None
-    """Passed to the template; "none" turns reasoning off where the template can."""
+    """Passed to the template; "none" and "minimal" turn reasoning off where the template can."""
     enable_reasoning: bool | None = None
     """None: the template's default."""
     thinking_budget: int | None = None

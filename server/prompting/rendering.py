@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from pilotfish.server.errors import bad_parameter
 from pilotfish.server.prompting.conversation import Conversation, Turn
+from pilotfish.server.prompting.taking import Message, give_tools, put_into_system, taken
+from pilotfish.text.chat_template import TemplateTraits, traits_of
 from pilotfish.text.formats.message_format import MessageFormat
 from pilotfish.text.message import Tool, ToolCall
 from pilotfish.text.tokenizer import Tokenizer
@@ -20,6 +23,9 @@ _RESERVED = frozenset({
 })  # fmt: skip
 """Arguments of apply_chat_template that are not the template's own: clients must not set them."""
 
+NO_EFFORT = ("none", "minimal")
+"""Values of reasoning_effort that turn reasoning off, where the template can."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
@@ -28,46 +34,57 @@ class Rendered:
     """Whether the prompt has opened the reasoning that the answer begins with."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """The system message with instructions for tools, whose client's texts are shielded already."""
+class Renderer:
+    """Renders conversations with one model's chat template. Safe to use from several threads."""
 
-    content: str
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def traits(self) -> TemplateTraits:
+        """What the template takes. The first time, it is rendered a dozen times to find out."""
+        return traits_of(self._tokenizer.apply_chat_template)
+
+    def render(self, conversation: Conversation, form: MessageFormat) -> Rendered:
+        """Return the prompt of a conversation, in which special tokens that a client spells, anywhere in it, are
+        marked as text (see `Tokenizer.shield`).
+
+        Takes as long as the template does, so it belongs in a thread. Raises ApiError 400 for reserved names among the
+        template's variables, ParameterError if the template fails.
+        """
+        for name in sorted(_RESERVED.intersection(conversation.template_variables)):
+            raise bad_parameter("chat_template_kwargs", f"chat_template_kwargs must not have {name!r}")
+        shield = self._tokenizer.shield
+        variables = _variables(conversation, shield)
+        messages = [_message(turn, shield) for turn in conversation.turns]
+        tools = conversation.tools if conversation.tool_choice != "none" else ()
+        if tools and self.traits.tools == "variable":
+            variables["tools"] = shielded([described(tool) for tool in tools], shield)
+        elif tools and self.traits.tools == "system":
+            functions = shielded([described(tool)["function"] for tool in tools], shield)
+            messages = give_tools(messages, json.dumps(functions, ensure_ascii=False))
+        elif tools:
+            messages = put_into_system(messages, _instructions(form, tools, shield))
+        messages = taken(messages, form, self.traits)
+        if conversation.continue_final_message:
+            variables["continue_final_message"] = True
+            _begin(messages[-1], form, shield)
+        text = self._tokenizer.apply_chat_template(messages, conversation.add_generation_prompt, **variables)
+        return Rendered(text, _in_reasoning(text, conversation, form))
 
 
-def render(conversation: Conversation, tokenizer: Tokenizer, form: MessageFormat) -> Rendered:
-    """Return the prompt of a conversation, in which special tokens that a client spells, anywhere in it, are marked as
-    text (see `Tokenizer.shield`).
-
-    Takes as long as the template does, so it belongs in a thread. Raises ApiError 400 for reserved names among the
-    template's variables, ParameterError if the template fails.
-    """
-    for name in sorted(_RESERVED.intersection(conversation.template_variables)):
-        raise bad_parameter("chat_template_kwargs", f"chat_template_kwargs must not have {name!r}")
-    template = tokenizer.chat_template or ""
-    knows_tools = "tools" in template
-    tools = conversation.tools if conversation.tool_choice != "none" else ()
-    shield = tokenizer.shield
+def _variables(conversation: Conversation, shield: Callable[[str], str]) -> dict[str, Any]:
+    """Return the variables of the template. Reasoning is switched by two names."""
     variables: dict[str, Any] = shielded(conversation.template_variables, shield)
-    if conversation.reasoning_effort is not None:
-        variables.setdefault("reasoning_effort", shield(conversation.reasoning_effort))
-    thinks = conversation.enable_reasoning
-    if thinks is None and conversation.reasoning_effort is not None:
-        thinks = conversation.reasoning_effort != "none"
+    effort, thinks = conversation.reasoning_effort, conversation.enable_reasoning
+    if effort is not None:
+        variables.setdefault("reasoning_effort", shield(effort))
+        thinks = effort not in NO_EFFORT if thinks is None else thinks
     if thinks is not None:
         variables.setdefault("enable_thinking", thinks)
-    if knows_tools and tools:
-        variables["tools"] = shielded([described(tool) for tool in tools], shield)
-    if conversation.continue_final_message:
-        variables["continue_final_message"] = True
-    turns = (
-        conversation.turns if knows_tools or not tools else _with_instructions(conversation.turns, form, tools, shield)
-    )
-    messages = [_message(turn, shield, knows_tools) for turn in turns]
-    if conversation.continue_final_message:
-        _begin(messages[-1], form, shield)
-    text = tokenizer.apply_chat_template(messages, conversation.add_generation_prompt, **variables)
-    return Rendered(text, _in_reasoning(text, conversation, form))
+    if "enable_thinking" in variables:
+        variables.setdefault("thinking", variables["enable_thinking"])
+    return variables
 
 
 def shielded(value: Any, shield: Callable[[str], str]) -> Any:
@@ -107,38 +124,29 @@ def described(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _with_instructions(
-    turns: Sequence[Turn], form: MessageFormat, tools: Sequence[Tool], shield: Callable[[str], str]
-) -> Sequence[Turn | _Written]:
-    """Put the tools, for a template that does not know any, into the system message."""
-    plain = [
-        replace(
-            tool,
-            description=shielded(tool.description, shield),
-            parameters=shielded(tool.parameters, shield),
-        )
-        for tool in tools
-    ]
-    first = turns[0] if turns and turns[0].role == "system" else None
-    given = shield(first.content or "") if first is not None else ""
-    system = _Written("\n\n".join(filter(None, (given, form.instructions(plain)))))
-    return [system, *(turns[1:] if first else turns)]
+def _instructions(form: MessageFormat, tools: Sequence[Tool], shield: Callable[[str], str]) -> str:
+    """Return the tools, and how to call them, as text."""
+    return form.instructions(
+        [
+            replace(
+                tool,
+                description=shielded(tool.description, shield),
+                parameters=shielded(tool.parameters, shield),
+            )
+            for tool in tools
+        ]
+    )
 
 
-def _message(turn: Turn | _Written, shield: Callable[[str], str], knows_tools: bool) -> dict[str, Any]:
-    if isinstance(turn, _Written):
-        return {"role": "system", "content": turn.content}
-    content = shield(turn.content or "")
-    if not knows_tools and turn.role == "tool":
-        return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
-    message: dict[str, Any] = {"role": turn.role, "content": content}
+def _message(turn: Turn, shield: Callable[[str], str]) -> Message:
+    message: Message = {"role": turn.role, "content": shield(turn.content or "")}
     if turn.name is not None:
         message["name"] = shield(turn.name)
     if turn.call_id is not None:
         message["tool_call_id"] = shield(turn.call_id)
     if turn.reasoning is not None:
         message["reasoning_content"] = message["reasoning"] = shield(turn.reasoning)
-    if turn.calls and knows_tools:
+    if turn.calls:
         message["tool_calls"] = [
             {
                 "id": shield(call.id),
@@ -147,10 +155,6 @@ def _message(turn: Turn | _Written, shield: Callable[[str], str], knows_tools: b
             }
             for call in turn.calls
         ]
-    elif turn.calls:
-        written = [f'{{"name": {json.dumps(call.name)}, "arguments": {call.arguments or "{}"}}}' for call in turn.calls]
-        calls = [f"<tool_call>\n{shield(each)}\n</tool_call>" for each in written]
-        message["content"] = "\n".join(filter(None, (content, *calls)))
     return message
 
 

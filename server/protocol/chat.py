@@ -100,7 +100,7 @@ class ChatRequest(GenerationRequest):
     """The older form of tools, with function_call for tool_choice."""
     function_call: FunctionChoice = None
     reasoning_effort: str | None = None
-    """Passed to the chat template; "none" turns reasoning off, where the model can."""
+    """Passed to the chat template; "none" and "minimal" turn reasoning off, where the model can."""
     include_reasoning: bool | None = None
     """false: leave the reasoning out of the answer."""
     thinking_budget: Budget = None

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from pilotfish.errors import shown
 from pilotfish.server.errors import ApiError, bad_parameter
 from pilotfish.server.prompting.conversation import Conversation, Turn
@@ -17,6 +19,22 @@ from pilotfish.text.message import NamedTool, Tool, ToolCall, ToolChoice
 _ROLES: dict[str, Any] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 _PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
+
+
+_REPEATED = (
+    "input", "instructions", "metadata", "previous_response_id", "reasoning", "text", "tool_choice", "tools", "user",
+)  # fmt: skip
+"""Fields that are stored, or part of the response."""
+_encode = msgspec.json.Encoder(enc_hook=lambda model: model.model_dump()).encode
+
+
+def check_unicode(body: ResponsesRequest) -> None:
+    """Raise ApiError 400 for a field that JSON can spell, but no response can have: with a lone surrogate."""
+    for name in _REPEATED:
+        try:
+            _encode(getattr(body, name))
+        except UnicodeEncodeError:
+            raise bad_parameter(name, f"{name} is not valid Unicode text (it has a lone surrogate)") from None
 
 
 def items_of(body: ResponsesRequest) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from pilotfish.server.prompting.conversation import Conversation
 from pilotfish.server.protocol import responses_out as out
 from pilotfish.server.protocol.chat import TokenLogprob
 from pilotfish.server.protocol.responses import ResponsesRequest
-from pilotfish.server.responses.conversation import conversation_of, items_of, listed, output_of
+from pilotfish.server.responses.conversation import check_unicode, conversation_of, items_of, listed, output_of
 from pilotfish.server.responses.output import Output
 from pilotfish.server.responses.store import Stored
 from pilotfish.server.service import Service, ServiceDependency
@@ -47,6 +47,7 @@ class Responses(Endpoint[ResponsesRequest]):
     end_of_stream = b""
 
     def spec(self, body: ResponsesRequest) -> GenerationSpec:
+        check_unicode(body)
         given = {name: value for name in _SAMPLING if (value := getattr(body, name)) is not None}
         if body.stream_options is not None and not body.stream:
             raise bad_parameter("stream_options", "stream_options is only allowed with stream: true")

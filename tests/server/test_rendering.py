@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pilotfish.errors import ParameterError
 from pilotfish.server.prompting.conversation import Conversation, Turn
-from pilotfish.server.prompting.rendering import Rendered, render
+from pilotfish.server.prompting.rendering import Rendered, Renderer
 from pilotfish.text.formats.message_format import MessageFormat
 from pilotfish.text.formats.registry import detect
 from pilotfish.text.message import Tool, ToolCall
@@ -39,6 +40,15 @@ def made(template: str) -> tuple[Tokenizer, MessageFormat]:
     inner = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(), eos_token="<|im_end|>", chat_template=template)
     tokenizer = Tokenizer(inner)
     return tokenizer, detect(tokenizer)
+
+
+@cache
+def renderer(tokenizer: Tokenizer) -> Renderer:
+    return Renderer(tokenizer)
+
+
+def render(conversation: Conversation, tokenizer: Tokenizer, form: MessageFormat) -> Rendered:
+    return renderer(tokenizer).render(conversation, form)
 
 
 MADE = {name: made(template) for name, template in TEMPLATES.items()}

@@ -39,7 +39,7 @@ class WordTokenizer:
         return self.token_bytes(id).decode()
 
     def apply_chat_template(self, messages: list[dict[str, Any]], *arguments: Any, **variables: Any) -> str:
-        return " ".join(message["content"] for message in messages)
+        return " ".join(message["content"] or "" for message in messages)
 
 
 class ScriptedApp:

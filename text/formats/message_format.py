@@ -30,6 +30,14 @@ _INSTRUCTIONS = """You have access to these functions:
 To call a function, {how}"""
 
 
+_ARGUMENTS = Grammar("")
+"""Stands for a call's arguments."""
+
+
+def _json(arguments: dict[str, Any]) -> str:
+    return json.dumps(arguments, ensure_ascii=False)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallFormat:
     """How a model writes tool calls."""
@@ -55,6 +63,24 @@ class CallFormat:
     """Characters of an id that templates demand (Mistral's 9); 0: call_ and 24 characters."""
     instructions: str = ""
     """How to write a call, for a template that doesn't know tools: what follows "To call a function, "."""
+    spelled: Callable[[dict[str, Any]], str] = _json
+    """Returns arguments as the model writes them."""
+    result: tuple[str, str] = ("<tool_response>\n", "\n</tool_response>")
+    """What stands around a call's result in a user's message, for a template that doesn't know them."""
+    result_role: str = ""
+    """The role of results, for a template that writes any role as a token: where the model has it."""
+
+    def text(self, calls: Sequence[tuple[str, Any]]) -> str:
+        """Return calls, each a name and its arguments, as the model writes them. Arguments that are no object are
+        text."""
+        bodies = []
+        for name, arguments in calls:
+            own = self.spelled(arguments) if isinstance(arguments, dict) else str(arguments)
+            parts = self.written(Tool(name=name), _ARGUMENTS)
+            bodies.append("".join(part if isinstance(part, str) else own for part in parts))
+        if self.close_list or not self.opener:
+            return f"{self.opener}{self.open_list}{self.between.join(bodies)}{self.close_list}"
+        return "\n".join(f"{self.opener}{body}" for body in bodies)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +170,20 @@ class MessageFormat:
         ]
         listed = "\n".join(json.dumps(each, ensure_ascii=False) for each in functions)
         return _INSTRUCTIONS.replace("{how}", self.calls.instructions).replace("{tools}", listed)
+
+    def written_calls(self, calls: Sequence[tuple[str, Any]]) -> str:
+        """Return calls of the history as text, for a template that doesn't know any; see `CallFormat.text`."""
+        if self.calls is not None:
+            return self.calls.text(calls)
+        return "\n".join(_json({"name": name, "arguments": arguments}) for name, arguments in calls)
+
+    def written_result(self, content: str) -> tuple[str, str]:
+        """Return the role and the text of a call's result, for a template that doesn't know any."""
+        role = self.calls.result_role if self.calls is not None else ""
+        if role and f"<|{role}|>" in self.special:
+            return role, content
+        begin, end = self.calls.result if self.calls is not None else ("", "")
+        return "user", f"{begin}{content}{end}"
 
     def _with_calls(self, call: Grammar, choice: ToolChoice, parallel: bool, answer: Grammar | None) -> Grammar:
         form = self.calls

@@ -151,6 +151,11 @@ def _plain(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
+def python_keywords(arguments: dict[str, Any]) -> str:
+    """Return arguments as Python's keyword arguments, with values as JSON."""
+    return ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in arguments.items())
+
+
 def python_arguments(schema: dict[str, Any], place: str, build: Callable[[Any, str, Any], Grammar]) -> Grammar:
     """Return the grammar of keyword arguments: those of the schema's properties, in their order, with values as JSON.
 

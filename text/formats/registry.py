@@ -10,7 +10,7 @@ from typing import TypeVar
 from pilotfish.errors import ModelError
 from pilotfish.text.formats.calls import CallReader, Calls, JsonCalls, MistralCalls
 from pilotfish.text.formats.message_format import CallFormat, MessageFormat
-from pilotfish.text.formats.python_calls import PythonCalls, python_arguments
+from pilotfish.text.formats.python_calls import PythonCalls, python_arguments, python_keywords
 from pilotfish.text.grammar.grammar import Grammar
 from pilotfish.text.message import Tool
 from pilotfish.text.tokenizer import Tokenizer
@@ -30,17 +30,21 @@ _PYTHON = """write it in Python:
 %sfunction_name(argument="value")%s"""
 
 
+def _quoted(name: str) -> str:
+    return json.dumps(name, ensure_ascii=False)
+
+
 def _object(key: str) -> Callable[[Tool, Grammar], Sequence[Grammar | str]]:
     """Return what writes a call as {"name": ..., `key`: ...}."""
 
     def written(tool: Tool, arguments: Grammar) -> Sequence[Grammar | str]:
-        return f'{{"name": {json.dumps(tool.name)}, "{key}": ', arguments, "}"
+        return f'{{"name": {_quoted(tool.name)}, "{key}": ', arguments, "}"
 
     return written
 
 
 def _tagged(tool: Tool, arguments: Grammar) -> Sequence[Grammar | str]:
-    return f'\n{{"name": {json.dumps(tool.name)}, "arguments": ', arguments, "}\n</tool_call>"
+    return f'\n{{"name": {_quoted(tool.name)}, "arguments": ', arguments, "}\n</tool_call>"
 
 
 def _python(tool: Tool, arguments: Grammar) -> Sequence[Grammar | str]:
@@ -83,6 +87,7 @@ CALL_FORMATS: dict[str, CallFormat] = {
             reader=partial(PythonCalls, end="]", begin="["),
             written=_python,
             arguments=python_arguments,
+            spelled=python_keywords,
             open_list="[",
             close_list="]",
             between=", ",
@@ -113,7 +118,9 @@ CALL_FORMATS: dict[str, CallFormat] = {
             reader=partial(PythonCalls, end="```"),
             written=lambda tool, arguments: ("\n", *_python(tool, arguments), "\n```"),
             arguments=python_arguments,
+            spelled=python_keywords,
             instructions=_PYTHON % ("```tool_code\n", "\n```"),
+            result=("```tool_output\n", "\n```"),
         ),
         CallFormat(
             name="phi4_mini_json",
@@ -133,6 +140,7 @@ CALL_FORMATS: dict[str, CallFormat] = {
             close_list="]<|/tool_call|>",
             between=", ",
             instructions=_LIST % ("<|tool_call|>", "<|/tool_call|>"),
+            result_role="tool_response",
         ),
         CallFormat(
             name="granite",

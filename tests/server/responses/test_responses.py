@@ -203,6 +203,12 @@ async def test_a_history_of_calls(saying: Callable[..., ScriptedApp], tokenizer:
             "text.format.schema.type",
         ),
         ({"background": True}, "background"),
+        ({"user": "\ud800"}, "user"),
+        ({"previous_response_id": "\ud800"}, "previous_response_id"),
+        ({"metadata": {"\ud800": "a"}}, "metadata"),
+        ({"reasoning": {"summary": ["\ud800"]}}, "reasoning"),
+        ({"text": {"format": {"type": "text", "a": "\ud800"}}}, "text"),
+        ({"input": [{"role": "user", "content": "a", "b": {"\ud800": 1}}]}, "input"),
         ({"conversation": "c"}, "conversation"),
         ({"include": ["all"]}, "include"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
@@ -212,7 +218,8 @@ async def test_a_history_of_calls(saying: Callable[..., ScriptedApp], tokenizer:
 async def test_errors_name_their_place(saying: Callable[..., ScriptedApp], body: dict[str, Any], param: str) -> None:
     served = saying("a")
     async with served.http:
-        response = await served.http.post("/v1/responses", json={"model": "tiny", "input": "hi", **body})
+        content, headers = json.dumps({"model": "tiny", "input": "hi"} | body), {"content-type": "application/json"}
+        response = await served.http.post("/v1/responses", content=content, headers=headers)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
 
 
