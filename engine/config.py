@@ -47,7 +47,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: DType = "auto"
     """Data type of the weights and the KV cache. auto: float32 on the CPU, the checkpoint's own on a GPU."""
     device: DeviceName = "auto"
-    """Device to run on. auto: CUDA if there is a device."""
+    """Device to run on. auto: CUDA if the machine has a GPU, and an error if torch cannot use it; else the CPU."""
     kernels: KernelsName = "auto"
     """Kernels to use. native: Pilotfish's own CPU kernels, which are batch-invariant; torch: torch's operators; auto:
     native where they can be used."""

@@ -11,6 +11,7 @@ import torch
 
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.device import compute_capability
+from pilotfish.engine.device.gpu import use_gpu
 from pilotfish.engine.kernels.native import VECTOR, NativeKernels, load_library
 from pilotfish.engine.kernels.protocol import Kernels
 from pilotfish.engine.kernels.torch import TorchKernels
@@ -91,11 +92,7 @@ def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) ->
 
 
 def _choose_device(config: EngineConfig) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', but torch sees no CUDA device here")
-    if config.device != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if use_gpu(config.device) else torch.device("cpu")
 
 
 def _why_not_native(

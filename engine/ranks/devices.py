@@ -8,6 +8,7 @@ import msgspec
 import torch
 
 from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.device.gpu import use_gpu
 from pilotfish.engine.execution.platform import thread_count
 from pilotfish.engine.ranks.topology import ranks_per_host
 from pilotfish.errors import ConfigError
@@ -15,9 +16,10 @@ from pilotfish.errors import ConfigError
 
 def assign_device(config: EngineConfig, rank: int) -> tuple[EngineConfig, torch.device]:
     """Assign a rank the GPU of its index on the host, or its share of the cores. Returns the settings with this rank's
-    threads, and the device. Raises ConfigError for a host with fewer GPUs than ranks."""
+    threads, and the device. Raises ConfigError for a host with fewer GPUs than ranks, or one whose GPUs torch cannot
+    use."""
     local_size = ranks_per_host(config)
-    if config.device != "cpu" and torch.cuda.is_available():
+    if use_gpu(config.device):
         there = torch.cuda.device_count()
         if there < local_size:
             raise ConfigError(

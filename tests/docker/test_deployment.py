@@ -97,9 +97,25 @@ def test_environment_variables_are_settings() -> None:
         for name in re.findall(r"(?:Environment=|name: |^ +)(PILOTFISH_\w+)", file.read_text(), re.M)
     }
     (compose,) = documents(DOCKER / "compose.yaml")
-    used |= set(compose["x-server"]["environment"])
+    used |= set(compose["x-server"]["environment"]) | set(compose["services"]["pilotfish-gpu"]["environment"])
     assert len(used) > 5
     assert used <= known | SPECIAL_VARIABLES
+
+
+def test_deployments_for_gpus_ask_for_one() -> None:
+    """So they never serve from the CPU beside a GPU, or without one."""
+    (compose,) = documents(DOCKER / "compose.yaml")
+    assert compose["services"]["pilotfish-gpu"]["environment"] == {
+        **compose["x-server"]["environment"],
+        "PILOTFISH_DEVICE": "cuda",
+    }
+    assert "PILOTFISH_DEVICE" not in compose["services"]["pilotfish-cpu"]["environment"]
+    (container,) = manifest("Deployment")["spec"]["template"]["spec"]["containers"]
+    assert {"name": "PILOTFISH_DEVICE", "value": "cuda"} in container["env"]
+    assert "\nEnvironment=PILOTFISH_DEVICE=cuda\n" in (DOCKER / "systemd" / "pilotfish.service").read_text()
+    for path in (ROOT / "configs").glob("llama-*.yaml"):
+        (settings,) = documents(path)
+        assert settings["device"] == "cuda", path
 
 
 @pytest.mark.parametrize("file", ["pilotfish.yaml", "autoscaling.yaml"])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform as host
-import shutil
-import subprocess
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -16,8 +14,6 @@ if TYPE_CHECKING:
     from pilotfish.engine.execution.platform import Platform
 
 PACKAGES = ("torch", "flash-attn", "flash-attn-4", "triton", "nvidia-nccl-cu13", "nvidia-nccl-cu12", "transformers")
-SECONDS = 20.0
-"""Time that nvidia-smi may take."""
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,13 +55,14 @@ def read_environment(platform: Platform) -> Environment:
     """Describe this machine; `platform` is what the settings choose for a model."""
     import torch
 
+    from pilotfish.engine.device.gpu import driver_version, nvidia_smi
+
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = []
     for i in range(count):
         properties, (free, memory) = torch.cuda.get_device_properties(i), torch.cuda.mem_get_info(i)
         capability = f"{properties.major}.{properties.minor}"
         gpus.append(Gpu(name=properties.name, capability=capability, memory=memory, free=free))
-    driver = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader") if count else None
     return Environment(
         system=host.platform(),
         processor=_processor(),
@@ -77,12 +74,12 @@ def read_environment(platform: Platform) -> Environment:
         dtype=str(platform.dtype).removeprefix("torch."),
         kernels=platform.kernels_name,
         cuda=torch.version.cuda,
-        driver=driver.splitlines()[0].strip() if driver else None,
+        driver=driver_version(),
         gpus=tuple(gpus),
         peers=tuple(
             tuple(i == j or torch.cuda.can_device_access_peer(i, j) for j in range(count)) for i in range(count)
         ),
-        topology=_nvidia_smi("topo", "-m") if count > 1 else None,
+        topology=nvidia_smi("topo", "-m") if count > 1 else None,
     )
 
 
@@ -105,15 +102,3 @@ def _processor() -> str:
     except OSError:
         pass
     return host.processor() or host.machine()
-
-
-def _nvidia_smi(*arguments: str) -> str | None:
-    """Return the output of nvidia-smi, or None if it is not installed or fails."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    try:
-        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
