@@ -14,7 +14,7 @@ from pilotfish.checkpoints.catalog import Progress
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.execution.buckets import GRAPH_SHARE, buckets
 from pilotfish.engine.execution.graphs import GraphPlan, graph_backend
-from pilotfish.engine.execution.loader import load_model
+from pilotfish.engine.execution.loader import load_target
 from pilotfish.engine.execution.runner import Lead, ModelRunner
 from pilotfish.engine.layers.attention.backend import LayerCache
 from pilotfish.engine.layers.communicator import ALONE, Communicator
@@ -22,7 +22,7 @@ from pilotfish.engine.memory import kv_cache
 from pilotfish.engine.memory.free import free_memory
 from pilotfish.engine.memory.kv_cache import CacheRoom
 from pilotfish.engine.models.config import ModelConfig
-from pilotfish.engine.models.decoder_model import DecoderModel
+from pilotfish.engine.models.decoder_model import CausalModel, DecoderModel
 from pilotfish.engine.speculation.drafters.drafter import LoadedDraft, ModelDrafter
 from pilotfish.engine.speculation.drafters.feature_router import FeatureRouter
 from pilotfish.engine.speculation.drafters.registry import check_speculation, find, load_draft
@@ -35,9 +35,7 @@ class Assembly:
     """
 
     def __init__(self, config: EngineConfig, comm: Communicator, progress: Progress) -> None:
-        self.target, self.platform, self.files = load_model(
-            config.model, None, config, config.max_model_len, progress, comm
-        )
+        self.target, self.platform, self.files = load_target(config, progress, comm)
         self.config = config = msgspec.structs.replace(config, block_size=self.platform.block_size)
         draft_comm = comm if config.draft_tensor_parallel_size > 1 else ALONE
         # A rank that computes no draft model need not have its files.
@@ -50,7 +48,9 @@ class Assembly:
             for source in self.sources
             if source.kind.needs_files and (comm.rank == 0 or source.kind.sharded)
         ]
-        self._make_graphs = graph_backend(config.enforce_eager, self.platform.attention, self.platform.device)
+        # Nothing is known of what other code than a DecoderModel's does on the host.
+        eager = config.enforce_eager or not isinstance(self.target, DecoderModel)
+        self._make_graphs = graph_backend(eager, self.platform.attention, self.platform.device)
         self._graph_memory = self._num_blocks = 0
         self._lead: Callable[[int], Lead] | None = None
         self.runner: ModelRunner
@@ -120,7 +120,7 @@ class Assembly:
         for drafter in self.drafters:
             drafter.capture(planned)
 
-    def _runner(self, model: DecoderModel, caches: list[LayerCache]) -> ModelRunner:
+    def _runner(self, model: CausalModel, caches: list[LayerCache]) -> ModelRunner:
         sharded = model.comm.size > 1
         lead = self._lead(len(self.sharded)) if self._lead and sharded else None
         runner = ModelRunner(model, caches, self.config.block_size, self.platform.device, lead)

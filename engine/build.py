@@ -11,6 +11,7 @@ from pilotfish.engine.assembly import Assembly
 from pilotfish.engine.child_process import LastWords
 from pilotfish.engine.config import EngineConfig, cache_share
 from pilotfish.engine.device import synchronize
+from pilotfish.engine.execution.loader import by_transformers
 from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.layers.communicator import ALONE
 from pilotfish.engine.memory.block_pool import BlockPool
@@ -74,6 +75,9 @@ def build(config: EngineConfig, progress: Progress, last_words: LastWords | None
     # Download and check once here, not in all ranks of this host at the same time.
     files = resolve(config.model, progress, config.load_format != "dummy")
     find(config.drafter, files.name, progress)
+    if by_transformers(config, files):
+        size = config.tensor_parallel_size
+        raise ConfigError(f"tensor_parallel_size is {size}, but transformers' code computes {files.name}: use 1")
     check_divides(read_config(files), config.tensor_parallel_size, model=files.name)
     ranks = start_ranks(config, progress, last_words)
     try:

@@ -24,6 +24,7 @@ AttentionName = Literal["auto", "flash4", "flash2", "triton", "native", "torch"]
 QuantizationName = Literal["auto", "none", "fp8"]
 CacheDType = Literal["auto", "fp8"]
 LoadFormat = Literal["auto", "dummy"]
+ModelImpl = Literal["auto", "pilotfish", "transformers"]
 
 
 CACHE_SHARES = {"cpu": 0.05, "gpu": 0.9}
@@ -57,6 +58,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     quantization: QuantizationName = "auto"
     """Quantization of the layer weights. fp8: quantized at load time, unless the checkpoint is already; none: never;
     auto: as the checkpoint has them where the GPU computes in fp8, otherwise in `dtype`."""
+    model_impl: ModelImpl = "auto"
+    """Code that computes the model. pilotfish: the engine's own, for the families that it knows; transformers: that of
+    the transformers package, for any decoder whose attention uses its attention interface, on one rank, slower; auto:
+    the engine's own if it knows the family, else transformers'."""
     load_format: LoadFormat = "auto"
     """Weights to load. auto: the model's own; dummy: random weights of the same shapes, for benchmarks, from
     config.json alone."""

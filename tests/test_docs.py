@@ -12,8 +12,10 @@ from pydantic import BaseModel
 
 from pilotfish.engine.config import EngineConfig, cache_share
 from pilotfish.engine.memory.usage import RankMemory
+from pilotfish.engine.models.registry import FAMILIES
 from pilotfish.engine.request import EngineInfo
 from pilotfish.engine.stats import StepStats
+from pilotfish.server.cli.main import main
 from pilotfish.server.cli.settings import Setting, settings_of
 from pilotfish.server.cli.sources import read
 from pilotfish.server.config import ServerConfig
@@ -147,6 +149,15 @@ def test_readmes_options_exist_with_these_defaults() -> None:
     for _, names, values, *_ in lines:
         assert values.strip() == ", ".join(known[flag] for flag in code(names))
     assert cache_share(EngineConfig().kv_cache_share, on_gpu=False) == 0.05
+
+
+def test_the_table_of_models_is_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is made from the registry of families."""
+    assert main(["models"]) == 0
+    printed = capsys.readouterr().out.strip().splitlines()
+    page = (ROOT / "docs" / "models.md").read_text().splitlines()
+    assert [line for line in page if line.startswith("|")] == printed
+    assert len(printed) == len(FAMILIES) + 3
 
 
 def test_every_endpoint_is_documented() -> None:

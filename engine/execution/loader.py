@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
+from msgspec import structs
 
 from pilotfish.checkpoints.catalog import ModelFiles, Progress, resolve
+from pilotfish.checkpoints.huggingface import is_eagle3, read_json
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.device import give_back_memory
 from pilotfish.engine.execution.platform import Platform, check_draft, choose_platform, choose_quantization
 from pilotfish.engine.layers.communicator import ALONE, Communicator
 from pilotfish.engine.models.checkpoint import iter_weights, read_config
 from pilotfish.engine.models.config import ModelConfig
-from pilotfish.engine.models.decoder_model import DecoderModel
+from pilotfish.engine.models.decoder_model import CausalModel, DecoderModel
 from pilotfish.engine.models.eagle3 import SharedWeights
 from pilotfish.engine.models.layout import Layout, check_divides
-from pilotfish.engine.models.registry import tensors_of
+from pilotfish.engine.models.registry import is_known, tensors_of
 from pilotfish.engine.models.tensors import EMBEDDING, HEAD
 from pilotfish.engine.weights.dummy import iter_weights as dummy_weights
 from pilotfish.engine.weights.quantization import SCALE, dequantized, quantized
 from pilotfish.engine.weights.tensors import Part, whole
+from pilotfish.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +60,42 @@ def load_model(
         model = DecoderModel(shape, platform.kernels, platform.attention, weights, positions, platform.device, comm)
     give_back_memory(platform.device)  # of fused parts, and of tensors that were read ahead
     return model, platform, files
+
+
+def load_target(
+    config: EngineConfig, progress: Progress, comm: Communicator = ALONE
+) -> tuple[CausalModel, Platform, ModelFiles]:
+    """As `load_model`, of `config.model`, by the code that `config.model_impl` chooses."""
+    files = resolve(config.model, weights=config.load_format != "dummy")
+    if not by_transformers(config, files):
+        return load_model(config.model, None, config, config.max_model_len, progress, comm)
+    from pilotfish.engine.models import transformers_config, transformers_model
+
+    if comm.size > 1:
+        raise ConfigError(f"tensor_parallel_size is {comm.size}, but transformers' code computes {files.name}: use 1")
+    for name, value in (("kernels", config.kernels), ("quantization", config.quantization)):
+        if value not in ("auto", "torch", "none"):
+            raise ConfigError(f"{name} is {value!r}, but transformers' code computes {files.name}: leave it out")
+    shape = transformers_config.read_config(files.path)
+    platform = choose_platform(structs.replace(config, kernels="torch"), shape)
+    progress(f"loading {files.name}", 0.0)
+    logger.warning("%s is computed by transformers' code, which is slower than the engine's own families", files.name)
+    with torch.inference_mode():
+        theirs = transformers_model.load(files.path, shape, platform.dtype, config.load_format == "dummy")
+        positions = config.max_model_len or shape.max_position
+        model = transformers_model.TransformersModel(shape, theirs, platform.attention, positions, platform.device)
+    progress(f"loading {files.name}", 1.0)
+    needs = replace(platform.needs, head_dim=model.config.head_dim)
+    return model, replace(platform, needs=needs, code="transformers"), files
+
+
+def by_transformers(config: EngineConfig, files: ModelFiles) -> bool:
+    """Whether transformers' code computes the model. Raises ConfigError if it is asked for and cannot."""
+    if config.model_impl == "transformers" and files.format != "huggingface":
+        raise ConfigError(f"model_impl is 'transformers', but {files.name} is a GGUF file: use a Hugging Face folder")
+    if config.model_impl != "auto" or files.format != "huggingface":
+        return config.model_impl == "transformers"
+    return not is_known(read_json(files.path / "config.json").get("model_type")) and not is_eagle3(files.path)
 
 
 def _weights(

@@ -34,6 +34,8 @@ class Platform:
     attention: AttentionBackend
     needs: AttentionNeeds
     """What the attention backend was chosen for, with the resulting block size."""
+    code: str = ""
+    """Whose code computes the target, if not the engine's."""
 
     @property
     def block_size(self) -> int:
@@ -47,6 +49,8 @@ class Platform:
     @property
     def kernels_name(self) -> str:
         """The kernels' name, followed by the attention backend's if it is another one."""
+        if self.code:
+            return f"{self.code}+{self.attention.name}"
         return self.kernels.name + (f"+{self.attention.name}" if self.attention.name != self.kernels.name else "")
 
 

@@ -13,7 +13,7 @@ from pilotfish.engine.execution.batch import FlatBatch, HostBatch, Span, pack
 from pilotfish.engine.execution.graphs import GraphedPasses, GraphPlan, PassOutputs
 from pilotfish.engine.layers.attention.backend import LayerCache
 from pilotfish.engine.layers.communicator import ALONE
-from pilotfish.engine.models.decoder_model import DecoderModel
+from pilotfish.engine.models.decoder_model import CausalModel
 from pilotfish.engine.models.eagle3 import Eagle3Model
 from pilotfish.engine.models.features import FeatureTap
 
@@ -38,13 +38,13 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: DecoderModel,
+        model: CausalModel,
         caches: list[LayerCache],
         block_size: int,
         device: torch.device,
         lead: Lead | None = None,
     ) -> None:
-        self.model = model
+        self.model: CausalModel = model
         self.block_size = block_size
         self.device = device
         self._caches = caches

@@ -91,6 +91,8 @@ class ModelConfig:
     """The checkpoint's dtype: "float32", "bfloat16" or "float16"."""
     quantization: Quantization | None = None
     """How the checkpoint is quantized; None: it has plain weights."""
+    parameters: int = 0
+    """Parameters of a model whose tensors no family declares; 0: they are declared."""
 
     @property
     def longest(self) -> int:

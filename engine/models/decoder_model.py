@@ -7,7 +7,7 @@ batch. Whatever of a family is not in a `ModelConfig` is in its `Family`, one fi
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -22,6 +22,28 @@ from pilotfish.engine.models.layout import Layout
 from pilotfish.engine.models.registry import family_of
 from pilotfish.engine.models.rope import cos_sin_table
 from pilotfish.engine.models.weight_store import LayerWeights, WeightStore
+
+
+class CausalModel(Protocol):
+    """What runners need of a model: a `DecoderModel`, or one of the transformers package."""
+
+    config: ModelConfig
+    comm: Communicator
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        batch: AttentionBatch,
+        caches: list[LayerCache],
+        tap: FeatureTap | None = None,
+    ) -> torch.Tensor:
+        """See `DecoderModel`."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `DecoderModel`."""
+        ...
 
 
 class DecoderModel:

@@ -36,6 +36,8 @@ def declared_name(stored: str) -> str | None:
 class Family:
     """The names of a family, the readers of its files, its tensors, and its layer."""
 
+    models: str
+    """The published models that it has, as people call them."""
     model_types: tuple[str, ...]
     """Values of `model_type` in config.json."""
     gguf_architectures: tuple[str, ...]
@@ -53,3 +55,7 @@ class Family:
     """Makes a layer from its weights, the model's config, the layer's attention and its table of `cos_sin_table`."""
     scaled_embedding: bool = False
     """Whether token embeddings are multiplied by sqrt(hidden_size)."""
+    cpu: str = "fused"
+    """How the CPU's native kernels compute its layers: "fused", in one call, or else what stands in the way."""
+    run: tuple[str, ...] = ()
+    """Published models that the tests run; of all families they run tiny random ones."""

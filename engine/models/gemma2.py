@@ -70,6 +70,7 @@ def read_gguf(header: Header) -> ModelConfig:
 
 
 FAMILY = Family(
+    models="Gemma 2",
     model_types=("gemma2",),
     gguf_architectures=("gemma2",),
     read_hf=read_hf,
@@ -77,4 +78,5 @@ FAMILY = Family(
     tensors=gemma3.tensors,
     layer=gemma3.layer,
     scaled_embedding=True,
+    cpu="operator by operator, attention by torch: capped scores",
 )

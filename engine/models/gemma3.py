@@ -166,6 +166,7 @@ def read_gguf(header: Header) -> ModelConfig:
 
 
 FAMILY = Family(
+    models="Gemma 3, text",
     model_types=("gemma3_text", "gemma3"),
     gguf_architectures=("gemma3",),
     read_hf=read_hf,
@@ -174,4 +175,5 @@ FAMILY = Family(
     declared_name=declared_name,
     layer=layer,
     scaled_embedding=True,
+    run=("gemma-3-270m",),
 )

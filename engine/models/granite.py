@@ -57,10 +57,12 @@ def read_gguf(header: Header) -> ModelConfig:
 
 
 FAMILY = Family(
+    models="Granite 3, Granite 4, dense",
     model_types=("granite",),
     gguf_architectures=("granite",),
     read_hf=read_hf,
     read_gguf=read_gguf,
     tensors=llama.tensors,
     layer=layer,
+    cpu="operator by operator: scaled residuals",
 )

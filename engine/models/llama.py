@@ -100,9 +100,11 @@ def _sliding_window(values: Values) -> int | None:
 
 
 FAMILY = Family(
+    models="Llama 2, Llama 3, SmolLM2, Mistral, Qwen2, Qwen3",
     model_types=tuple(_DEFAULTS),
     gguf_architectures=("llama", "qwen2", "qwen3"),  # Mistral's models are "llama" in this format
     read_hf=read_hf,
     tensors=tensors,
     layer=layer,
+    run=("smollm2-135m",),
 )

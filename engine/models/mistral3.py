@@ -48,6 +48,7 @@ def declared_name(stored: str) -> str | None:
 
 
 FAMILY = Family(
+    models="Mistral Small 3.1, 3.2, text",
     model_types=("mistral3",),
     gguf_architectures=(),  # "llama" in this format
     read_hf=read_hf,

@@ -70,10 +70,12 @@ def read_gguf(header: Header) -> ModelConfig:
 
 
 FAMILY = Family(
+    models="OLMo 2",
     model_types=("olmo2",),
     gguf_architectures=("olmo2",),
     read_hf=read_hf,
     read_gguf=read_gguf,
     tensors=tensors,
     layer=layer,
+    cpu="operator by operator: no norms before",
 )

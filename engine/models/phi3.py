@@ -46,6 +46,7 @@ def read_gguf(header: Header) -> ModelConfig:
 
 
 FAMILY = Family(
+    models="Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
     model_types=("phi3",),
     gguf_architectures=("phi3",),
     read_hf=read_hf,

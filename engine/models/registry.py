@@ -35,6 +35,11 @@ def find_family(name: Any, what: str, *named_by: NamedBy) -> Family:
     raise ModelError(f"{what} is {name!r}, but the engine knows {', '.join(known)}")
 
 
+def is_known(model_type: Any) -> bool:
+    """Whether a family has this model_type."""
+    return any(model_type in family.model_types for family in FAMILIES)
+
+
 def family_of(architecture: str) -> Family:
     """The family of a ModelConfig's `architecture`. Raises ModelError for one that is not known."""
     return find_family(architecture, "the architecture", "model_types", "gguf_architectures")
@@ -52,6 +57,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of the whole model; a tied head counts once."""
+    if config.parameters:
+        return config.parameters
     return count(tensors_of(config).values())
 
 

@@ -46,6 +46,7 @@ def read_gguf(header: Header) -> ModelConfig:
 
 
 FAMILY = Family(
+    models="SmolLM3",
     model_types=("smollm3",),
     gguf_architectures=("smollm3",),
     read_hf=read_hf,

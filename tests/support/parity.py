@@ -13,6 +13,7 @@ from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.loader import load_model
 from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.memory import kv_cache
+from pilotfish.engine.models.decoder_model import DecoderModel
 
 KernelsName = Literal["native", "torch"]
 
@@ -20,9 +21,15 @@ BLOCKS = [5, 2, 7, 1]  # of 8: out of order, so that a row that goes to the wron
 OTHERS = [0, 6, 4, 3]
 
 
+class DecoderRunner(ModelRunner):
+    """A ModelRunner of a model that the engine computes itself."""
+
+    model: DecoderModel
+
+
 def runner_of(
     model: str, kernels: KernelsName, num_blocks: int = len(BLOCKS) + len(OTHERS), **settings: Any
-) -> ModelRunner:
+) -> DecoderRunner:
     """`settings`: fields of EngineConfig, beside or instead of those here."""
     config = EngineConfig(**{"model": model, "dtype": "float32", "device": "cpu", "kernels": kernels} | settings)
     loaded, platform, _ = load_model(model, None, config, 0, lambda what, share: None)
@@ -34,7 +41,7 @@ def runner_of(
     for cache in caches if platform.attention.name != "flash4" else ():  # which reads zeros where nothing was written
         cache.keys.fill_(torch.nan)  # what was never written shows if it is read
         cache.values.fill_(torch.nan)
-    return ModelRunner(loaded, caches, size, platform.device)
+    return DecoderRunner(loaded, caches, size, platform.device)
 
 
 class Runner(Protocol):

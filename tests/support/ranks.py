@@ -13,10 +13,10 @@ import torch
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.execution.loader import load_model
 from pilotfish.engine.execution.platform import Platform
-from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.layers.communicator import ALONE, Communicator
 from pilotfish.engine.memory import kv_cache
 from pilotfish.engine.models.decoder_model import DecoderModel
+from tests.support.parity import DecoderRunner
 
 T = TypeVar("T")
 
@@ -97,7 +97,7 @@ class RankedRunner:
         self.ranks = Ranks(size)
         self.config = EngineConfig(**{"model": model, "dtype": "float32", "device": "cpu"} | settings)
 
-        def make(comm: Communicator) -> tuple[ModelRunner, Platform]:
+        def make(comm: Communicator) -> tuple[DecoderRunner, Platform]:
             loaded, platform, _ = load_model(model, None, self.config, 0, lambda what, share: None, comm)
             block = platform.block_size
             caches = kv_cache.allocate(
@@ -106,7 +106,7 @@ class RankedRunner:
             for cache in caches:
                 cache.keys.fill_(torch.nan)  # what was never written shows if it is read
                 cache.values.fill_(torch.nan)
-            return ModelRunner(loaded, caches, block, platform.device), platform
+            return DecoderRunner(loaded, caches, block, platform.device), platform
 
         made = self.ranks.each(make)
         self.runners = [runner for runner, _ in made]

@@ -75,7 +75,9 @@ def read_hf(values: Values) -> ModelConfig:
     )
 
 
-FAMILY = Family(model_types=("toy",), gguf_architectures=("toy",), read_hf=read_hf, tensors=tensors, layer=layer)
+FAMILY = Family(
+    models="Toy", model_types=("toy",), gguf_architectures=("toy",), read_hf=read_hf, tensors=tensors, layer=layer
+)
 
 FIELDS = {"model_type": "toy", "width": 64, "heads": 4, "kv_heads": 2, "inner": 96, "depth": 2, "tokens": 101}
 

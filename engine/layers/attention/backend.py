@@ -49,6 +49,7 @@ class AttentionParams:
     scale: float  # of the scores, before the softmax
     window: int | None = None  # each query sees this many keys, itself included; None: all
     softcap: float | None = None  # scores become softcap * tanh(score / softcap), as in Gemma 2; None: as they are
+    sinks: torch.Tensor | None = None  # (heads,): a score of each head that takes weight and gives no value (gpt-oss)
 
 
 class AttentionBackend(Protocol):

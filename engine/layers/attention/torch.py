@@ -39,8 +39,7 @@ class TorchAttention:
                 _gather(cache.keys, blocks, seen, query.dtype),
                 _gather(cache.values, blocks, seen, query.dtype),
                 _mask(length, seen, window, query.device),
-                params.scale,
-                params.softcap,
+                params,
             )
             out[start:stop] = attended.transpose(0, 1).reshape(length, -1)
             start = stop
@@ -58,17 +57,21 @@ def _attention(
     keys: torch.Tensor,  # (kv_heads, seen, head_dim)
     values: torch.Tensor,
     mask: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
+    params: AttentionParams,
 ) -> torch.Tensor:
-    groups = len(query) // len(keys)
-    if not softcap:
+    groups, softcap = len(query) // len(keys), params.softcap
+    if not softcap and params.sinks is None:
         q, k, v = (part.unsqueeze(0) for part in (query, keys, values))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=groups > 1)[0]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=params.scale, enable_gqa=groups > 1)[0]
     keys, values = (part.float().repeat_interleave(groups, dim=0) for part in (keys, values))
-    scores = softcap * torch.tanh(query.float() @ keys.transpose(1, 2) * (scale / softcap))  # (heads, length, seen)
+    scores = query.float() @ keys.transpose(1, 2) * params.scale  # (heads, length, seen)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = torch.where(mask, scores, -torch.inf)
+    if params.sinks is not None:
+        sinks = params.sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
+        return (torch.cat((scores, sinks), 2).softmax(-1)[..., :-1] @ values).to(query.dtype)
     return (scores.softmax(-1) @ values).to(query.dtype)
 
 

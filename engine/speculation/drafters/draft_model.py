@@ -25,7 +25,7 @@ from pilotfish.engine.layers.communicator import Communicator
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.models.config import ModelConfig
-from pilotfish.engine.models.decoder_model import DecoderModel
+from pilotfish.engine.models.decoder_model import CausalModel, DecoderModel
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest, LoadedDraft, MakeRunner, check_vocabulary
 from pilotfish.engine.speculation.drafters.growth import GrowingDraft, Growth, finished
@@ -34,7 +34,7 @@ from pilotfish.engine.speculation.drafters.growth import GrowingDraft, Growth, f
 def load(
     name: str,
     files: ModelFiles,
-    target: DecoderModel,
+    target: CausalModel,
     platform: Platform,
     config: EngineConfig,
     progress: Progress,

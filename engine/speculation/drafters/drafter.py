@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pilotfish.engine.execution.runner import ModelRunner
     from pilotfish.engine.layers.attention.backend import LayerCache
     from pilotfish.engine.models.config import ModelConfig
-    from pilotfish.engine.models.decoder_model import DecoderModel
+    from pilotfish.engine.models.decoder_model import CausalModel
     from pilotfish.engine.models.features import FeatureRows
 
 
@@ -90,7 +90,7 @@ class FeatureReader(Protocol):
         ...
 
 
-MakeRunner = Callable[["DecoderModel", "list[LayerCache]"], "ModelRunner"]
+MakeRunner = Callable[["CausalModel", "list[LayerCache]"], "ModelRunner"]
 """Makes the runner of a model of the target's kind, with the given caches."""
 
 

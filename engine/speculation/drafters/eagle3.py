@@ -28,7 +28,7 @@ from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.models import eagle3_checkpoint
 from pilotfish.engine.models.config import ModelConfig
-from pilotfish.engine.models.decoder_model import DecoderModel
+from pilotfish.engine.models.decoder_model import CausalModel, DecoderModel
 from pilotfish.engine.models.eagle3 import Eagle3Model
 from pilotfish.engine.models.features import FeatureRows
 from pilotfish.engine.sampling.sampler import argmax
@@ -45,13 +45,18 @@ head that reads the target's features needs little more context."""
 def load(
     name: str,
     files: ModelFiles,
-    target: DecoderModel,
+    target: CausalModel,
     platform: Platform,
     config: EngineConfig,
     progress: Progress,
     comm: Communicator,
 ) -> LoadedDraft:
     """See `registry.load_draft`."""
+    if not isinstance(target, DecoderModel):
+        raise ConfigError(
+            f"drafter {name!r} reads the target's hidden states, which transformers' code does not give: use ngram, "
+            "suffix, or a draft model"
+        )
     shape = eagle3_checkpoint.read_config(files.path)
     check_draft(platform, name, shape.decoder, config)
     check_vocabulary(name, shape.decoder, target.config)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pilotfish.engine.config import EngineConfig
     from pilotfish.engine.execution.platform import Platform
     from pilotfish.engine.layers.communicator import Communicator
-    from pilotfish.engine.models.decoder_model import DecoderModel
+    from pilotfish.engine.models.decoder_model import CausalModel
     from pilotfish.engine.speculation.drafters.drafter import Drafter, LoadedDraft
 
 
@@ -163,7 +163,7 @@ def make_lookups(sources: Iterable[Source], config: EngineConfig) -> list[Drafte
 
 def load_draft(
     source: Source,
-    target: DecoderModel,
+    target: CausalModel,
     platform: Platform,
     config: EngineConfig,
     progress: Progress,

@@ -17,7 +17,7 @@ from pilotfish.engine.draft import Draft
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.execution.buckets import buckets
 from pilotfish.engine.execution.graphs import EagerGraphs, GraphPlan, Replay, graph_backend
-from pilotfish.engine.execution.runner import HeadRunner, ModelRunner
+from pilotfish.engine.execution.runner import HeadRunner
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers.attention.backend import AttentionBackend
 from pilotfish.engine.memory import kv_cache
@@ -38,6 +38,7 @@ from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 from pilotfish.engine.speculation.drafters.eagle3 import Eagle3Drafter
 from pilotfish.engine.verification.choose import make_verifier
 from tests.support.fake_cuda import BACKENDS, CUDA, on_cuda
+from tests.support.parity import DecoderRunner
 from tests.support.tiny import KINDS
 
 pytestmark = pytest.mark.usefixtures("fake_cuda")
@@ -126,16 +127,16 @@ def shapes(tiny: Callable[[str], Path]) -> dict[str, tuple[ModelConfig, dict[str
     return found
 
 
-def make_runner(shape: tuple[ModelConfig, dict[str, list[int]]], backend: AttentionBackend) -> ModelRunner:
+def make_runner(shape: tuple[ModelConfig, dict[str, list[int]]], backend: AttentionBackend) -> DecoderRunner:
     config, sizes = shape
     weights = ((name, torch.empty(size, dtype=torch.bfloat16)) for name, size in sizes.items())
     with torch.inference_mode():
         model = DecoderModel(config, TorchKernels(), backend, weights, 256, CUDA)
     caches = kv_cache.allocate(config, backend, 9, backend.block_size, torch.bfloat16, CUDA)
-    return ModelRunner(model, caches, backend.block_size, CUDA)
+    return DecoderRunner(model, caches, backend.block_size, CUDA)
 
 
-def make_head(runner: ModelRunner, backend: AttentionBackend) -> HeadRunner:
+def make_head(runner: DecoderRunner, backend: AttentionBackend) -> HeadRunner:
     decoder = runner.model.config
     size, heads, kv = decoder.hidden_size, decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
     shapes = {

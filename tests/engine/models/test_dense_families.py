@@ -20,6 +20,7 @@ from pilotfish.engine.layers.operator_decoder import OperatorDecoder
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.models import granite, phi3, smollm3
 from pilotfish.engine.models.checkpoint import iter_weights, read_config
+from pilotfish.engine.models.registry import family_of
 from pilotfish.engine.params import SamplingParams
 from pilotfish.errors import ConfigError, ModelError
 from tests.support.native import needs_native
@@ -96,8 +97,10 @@ def test_a_verified_row_has_the_bits_of_a_decoded_one(tiny: Tiny, kind: str) -> 
 @needs_native
 @pytest.mark.parametrize("kind", NEW)
 def test_which_decoder_they_have(tiny: Tiny, kind: str) -> None:
+    """As the table of models says."""
     model = runner_of(str(tiny(kind)), "native").model
     assert type(model.decoder).__name__ == ("OperatorDecoder" if kind in UNFUSED else "FusedDecoder")
+    assert (family_of(model.config.architecture).cpu == "fused") == (kind not in UNFUSED)
 
 
 @pytest.mark.parametrize("kind", NEW)
