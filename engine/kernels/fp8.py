@@ -43,13 +43,18 @@ def prepare_fp8(weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Te
 
 def fp8_linear(x: torch.Tensor, weight: Fp8Linear) -> torch.Tensor:
     """x @ (weight * scale).T + bias with x rounded to fp8 row by row: (rows, in_features) -> (rows, out_features)."""
-    quantized, scale = quantize(x)
-    if x.device.type == "cuda":
+    return multiply(*quantize(x), weight, x.dtype)
+
+
+def multiply(quantized: torch.Tensor, scale: torch.Tensor, weight: Fp8Linear, dtype: torch.dtype) -> torch.Tensor:
+    """(quantized * scale) @ (weight * scale).T + bias in `dtype`: (rows, in_features) float8_e4m3fn with scales (rows,
+    1) float32 -> (rows, out_features)."""
+    if quantized.device.type == "cuda":
         # Row-wise scaling wants float32 scales of (rows, 1) and (1, out_features), the second matrix by columns, and
         # gives bfloat16. The bias is added here: it is float32 or float16 where the model is.
         y = torch._scaled_mm(
             quantized, weight.weight.t(), scale_a=scale, scale_b=weight.scale, out_dtype=torch.bfloat16
-        ).to(x.dtype)
+        ).to(dtype)
     else:
-        y = ((quantized.float() @ weight.weight.float().T) * scale * weight.scale).to(x.dtype)
+        y = ((quantized.float() @ weight.weight.float().T) * scale * weight.scale).to(dtype)
     return y if weight.bias is None else y.add_(weight.bias)

@@ -69,3 +69,39 @@ class Kernels(Protocol[Prepared]):
         """gelu(gate) * up of (rows, 2 * size), gate first -> (rows, size), by the tanh approximation of GELU
         (arXiv 1606.08415)."""
         ...
+
+
+class FusedKernels(Kernels[Prepared], Protocol[Prepared]):
+    """Kernels that also have several operators of a layer in one, for caches in flash-attn's layout."""
+
+    fuses: bool
+    """Whether these are fewer launches than the operators one by one."""
+
+    def add_norm(
+        self,
+        hidden: torch.Tensor,  # (rows, size)
+        change: torch.Tensor | None,  # (rows, size)
+        post_weight: torch.Tensor | None,  # (size,)
+        weight: torch.Tensor | None,  # (size,)
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return hidden + change, or hidden + rms_norm(change, post_weight), and the rms_norm of that with `weight`.
+
+        The first is `hidden` itself without a change, the second is the first without a weight.
+        """
+        ...
+
+    def rotate_and_write(
+        self,
+        qkv: torch.Tensor,  # (rows, heads + 2 * kv_heads, head_dim) contiguous: queries, keys, values
+        kv_heads: int,
+        norms: tuple[torch.Tensor, torch.Tensor] | None,  # of queries and of keys, (head_dim,) each
+        positions: torch.Tensor,  # (rows,) int64
+        cos_sin: torch.Tensor,  # (max_position, head_dim) float32
+        eps: float,
+        cache: tuple[torch.Tensor, torch.Tensor],  # keys, values: (num_blocks, block_size, kv_heads, head_dim)
+        slots: torch.Tensor,  # (rows,) int64: block * block_size + offset
+    ) -> torch.Tensor:
+        """Norm queries and keys head by head, if there are `norms`, rotate both, and write keys and values to their
+        slots, in the cache's dtype. Returns the queries, (rows, heads, head_dim); `qkv` is used up."""
+        ...

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from pilotfish.engine.kernels import paged
 from pilotfish.engine.kernels.fp8 import Fp8Linear, fp8_linear, prepare_fp8
 
 
@@ -25,7 +26,10 @@ class TorchLinear:
 
 
 class TorchKernels:
+    """See `protocol.FusedKernels`, too."""
+
     name = "torch"
+    fuses = False
 
     def prepare_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
@@ -49,6 +53,41 @@ class TorchKernels:
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+    def add_norm(
+        self,
+        hidden: torch.Tensor,
+        change: torch.Tensor | None,
+        post_weight: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if change is not None:
+            hidden = hidden + (change if post_weight is None else self.rms_norm(change, post_weight, eps))
+        return hidden, hidden if weight is None else self.rms_norm(hidden, weight, eps)
+
+    def rotate_and_write(
+        self,
+        qkv: torch.Tensor,
+        kv_heads: int,
+        norms: tuple[torch.Tensor, torch.Tensor] | None,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        eps: float,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        heads = qkv.shape[1] - 2 * kv_heads
+        query: torch.Tensor
+        query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        if norms is not None:
+            query, key = self.rms_norm(query, norms[0], eps), self.rms_norm(key, norms[1], eps)
+            self.rotate_(query, positions, cos_sin)
+            self.rotate_(key, positions, cos_sin)
+        else:
+            self.rotate_(qkv[:, : heads + kv_heads], positions, cos_sin)  # both in one call
+        paged.write(*cache, key, value, slots)
+        return query
 
     def rotate_(self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> None:
         cosine, sine = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # (rows, 1, head_dim / 2) each

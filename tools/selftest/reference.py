@@ -115,13 +115,14 @@ class ReferenceAttention:
     def attend(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         cache: LayerCache,
         batch: AttentionBatch,
         params: AttentionParams,
     ) -> torch.Tensor:
-        self.write(key, value, cache, batch)
+        if key is not None and value is not None:
+            self.write(key, value, cache, batch)
         keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
         rows, heads, head_dim = query.shape
         group = heads // cache.keys.shape[2]

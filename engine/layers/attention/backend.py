@@ -79,13 +79,14 @@ class AttentionBackend(Protocol):
     def attend(
         self,
         query: torch.Tensor,  # (rows, heads, head_dim)
-        key: torch.Tensor,  # (rows, kv_heads, head_dim)
-        value: torch.Tensor,  # (rows, kv_heads, head_dim)
+        key: torch.Tensor | None,  # (rows, kv_heads, head_dim)
+        value: torch.Tensor | None,  # (rows, kv_heads, head_dim)
         cache: LayerCache,
         batch: AttentionBatch,
         params: AttentionParams,
     ) -> torch.Tensor:
-        """Write the rows' keys and values to their slots, then attend: (rows, heads * head_dim).
+        """Write the rows' keys and values to their slots, then attend: (rows, heads * head_dim). Without `key` and
+        `value` they are there already, for caches of `cache.allocate_paged`.
 
         It never waits for the device, so that the host can go on to the next layer.
         """

@@ -1,18 +1,14 @@
-"""A KV cache in flash-attn's layout, which the torch and flash backends share: allocating it and writing to it.
-
-A cache in float8_e4m3fn (OCP 8-bit floating point, arXiv 2209.05433) holds keys and values as they are, scale 1: what
-lies beyond its largest number, 448, is cut off there.
-"""
+"""A KV cache in flash-attn's layout, which all backends but the native one share: allocating it and writing to it."""
 
 from __future__ import annotations
 
 import torch
 
-from pilotfish.engine.kernels import memory
+from pilotfish.engine.kernels import memory, paged
+from pilotfish.engine.kernels.paged import FP8, as_bytes, converted
 from pilotfish.engine.layers.attention.backend import LayerCache
 
-FP8 = torch.float8_e4m3fn
-_LARGEST = torch.finfo(FP8).max
+__all__ = ["FP8", "allocate_paged", "as_bytes", "converted", "write", "zeros"]
 
 
 def allocate_paged(
@@ -34,20 +30,8 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def write(cache: LayerCache, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-    """Write each row's key and value, (rows, kv_heads, head_dim), to its slot; slots (rows,) int64."""
-    for stored, rows in ((cache.keys, key), (cache.values, value)):
-        # fp8 goes as bytes, since torch lacks some of its operators on some devices.
-        flat = as_bytes(stored).flatten(0, 1)  # (num_blocks * block_size, kv_heads, head_dim)
-        flat.index_put_((slots,), as_bytes(converted(rows, stored.dtype)))
-
-
-def converted(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Convert to the cache's dtype. Values beyond fp8's range are clamped: a cast makes them NaN on some devices."""
-    if rows.dtype == dtype:
-        return rows
-    return rows.clamp(-_LARGEST, _LARGEST).to(dtype) if dtype == FP8 else rows.to(dtype)
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor
+def write(cache: LayerCache, key: torch.Tensor | None, value: torch.Tensor | None, slots: torch.Tensor) -> None:
+    """Write each row's key and value, (rows, kv_heads, head_dim), to its slot; slots (rows,) int64. None: they are
+    there already."""
+    if key is not None and value is not None:
+        paged.write(cache.keys, cache.values, key, value, slots)

@@ -58,8 +58,8 @@ class Flash2Attention:
     def attend(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         cache: LayerCache,
         batch: AttentionBatch,
         params: AttentionParams,
@@ -122,8 +122,8 @@ class Flash4Attention:
     def attend(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         cache: LayerCache,
         batch: AttentionBatch,
         params: AttentionParams,

@@ -34,12 +34,14 @@ class NativeAttention:
     def attend(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         cache: LayerCache,
         batch: AttentionBatch,
         params: AttentionParams,
     ) -> torch.Tensor:
+        assert key is not None, "its cache has a layout of its own, which it alone writes"
+        assert value is not None
         if params.softcap:
             raise ValueError(
                 f"softcap is {params.softcap}, but the native kernels know no soft-capping: choose 'torch'"

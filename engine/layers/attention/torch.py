@@ -19,8 +19,8 @@ class TorchAttention:
     def attend(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         cache: LayerCache,
         batch: AttentionBatch,
         params: AttentionParams,
