@@ -6,13 +6,14 @@ bookkeeping that can wait. So the next step may be launched before the last one 
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import msgspec
@@ -23,7 +24,8 @@ from pilotfish.checkpoints.catalog import Progress
 from pilotfish.engine.answer_grammar import AnswerGrammar, plan_masks
 from pilotfish.engine.build import Engine, build
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.device import PassTimer
+from pilotfish.engine.device import PassTimer, give_back_memory
+from pilotfish.engine.device.attempt import Attempt
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.memory.usage import MemoryMeter
@@ -34,11 +36,17 @@ from pilotfish.engine.sampling.logit_spans import LogitSpan
 from pilotfish.engine.sampling.logprobs import token_logprobs
 from pilotfish.engine.scheduler import PlannedSpan, Scheduler, StepPlan
 from pilotfish.engine.sequence import Sequence
+from pilotfish.engine.speculation.control.candidates import Choice
 from pilotfish.engine.speculation.drafters.feature_router import KeptRows
 from pilotfish.engine.speculation.speculator import StepDrafts
 from pilotfish.engine.stats import Committed, StepStats, request_stats, step_stats
 from pilotfish.engine.verification.verifier import Verdict
 from pilotfish.errors import ModelError, ParameterError
+
+logger = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = "The GPU's memory did not suffice for a step of this request, which was given up. Try it again."
+"""What a client is told; the log has torch's reason, and what to lower."""
 
 PATIENCE = 0.002
 """Seconds that a step waits for the compiling of a grammar when there is nothing else to do."""
@@ -101,7 +109,8 @@ class EngineCore:
         self._compiling: dict[Sequence, Future[LLMatcher]] = {}
         """Sequences that wait for their grammars, in the order in which they came."""
         self._masking = ThreadPoolExecutor(1, thread_name_prefix="masks")
-        self._new_timer = partial(PassTimer, torch.device(self.info.device))
+        self._device = torch.device(self.info.device)
+        self._new_timer = partial(PassTimer, self._device)
         self.asynchronous = self.info.device.startswith("cuda")
         """Whether a pass runs on by itself once it is launched."""
 
@@ -175,23 +184,53 @@ class EngineCore:
     @torch.inference_mode()
     def launch(self) -> LaunchedStep:
         """Draft, plan, and start the pass. On a GPU it runs on by itself from here, and what does not need its outcome
-        may be done meanwhile: `settle` of the step before, `add` and `abort`."""
+        may be done meanwhile: `settle` of the step before, `add` and `abort`.
+
+        If the device's memory does not suffice, here or in `finish`, the step's requests end with an error, and the
+        engine goes on. (Of a sharded model the other ranks wait in the middle of the pass: then the engine ends.)"""
         engine = self.engine
         seconds: dict[str, float] = {}
         if self._compiling:
             self._take_compiled()
-        with _phase(seconds, "draft"):
-            drafts = engine.speculator.draft(self._scheduler.decoding(), self._scheduler.prompt_rows())
+        decoding, drafts = self._scheduler.decoding(), NO_DRAFTS
+        with _phase(seconds, "draft"), Attempt() as drafting:
+            drafts = engine.speculator.draft(decoding, self._scheduler.prompt_rows())
+        if drafting.problem is not None:
+            self._give_up(decoding, drafting.problem)
         with _phase(seconds, "plan"):
             plan = self._scheduler.plan(drafts.drafts)
             self._note_admissions(plan)
         tap, timer, logits = engine.speculator.features.tap(), self._new_timer(), None
         masks = self._start_masks(plan)
         timer.begin()
-        if plan.spans:
-            logits = engine.runner.run([_span(planned) for planned in plan.spans], tap)
+        with Attempt() as computing:
+            if plan.spans:
+                logits = engine.runner.run([_span(planned) for planned in plan.spans], tap)
         timer.launched()
-        return LaunchedStep(plan, drafts, tap, logits, masks, timer, seconds)
+        step = LaunchedStep(plan, drafts, tap, logits, masks, timer, seconds)
+        return step if computing.problem is None else self._without_pass(step, computing.problem)
+
+    def _without_pass(self, step: LaunchedStep, problem: str) -> LaunchedStep:
+        """Give up a step's requests; return what is left of it."""
+        if step.masks is not None:
+            step.masks.result()  # it reads what the requests hold
+        step = replace(step, tap=None, logits=None, masks=None)  # and with them the memory that they take
+        self._give_up([planned.sequence for planned in step.plan.spans], problem)
+        return replace(step, plan=StepPlan(preemptions=step.plan.preemptions), drafts=NO_DRAFTS)
+
+    def _give_up(self, sequences: Iterable[Sequence], problem: str) -> None:
+        """End those of `sequences` that are running: the device's memory did not suffice for their step."""
+        if self.engine.ranks is not None:
+            self.engine.check()
+        give_back_memory(self._device)
+        ending = [sequence for sequence in sequences if self._sequences.get(sequence.id) is sequence]
+        logger.error(
+            "a step ran out of the device's memory: its %d requests end with an error (if this happens again, lower "
+            "kv_cache_share, max_batch_tokens or max_num_seqs): %s",
+            len(ending),
+            problem,
+        )
+        self._ended += [self._end(sequence, "error", problem=OUT_OF_MEMORY) for sequence in ending]
 
     def _start_masks(self, plan: StepPlan) -> Future[None] | None:
         """Compute what may be drawn at each position under a grammar, while the pass runs."""
@@ -206,7 +245,10 @@ class EngineCore:
         if step.logits is not None:
             if step.masks is not None:
                 step.masks.result()
-            verdicts = self._verify(step.plan, step.logits)
+            with Attempt() as verifying:
+                verdicts = self._verify(step.plan, step.logits)
+            if verifying.problem is not None:
+                step = self._without_pass(step, verifying.problem)
             self.engine.check()
         forward = step.seconds["forward"] = step.timer.seconds()
         step.seconds["sample"] = max(0.0, step.timer.elapsed() - forward)
@@ -214,8 +256,11 @@ class EngineCore:
             deltas, self._ended = self._ended, []
             committed = self._commit(step, verdicts)
             deltas += [each.delta for each in committed]
-            if step.tap is not None and step.tap.features is not None:
-                self._publish_features(step.plan, step.tap.features)
+            with Attempt() as publishing:
+                if step.tap is not None and step.tap.features is not None:
+                    self._publish_features(step.plan, step.tap.features)
+        if publishing.problem is not None:
+            self._give_up([planned.sequence for planned in step.plan.spans], publishing.problem)
         return FinishedStep(step, deltas, committed)
 
     def settle(self, step: FinishedStep) -> StepStats:
@@ -369,6 +414,9 @@ class EngineCore:
         stats = request_stats(sequence, time.monotonic())
         delta = delta or Delta(request_id=sequence.id)
         return msgspec.structs.replace(delta, finish_reason=reason, stop_token=stop_token, error=problem, stats=stats)
+
+
+NO_DRAFTS = StepDrafts(Choice({}))
 
 
 def _span(planned: PlannedSpan) -> Span:
