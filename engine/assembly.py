@@ -48,8 +48,9 @@ class Assembly:
             for source in self.sources
             if source.kind.needs_files and (comm.rank == 0 or source.kind.sharded)
         ]
-        # Nothing is known of what other code than a DecoderModel's does on the host.
-        eager = config.enforce_eager or not isinstance(self.target, DecoderModel)
+        # Nothing is known of what other code than a DecoderModel's does on the host, and experts are grouped there.
+        experts = any(each.experts is not None for each in (self.target.config, *(d.shape for d in self._drafts)))
+        eager = config.enforce_eager or experts or not isinstance(self.target, DecoderModel)
         self._make_graphs = graph_backend(eager, self.platform.attention, self.platform.device)
         self._graph_memory = self._num_blocks = 0
         self._lead: Callable[[int], Lead] | None = None

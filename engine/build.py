@@ -11,13 +11,12 @@ from pilotfish.engine.assembly import Assembly
 from pilotfish.engine.child_process import LastWords
 from pilotfish.engine.config import EngineConfig, cache_share
 from pilotfish.engine.device import synchronize
-from pilotfish.engine.execution.loader import by_transformers
+from pilotfish.engine.execution.loader import by_transformers, shape_of
 from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.layers.communicator import ALONE
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.kv_cache import count_blocks
 from pilotfish.engine.memory.usage import RankMemory
-from pilotfish.engine.models.checkpoint import read_config
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.layout import check_divides
 from pilotfish.engine.ranks.leader import Ranks, start_ranks
@@ -78,7 +77,7 @@ def build(config: EngineConfig, progress: Progress, last_words: LastWords | None
     if by_transformers(config, files):
         size = config.tensor_parallel_size
         raise ConfigError(f"tensor_parallel_size is {size}, but transformers' code computes {files.name}: use 1")
-    check_divides(read_config(files), config.tensor_parallel_size, model=files.name)
+    check_divides(shape_of(files, config), config.tensor_parallel_size, model=files.name)
     ranks = start_ranks(config, progress, last_words)
     try:
         return _build(ranks.config, ranks.reported(progress), ranks)

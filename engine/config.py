@@ -72,6 +72,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     draft_tensor_parallel_size: Positive = 1
     """Ranks that draft models are sharded over. 1: they are whole on rank 0; otherwise the same as
     tensor_parallel_size."""
+    expert_parallel: bool = False
+    """Divide the experts of a mixture among the ranks, whole, rather than each of them; attention and all else is
+    sharded as without."""
     nnodes: Positive = 1
     """Number of hosts that the ranks are on, the same number of ranks on each."""
     node_rank: NotNegative = 0

@@ -44,7 +44,7 @@ def load_model(
     `max_positions` 0: as many as the model was made for. Raises ModelError, ConfigError.
     """
     files = resolve(name, weights=config.load_format != "dummy")
-    shape = read_config(files)
+    shape = shape_of(files, config)
     setting = "tensor_parallel_size" if platform is None else "draft_tensor_parallel_size"
     check_divides(shape, comm.size, None, setting, files.name)
     if platform is None:
@@ -60,6 +60,12 @@ def load_model(
         model = DecoderModel(shape, platform.kernels, platform.attention, weights, positions, platform.device, comm)
     give_back_memory(platform.device)  # of fused parts, and of tensors that were read ahead
     return model, platform, files
+
+
+def shape_of(files: ModelFiles, config: EngineConfig) -> ModelConfig:
+    """The model's shape, sharded as the settings say. Raises what `read_config` does."""
+    shape = read_config(files)
+    return replace(shape, expert_parallel=config.expert_parallel and shape.experts is not None)
 
 
 def load_target(

@@ -107,8 +107,12 @@ def _why_not_native(
     scheme = SCHEMES.get(config.quantization)
     if scheme is not None and "native" not in scheme.kernels:
         return f"the native kernels compute in float32, not with weights in {scheme.name}"
-    inner = "intermediate_size" if ranks == 1 else "intermediate_size on each rank"
-    sizes = {"hidden_size": model.hidden_size, inner: model.intermediate_size // ranks, "head_dim": model.head_dim}
+    end = "" if ranks == 1 else " on each rank"
+    inner = {
+        name + end: size if model.expert_parallel and name == "experts.size" else size // ranks
+        for name, size in model.inner_sizes().items()
+    }
+    sizes = {"hidden_size": model.hidden_size, **inner, "head_dim": model.head_dim}
     for what, size in sizes.items():
         if size % VECTOR:
             return f"the model's {what} ({size}) is not a multiple of {VECTOR}"

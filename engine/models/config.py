@@ -44,6 +44,23 @@ NO_ROPE = RopeConfig(kind="none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertConfig:
+    """A mixture of experts in the place of each layer's MLP."""
+
+    count: int
+    per_token: int
+    """Experts that each token takes."""
+    size: int
+    """Inner size of an expert."""
+    normalized: bool
+    """Whether the probabilities of a token's experts are made to sum to 1."""
+    shared_size: int = 0
+    """Inner size of an expert that every token takes as well; 0: there is none."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers with a dense MLP all the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """The shape of a decoder."""
 
@@ -85,6 +102,10 @@ class ModelConfig:
     logit_divisor: float = 1.0
     sandwich_norms: bool = False
     """Whether attention and MLP have a norm after them as well."""
+    experts: ExpertConfig | None = None
+    """None: every layer has a dense MLP."""
+    expert_parallel: bool = False
+    """Whether tensor-parallel ranks divide the experts among them, rather than each expert."""
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     dtype: str = "float32"
@@ -98,6 +119,16 @@ class ModelConfig:
     def longest(self) -> int:
         """The longest context that may be asked for: dynamic scaling has no end of its own."""
         return int(self.max_position * self.rope.factor) if self.rope.kind == "dynamic" else self.max_position
+
+    def inner_sizes(self) -> dict[str, int]:
+        """The inner sizes of its MLPs and experts, by their fields' names."""
+        experts = self.experts
+        if experts is None:
+            return {"intermediate_size": self.intermediate_size}
+        sizes = {"experts.size": experts.size}
+        if experts.shared_size:
+            sizes["experts.shared_size"] = experts.shared_size
+        return sizes | ({"intermediate_size": self.intermediate_size} if experts.dense_layers else {})
 
     def slides(self, layer: int) -> bool:
         """Whether the layer has the sliding window."""

@@ -4,7 +4,8 @@
   heads, of the MLP's inner size, and of the vocabulary.
 - If ranks outnumber key-value heads, each head is on all the ranks whose queries read it.
 - If columns are sharded, each rank computes a summand of the result, and rank 0 alone adds the bias.
-- Heads and inner size must divide by the number of ranks. The vocabulary need not: the last ranks' parts are padded.
+- With `expert_parallel` each rank has some of the experts, whole, and of the rest its part.
+- Heads and inner sizes must divide by the number of ranks. The vocabulary need not: the last ranks' parts are padded.
 """
 
 from __future__ import annotations
@@ -59,7 +60,13 @@ class Layout:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of which this rank has a part, in the order of the computation; their shapes are the model's."""
         tensors = tensors_of(self.config).items()
-        return {name: tensor for name, tensor in tensors if self.rank == 0 or not tensor.first_rank_only}
+        return {name: tensor for name, tensor in tensors if self._has(tensor)}
+
+    def _has(self, tensor: Tensor) -> bool:
+        if tensor.expert is not None and self.config.expert_parallel:
+            assert self.config.experts is not None
+            return tensor.expert * self.size // self.config.experts.count == self.rank
+        return self.rank == 0 or not tensor.first_rank_only
 
     def parts(self) -> dict[str, Part]:
         """The part of each of these tensors that this rank reads."""
@@ -79,7 +86,18 @@ class Layout:
             case "kv_heads":
                 return self._of_heads(self.rank * self.config.num_kv_heads // self.size, self.num_kv_heads)
             case "inner":
-                return slice(self.rank * self.intermediate_size, (self.rank + 1) * self.intermediate_size)
+                return self._share(self.config.intermediate_size)
+            case "expert":
+                assert self.config.experts is not None
+                size = self.config.experts.size
+                return slice(0, size) if self.config.expert_parallel else self._share(size)
+            case "shared":
+                assert self.config.experts is not None
+                return self._share(self.config.experts.shared_size)
+
+    def _share(self, size: int) -> slice:
+        """The entries that are here of a dimension that divides by the ranks."""
+        return slice(self.rank * size // self.size, (self.rank + 1) * size // self.size)
 
     def _of_heads(self, first: int, count: int) -> slice:
         return slice(first * self.config.head_dim, (first + count) * self.config.head_dim)
@@ -92,15 +110,19 @@ def num_kv_heads(config: ModelConfig, ranks: int) -> int:
 
 def what_does_not_divide(config: ModelConfig, ranks: int, scheme: str | None = None) -> list[str]:
     """Reasons why a model, its matrices quantized by `scheme`, cannot be sharded over so many ranks; [] if it can."""
-    sizes = {"num_heads": config.num_heads, "intermediate_size": config.intermediate_size}
+    sizes = {"num_heads": config.num_heads, **config.inner_sizes()}
+    if config.experts is not None and config.expert_parallel:
+        del sizes["experts.size"]
+        sizes["experts.count"] = config.experts.count
     reasons = [f"{name} ({size}) does not divide by {ranks}" for name, size in sizes.items() if size % ranks]
     if config.num_kv_heads % ranks and ranks % config.num_kv_heads:
         reasons.append(f"num_kv_heads ({config.num_kv_heads}) neither divides by {ranks} nor divides it")
     if reasons or scheme is None or ranks == 1:
         return reasons
     heads, keys = config.num_heads // ranks, num_kv_heads(config, ranks)
+    whole = {"experts.size"} if config.expert_parallel else set()
     matrices = {
-        "intermediate_size": config.intermediate_size // ranks,
+        **{name: size // (1 if name in whole else ranks) for name, size in config.inner_sizes().items()},
         "num_heads * head_dim": heads * config.head_dim,
         "(num_heads + 2 * num_kv_heads) * head_dim": (heads + 2 * keys) * config.head_dim,
     }

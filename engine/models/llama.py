@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pilotfish.checkpoints.gguf_header import Header
 from pilotfish.checkpoints.values import Values
 from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.models.experts import gguf_experts
 from pilotfish.engine.models.family import Family
-from pilotfish.engine.models.readers import hf_config
+from pilotfish.engine.models.readers import gguf_config, hf_config
 from pilotfish.engine.models.tensors import attention, embedding, final, gated_mlp, norm
 from pilotfish.engine.weights.tensors import Tensor
 
@@ -99,11 +102,19 @@ def _sliding_window(values: Values) -> int | None:
     return int(window)
 
 
+def read_gguf(header: Header) -> ModelConfig:
+    """Mixtral is a "llama" in this format."""
+    if not header.values.get("expert_count", 0):
+        return gguf_config(header)
+    return replace(gguf_config(header, experts=gguf_experts(header)), architecture="mixtral")
+
+
 FAMILY = Family(
     models="Llama 2, Llama 3, SmolLM2, Mistral, Qwen2, Qwen3",
     model_types=tuple(_DEFAULTS),
     gguf_architectures=("llama", "qwen2", "qwen3"),  # Mistral's models are "llama" in this format
     read_hf=read_hf,
+    read_gguf=read_gguf,
     tensors=tensors,
     layer=layer,
     run=("smollm2-135m",),

@@ -121,7 +121,7 @@ def gguf_config(header: Header, **special: Any) -> ModelConfig:
     """The ModelConfig that a GGUF file's metadata and tensors describe, with the family's `special` fields. Raises
     ModelError for a model that the engine does not know, and for a file that lacks a value."""
     values, tensors = header.values, header.tensors
-    if experts := values.get("expert_count", 0):
+    if (experts := values.get("expert_count", 0)) and "experts" not in special:
         raise values.error(f"the model is a mixture of {experts} experts, but the engine knows dense ones only")
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -136,7 +136,7 @@ def gguf_config(header: Header, **special: Any) -> ModelConfig:
         "architecture": header.architecture,
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": values.size("feed_forward_length"),
+        "intermediate_size": values.size("feed_forward_length", values.get("expert_feed_forward_length")),
         "num_layers": values.size("block_count"),
         "num_heads": heads,
         "num_kv_heads": values.size("attention.head_count_kv", heads),

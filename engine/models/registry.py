@@ -6,7 +6,20 @@ from collections.abc import Iterable
 from math import prod
 from typing import Any, Literal
 
-from pilotfish.engine.models import gemma2, gemma3, granite, llama, mistral3, olmo2, phi3, smollm3
+from pilotfish.engine.models import (
+    gemma2,
+    gemma3,
+    granite,
+    llama,
+    mistral3,
+    mixtral,
+    olmo2,
+    olmoe,
+    phi3,
+    qwen2_moe,
+    qwen3_moe,
+    smollm3,
+)
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.family import Family
 from pilotfish.engine.weights.tensors import Tensor, by_name
@@ -21,6 +34,10 @@ FAMILIES: tuple[Family, ...] = (
     olmo2.FAMILY,
     phi3.FAMILY,
     smollm3.FAMILY,
+    mixtral.FAMILY,
+    olmoe.FAMILY,
+    qwen2_moe.FAMILY,
+    qwen3_moe.FAMILY,
 )
 
 NamedBy = Literal["model_types", "gguf_architectures"]

@@ -48,6 +48,7 @@ def linear(
     turned: tuple[int, int] | None = None,
     stored: str = "",
     gguf_stored: str = "",
+    expert: int | None = None,
 ) -> Iterator[Tensor]:
     """A matrix, (out_features, in_features), sharded by its `rows` or its `columns`, and its bias if it has one.
 
@@ -66,6 +67,7 @@ def linear(
         turned=turned,
         stored=stored and f"{stored}.weight",
         gguf_stored=gguf_stored and f"{gguf_stored}.weight",
+        expert=expert,
     )
     if bias:
         yield Tensor(
@@ -79,6 +81,7 @@ def linear(
             turned=turned,
             stored=stored and f"{stored}.bias",
             gguf_stored=gguf_stored and f"{gguf_stored}.bias",
+            expert=expert,
         )
 
 
@@ -139,22 +142,29 @@ def attention(
     yield from linear(*names, (hidden, queries), columns="heads", bias=config.output_bias)
 
 
-def gated_mlp(config: ModelConfig, hf: str, gguf: str, *, stored: bool = False) -> Iterator[Tensor]:
-    """A layer's dense MLP; `hf` and `gguf` are the prefixes of its names. stored: gate and up are stored as one
-    matrix."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+def gated_mlp(
+    config: ModelConfig, hf: str, gguf: str, *, stored: bool = False, shared: bool = False
+) -> Iterator[Tensor]:
+    """A layer's dense MLP; `hf` and `gguf` are the prefixes of its names. stored: gate and up are stored as one matrix.
+    shared: it is the expert that every row takes."""
+    hidden, inner, end = config.hidden_size, config.intermediate_size, ""
+    axis: Axis = "inner"
+    if shared:
+        assert config.experts is not None
+        inner, axis, end = config.experts.shared_size, "shared", "_shexp"
     for name in ("gate", "up"):
         yield from linear(
             f"{hf}{name}_proj",
-            f"{gguf}ffn_{name}",
+            f"{gguf}ffn_{name}{end}",
             (inner, hidden),
-            rows="inner",
+            rows=axis,
             bias=config.mlp_bias,
             fused=f"{hf}gate_up_proj",
             stored=f"{hf}gate_up_proj" if stored else "",
             gguf_stored=f"{gguf}ffn_up" if stored else "",
         )
-    yield from linear(f"{hf}down_proj", f"{gguf}ffn_down", (hidden, inner), columns="inner", bias=config.mlp_bias)
+    names = f"{hf}down_proj", f"{gguf}ffn_down{end}"
+    yield from linear(*names, (hidden, inner), columns=axis, bias=config.mlp_bias)
 
 
 def final(config: ModelConfig, norm_offset: float = 0.0) -> Iterator[Tensor]:

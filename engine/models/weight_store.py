@@ -74,6 +74,10 @@ class WeightStore:
         offset, weight = self._declared[name].norm_offset, self._norms.pop(name)
         return offset + weight.float() if offset else weight
 
+    def has(self, path: str) -> bool:
+        """Whether tensors of this path are declared."""
+        return path in self._names
+
     def linear(self, path: str) -> PreparedLinear:
         """The matrix that the tensors of this path make up."""
         if path not in self._linears:
@@ -93,6 +97,10 @@ class LayerWeights:
 
     def linear(self, name: str) -> PreparedLinear:
         return self.store.linear(self.prefix + name)
+
+    def has(self, name: str) -> bool:
+        """Whether the layer has this matrix, on this rank."""
+        return self.store.has(self.prefix + name)
 
     def norm(self, name: str) -> torch.Tensor:
         return self.store.norm(f"{self.prefix}{name}.weight")

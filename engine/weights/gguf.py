@@ -48,6 +48,8 @@ def iter_weights(
             found[names.get(name, name)] = each
     check_names(path, found.keys(), tensors.keys())
     for name, tensor in tensors.items():
+        if tensor.shape == (1, *found[name].shape):  # converters have stored matrices of one row as vectors
+            found[name] = replace(found[name], shape=tensor.shape)
         check_shape(path, found[name].name, found[name].shape, tensor.shape)
     with path.open("rb") as file:
         for name, part in parts.items():
@@ -61,8 +63,10 @@ def iter_weights(
 
 def _parted(path: Path, stored: StoredTensor, parts: Sequence[tuple[Tensor, slice]]) -> dict[str, StoredTensor]:
     """The declared tensors that this one holds."""
-    height = parts[-1][1].stop
-    check_shape(path, stored.name, stored.shape, (height, *parts[0][0].shape[1:]))
+    height, shape = parts[-1][1].stop, stored.shape
+    if len(shape) == 3:  # a matrix of each expert
+        shape = (shape[0] * shape[1], shape[2])
+    check_shape(path, stored.name, shape, (height, *parts[0][0].shape[1:]))
     width = stored.size // height
     return {
         tensor.name: replace(

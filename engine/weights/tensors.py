@@ -15,9 +15,9 @@ from pilotfish.errors import ModelError
 Part = tuple[slice, ...]
 """A contiguous part of a tensor: for each of its dimensions a range, with start and stop."""
 
-Axis = Literal["heads", "kv_heads", "inner", "vocabulary"]
+Axis = Literal["heads", "kv_heads", "inner", "expert", "shared", "vocabulary"]
 """What a sharded dimension runs over: query heads and key-value heads (`head_dim` entries each), the MLP's inner size,
-or the vocabulary. `engine.models.layout` says which of them each rank has."""
+an expert's, a shared expert's, or the vocabulary. `engine.models.layout` says which of them each rank has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,8 @@ class Tensor:
     linear: str | None = None
     """The prepared matrix that it becomes a part of, by its module path: tensors with the same path are fused, their
     rows in the order of their declaration. None: a norm."""
+    expert: int | None = None
+    """The number of the expert that it belongs to."""
     first_rank_only: bool = False
     """Only rank 0 has it: a bias that is added to a sum over the ranks."""
     quantizable: bool = False

@@ -23,16 +23,24 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -157,6 +165,34 @@ _KINDS: dict[str, tuple[type, type, dict[str, Any]]] = {
     ),
 }
 KINDS = tuple(_KINDS)
+_EXPERT_KINDS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": (OlmoeConfig, OlmoeForCausalLM, {"num_experts": 8, "num_experts_per_tok": 3, "pad_token_id": None}),
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        Qwen2MoeForCausalLM,
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 96,
+        },
+    ),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {
+            "head_dim": 32,
+            "num_hidden_layers": 3,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+}
+EXPERT_KINDS = tuple(_EXPERT_KINDS)
 UNFUSED = ("gemma2", "granite", "olmo2")
 """Kinds that the fused decoder does not know."""
 
@@ -181,7 +217,7 @@ def make_tiny(kind: str, path: Path, *, seed: int = 0, max_shard_size: str = "1G
 
 def build_model(kind: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """The model of `make_tiny` itself: float32, on the CPU, in evaluation mode."""
-    config_class, model_class, own = _KINDS[kind]
+    config_class, model_class, own = (_KINDS | _EXPERT_KINDS)[kind]
     with torch.random.fork_rng(devices=[]):  # what transformers draws is overwritten, and must not disturb a test
         model = model_class(config_class(**(_SHAPE | own | overrides))).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -193,7 +229,7 @@ def build_model(kind: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMode
             elif name.endswith("bias") or "embed_tokens" in name or "lm_head" in name:
                 parameter.copy_(0.5 * noise)
             else:
-                parameter.copy_(noise * 1.5 * parameter.shape[1] ** -0.5)
+                parameter.copy_(noise * 1.5 * parameter.shape[-1] ** -0.5)
     return model
 
 

@@ -28,6 +28,7 @@ _PARTS = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
 }
 _GEMMA_PARTS = _PARTS | {
     "post_attention_layernorm": "post_attention_norm",
@@ -38,6 +39,9 @@ _OWN_PARTS: dict[str, dict[str, str]] = {
     "gemma2": _GEMMA_PARTS,
     "gemma3": _GEMMA_PARTS,
     "olmo2": _GEMMA_PARTS,
+    "qwen2moe": _PARTS
+    | {f"mlp.shared_expert.{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")}
+    | {"mlp.shared_expert_gate": "ffn_gate_inp_shexp"},
     "phi3": _PARTS | {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
 }
 
@@ -60,7 +64,9 @@ def write_gguf(
     `tokenizer` (byte-level BPE) the file has it and the tiny models' chat template, else tokens without meaning.
     """
     config = model.config
-    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
+    names = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3"}
+    names |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+    arch = names.get(config.model_type, config.model_type)
     rope = config.rope_parameters
     if arch == "gemma3":
         rope = rope["full_attention"]
@@ -93,6 +99,11 @@ def write_gguf(
             f"rope_factors_{name}.weight": np.array(rope[f"{name}_factor"], dtype=np.float32)
             for name in ("short", "long")
         }
+    if (count := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)) is not None:
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        if (size := getattr(config, "moe_intermediate_size", None)) is not None:
+            writer.add_expert_feed_forward_length(size)
     if arch in ("gemma2", "gemma3"):
         writer.add_sliding_window(config.sliding_window)
     if arch == "gemma2":
@@ -112,6 +123,16 @@ def write_gguf(
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = parameter.float().numpy()
+        if ".mlp.experts." in name:
+            prefix = f"blk.{name.split('.')[2]}.ffn_"
+            if name.endswith("down_proj"):
+                tensors[f"{prefix}down_exps.weight"] = values
+            else:
+                tensors |= {
+                    f"{prefix}{part}_exps.weight": each
+                    for part, each in zip(("gate", "up"), np.split(values, 2, axis=1), strict=True)
+                }
+            continue
         paired = arch in ("llama", "granite", "smollm3")
         if paired and ".q_proj." in name:
             values = interleaved(values, config.num_attention_heads)

@@ -1,0 +1,81 @@
+"""A mixture of experts: the second half of a layer, of which each row computes a few parts only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pilotfish.engine.kernels.protocol import Kernels, PreparedLinear
+from pilotfish.engine.layers.decoder import DenseMlp, Linears
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """A gated MLP (see `DenseMlp`)."""
+
+    gate_up: PreparedLinear
+    down: PreparedLinear
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMlp:
+    """Experts, of which each row takes the `per_token` that its router finds most likely, and sums their results with
+    these probabilities (arXiv 1701.06538, 2101.03961).
+
+    A row's result does not depend on the rows that share its experts: products are batch-invariant where the kernels'
+    are, and a row's experts are added up in the order of its own probabilities.
+    """
+
+    router: PreparedLinear
+    experts: Seq[Expert | None]  # all of them; None: it is on another rank
+    per_token: int
+    normalized: bool  # whether the probabilities of a row's experts are made to sum to 1
+    shared: DenseMlp | None = None  # which every row takes as well
+    shared_gate: PreparedLinear | None = None  # (1, hidden_size): a row's factor of `shared`, before a sigmoid
+
+    def forward(self, linears: Linears, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """See `Mlp.forward`."""
+        kernels = linears.kernels
+        probs, chosen = self.route(kernels.linear(x, self.router))
+        y = self._summed(kernels, x, probs, chosen)
+        if self.shared is not None:
+            gate_up = linears.apply("shared_gate_up", x, self.shared.gate_up)
+            z = linears.apply("shared_down", kernels.silu_mul(gate_up), self.shared.down)
+            if self.shared_gate is not None:
+                z = z * torch.sigmoid(kernels.linear(x, self.shared_gate))
+            y = y + z
+        y = linears.comm.all_reduce(y)
+        return y if residual is None else y.add_(residual)
+
+    def route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A router's logits (rows, experts) -> probabilities, float32, and numbers of each row's experts, (rows,
+        per_token) each, the most likely first."""
+        probs, chosen = torch.softmax(logits.float(), dim=-1).topk(self.per_token, dim=-1)
+        return (probs / probs.sum(dim=-1, keepdim=True) if self.normalized else probs), chosen
+
+    def _summed(
+        self, kernels: Kernels[Any], x: torch.Tensor, probs: torch.Tensor, chosen: torch.Tensor
+    ) -> torch.Tensor:
+        """The sum over each row's experts that are on this rank: (rows, hidden_size)."""
+        count = chosen.shape[1]
+        pairs = chosen.flatten()  # pair p is of row p // count
+        order = torch.argsort(pairs, stable=True)
+        grouped = x[order // count]
+        results = x.new_zeros(len(order), x.shape[1])
+        start = 0
+        for expert, size in zip(self.experts, torch.bincount(pairs, minlength=len(self.experts)).tolist(), strict=True):
+            if size and expert is not None:
+                gated = kernels.silu_mul(kernels.linear(grouped[start : start + size], expert.gate_up))
+                results[start : start + size] = kernels.linear(gated, expert.down)
+            start += size
+        y = torch.empty_like(results)
+        y[order] = results
+        y = y.view(len(x), count, -1)
+        weights = probs.to(x.dtype).unsqueeze(2)
+        total = y[:, 0] * weights[:, 0]
+        for i in range(1, count):  # one after the other: a sum over a dimension may take another order for more rows
+            total += y[:, i] * weights[:, i]
+        return total

@@ -1,0 +1,204 @@
+"""Mixtures of experts: transformers' logits, on one rank and on several, whichever way they are divided; the same bits
+of a row whatever rows share its experts; the same text with any drafter; quantized experts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pilotfish.checkpoints.catalog import resolve
+from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.execution.batch import Span
+from pilotfish.engine.layers.experts import ExpertMlp
+from pilotfish.engine.llm import LLM
+from pilotfish.engine.models.checkpoint import iter_weights, read_config
+from pilotfish.engine.models.layout import Layout, what_does_not_divide
+from pilotfish.engine.models.registry import tensors_of
+from pilotfish.engine.params import SamplingParams
+from pilotfish.errors import ConfigError, ModelError
+from tests.support.native import BOTH, needs_native
+from tests.support.pairwise import pairwise
+from tests.support.parity import BLOCKS, OTHERS, KernelsName, in_pieces, logits_of, runner_of
+from tests.support.ranks import RankedRunner
+from tests.support.texts import stats_of
+from tests.support.tiny import EXPERT_KINDS, build_model, make_tiny
+from tests.support.tiny_gguf import write_gguf
+
+Tiny = Callable[[str], Path]
+
+PROMPT = [1, 300, 12, 77, 450, 3, 200, 201, 202, 12, 77, 9, 501, 88, 411, 5, 17, 230, 64, 333] * 2
+WHOLE, CHUNKED, DECODED = (40,), (7, 8, 24, 25, 40), tuple(range(30, 41))
+
+
+@pytest.mark.parametrize(
+    ("kernels", "kind", "ends"), pairwise(BOTH, EXPERT_KINDS, (WHOLE, CHUNKED, DECODED)), indirect=["kernels"]
+)
+def test_logits_equal_transformers(tiny: Tiny, kernels: KernelsName, kind: str, ends: tuple[int, ...]) -> None:
+    found = in_pieces(runner_of(str(tiny(kind)), kernels), PROMPT, ends)
+    torch.testing.assert_close(found, logits_of(build_model(kind), PROMPT), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "kind", "expert_parallel"), pairwise(BOTH, EXPERT_KINDS, (False, True)), indirect=["kernels"]
+)
+def test_two_ranks_give_the_same_logits(tiny: Tiny, kernels: KernelsName, kind: str, expert_parallel: bool) -> None:
+    runner = RankedRunner(str(tiny(kind)), 2, 8, kernels=kernels, expert_parallel=expert_parallel)
+    found = in_pieces(runner, PROMPT, (7, 8, 24, 25, 26, 31, 40))
+    torch.testing.assert_close(found, logits_of(build_model(kind), PROMPT), rtol=0, atol=1e-4)
+    mlp = runner.model.decoder.layers[0].mlp
+    assert isinstance(mlp, ExpertMlp)
+    absent = [expert is None for expert in mlp.experts]
+    assert absent == [expert_parallel and 2 * i >= len(absent) for i in range(len(absent))]
+
+
+def test_ranks_that_do_not_divide_the_experts_evenly(tiny: Tiny) -> None:
+    """Of 6 experts 4 ranks would have one or two."""
+    with pytest.raises(ConfigError, match=r"experts\.count \(6\) does not divide by 4.*: use 1 or 2$"):
+        RankedRunner(str(tiny("qwen2_moe")), 4, 8, kernels="torch", expert_parallel=True)
+    config = read_config(resolve(str(tiny("qwen3_moe"))))
+    assert any("experts.size (64)" in reason for reason in what_does_not_divide(config, 3))
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+@pytest.mark.parametrize("kind", EXPERT_KINDS)
+def test_over_all_ranks_every_expert_is_there_once(tiny: Tiny, kind: str, expert_parallel: bool) -> None:
+    config = replace(read_config(resolve(str(tiny(kind)))), expert_parallel=expert_parallel)
+    parts = [Layout(config, rank, 2).parts() for rank in range(2)]
+    for name, tensor in tensors_of(config).items():
+        if tensor.expert is not None:
+            sizes = [
+                torch.Size([axis.stop - axis.start for axis in part[name]]).numel() for part in parts if name in part
+            ]
+            assert sum(sizes) == torch.Size(tensor.shape).numel()
+            assert len(sizes) == (1 if expert_parallel else 2)
+
+
+@needs_native
+@pytest.mark.parametrize(("kind", "size"), [("mixtral", 1), ("qwen2_moe", 1), ("qwen3_moe", 1), ("qwen3_moe", 2)])
+def test_rows_that_share_experts_do_not_change_each_other(tiny: Tiny, kind: str, size: int) -> None:
+    """Not a bit, however the sequences are cut and put together."""
+    runner = RankedRunner(str(tiny(kind)), size, 8, kernels="native", expert_parallel=True)
+    sequences = {"first": (PROMPT, BLOCKS), "second": (PROMPT[::-1], OTHERS)}
+    alone = {
+        name: torch.cat([runner.run([Span([token], i, blocks, 1)]) for i, token in enumerate(tokens)])
+        for name, (tokens, blocks) in sequences.items()
+    }
+
+    @settings(max_examples=10)
+    @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=8, max_size=16))
+    def check(cuts: list[tuple[int, int]]) -> None:
+        at = dict.fromkeys(sequences, 0)
+        for lengths in cuts:
+            spans, wanted = [], []
+            for (name, (tokens, blocks)), length in zip(sequences.items(), lengths, strict=True):
+                start, stop = at[name], min(at[name] + length, len(tokens))
+                if start < stop:
+                    spans.append(Span(tokens[start:stop], start, blocks, stop - start))
+                    wanted.append(alone[name][start:stop])
+                    at[name] = stop
+            if spans:
+                assert torch.equal(runner.run(spans), torch.cat(wanted))
+
+    check()
+
+
+@pytest.mark.parametrize("kind", EXPERT_KINDS)
+def test_speculation_changes_no_text(tiny: Tiny, kernels: KernelsName, kind: str) -> None:
+    """Greedy as transformers writes it; alone and in a batch of 8, by lookup and by the model itself."""
+    llm = LLM(
+        str(tiny(kind)),
+        kernels=kernels,
+        drafter=("ngram", str(tiny(kind))),
+        kv_cache_memory=8 << 20,
+        num_threads=1,
+        adaptive_drafts=False,
+    )
+    prompts = [(PROMPT[i : i + 7] * 4)[: 18 + 2 * i] for i in range(8)]
+    for params in (
+        SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True),
+        SamplingParams(temperature=1.2, seed=7, max_tokens=16, ignore_eos=True),
+    ):
+        alone = [llm.generate([prompt], params, speculation="off")[0].token_ids for prompt in prompts]
+        for drafter in ("off", "ngram", kind):
+            found = llm.generate(prompts, params, speculation=drafter)
+            assert [completion.token_ids for completion in found] == alone
+            if drafter == kind:
+                assert all(stats_of(completion).accepted_tokens > 0 for completion in found)
+        if params.temperature == 0.0:
+            reference, wanted = build_model(kind), list(prompts[0])
+            with torch.inference_mode():
+                for _ in range(64):
+                    wanted.append(int(reference(torch.tensor([wanted])).logits[0, -1].argmax()))
+            assert list(alone[0]) == wanted[len(prompts[0]) :]
+
+
+@pytest.mark.parametrize("kind", EXPERT_KINDS)
+def test_a_gguf_file_gives_transformers_logits(tmp_path: Path, kind: str) -> None:
+    """Where the experts of a layer are one tensor; and 2 ranks read their parts of it."""
+    own: dict[str, Any] = {"mlp_only_layers": []} if kind == "qwen3_moe" else {}  # which files cannot say
+    path = write_gguf(build_model(kind, **own), tmp_path / "model.gguf")
+    wanted = logits_of(build_model(kind, **own), PROMPT)
+    torch.testing.assert_close(in_pieces(runner_of(str(path), "torch"), PROMPT, CHUNKED), wanted, rtol=0, atol=1e-4)
+    for expert_parallel in (False, True):
+        runner = RankedRunner(str(path), 2, 8, kernels="torch", expert_parallel=expert_parallel)
+        torch.testing.assert_close(in_pieces(runner, PROMPT, CHUNKED), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", EXPERT_KINDS)
+def test_a_folder_gives_the_experts_tensors(tiny: Tiny, kind: str) -> None:
+    """transformers keeps a layer's experts in one tensor; published folders have a tensor of each."""
+    files = resolve(str(tiny(kind)))
+    config, theirs = read_config(files), dict(build_model(kind).named_parameters())
+    assert config.experts is not None
+    size = config.experts.size
+    rows = {"gate_proj": slice(size), "w1": slice(size), "up_proj": slice(size, None), "w3": slice(size, None)}
+    experts = [(name, tensor) for name, tensor in iter_weights(files, config, torch.float32) if ".experts." in name]
+    assert len(experts) == 3 * config.experts.count * (config.num_layers - len(config.experts.dense_layers))
+    for name, tensor in experts:
+        layer, expert, which = name.split(".")[2], name.split(".")[5], name.split(".")[6]
+        whole = "gate_up_proj" if which in rows else "down_proj"
+        wanted = theirs[f"model.layers.{layer}.mlp.experts.{whole}"][int(expert)]
+        assert torch.equal(tensor, wanted[rows.get(which, slice(None))])
+
+
+@pytest.mark.parametrize("quantization", ["fp8"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_quantized_experts(tiny: Tiny, kind: str, quantization: str) -> None:
+    plain, coarse = (
+        in_pieces(runner_of(str(tiny(kind)), "torch", quantization=q), PROMPT, WHOLE) for q in ("none", quantization)
+    )
+    assert not torch.equal(plain, coarse)
+    assert torch.nn.functional.cosine_similarity(plain, coarse).median() > 0.97
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "named"),
+    [
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0, but the engine knows OLMoE with None"),
+        ("qwen3_moe", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("qwen2_moe", {"num_experts": 0}, "num_experts is 0, but must be a positive number"),
+        ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window is True"),
+    ],
+)
+def test_what_the_engine_does_not_know_is_refused(
+    tmp_path: Path, kind: str, changes: dict[str, Any], named: str
+) -> None:
+    folder = make_tiny(kind, tmp_path / "model")
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ModelError, match=named):
+        read_config(resolve(str(folder)))
+
+
+def test_random_weights_for_benchmarks(tiny: Tiny) -> None:
+    runner = runner_of(str(tiny("qwen3_moe")), "torch", load_format="dummy")
+    assert in_pieces(runner, PROMPT, WHOLE).isfinite().all()
+    assert EngineConfig().expert_parallel is False
