@@ -19,7 +19,7 @@ Port = Annotated[int, Meta(ge=1, le=65535)]
 Verification = Literal["coupled", "rejection"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
-KernelsName = Literal["auto", "native", "torch"]
+KernelsName = Literal["auto", "native", "triton", "torch"]
 AttentionName = Literal["auto", "flash4", "flash2", "triton", "native", "torch"]
 QuantizationName = Literal["auto", "none", "fp8"]
 CacheDType = Literal["auto", "fp8"]
@@ -50,8 +50,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     device: DeviceName = "auto"
     """Device to run on. auto: CUDA if the machine has a GPU, and an error if torch cannot use it; else the CPU."""
     kernels: KernelsName = "auto"
-    """Kernels to use. native: Pilotfish's own CPU kernels, which are batch-invariant; torch: torch's operators; auto:
-    native where they can be used."""
+    """Kernels to use. native: Pilotfish's own CPU kernels, which are batch-invariant; triton: its own on a GPU, which
+    take fewer launches; torch: torch's operators; auto: native or triton where they can be used."""
     attention_backend: AttentionName = "auto"
     """Attention kernels to use. flash4, flash2: flash-attn's; triton: Pilotfish's own on a GPU; native, torch: as for
     `kernels`; auto: the best ones that this machine has."""

@@ -12,12 +12,14 @@ import torch
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.device import compute_capability
 from pilotfish.engine.device.gpu import use_gpu
+from pilotfish.engine.execution.triton_check import Sizes, checked_triton
 from pilotfish.engine.kernels.native import VECTOR, NativeKernels, load_library
 from pilotfish.engine.kernels.protocol import Kernels
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers.attention.backend import AttentionBackend
 from pilotfish.engine.layers.attention.choose import AttentionNeeds, choose_attention, why_not
 from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.models.layout import Layout
 from pilotfish.engine.weights.quantization import SCHEMES, Quantization
 from pilotfish.errors import ConfigError
 
@@ -77,6 +79,8 @@ def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) ->
         kernels.set_threads(thread_count(config))
         # Little is left to torch, and its threads, which spin, would only slow down the kernels' own.
         torch.set_num_threads(1)
+    if config.kernels == "triton" and (reason := _why_not_triton(device)):
+        raise ConfigError(f"kernels is 'triton', but {reason}")
     needs = AttentionNeeds(
         device=device,
         capability=compute_capability(device),
@@ -88,11 +92,36 @@ def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) ->
     )
     native = kernels if isinstance(kernels, NativeKernels) else None
     attention = choose_attention(config.attention_backend, needs, native)
+    if config.kernels == "triton" or (config.kernels == "auto" and device.type == "cuda"):
+        kernels = _triton_kernels(needs, model, ranks)
     platform = Platform(
         device, dtype, kernels, attention, replace(needs, block_size=config.block_size or attention.block_size)
     )
-    logger.info("attention: %s, blocks of %d tokens", attention.name, platform.block_size)
+    logger.info("kernels: %s; attention: %s, blocks of %d tokens", kernels.name, attention.name, platform.block_size)
     return platform
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the Triton kernels compute on NVIDIA GPUs, not on {device}"
+    return None
+
+
+def _triton_kernels(needs: AttentionNeeds, model: ModelConfig, ranks: int) -> TorchKernels:
+    if needs.capability is not None and needs.capability < (8, 0):
+        return TorchKernels()
+    layout = Layout(model, 0, ranks)
+    sizes = Sizes(
+        hidden=model.hidden_size,
+        intermediate=layout.intermediate_size,
+        heads=layout.num_heads,
+        kv_heads=layout.num_kv_heads,
+        head_dim=model.head_dim,
+        vocab=model.vocab_size,
+    )
+    with torch.inference_mode():
+        fp8 = SCHEMES["fp8"].is_native(needs.capability)
+        return checked_triton(needs.device, needs.dtype, needs.cache_dtype, sizes, fp8)
 
 
 def _choose_device(config: EngineConfig) -> torch.device:

@@ -29,11 +29,13 @@ _WINDOW = 4096
 
 
 class TritonKernels(TorchKernels):
-    name = "triton"
     fuses = True
 
     def __init__(self, without: Iterable[str] = ()) -> None:
+        """`without`: names of FUSED that torch's operators compute."""
         self.used = frozenset(FUSED) - frozenset(without)
+        # What is missing shows in the log and in the metric of the engine's kernels.
+        self.name = "triton" + "".join(f"-{name}" for name in sorted(frozenset(FUSED) - self.used))
 
     def linear(
         self, x: torch.Tensor, weight: TorchLinear | Fp8Linear, residual: torch.Tensor | None = None
@@ -159,7 +161,6 @@ def _rotate(
     written: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
 ) -> None:
     rows, every, dim = qkv.shape
-    rotary = cos_sin.shape[1]
     q_norm, k_norm = norms if norms is not None else (cos_sin, cos_sin)
     keys, values, slots = written if written is not None else (qkv, qkv, positions)
     if rows:
@@ -168,9 +169,7 @@ def _rotate(
             HEADS=heads,
             KV_HEADS=kv_heads,
             DIM=dim,
-            ROTARY=rotary,
-            HALF=triton.next_power_of_2(rotary // 2),
-            REST=0 if rotary == dim else triton.next_power_of_2(dim - rotary),
+            HALF=triton.next_power_of_2(dim // 2),
             WHOLE=triton.next_power_of_2(dim),
             NORMED=norms is not None,
             WRITTEN=written is not None,

@@ -112,7 +112,7 @@ def rotate_heads(
     q_norm,  # (DIM,)
     k_norm,
     positions,  # (rows,) int64
-    cos_sin,  # (max_positions, ROTARY) float32
+    cos_sin,  # (max_positions, DIM) float32
     keys,  # (slots, kv_heads, DIM), in the cache's dtype
     values,
     slots,  # (rows,) int64
@@ -122,42 +122,34 @@ def rotate_heads(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
-    ROTARY: tl.constexpr,  # the first dimensions of a head, which are rotated
-    HALF: tl.constexpr,  # ROTARY / 2, up to a power of two
-    REST: tl.constexpr,  # DIM - ROTARY, up to a power of two, or 0
+    HALF: tl.constexpr,  # DIM / 2, up to a power of two
     WHOLE: tl.constexpr,  # DIM, up to a power of two
     NORMED: tl.constexpr,  # whether queries and keys are normed first
-    WRITTEN: tl.constexpr,  # whether keys and values go to the cache; else there are no values in `qkv`
+    WRITTEN: tl.constexpr,  # whether keys and values go to the cache; else `qkv` has heads to rotate alone
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     kind = qkv.dtype.element_ty
     base = qkv + row * row_stride + head * head_stride
+    every = tl.arange(0, WHOLE)
     if head < HEADS + KV_HEADS:
         at = tl.arange(0, HALF)
-        half: tl.constexpr = ROTARY // 2
+        half: tl.constexpr = DIM // 2
         inside = at < half
         low = tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
         high = tl.load(base + half + at, mask=inside, other=0.0).to(tl.float32)
-        if REST > 0:
-            beyond = ROTARY + tl.arange(0, REST)
-            there = beyond < DIM
-            rest = tl.load(base + beyond, mask=there, other=0.0).to(tl.float32)
         if NORMED:
             # Squares are summed in the order of `norm_heads`.
-            every = tl.arange(0, WHOLE)
             x = tl.load(base + every, mask=every < DIM, other=0.0).to(tl.float32)
             factor = tl.rsqrt(tl.sum(x * x, 0) / DIM + eps)
             weight = q_norm
             if head >= HEADS:
                 weight = k_norm
             low = low * factor * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-            low = rounded(low, kind).to(tl.float32)
             high = high * factor * tl.load(weight + half + at, mask=inside, other=0.0).to(tl.float32)
+            low = rounded(low, kind).to(tl.float32)
             high = rounded(high, kind).to(tl.float32)
-            if REST > 0:
-                rest = rest * factor * tl.load(weight + beyond, mask=there, other=0.0).to(tl.float32)
-        angle = cos_sin + tl.load(positions + row) * ROTARY + at
+        angle = cos_sin + tl.load(positions + row) * DIM + at
         cosine = tl.load(angle, mask=inside, other=0.0)
         sine = tl.load(angle + half, mask=inside, other=0.0)
         turned_low = rounded(low * cosine - high * sine, kind)
@@ -166,15 +158,10 @@ def rotate_heads(
             to = keys + (tl.load(slots + row) * KV_HEADS + head - HEADS) * DIM
             tl.store(to + at, as_stored(turned_low, keys.dtype.element_ty), mask=inside)
             tl.store(to + half + at, as_stored(turned_high, keys.dtype.element_ty), mask=inside)
-            if REST > 0:
-                tl.store(to + beyond, as_stored(rounded(rest, kind), keys.dtype.element_ty), mask=there)
         else:
             tl.store(base + at, turned_low, mask=inside)
             tl.store(base + half + at, turned_high, mask=inside)
-            if REST > 0 and NORMED:
-                tl.store(base + beyond, rounded(rest, kind), mask=there)
     else:
-        every = tl.arange(0, WHOLE)
         to = values + (tl.load(slots + row) * KV_HEADS + head - HEADS - KV_HEADS) * DIM
         value = tl.load(base + every, mask=every < DIM, other=0.0)
         tl.store(to + every, as_stored(value, values.dtype.element_ty), mask=every < DIM)

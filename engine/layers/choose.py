@@ -1,4 +1,4 @@
-"""Chooses the decoder: the fused one if it supports the layers, the kernels and the attention backend."""
+"""Chooses the decoder: the fused or the joined one if it supports the layers, the kernels and the attention backend."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 
 from pilotfish.engine.kernels.native import NativeKernels, NativeLinear
 from pilotfish.engine.kernels.protocol import Kernels
+from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers.attention.backend import AttentionBackend
 from pilotfish.engine.layers.attention.native import NativeAttention
 from pilotfish.engine.layers.communicator import Communicator
 from pilotfish.engine.layers.decoder import Decoder, DecoderLayer, DenseMlp, LayerShape
 from pilotfish.engine.layers.fused_decoder import FusedDecoder
+from pilotfish.engine.layers.joined_decoder import JoinedDecoder
 from pilotfish.engine.layers.operator_decoder import OperatorDecoder
 
 logger = logging.getLogger(__name__)
@@ -25,12 +27,31 @@ def choose_decoder(
     layers: Seq[DecoderLayer],
     shape: LayerShape,
 ) -> Decoder:
-    reason = why_not_fused(kernels, attention, comm, layers)
+    if isinstance(kernels, TorchKernels) and kernels.fuses:
+        reason = why_not_joined(attention, layers)
+        if reason is None:
+            return JoinedDecoder(kernels, attention, comm, layers, shape)
+    else:
+        reason = why_not_fused(kernels, attention, comm, layers)
     if reason is not None:
         logger.debug("decoder: operator by operator, since %s", reason)
         return OperatorDecoder(kernels, attention, comm, layers, shape)
     assert isinstance(kernels, NativeKernels)
     return FusedDecoder(kernels, layers, shape)
+
+
+def why_not_joined(attention: AttentionBackend, layers: Seq[DecoderLayer]) -> str | None:
+    """Return why `JoinedDecoder` cannot compute these layers, or None if it can."""
+    if isinstance(attention, NativeAttention):
+        return "the native attention's cache has a layout of its own"
+    for i, layer in enumerate(layers):
+        if layer.whole_norms:
+            return f"layer {i} norms all heads of a query at once"
+        if layer.residual_scale != 1.0:
+            return f"layer {i} scales what it adds to the hidden states"
+        if (layer.q_norm is None) != (layer.k_norm is None):
+            return f"layer {i} has a norm of query or key alone"
+    return None
 
 
 def why_not_fused(

@@ -15,7 +15,7 @@ from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.memory import kv_cache
 from pilotfish.engine.models.decoder_model import DecoderModel
 
-KernelsName = Literal["native", "torch"]
+KernelsName = Literal["native", "torch", "triton"]
 
 BLOCKS = [5, 2, 7, 1]  # of 8: out of order, so that a row that goes to the wrong place is seen
 OTHERS = [0, 6, 4, 3]

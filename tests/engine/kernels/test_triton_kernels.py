@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilotfish.engine.kernels import paged
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.sampling import noise
 from pilotfish.engine.sampling.processors import scale_rows
@@ -79,19 +78,17 @@ CACHES = [*((dtype, dtype) for dtype in DTYPES), (torch.bfloat16, torch.float8_e
 
 
 @pytest.mark.parametrize(("dtype", "stored"), CACHES, ids=str)
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "rotary"), [(4, 2, 16, 16), (3, 1, 96, 96), (2, 2, 40, 16), (1, 1, 256, 256)]
-)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (3, 1, 96), (1, 1, 256)])
 @pytest.mark.parametrize("normed", [False, True])
-def test_rotate_and_write(dtype, stored, heads, kv_heads, dim, rotary, normed) -> None:
+def test_rotate_and_write(dtype, stored, heads, kv_heads, dim, normed) -> None:
     rows, size = 5, 4
     qkv = random(rows, heads + 2 * kv_heads, dim, dtype=dtype, scale=200 if stored.itemsize == 1 else 1)
     norms = (1 + random(dim, dtype=dtype, seed=1), 1 + random(dim, seed=2)) if normed else None
-    positions, cos_sin = torch.tensor([0, 49, 3, 3, 7]), random(50, rotary, seed=3)
+    positions, cos_sin = torch.tensor([0, 49, 3, 3, 7]), random(50, dim, seed=3)
     slots = torch.tensor([9, 1, 0, 11, 6])
-    caches = [[torch.zeros(3, size, kv_heads, dim).to(stored) for _ in range(2)] for _ in range(2)]
-    wanted = rotated(qkv.clone(), kv_heads, norms, positions, cos_sin, caches[0], slots)
-    found = FUSED.rotate_and_write(qkv.clone(), kv_heads, norms, positions, cos_sin, EPS, tuple(caches[1]), slots)
+    caches = [(torch.zeros(3, size, kv_heads, dim).to(stored), torch.zeros(3, size, kv_heads, dim).to(stored)) for _ in range(2)]
+    wanted = TORCH.rotate_and_write(qkv.clone(), kv_heads, norms, positions, cos_sin, EPS, caches[0], slots)
+    found = FUSED.rotate_and_write(qkv.clone(), kv_heads, norms, positions, cos_sin, EPS, caches[1], slots)
     assert found.shape == (rows, heads, dim)
     if not normed:
         assert torch.equal(found, wanted)
@@ -101,32 +98,18 @@ def test_rotate_and_write(dtype, stored, heads, kv_heads, dim, rotary, normed) -
             close(mine.float().to(dtype), its.float().to(dtype)) if stored.itemsize > 1 else None
         else:
             assert torch.equal(mine.float(), its.float())
-    if not normed and rotary == dim:
+    if not normed:
         x, its = qkv.clone()[:, 1:], qkv.clone()[:, 1:]
         FUSED.rotate_(x, positions, cos_sin)
         TORCH.rotate_(its, positions, cos_sin)
         assert torch.equal(x, its)
-    again = [part.clone() for part in caches[1]]
+    again = caches[1][0].clone(), caches[1][1].clone()
 
     def one(qkv: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        return FUSED.rotate_and_write(qkv, kv_heads, norms, positions, cos_sin, EPS, tuple(again), slots)
+        return FUSED.rotate_and_write(qkv, kv_heads, norms, positions, cos_sin, EPS, again, slots)
 
     assert torch.equal(alone(one, qkv, positions, slots), found)
     assert all(torch.equal(a.float(), b.float()) for a, b in zip(again, caches[1], strict=True))
-
-
-def rotated(qkv, kv_heads, norms, positions, cos_sin, cache, slots) -> torch.Tensor:
-    """torch's operators, on the first dimensions of the heads where the table has fewer."""
-    rotary, heads = cos_sin.shape[1], qkv.shape[1] - 2 * kv_heads
-    if rotary == qkv.shape[2]:
-        return TORCH.rotate_and_write(qkv, kv_heads, norms, positions, cos_sin, EPS, tuple(cache), slots)
-    both = qkv[:, : heads + kv_heads]
-    if norms is not None:
-        both[:, :heads] = TORCH.rms_norm(both[:, :heads], norms[0], EPS)
-        both[:, heads:] = TORCH.rms_norm(both[:, heads:], norms[1], EPS)
-    TORCH.rotate_(both[..., :rotary], positions, cos_sin)
-    paged.write(cache[0], cache[1], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :], slots)
-    return qkv[:, :heads]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -141,7 +124,7 @@ def test_gates(dtype: torch.dtype, size: int) -> None:
 
 
 @few
-@given(st.integers(1, 5), st.integers(1, 300), st.sampled_from(DTYPES), st.sampled_from([1e-4, 1.0, 3e4]))
+@given(st.integers(1, 5), st.integers(1, 300), st.sampled_from(DTYPES), st.sampled_from([1e-4, 1.0, 8e3]))
 def test_quantizing(rows: int, size: int, dtype: torch.dtype, scale: float) -> None:
     x = random(rows, size, dtype=dtype, seed=size, scale=scale)
     x[0] = 0
