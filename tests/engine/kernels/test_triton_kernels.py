@@ -86,7 +86,10 @@ def test_rotate_and_write(dtype, stored, heads, kv_heads, dim, normed) -> None:
     norms = (1 + random(dim, dtype=dtype, seed=1), 1 + random(dim, seed=2)) if normed else None
     positions, cos_sin = torch.tensor([0, 49, 3, 3, 7]), random(50, dim, seed=3)
     slots = torch.tensor([9, 1, 0, 11, 6])
-    caches = [(torch.zeros(3, size, kv_heads, dim).to(stored), torch.zeros(3, size, kv_heads, dim).to(stored)) for _ in range(2)]
+    caches = [
+        (torch.zeros(3, size, kv_heads, dim).to(stored), torch.zeros(3, size, kv_heads, dim).to(stored))
+        for _ in range(2)
+    ]
     wanted = TORCH.rotate_and_write(qkv.clone(), kv_heads, norms, positions, cos_sin, EPS, caches[0], slots)
     found = FUSED.rotate_and_write(qkv.clone(), kv_heads, norms, positions, cos_sin, EPS, caches[1], slots)
     assert found.shape == (rows, heads, dim)
