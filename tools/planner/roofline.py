@@ -16,10 +16,12 @@ from pilotfish.tools.planner.heads import PlannedHead
 from pilotfish.tools.planner.models import BYTES, Matrix, PlannedModel
 
 KERNELS_PER_LAYER = 10
-"""Norm, qkv, rotation, cache write, attention, output, norm, gate and up, activation, down: a layer
-that runs operator by operator."""
-SANDWICH_KERNELS = 7
-"""Additional kernels in Gemma's layers: norms of queries and keys, norms after, sums."""
+"""Norm, qkv, rotation with the cache's write, attention and the sum over its parts, output, norm, gate and up,
+activation, down: as `tests/engine/execution/test_kernel_count.py` counts them. Sums and other norms are in these."""
+LAYER_PRODUCTS = 4
+"""Matrix products of a layer."""
+FP8_KERNELS = 1
+"""Additional kernels of a matrix product in fp8: quantizing its activations."""
 HEAD_KERNELS = 2
 """Additional kernels in an EAGLE-3 head's layer: its second norm, and concatenating the two halves of its input."""
 ROW_PASSES = 12
@@ -129,10 +131,10 @@ def pass_seconds(
 
 def kernel_count(model: PlannedModel | PlannedHead) -> int:
     """Return the number of kernels that a pass runs, one after the other."""
+    products = LAYER_PRODUCTS * FP8_KERNELS if any(dtype == "fp8" for (_, dtype, *_), _ in _matrices(model, 1)) else 0
     if isinstance(model, PlannedHead):
-        return KERNELS_PER_LAYER + HEAD_KERNELS + 3
-    per_layer = KERNELS_PER_LAYER + (SANDWICH_KERNELS if model.shape.sandwich_norms else 0)
-    return model.shape.num_layers * per_layer + 3
+        return KERNELS_PER_LAYER + products + HEAD_KERNELS + 3
+    return model.shape.num_layers * (KERNELS_PER_LAYER + products) + 3
 
 
 def all_reduce_seconds(device: Device, ranks: int, size: float) -> float:
