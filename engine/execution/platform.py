@@ -89,6 +89,7 @@ def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) ->
         head_dim=model.head_dim,
         block_size=config.block_size,
         softcap=model.attention_softcap is not None,
+        sinks=model.attention_sinks,
     )
     native = kernels if isinstance(kernels, NativeKernels) else None
     attention = choose_attention(config.attention_backend, needs, native)
@@ -154,10 +155,13 @@ def _why_not_native(
 
 def check_draft(platform: Platform, name: str, model: ModelConfig, config: EngineConfig, ranks: int = 1) -> None:
     """Raise ConfigError if a draft model, sharded over `ranks`, cannot compute on the target's platform."""
-    reason = why_not(
-        platform.attention.name,
-        replace(platform.needs, head_dim=model.head_dim, softcap=model.attention_softcap is not None),
+    needs = replace(
+        platform.needs,
+        head_dim=model.head_dim,
+        softcap=model.attention_softcap is not None,
+        sinks=model.attention_sinks,
     )
+    reason = why_not(platform.attention.name, needs)
     if reason:
         raise ConfigError(f"drafter {name!r}: {reason}; attention_backend names another one for both models")
     if platform.kernels.name == "native":

@@ -80,6 +80,8 @@ def _why_not(layer: DecoderLayer, first: DecoderLayer) -> str | None:
         return "has a norm of query or key alone"
     if layer.attention.softcap:
         return "caps attention scores"
+    if layer.attention.sinks is not None:
+        return "has attention sinks"
     if layer.mlp_norm is None:
         return "has no norm before its MLP"
     if layer.whole_norms:

@@ -35,6 +35,8 @@ class ExpertMlp:
     normalized: bool  # whether the probabilities of a row's experts are made to sum to 1
     shared: DenseMlp | None = None  # which every row takes as well
     shared_gate: PreparedLinear | None = None  # (1, hidden_size): a row's factor of `shared`, before a sigmoid
+    chosen_only: bool = False  # the router's softmax is over a row's experts alone
+    clamp: float | None = None  # see `gated`
 
     def forward(self, linears: Linears, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """See `Mlp.forward`."""
@@ -45,7 +47,8 @@ class ExpertMlp:
             gate_up = linears.apply("shared_gate_up", x, self.shared.gate_up)
             z = linears.apply("shared_down", kernels.silu_mul(gate_up), self.shared.down)
             if self.shared_gate is not None:
-                z = z * torch.sigmoid(kernels.linear(x, self.shared_gate))
+                # As wide as z: torch computes the last few numbers of a tensor in another way than the rest.
+                z = z * torch.sigmoid(kernels.linear(x, self.shared_gate).expand_as(z).contiguous())
             y = y + z
         y = linears.comm.all_reduce(y)
         return y if residual is None else y.add_(residual)
@@ -53,8 +56,19 @@ class ExpertMlp:
     def route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A router's logits (rows, experts) -> probabilities, float32, and numbers of each row's experts, (rows,
         per_token) each, the most likely first."""
+        if self.chosen_only:
+            scores, chosen = logits.float().topk(self.per_token, dim=-1)
+            return torch.softmax(scores, dim=-1), chosen
         probs, chosen = torch.softmax(logits.float(), dim=-1).topk(self.per_token, dim=-1)
         return (probs / probs.sum(dim=-1, keepdim=True) if self.normalized else probs), chosen
+
+    def gated(self, kernels: Kernels[Any], gate_up: torch.Tensor) -> torch.Tensor:
+        """(rows, 2 * size), gate first -> (rows, size): SwiGLU, or gpt-oss's form of it if there is a clamp."""
+        if self.clamp is None:
+            return kernels.silu_mul(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=self.clamp), up.clamp(-self.clamp, self.clamp)
+        return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
 
     def _summed(
         self, kernels: Kernels[Any], x: torch.Tensor, probs: torch.Tensor, chosen: torch.Tensor
@@ -68,7 +82,7 @@ class ExpertMlp:
         start = 0
         for expert, size in zip(self.experts, torch.bincount(pairs, minlength=len(self.experts)).tolist(), strict=True):
             if size and expert is not None:
-                gated = kernels.silu_mul(kernels.linear(grouped[start : start + size], expert.gate_up))
+                gated = self.gated(kernels, kernels.linear(grouped[start : start + size], expert.gate_up))
                 results[start : start + size] = kernels.linear(gated, expert.down)
             start += size
         y = torch.empty_like(results)

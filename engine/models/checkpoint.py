@@ -41,6 +41,8 @@ def read_hf_config(folder: Path) -> ModelConfig:
     if is_eagle3(folder):
         raise ModelError(f"{folder} is an EAGLE-3 head, which drafts for a model and is not one by itself")
     family = find_family(raw.get("model_type"), f"{path}: model_type", "model_types")
+    if (raw.get("quantization_config") or {}).get("quant_method") in family.own_quantization:
+        return family.read_hf(Values(path, raw))
     return replace(family.read_hf(Values(path, raw)), quantization=read_quantization(path, raw))
 
 
@@ -72,6 +74,8 @@ def iter_weights(
     from pilotfish.engine.weights import safetensors
 
     family = family_of(config.architecture)
+    if family.read_folder is not None:
+        return family.read_folder(files.path, tensors, dtype, wanted, device or torch.device("cpu"))
 
     def name_of(stored: str) -> str | None:
         name = family.declared_name(stored)

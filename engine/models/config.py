@@ -58,6 +58,10 @@ class ExpertConfig:
     """Inner size of an expert that every token takes as well; 0: there is none."""
     dense_layers: tuple[int, ...] = ()
     """Layers with a dense MLP all the same."""
+    biased: bool = False
+    """Whether router and experts have biases."""
+    clamp: float | None = None
+    """Bound of gate and up before their product, which then is gpt-oss's; None: it is that of SwiGLU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +97,8 @@ class ModelConfig:
     """Factor of the scores before the softmax; None: head_dim ** -0.5."""
     attention_softcap: float | None = None
     """Scores before the softmax become cap * tanh(score / cap); None: they stay as they are."""
+    attention_sinks: bool = False
+    """Whether each head has a score that takes weight and gives no value."""
     logit_softcap: float | None = None
     """The same of logits."""
     embedding_scale: float = 1.0

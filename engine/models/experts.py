@@ -60,7 +60,8 @@ def expert_tensors(
     assert config.experts is not None
     hidden, inner = config.hidden_size, config.experts.size
     shape = config.experts.count, hidden
-    yield from linear(f"{hf}{router}", f"{gguf}ffn_gate_inp", shape, quantizable=False)
+    biased = config.experts.biased
+    yield from linear(f"{hf}{router}", f"{gguf}ffn_gate_inp", shape, quantizable=False, bias=biased)
     gate, up, down = names
     for i in range(config.experts.count):
         path = f"{hf}experts.{i}."
@@ -70,6 +71,7 @@ def expert_tensors(
                 f"{gguf}ffn_{kind}.{i}",
                 (inner, hidden),
                 rows="expert",
+                bias=biased,
                 fused=f"{path}gate_up",
                 gguf_stored=f"{gguf}ffn_{kind}_exps",
                 expert=i,
@@ -79,6 +81,7 @@ def expert_tensors(
             f"{gguf}ffn_down.{i}",
             (hidden, inner),
             columns="expert",
+            bias=biased,
             gguf_stored=f"{gguf}ffn_down_exps",
             expert=i,
         )
@@ -116,4 +119,6 @@ def expert_mlp(
         normalized=config.experts.normalized,
         shared=shared,
         shared_gate=shared_gate,
+        chosen_only=config.experts.clamp is not None,
+        clamp=config.experts.clamp,
     )

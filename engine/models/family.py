@@ -6,15 +6,16 @@ A family's file imports no torch until it makes a layer: the planner and the ser
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pilotfish.checkpoints.gguf_header import Header
 from pilotfish.checkpoints.values import Values
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.readers import gguf_config
-from pilotfish.engine.weights.tensors import Tensor
+from pilotfish.engine.weights.tensors import Part, Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,13 @@ def declared_name(stored: str) -> str | None:
     return None if _ROTARY_BUFFER.fullmatch(stored) else stored
 
 
+ReadFolder = Callable[
+    [Path, "Mapping[str, Tensor]", "torch.dtype", "Mapping[str, Part]", "torch.device"],
+    "Iterator[tuple[str, torch.Tensor]]",
+]
+"""Takes a folder, the declared tensors, a dtype, the parts to read, and a device."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """The names of a family, the readers of its files, its tensors, and its layer."""
@@ -47,6 +55,11 @@ class Family:
     out have the defaults of transformers' configuration classes."""
     read_gguf: Callable[[Header], ModelConfig] = gguf_config
     """Reads a GGUF file's header. Raises ModelError, too."""
+    read_folder: ReadFolder | None = None
+    """Reads the tensors of a Hugging Face folder, as `engine.models.checkpoint.iter_weights` does; None: they are
+    stored as they are declared."""
+    own_quantization: tuple[str, ...] = ()
+    """Values of `quant_method` that `read_folder` dequantizes."""
     tensors: Callable[[ModelConfig], Iterable[Tensor]]
     """Declares every tensor of a model, in the order of the computation; a tied head is not among them."""
     declared_name: Callable[[str], str | None] = declared_name

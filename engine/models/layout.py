@@ -64,7 +64,7 @@ class Layout:
 
     def _has(self, tensor: Tensor) -> bool:
         if tensor.expert is not None and self.config.expert_parallel:
-            assert self.config.experts is not None
+            assert self.config.experts is not None  # its rank alone has its biases, too
             return tensor.expert * self.size // self.config.experts.count == self.rank
         return self.rank == 0 or not tensor.first_rank_only
 
@@ -83,6 +83,8 @@ class Layout:
                 return self.vocabulary
             case "heads":
                 return self._of_heads(self.rank * self.num_heads, self.num_heads)
+            case "head":
+                return slice(self.rank * self.num_heads, (self.rank + 1) * self.num_heads)
             case "kv_heads":
                 return self._of_heads(self.rank * self.config.num_kv_heads // self.size, self.num_kv_heads)
             case "inner":

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pilotfish.engine.models import (
     gemma2,
     gemma3,
+    gpt_oss,
     granite,
     llama,
     mistral3,
@@ -34,6 +35,7 @@ FAMILIES: tuple[Family, ...] = (
     olmo2.FAMILY,
     phi3.FAMILY,
     smollm3.FAMILY,
+    gpt_oss.FAMILY,
     mixtral.FAMILY,
     olmoe.FAMILY,
     qwen2_moe.FAMILY,

@@ -105,6 +105,10 @@ class LayerWeights:
     def norm(self, name: str) -> torch.Tensor:
         return self.store.norm(f"{self.prefix}{name}.weight")
 
+    def vector(self, name: str) -> torch.Tensor:
+        """A vector that is neither a norm nor a bias."""
+        return self.store.norm(self.prefix + name)
+
 
 def _turned(tensor: torch.Tensor, head_dim: int, rotated: int) -> torch.Tensor:
     """The rows of each head in the order of `rotated_first`."""

@@ -64,8 +64,8 @@ def iter_weights(
 def _parted(path: Path, stored: StoredTensor, parts: Sequence[tuple[Tensor, slice]]) -> dict[str, StoredTensor]:
     """The declared tensors that this one holds."""
     height, shape = parts[-1][1].stop, stored.shape
-    if len(shape) == 3:  # a matrix of each expert
-        shape = (shape[0] * shape[1], shape[2])
+    if len(shape) == len(parts[0][0].shape) + 1:  # a matrix or bias of each expert
+        shape = (shape[0] * shape[1], *shape[2:])
     check_shape(path, stored.name, shape, (height, *parts[0][0].shape[1:]))
     width = stored.size // height
     return {

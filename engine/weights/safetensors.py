@@ -90,7 +90,7 @@ def iter_weights(
         found: dict[str, Stored] = {}
         sizes = []
         parted = rows_of(tensors.values(), lambda tensor: tensor.stored)
-        for path in _shards(folder):
+        for path in shards(folder):
             for stored in _open(path, stack):
                 if (name := name_of(stored.name)) is not None:
                     found |= _parted(name, stored, parted)
@@ -240,7 +240,7 @@ def _read_exactly(stored: Stored, memory: memoryview, offset: int) -> None:
         memory, offset = memory[count:], offset + count
 
 
-def _shards(folder: Path) -> list[Path]:
+def shards(folder: Path) -> list[Path]:
     """The folder's weight files. An index decides if there is one, as other files may lie beside its own."""
     index = folder / INDEX
     if index.is_file():

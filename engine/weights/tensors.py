@@ -15,9 +15,10 @@ from pilotfish.errors import ModelError
 Part = tuple[slice, ...]
 """A contiguous part of a tensor: for each of its dimensions a range, with start and stop."""
 
-Axis = Literal["heads", "kv_heads", "inner", "expert", "shared", "vocabulary"]
-"""What a sharded dimension runs over: query heads and key-value heads (`head_dim` entries each), the MLP's inner size,
-an expert's, a shared expert's, or the vocabulary. `engine.models.layout` says which of them each rank has."""
+Axis = Literal["heads", "head", "kv_heads", "inner", "expert", "shared", "vocabulary"]
+"""What a sharded dimension runs over: query heads and key-value heads (`head_dim` entries each), query heads with an
+entry each ("head"), the MLP's inner size, an expert's, a shared expert's, or the vocabulary. `engine.models.layout`
+says which of them each rank has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -166,6 +168,20 @@ _KINDS: dict[str, tuple[type, type, dict[str, Any]]] = {
 }
 KINDS = tuple(_KINDS)
 _EXPERT_KINDS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "gpt_oss": (
+        GptOssConfig,
+        GptOssForCausalLM,
+        {
+            "head_dim": 16,
+            "sliding_window": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 2.0,
+            "attn_implementation": "eager",
+            "rope_parameters": _YARN | {"truncate": False},
+            "pad_token_id": None,
+        },
+    ),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "olmoe": (OlmoeConfig, OlmoeForCausalLM, {"num_experts": 8, "num_experts_per_tok": 3, "pad_token_id": None}),
     "qwen2_moe": (

@@ -39,6 +39,7 @@ _OWN_PARTS: dict[str, dict[str, str]] = {
     "gemma2": _GEMMA_PARTS,
     "gemma3": _GEMMA_PARTS,
     "olmo2": _GEMMA_PARTS,
+    "gpt-oss": _PARTS | {"post_attention_layernorm": "post_attention_norm", "mlp.router": "ffn_gate_inp"},
     "qwen2moe": _PARTS
     | {f"mlp.shared_expert.{name}_proj": f"ffn_{name}_shexp" for name in ("gate", "up", "down")}
     | {"mlp.shared_expert_gate": "ffn_gate_inp_shexp"},
@@ -65,7 +66,7 @@ def write_gguf(
     """
     config = model.config
     names = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3"}
-    names |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+    names |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}
     arch = names.get(config.model_type, config.model_type)
     rope = config.rope_parameters
     if arch == "gemma3":
@@ -104,7 +105,7 @@ def write_gguf(
         writer.add_expert_used_count(config.num_experts_per_tok)
         if (size := getattr(config, "moe_intermediate_size", None)) is not None:
             writer.add_expert_feed_forward_length(size)
-    if arch in ("gemma2", "gemma3"):
+    if arch in ("gemma2", "gemma3", "gpt-oss"):
         writer.add_sliding_window(config.sliding_window)
     if arch == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
@@ -123,10 +124,18 @@ def write_gguf(
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = parameter.float().numpy()
+        if name.endswith(".sinks"):
+            tensors[f"blk.{name.split('.')[2]}.attn_sinks.weight"] = values
+            continue
         if ".mlp.experts." in name:
             prefix = f"blk.{name.split('.')[2]}.ffn_"
-            if name.endswith("down_proj"):
-                tensors[f"{prefix}down_exps.weight"] = values
+            end = "bias" if name.endswith("bias") else "weight"
+            if arch == "gpt-oss" and end == "weight":
+                values = values.swapaxes(1, 2)
+            if "down_proj" in name:
+                tensors[f"{prefix}down_exps.{end}"] = values
+            elif arch == "gpt-oss":  # gate and up by turns
+                tensors |= {f"{prefix}gate_exps.{end}": values[:, ::2], f"{prefix}up_exps.{end}": values[:, 1::2]}
             else:
                 tensors |= {
                     f"{prefix}{part}_exps.weight": each

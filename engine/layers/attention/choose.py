@@ -35,6 +35,8 @@ class AttentionNeeds:
     """Tokens per block; 0: the backend's default."""
     softcap: bool = False
     """Whether scores are capped."""
+    sinks: bool = False
+    """Whether heads have sinks."""
 
 
 def choose_attention(name: str, needs: AttentionNeeds, kernels: NativeKernels | None) -> AttentionBackend:
@@ -97,6 +99,8 @@ def _why_not_flash4(needs: AttentionNeeds) -> str | None:
     """flash_attn/cute/interface.py of 4.0.0b36: `_validate_head_dims` and the assertions of `_flash_attn_fwd`."""
     if needs.capability is None:
         return f"flash-attn-4 computes on NVIDIA GPUs, not on {needs.device}"
+    if needs.sinks:
+        return "the model has attention sinks, which are not passed to flash-attn-4"
     major = needs.capability[0]
     # 8.x and 12.x run its other functions, but have "paged KV not supported".
     if major not in (9, 10, 11):
@@ -130,6 +134,8 @@ def _why_not_flash2(needs: AttentionNeeds) -> str | None:
         return f"flash-attn needs compute capability 8.0 (Ampere) or newer, not {_dotted(needs.capability)}"
     if needs.dtype not in HALF:
         return f"flash-attn computes in bfloat16 or float16, not in {_short(needs.dtype)}"
+    if needs.sinks:
+        return "the model has attention sinks, which flash-attn does not know"
     if needs.cache_dtype != needs.dtype:
         return f"flash-attn's KV cache must be in the model's dtype, {_short(needs.dtype)}, not in fp8"
     if needs.head_dim % 8 or needs.head_dim > 256:
@@ -161,6 +167,8 @@ def _why_not_native(needs: AttentionNeeds) -> str | None:
         return f"the model's head_dim ({needs.head_dim}) is not a multiple of {VECTOR}"
     if needs.softcap:
         return "the model caps attention scores, which the native kernels do not"
+    if needs.sinks:
+        return "the model has attention sinks, which the native kernels do not know"
     if needs.block_size % VECTOR:
         return f"block_size ({needs.block_size}) is not a multiple of {VECTOR}"
     if load_library() is None:

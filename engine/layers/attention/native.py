@@ -46,6 +46,8 @@ class NativeAttention:
             raise ValueError(
                 f"softcap is {params.softcap}, but the native kernels know no soft-capping: choose 'torch'"
             )
+        if params.sinks is not None:
+            raise ValueError("there are sinks, but the native kernels know none: choose 'torch'")
         self._kernels.write_cache(key, value, cache.keys, cache.values, batch.slots)
         rows, heads, head_dim = query.shape
         out = torch.empty(rows, heads * head_dim)

@@ -119,6 +119,7 @@ class TritonAttention:
                 batch.cu_query_lens,
                 batch.context_lens,
                 batch.block_tables,
+                out if params.sinks is None else params.sinks,
                 params.scale * LOG2_E,
                 softcap * LOG2_E,
                 params.scale / softcap,
@@ -138,6 +139,7 @@ class TritonAttention:
                 SEARCH=search,
                 WINDOWED=params.window is not None,
                 SOFTCAPPED=bool(params.softcap),
+                SINKS=params.sinks is not None,
                 MODE=mode,
                 RANGES=ranges is not out,
                 SHORTEST=shortest,
@@ -153,7 +155,18 @@ class TritonAttention:
             launch(tiling, rows // (tiling.rows // group) + spans, 1, True, "whole", SHORT + 1, 1 << 30)
         if divided > 1:
             sum_parts[(rows, heads)](
-                out, parts, stats, ranges, splits, HEADS=heads, DIM=dim, PADDED=padded, AT_ONCE=8, num_warps=1
+                out,
+                parts,
+                stats,
+                ranges,
+                out if params.sinks is None else params.sinks,
+                splits,
+                HEADS=heads,
+                DIM=dim,
+                PADDED=padded,
+                SINKS=params.sinks is not None,
+                AT_ONCE=8,
+                num_warps=1,
             )
         return out
 

@@ -59,6 +59,7 @@ def attend_spans(
     cu_query_lens,
     context_lens,
     block_tables,
+    sinks,  # (heads,): see AttentionParams
     scale,  # of scores, times log2(e)
     softcap,  # times log2(e)
     inverse_softcap,  # scale / softcap
@@ -78,6 +79,7 @@ def attend_spans(
     SEARCH: tl.constexpr,  # whether a span may have several tiles
     WINDOWED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
+    SINKS: tl.constexpr,  # whether there are sinks
     MODE: tl.constexpr,  # "parts", "fold" or "whole"
     RANGES: tl.constexpr,  # whether `ranges` are wanted
     SHORTEST: tl.constexpr,  # lengths of the spans that this launch computes
@@ -138,6 +140,9 @@ def attend_spans(
         result = tl.zeros((TILE, PADDED), tl.float32)
         result_most = tl.full((TILE,), float("-inf"), tl.float32)
         result_total = tl.zeros((TILE,), tl.float32)
+        if SINKS:  # a weight is there before any key, without a value
+            result_most = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+            result_total = result_total + 1.0
         if MODE == "whole":
             first_split = 0
             stop_split = 1
@@ -154,6 +159,9 @@ def attend_spans(
             acc = tl.zeros((TILE, PADDED), tl.float32)
             most = tl.full((TILE,), float("-inf"), tl.float32)
             total = tl.zeros((TILE,), tl.float32)
+            if SINKS and MODE == "whole":
+                most = result_most
+                total = result_total
             for key in tl.range(begin, end, KEYS):
                 seen = key + offset
                 inside = seen < end
@@ -211,10 +219,12 @@ def sum_parts(
     parts,
     stats,
     ranges,
+    sinks,
     splits,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
+    SINKS: tl.constexpr,
     AT_ONCE: tl.constexpr,  # splits whose loads are under way together
 ):
     """Fold a row's splits in ascending order: a program for each row and head."""
@@ -229,6 +239,9 @@ def sum_parts(
         most = tl.full((1,), float("-inf"), tl.float32)
         total = tl.zeros((1,), tl.float32)
         one = tl.arange(0, 1)
+        if SINKS:
+            most = tl.load(sinks + head + one).to(tl.float32) * 1.4426950408889634
+            total = total + 1.0
         for group in tl.range(first, last + 1, AT_ONCE):
             for i in tl.static_range(AT_ONCE):
                 number = group + i

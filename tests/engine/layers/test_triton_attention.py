@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,16 @@ def attended(
         ([(700, 1), (2, 1)], 3, 1, 256, 16, torch.float32, {}),
         ([(40, 2), (300, 1)], 8, 1, 16, 32, torch.bfloat16, {"window": 1}),
         ([(4500, 1)], 1, 1, 16, 64, torch.float32, {}),
+        (MIXED, 4, 2, 64, 64, torch.float32, {"sinks": torch.tensor([0.5, -1.0, 3.0, 0.0])}),
+        (
+            [(129, 1), (77, 5)],
+            4,
+            1,
+            64,
+            64,
+            torch.bfloat16,
+            {"sinks": torch.tensor([0.5, -1.0, 3.0, 0.0]), "window": 24},
+        ),
     ],
 )
 def test_it_is_attention(sequences: Sequences, heads, kv_heads, dim, size, dtype, params) -> None:
@@ -96,8 +107,8 @@ def test_keys_and_values_are_written_first() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processors", [1, 132])
-@pytest.mark.parametrize("params", [{}, {"window": 150}])
-def test_a_row_has_the_same_bits_alone_and_in_any_batch(processors: int, params: dict[str, int]) -> None:
+@pytest.mark.parametrize("params", [{}, {"window": 150}, {"sinks": torch.tensor([1.0, -2.0])}])
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(processors: int, params: dict[str, Any]) -> None:
     """Whether its context is divided over programs or not: the text must not depend on other requests."""
     cache, spans = filled([(3, 2), (290, 3), (130, 1)], 1, 16, 16, torch.bfloat16)
     batch = flatten(spans, 16, CPU).attention

@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from pilotfish.checkpoints.catalog import resolve
 from pilotfish.engine.config import EngineConfig
@@ -78,7 +80,7 @@ def test_over_all_ranks_every_expert_is_there_once(tiny: Tiny, kind: str, expert
                 torch.Size([axis.stop - axis.start for axis in part[name]]).numel() for part in parts if name in part
             ]
             assert sum(sizes) == torch.Size(tensor.shape).numel()
-            assert len(sizes) == (1 if expert_parallel else 2)
+            assert len(sizes) == (1 if expert_parallel or tensor.first_rank_only else 2)
 
 
 @needs_native
@@ -93,7 +95,7 @@ def test_rows_that_share_experts_do_not_change_each_other(tiny: Tiny, kind: str,
     }
 
     @settings(max_examples=10)
-    @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=8, max_size=16))
+    @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)), min_size=8, max_size=16))
     def check(cuts: list[tuple[int, int]]) -> None:
         at = dict.fromkeys(sequences, 0)
         for lengths in cuts:
@@ -143,7 +145,9 @@ def test_speculation_changes_no_text(tiny: Tiny, kernels: KernelsName, kind: str
 @pytest.mark.parametrize("kind", EXPERT_KINDS)
 def test_a_gguf_file_gives_transformers_logits(tmp_path: Path, kind: str) -> None:
     """Where the experts of a layer are one tensor; and 2 ranks read their parts of it."""
-    own: dict[str, Any] = {"mlp_only_layers": []} if kind == "qwen3_moe" else {}  # which files cannot say
+    # What files cannot say.
+    unsaid: dict[str, dict[str, Any]] = {"qwen3_moe": {"mlp_only_layers": []}, "gpt_oss": {"swiglu_limit": 7.0}}
+    own = unsaid.get(kind, {})
     path = write_gguf(build_model(kind, **own), tmp_path / "model.gguf")
     wanted = logits_of(build_model(kind, **own), PROMPT)
     torch.testing.assert_close(in_pieces(runner_of(str(path), "torch"), PROMPT, CHUNKED), wanted, rtol=0, atol=1e-4)
@@ -152,7 +156,7 @@ def test_a_gguf_file_gives_transformers_logits(tmp_path: Path, kind: str) -> Non
         torch.testing.assert_close(in_pieces(runner, PROMPT, CHUNKED), wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", EXPERT_KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in EXPERT_KINDS if kind != "gpt_oss"])
 def test_a_folder_gives_the_experts_tensors(tiny: Tiny, kind: str) -> None:
     """transformers keeps a layer's experts in one tensor; published folders have a tensor of each."""
     files = resolve(str(tiny(kind)))
@@ -167,6 +171,44 @@ def test_a_folder_gives_the_experts_tensors(tiny: Tiny, kind: str) -> None:
         whole = "gate_up_proj" if which in rows else "down_proj"
         wanted = theirs[f"model.layers.{layer}.mlp.experts.{whole}"][int(expert)]
         assert torch.equal(tensor, wanted[rows.get(which, slice(None))])
+
+
+def test_mxfp4_experts(tmp_path: Path, kernels: KernelsName) -> None:
+    """A folder as it is published; on two ranks, divided either way. transformers' dequantizing is the reference."""
+    model = build_model("gpt_oss", swiglu_limit=7.0)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    theirs = dict(model.named_parameters())
+    for name in [name for name in stored if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, columns, rows = stored.pop(name).shape
+        blocks = torch.randint(256, (experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(122, 125, blocks.shape[:3], generator=generator, dtype=torch.uint8)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        with torch.no_grad():
+            theirs[name].copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    wanted = logits_of(model, PROMPT)
+    torch.testing.assert_close(in_pieces(runner_of(str(tmp_path), kernels), PROMPT, CHUNKED), wanted, rtol=0, atol=2e-4)
+    for expert_parallel in (False, True):
+        runner = RankedRunner(str(tmp_path), 2, 8, kernels=kernels, expert_parallel=expert_parallel)
+        torch.testing.assert_close(in_pieces(runner, PROMPT, CHUNKED), wanted, rtol=0, atol=2e-4)
+    stored["model.layers.0.mlp.experts.down_proj_scales"] = torch.zeros(4, 64, 3, dtype=torch.uint8)
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"down_proj_scales' has shape \(4, 64, 3\), but .* makes it \(experts, 64, 4\)"
+    ):
+        runner_of(str(tmp_path), kernels)
+
+
+@pytest.mark.parametrize("change", [{"swiglu_limit": 0.5}, {"sliding_window": 64}])
+def test_every_part_of_gpt_oss_matters(change: dict[str, Any]) -> None:
+    assert (
+        logits_of(build_model("gpt_oss", **change), PROMPT) - logits_of(build_model("gpt_oss"), PROMPT)
+    ).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("quantization", ["fp8"])

@@ -98,7 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def runner_of(path: Path, **settings: Any) -> ModelRunner:
-    config = EngineConfig(**{"model": str(path), "device": "cpu"} | settings)
+    config = EngineConfig(**{"model": str(path), "device": "cpu", "model_impl": "transformers"} | settings)
     model, platform, _ = load_target(config, lambda what, share: None)
     caches = kv_cache.allocate(model.config, platform.attention, 8, 16, platform.cache_dtype, platform.device)
     for cache in caches:
@@ -126,7 +126,15 @@ def test_logits_equal_transformers(folder: Any, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["cohere2", "deepseek_v3", "gpt_oss", "gpt2"])
 def test_the_same_text(folder: Any, kind: str) -> None:
     """With and without speculation, alone and in a batch, greedy as transformers itself writes it, and sampled."""
-    llm = LLM(str(folder(kind)), kv_cache_memory=8 << 20, num_threads=1, adaptive_drafts=False, drafter=("ngram",))
+    implementation: Any = "transformers" if kind == "gpt_oss" else "auto"
+    llm = LLM(
+        str(folder(kind)),
+        model_impl=implementation,
+        kv_cache_memory=8 << 20,
+        num_threads=1,
+        adaptive_drafts=False,
+        drafter=("ngram",),
+    )
     assert llm.info.kernels == "transformers+torch"
     prompts = [(PROMPT[i : i + 7] * 4)[: 18 + 2 * i] for i in range(8)]
     for params in (
@@ -161,7 +169,7 @@ def test_a_family_of_the_engine_by_transformers_code(tmp_path: Path) -> None:
 def test_ropes_that_follow_a_texts_length_are_settled(tmp_path: Path) -> None:
     """As the engine's own code has them: by the longest text that is served, not by the batch."""
     path = make_tiny("phi3", tmp_path / "model")
-    own, theirs = runner_of(path), runner_of(path, model_impl="transformers")
+    own, theirs = runner_of(path, model_impl="pilotfish"), runner_of(path)
     span = [Span(PROMPT[:20], 0, BLOCKS, 20)]  # the original context is 32
     torch.testing.assert_close(theirs.run(span), own.run(span), rtol=0, atol=1e-4)
 
