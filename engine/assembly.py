@@ -11,7 +11,8 @@ from collections.abc import Callable
 import msgspec
 
 from pilotfish.checkpoints.catalog import Progress
-from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.config import EngineConfig, with_step_limits
+from pilotfish.engine.device import gpu_memory
 from pilotfish.engine.execution.buckets import GRAPH_SHARE, buckets
 from pilotfish.engine.execution.graphs import GraphPlan, graph_backend
 from pilotfish.engine.execution.loader import load_target
@@ -36,6 +37,7 @@ class Assembly:
 
     def __init__(self, config: EngineConfig, comm: Communicator, progress: Progress) -> None:
         self.target, self.platform, self.files = load_target(config, progress, comm)
+        config = with_step_limits(config, gpu_memory(self.platform.device))
         self.config = config = msgspec.structs.replace(config, block_size=self.platform.block_size)
         draft_comm = comm if config.draft_tensor_parallel_size > 1 else ALONE
         # A rank that computes no draft model need not have its files.
@@ -69,6 +71,10 @@ class Assembly:
     def padding(self) -> int:
         """Blocks at the end of every cache that belong to no sequence: captured passes write their padding there."""
         return int(self.captures)
+
+    def limit_steps(self, max_num_seqs: int, max_batch_tokens: int) -> None:
+        """Take over rank 0's limits of steps, before `room`."""
+        self.config = msgspec.structs.replace(self.config, max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens)
 
     def room(self) -> CacheRoom:
         """The memory that is free for caches on this rank now that its weights are loaded, and the bytes of one block

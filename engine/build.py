@@ -144,10 +144,14 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
 
 def _num_blocks(assembly: Assembly, progress: Progress, ranks: Ranks | None) -> int:
     """The number of blocks for sequences, the same in all caches on all ranks."""
-    config, own, on_gpu = assembly.config, assembly.room(), assembly.platform.device.type == "cuda"
-    rooms, sharing = ([own], 1) if ranks is None else (ranks.rooms(own, progress), ranks.sharing)
+    config, on_gpu = assembly.config, assembly.platform.device.type == "cuda"
+    if ranks is None:
+        rooms, sharing = [assembly.room()], 1
+    else:
+        rooms, sharing = ranks.rooms(config, assembly.room, progress), ranks.sharing
     count = count_blocks(config, rooms, sharing, on_gpu) - assembly.padding
     if count < 2:
+        own = rooms[0]
         memory = config.kv_cache_memory or int(cache_share(config.kv_cache_share, on_gpu) * own.free)
         raise ConfigError(
             f"the KV cache has {memory} bytes, but one block of {config.block_size} tokens takes {own.block_bytes}: "

@@ -36,6 +36,24 @@ def cache_share(kv_cache_share: float, on_gpu: bool) -> float:
     return kv_cache_share or CACHE_SHARES["gpu" if on_gpu else "cpu"]
 
 
+LARGE_GPU = 40 * 10**9
+"""Bytes of a GPU's memory from which steps are of GPU_ROWS[1] rows by default: the activations of as many then take
+little of it, and such GPUs compute enough not to be held up by them for long."""
+CPU_SEQS, CPU_ROWS = 32, 128
+GPU_SEQS, GPU_ROWS = 256, (2048, 8192)
+
+
+def with_step_limits(config: EngineConfig, gpu_memory: int | None) -> EngineConfig:
+    """The settings with `max_num_seqs` and `max_batch_tokens`, where they are 0, by device: a pass over many rows costs
+    a GPU little more than one over few. gpu_memory: bytes; None: a CPU."""
+    if config.max_num_seqs and config.max_batch_tokens:
+        return config
+    seqs, rows = (CPU_SEQS, CPU_ROWS) if gpu_memory is None else (GPU_SEQS, GPU_ROWS[gpu_memory >= LARGE_GPU])
+    max_num_seqs = config.max_num_seqs or min(seqs, config.max_batch_tokens or seqs)
+    max_batch_tokens = config.max_batch_tokens or max(rows, max_num_seqs)
+    return msgspec.structs.replace(config, max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens)
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The settings of an engine. Each field's docstring is the help text of its flag.
 
@@ -96,10 +114,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_model_len: NotNegative = 0
     """Maximum number of tokens of prompt and answer together; 0: the model's own limit, or what the KV cache holds if
     that is less."""
-    max_num_seqs: Positive = 32
-    """Maximum number of sequences that run in one step; the others wait."""
-    max_batch_tokens: Positive = 128
-    """Maximum number of token rows in a step; decoding sequences come first, prefill chunks take the rest."""
+    max_num_seqs: NotNegative = 0
+    """Maximum number of sequences that run in one step; the others wait. 0: 32 on the CPU, 256 on a GPU."""
+    max_batch_tokens: NotNegative = 0
+    """Maximum number of token rows in a step; decoding sequences come first, prefill chunks take the rest. 0: 128 on
+    the CPU, 2048 on a GPU, 8192 on one of 40 GB or more."""
     block_size: NotNegative = 0
     """Tokens in a block of the KV cache; 0: the attention backend's own choice."""
     kv_cache_dtype: CacheDType = "auto"
@@ -143,7 +162,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """
         if self.ngram_min > self.ngram_max:
             raise ConfigError(f"ngram_min ({self.ngram_min}) is larger than ngram_max ({self.ngram_max})")
-        if self.max_batch_tokens < self.max_num_seqs:
+        if 0 < self.max_batch_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_batch_tokens ({self.max_batch_tokens}) is smaller than max_num_seqs ({self.max_num_seqs}): "
                 "every running sequence needs a row of each step"

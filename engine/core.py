@@ -23,8 +23,8 @@ from llguidance import LLMatcher
 from pilotfish.checkpoints.catalog import Progress
 from pilotfish.engine.answer_grammar import AnswerGrammar, plan_masks
 from pilotfish.engine.build import Engine, build
-from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.device import PassTimer, give_back_memory
+from pilotfish.engine.config import EngineConfig, with_step_limits
+from pilotfish.engine.device import PassTimer, give_back_memory, gpu_memory
 from pilotfish.engine.device.attempt import Attempt
 from pilotfish.engine.execution.batch import Span
 from pilotfish.engine.memory.block_table import BlockTable
@@ -103,13 +103,14 @@ class EngineCore:
         self._finalizer = weakref.finalize(self, self.engine.close)
         self._memory = MemoryMeter(self.engine.info.device, others=self.engine.other_memory)
         self.info: EngineInfo = msgspec.structs.replace(self.engine.info, memory=self._memory.read_all())
-        self._scheduler = Scheduler(self.engine.pool, config.max_num_seqs, config.max_batch_tokens)
+        self._device = torch.device(self.info.device)
+        limits = with_step_limits(config, gpu_memory(self._device))
+        self._scheduler = Scheduler(self.engine.pool, limits.max_num_seqs, limits.max_batch_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[Delta] = []  # to be reported with the next step's deltas
         self._compiling: dict[Sequence, Future[LLMatcher]] = {}
         """Sequences that wait for their grammars, in the order in which they came."""
         self._masking = ThreadPoolExecutor(1, thread_name_prefix="masks")
-        self._device = torch.device(self.info.device)
         self._new_timer = partial(PassTimer, self._device)
         self.asynchronous = self.info.device.startswith("cuda")
         """Whether a pass runs on by itself once it is launched."""

@@ -25,6 +25,11 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+def gpu_memory(device: torch.device) -> int | None:
+    """Bytes of a CUDA device's memory; None for other devices."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 class PassTimer:
     """Measures how long a pass of the model takes: on the CPU the launch, which returns when all is done; on a GPU the
     time between two events in its stream, while the host goes on."""

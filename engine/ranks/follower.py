@@ -49,7 +49,8 @@ def follow(task: WorkerTask, welcome: Welcome, link: Link, assemble: Assemble = 
     link.beat = passes.beat
     assembly = assemble(config, comm, lambda what, share: link.send(RankLoading(what, share)))
     link.send(Loaded())
-    orders.expect(Measure)
+    limits = orders.expect(Measure)
+    assembly.limit_steps(limits.max_num_seqs, limits.max_batch_tokens)
     link.send(Measured(*assembly.room()))
     order = orders.expect(Allocate)
     assembly.allocate(order.num_blocks)

@@ -70,11 +70,12 @@ class Ranks:
         """The number of consecutive ranks that share a memory: on the CPU those of a host."""
         return 1 if self._device.type == "cuda" else ranks_per_host(self.config)
 
-    def rooms(self, own: CacheRoom, progress: Progress) -> list[CacheRoom]:
-        """Wait until all ranks have loaded; return the room of each. `own` is rank 0's."""
+    def rooms(self, config: EngineConfig, own: Callable[[], CacheRoom], progress: Progress) -> list[CacheRoom]:
+        """Wait until all ranks have loaded; return the room of each. `own` measures rank 0's, at the same time as the
+        others do; `config` has its limits of steps."""
         self._watch.wait_for(Loaded, lambda ranks: progress(f"waiting for {ranks}", 0.0))
-        self._channel.order(Measure())
-        return [own, *(CacheRoom(each.free, each.block_bytes) for each in self._watch.wait_for(Measured))]
+        self._channel.order(Measure(config.max_num_seqs, config.max_batch_tokens))
+        return [own(), *(CacheRoom(each.free, each.block_bytes) for each in self._watch.wait_for(Measured))]
 
     def allocate(self, num_blocks: int, max_model_len: int) -> None:
         """Order all ranks to allocate their KV caches and capture passes; `wait_prepared` waits for it."""

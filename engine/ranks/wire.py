@@ -107,7 +107,10 @@ class Meet(msgspec.Struct, frozen=True, tag="meet"):
 
 
 class Measure(msgspec.Struct, frozen=True, tag="measure"):
-    """Answer with Measured."""
+    """Answer with Measured, for steps of rank 0's limits: GPUs of several sizes would have different ones."""
+
+    max_num_seqs: int
+    max_batch_tokens: int
 
 
 class Allocate(msgspec.Struct, frozen=True, tag="allocate"):

@@ -85,7 +85,7 @@ def _run(options: dict[str, Any]) -> int:
     for name, rate in options["acceptance"]:
         acceptances.update(dict.fromkeys(names, rate) if name is None else {name: rate})
     context = options["context"] or min(CONTEXT, setup.max_model_len)
-    batches = options["batch"] or [n for n in BATCHES if n <= settings.max_num_seqs]
+    batches = options["batch"] or [n for n in BATCHES if n <= setup.settings.max_num_seqs]
     lengths = options["draft_lengths"] or [n for n in LENGTHS if n <= settings.num_draft_tokens]
     made = make_plan(setup, context, batches, lengths, acceptances)
     if options["json"]:

@@ -167,7 +167,7 @@ def test_each_step_and_the_loading_are_reported(tiny_llama: Path) -> None:
     ("settings", "error", "message"),
     [
         ({"modle": "x"}, ConfigError, "modle"),
-        ({"max_num_seqs": 0}, ConfigError, ">= 1"),
+        ({"max_num_seqs": -1}, ConfigError, ">= 0"),
         ({"seed": "three"}, ConfigError, "seed"),
         ({"ngram_min": 5}, ConfigError, "ngram_min"),
         ({"model": "no-such-folder/at-all.gguf"}, ModelError, "no-such-folder"),

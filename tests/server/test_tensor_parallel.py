@@ -193,7 +193,7 @@ def test_a_host_whose_command_differs_is_refused(tiny_llama: Path, tmp_path: Pat
     hosts = Hosts(tiny_llama, tmp_path, "--max-num-seqs", "3")
     try:
         assert hosts.first.process.wait(60) == 1
-        said = "max_num_seqs is 3 there and 32 on rank 0; start the same command on each host, but for node_rank"
+        said = "max_num_seqs is 3 there and 0 on rank 0; start the same command on each host, but for node_rank"
         assert said in hosts.first.log.read_text()
         assert hosts.second.wait(20) == 1
         assert said in hosts.log.read_text()

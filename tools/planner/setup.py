@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.config import EngineConfig, with_step_limits
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.eagle3_checkpoint import check_target
 from pilotfish.engine.models.layout import MAX_RANKS, use_one_of, what_does_not_divide
@@ -81,6 +81,7 @@ class Setup:
 def make_setup(settings: EngineConfig, device: Device, draft_ranks: int = 1) -> Setup:
     """Make a setup. Raises ConfigError for settings that cannot work on this device, ModelError for an unknown
     shape."""
+    settings = with_step_limits(settings, None if device.threads else device.memory)
     notes: list[str] = []
     target = _planned(settings.model, settings.model, settings, device, notes)
     drafts = []

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from matplotlib.image import imread
 
-from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.config import EngineConfig, with_step_limits
 from pilotfish.server.cli import main as cli
 from pilotfish.server.cli.plan import PLANNED
 from pilotfish.server.cli.settings import settings_of
@@ -104,7 +104,7 @@ def test_the_picture(ending: str, tmp_path: Path) -> None:
             "max_batch_tokens (32) is smaller than max_num_seqs (64)",
         ),
         (["--tensor-parallel-size", "4", "--plot", "plan.xyz"], "plot is 'plan.xyz', which cannot be written"),
-        (["--tensor-parallel-size", "4", "--batch", "64"], "batch is 64, but max_num_seqs is 32"),
+        (["--tensor-parallel-size", "4", "--batch", "512"], "batch is 512, but max_num_seqs is 256"),
         (["--config", "none.yaml"], "cannot read the settings in none.yaml"),
     ],
 )
@@ -151,7 +151,8 @@ class Recorder:
 
 
 def test_every_setting_that_a_plan_depends_on_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    settings: Any = Recorder(EngineConfig(model="llama-3.1-8b", drafter=("ngram", "1b=llama-3.2-1b")))
+    config = EngineConfig(model="llama-3.1-8b", drafter=("ngram", "1b=llama-3.2-1b"))
+    settings: Any = Recorder(with_step_limits(config, None))
     make_plan(make_setup(settings, find_device("h100")), 512, [1], [2], {})
     assert {*settings.names, "draft_tensor_parallel_size"} == set(PLANNED)
     with pytest.raises(SystemExit):

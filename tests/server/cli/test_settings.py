@@ -85,7 +85,7 @@ def test_an_invalid_size_is_refused(text: str) -> None:
     ("flags", "message"),
     [
         (["--port", "70000"], "port is 70000: expected `int` <= 65535"),
-        (["--max-num-seqs", "0"], "max_num_seqs is 0: expected `int` >= 1"),
+        (["--max-num-seqs", "-1"], "max_num_seqs is -1: expected `int` >= 0"),
         (["--kv-cache-share", "1.5"], "kv_cache_share is 1.5"),
         (["--drafter", "auto=some/model"], "a draft model cannot be called 'auto'"),
         (["--drafter", "ngram", "--drafter", "ngram"], "drafter has 'ngram' twice"),

@@ -159,8 +159,8 @@ def test_a_plan_has_every_combination_and_vanilla_once_for_each_batch(setup_of: 
         assert each.speedup == pytest.approx(each.tokens_per_second / vanilla.tokens_per_second)
     narrow = make_plan(setup_of(max_batch_tokens=32), 2048, [1, 8], [2, 4], {})
     assert {each.draft_length for each in narrow.predictions if each.batch == 8} == {0, 2}
-    with pytest.raises(ConfigError, match="batch is 64, but max_num_seqs is 32"):
-        make_plan(setup, 2048, [64], [2], {})
+    with pytest.raises(ConfigError, match="batch is 512, but max_num_seqs is 256"):
+        make_plan(setup, 2048, [512], [2], {})
     with pytest.raises(ConfigError, match="draft_lengths has 9, but num_draft_tokens is 8"):
         make_plan(setup, 2048, [1], [9], {})
     with pytest.raises(ConfigError, match="acceptance is given for '3b', but the drafters are: 'ngram', '8b', '1b'"):
