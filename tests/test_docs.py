@@ -25,7 +25,7 @@ from pilotfish.server.protocol.completions import CompletionRequest
 from pilotfish.server.protocol.messages import MessagesRequest
 from pilotfish.server.protocol.tokenization import DetokenizeRequest, TokenizeRequest
 from pilotfish.server.protocol.usage import Timings
-from pilotfish.text.formats.registry import CALL_FORMATS, REASONING_FORMATS
+from pilotfish.text.formats.registry import CALL_FORMATS, HARMONY_NAMES, REASONING_FORMATS
 from tests.support.paths import ROOT
 from tests.support.scripted_app import ScriptedApp
 
@@ -136,7 +136,11 @@ def test_every_format_of_messages_is_documented() -> None:
             documented[flag].update(named)
         else:
             flag = ""
-    assert documented == {"--tool-call-parser": set(CALL_FORMATS), "--reasoning-parser": set(REASONING_FORMATS)}
+    own = {HARMONY_NAMES[0]}
+    assert documented == {
+        "--tool-call-parser": own | CALL_FORMATS.keys(),
+        "--reasoning-parser": own | REASONING_FORMATS.keys(),
+    }
 
 
 def test_readmes_options_exist_with_these_defaults() -> None:

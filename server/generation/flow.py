@@ -198,7 +198,7 @@ async def _prepare(
         begin, end = [await service.encode(marker, "thinking", False) for marker in form.reasoning]
         thinking = Thinking(budget=asked.thinking_budget, end=end, begin=() if rendered.in_reasoning else begin)
     tools = asked.tools if asked.tool_choice != "none" else ()
-    parser = partial(form.parser, tools, in_reasoning=rendered.in_reasoning)
+    parser = partial(form.parser, tools, in_reasoning=rendered.in_reasoning, begun=asked.continue_final_message)
     return _restricted(spec, grammar, thinking), [rendered.text], parser
 
 

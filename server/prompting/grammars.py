@@ -53,7 +53,8 @@ class Grammars:
         tools = conversation.tools if conversation.tool_choice != "none" else ()
         if not tools and output is None:
             return None
-        parts = (tools, conversation.tool_choice, conversation.parallel_tool_calls, in_reasoning)
+        flags = (conversation.parallel_tool_calls, in_reasoning, conversation.continue_final_message)
+        parts = (tools, conversation.tool_choice, flags)
         key = ("conversation", parts, None if output is None else _key(output))
         place = "tools" if output is None else output.place
         return await self._get(key, place, self._combine, conversation, form, output, in_reasoning, info)
@@ -92,6 +93,7 @@ class Grammars:
             parallel=conversation.parallel_tool_calls,
             answer=None if output is None else build(output, vocabulary),
             in_reasoning=in_reasoning,
+            begun=conversation.continue_final_message,
         )
 
     def _load(self, info: EngineInfo, place: str) -> LLTokenizer:

@@ -55,7 +55,7 @@ class Renderer:
         for name in sorted(_RESERVED.intersection(conversation.template_variables)):
             raise bad_parameter("chat_template_kwargs", f"chat_template_kwargs must not have {name!r}")
         shield = self._tokenizer.shield
-        variables = _variables(conversation, shield)
+        variables = _variables(conversation, form, shield)
         messages = [_message(turn, shield) for turn in conversation.turns]
         tools = conversation.tools if conversation.tool_choice != "none" else ()
         if tools and self.traits.tools == "variable":
@@ -73,12 +73,12 @@ class Renderer:
         return Rendered(text, _in_reasoning(text, conversation, form))
 
 
-def _variables(conversation: Conversation, shield: Callable[[str], str]) -> dict[str, Any]:
+def _variables(conversation: Conversation, form: MessageFormat, shield: Callable[[str], str]) -> dict[str, Any]:
     """Return the variables of the template. Reasoning is switched by two names."""
     variables: dict[str, Any] = shielded(conversation.template_variables, shield)
     effort, thinks = conversation.reasoning_effort, conversation.enable_reasoning
     if effort is not None:
-        variables.setdefault("reasoning_effort", shield(effort))
+        variables.setdefault("reasoning_effort", shield(form.effort(effort)))
         thinks = effort not in NO_EFFORT if thinks is None else thinks
     if thinks is not None:
         variables.setdefault("enable_thinking", thinks)

@@ -17,17 +17,32 @@ from pilotfish.server.generation.answer import Answer
 from pilotfish.server.generation.spec import GenerationSpec
 from pilotfish.server.metrics import Metrics
 from pilotfish.text.detokenizer import AnswerText, Detokenizer, Vocabulary
+from pilotfish.text.formats.harmony import HARMONY_CALLS, HARMONY_REASONING, MARKERS, HarmonyFormat
 from pilotfish.text.formats.message_format import MessageFormat
 from pilotfish.text.formats.registry import CALL_FORMATS, REASONING_FORMATS
 from pilotfish.text.message import AssistantMessage, Part
 from tests.text.formats.test_formats import TOOLS, WRITTEN, parse
 
-SPECIAL = ("<s>", "[TOOL_CALLS]", "[ARGS]", "<|tool_call|>", "<|/tool_call|>", "<|python_tag|>", "[THINK]", "[/THINK]")
+SPECIAL = (
+    "<s>",
+    "[TOOL_CALLS]",
+    "[ARGS]",
+    "<|tool_call|>",
+    "<|/tool_call|>",
+    "<|python_tag|>",
+    "[THINK]",
+    "[/THINK]",
+    *MARKERS,
+)
 """Special tokens, by their ids. The first is part of no format, and never shown."""
-FORMATS = [
+FORMATS: list[MessageFormat] = [
     MessageFormat(calls=calls, reasoning=reasoning, special={text: id_ for id_, text in enumerate(SPECIAL)})
     for calls in CALL_FORMATS.values()
     for reasoning in (None, *REASONING_FORMATS.values())
+]
+FORMATS += [
+    HarmonyFormat(calls=HARMONY_CALLS, reasoning=reasoning, special=FORMATS[0].special)
+    for reasoning in (None, *[HARMONY_REASONING] * 8)
 ]
 
 
@@ -58,12 +73,27 @@ class Tokens:
 def message_of(rng: random.Random, form: MessageFormat) -> str:
     """Return an answer with reasoning, content and calls, or a part of it."""
     assert form.calls is not None
+    if isinstance(form, HarmonyFormat):
+        return harmony_message(rng)
     begin, end = form.reasoning or ("", "")
     thought = begin + rng.choice(("", "\nWhich? é😀 </", "\n\n" + begin[:3])) + rng.choice((end, end + "\n\n", ""))
     content = rng.choice(("", "é😀 <s>so ", "I look:\n\n", "[1] {a} `b` <"))
     calls = WRITTEN[form.calls.name]
     after = rng.choice(("", "\n", " and é😀", calls))
     text = thought + content + calls + after
+    return text[: rng.randrange(len(text))] if rng.random() < 0.3 else text
+
+
+def harmony_message(rng: random.Random) -> str:
+    """Return an answer over several channels, or a part of it."""
+    bodies = ["", "Which? é😀 </", "[1] {a} <|", "I look:\n\n"]
+    messages = [
+        f"<|channel|>{rng.choice(('analysis', 'commentary'))}<|message|>{rng.choice(bodies)}<|end|><|start|>assistant"
+        for _ in range(rng.randrange(4))
+    ]
+    call = '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "é😀 <"}<|call|>'
+    last = rng.choice((call, f"<|channel|>final<|message|>é😀 <s>so {rng.choice(bodies)}"))
+    text = "".join(messages) + last
     return text[: rng.randrange(len(text))] if rng.random() < 0.3 else text
 
 
@@ -94,17 +124,22 @@ def answered(
 
 def thought_tokens(form: MessageFormat, tokens: Tokens, visible: str, kept: int) -> int:
     """Return the number of tokens that begin in the reasoning of a text, found without a parser."""
-    if form.reasoning is None or not visible.startswith(form.reasoning[0]):
+    if form.reasoning is None:
         return 0
     begin, end = form.reasoning
-    closed = visible.find(end, len(begin))
-    span = range(len(begin.encode()), 10**9 if closed < 0 else len(visible[:closed].encode()))
+    spans, at = [], 0
+    while (at := visible.find(begin, at)) >= 0 and (at == 0 or isinstance(form, HarmonyFormat)):
+        begun = at + len(begin)
+        closed = visible.find(end, begun)
+        at = len(visible) if closed < 0 else closed
+        last = 10**9 if closed < 0 else len(visible[:closed].encode())
+        spans.append(range(len(visible[:begun].encode()), last))
     starts, at = [], 0
     for id_ in tokens.ids[:kept]:
         starts.append(at)
         hidden = id_ in tokens.special_ids and id_ not in form.shown
         at += 0 if hidden else len(tokens.token_bytes(id_))
-    return sum(start in span for start in starts)
+    return sum(start in span for start in starts for span in spans)
 
 
 def portioned(ids: list[int], rng: random.Random) -> list[list[int]]:

@@ -103,20 +103,30 @@ class MessageFormat:
             markers += [*literal, *(part for part in parts if isinstance(part, str))]
         return frozenset(id_ for spelling, id_ in self.special.items() if any(spelling in each for each in markers))
 
+    def effort(self, wanted: str) -> str:
+        """Return a reasoning effort in the words that the model knows."""
+        return wanted
+
     def plain(self) -> MessageFormat:
         """Return the format of answers that are content alone."""
         return replace(self, reasoning=None, calls=None)
 
     def parser(
-        self, tools: Sequence[Tool] = (), *, in_reasoning: bool = False, new_id: Callable[[], str] | None = None
+        self,
+        tools: Sequence[Tool] = (),
+        *,
+        in_reasoning: bool = False,
+        begun: bool = False,
+        new_id: Callable[[], str] | None = None,
     ) -> MessageParser:
-        """Return a new parser of one answer; calls are looked for only with `tools`."""
+        """Return a new parser of one answer; calls are looked for only with `tools`. `in_reasoning`, `begun`: whether
+        the prompt has opened reasoning, or the message."""
         call = self.calls if tools else None
         if call is None and self.reasoning is None:
             return PlainParser()
         openers, starters = [], []
         if call is not None:
-            calls = Calls({tool.name: _argument_names(tool) for tool in tools}, new_id or self.new_id)
+            calls = Calls({tool.name: argument_names(tool) for tool in tools}, new_id or self.new_id)
 
             def reader() -> CallReader:
                 return call.reader(calls)
@@ -141,6 +151,7 @@ class MessageFormat:
         parallel: bool = True,
         answer: Grammar | None = None,
         in_reasoning: bool = False,
+        begun: bool = False,
         place: str = "tools",
     ) -> Grammar | None:
         """Return the grammar of a whole answer, or None where nothing is to be enforced.
@@ -224,7 +235,11 @@ class MessageFormat:
             arguments = form.arguments(wanted, at, build)
         else:
             arguments = build(wanted, at, ANY_OBJECT)
-        return self._sequence(*form.written(tool, arguments))
+        return self._written(tool, arguments)
+
+    def _written(self, tool: Tool, arguments: Grammar) -> Grammar:
+        assert self.calls is not None
+        return self._sequence(*self.calls.written(tool, arguments))
 
     def _sequence(self, *parts: Grammar | str) -> Grammar:
         return compose.sequence(
@@ -260,7 +275,7 @@ def _other_text(starters: Sequence[str]) -> str:
     return rf"\s*({'|'.join(ways)})"
 
 
-def _argument_names(tool: Tool) -> list[str]:
+def argument_names(tool: Tool) -> list[str]:
     properties = (tool.parameters or {}).get("properties")
     return list(properties) if isinstance(properties, dict) else []
 

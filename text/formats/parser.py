@@ -75,7 +75,7 @@ class AnswerParser:
         self._length += len(text)
         while self._advance(parts):
             pass
-        return _joined(parts)
+        return joined(parts)
 
     def finish(self) -> Sequence[Part]:
         parts: list[Part] = []
@@ -87,7 +87,7 @@ class AnswerParser:
                 parts.append(ReasoningText(window.rstrip()))
         elif window := window.strip() if self._called else window:
             parts.append(ContentText(window))
-        return _joined(parts)
+        return joined(parts)
 
     def _advance(self, parts: list[Part]) -> bool:
         """Read on in the window; return whether there may be more to read."""
@@ -122,14 +122,14 @@ class AnswerParser:
             if reopened:
                 self.thoughts = [(self._length - len(window), OPEN)]
             window = window.lstrip()
-        at, marker = _first(window, self._close)
-        shown = window[:at] if marker else window[: len(window) - _held(window, self._close)]
-        shown, held = shown.rstrip(), window
+        at, marker = first_of(window, self._close)
+        shown = window[:at] if marker else window[: len(window) - held(window, self._close)]
+        shown, rest = shown.rstrip(), window
         if shown:
             parts.append(ReasoningText(shown))
             self._fresh = False
-            held = window[len(shown) :]
-        self._window = held
+            rest = window[len(shown) :]
+        self._window = rest
         if not marker:
             return False
         self.thoughts = [(self.thoughts[0][0], self._length - len(window) + at)]
@@ -159,7 +159,7 @@ class AnswerParser:
             after_thought = bool(self._pairs) and not self._may_think
             self._window = window = stripped if after_thought else window
         openers = [marker for marker, _ in self._openers]
-        at, marker = _first(window, openers)
+        at, marker = first_of(window, openers)
         if marker:
             content = window[:at].strip() if self._called else window[:at].rstrip()
             if content:
@@ -168,7 +168,7 @@ class AnswerParser:
             self._window, self._started, self._fresh = window[at + len(marker) :], True, True
             self._opener, self._fed = ("" if self._called else window[len(content) : at]) + marker, 0
             return bool(self._window)
-        shown = window[: len(window) - _held(window, openers)]
+        shown = window[: len(window) - held(window, openers)]
         if openers:
             shown = shown.rstrip()  # white space before a call is not shown
         if shown.strip() or (shown and not self._called):
@@ -177,14 +177,14 @@ class AnswerParser:
         return False
 
 
-def _first(text: str, markers: Sequence[str]) -> tuple[int, str]:
+def first_of(text: str, markers: Sequence[str]) -> tuple[int, str]:
     """Return where the first of the markers begins, and which it is; the longer one of two. "" for none."""
     found = [(at, -len(marker), marker) for marker in markers if (at := text.find(marker)) >= 0]
     at, _, marker = min(found, default=(len(text), 0, ""))
     return at, marker
 
 
-def _held(text: str, markers: Sequence[str]) -> int:
+def held(text: str, markers: Sequence[str]) -> int:
     """Return the length of the longest end of `text` that may become one of the markers."""
     most = 0
     for marker in markers:
@@ -195,15 +195,15 @@ def _held(text: str, markers: Sequence[str]) -> int:
     return most
 
 
-def _joined(parts: list[Part]) -> list[Part]:
+def joined(parts: list[Part]) -> list[Part]:
     """Return the parts, neighbours of a kind joined."""
-    joined: list[Part] = []
+    found: list[Part] = []
     for part in parts:
-        last = joined[-1] if joined else None
+        last = found[-1] if found else None
         if isinstance(part, ContentText) and isinstance(last, ContentText):
-            joined[-1] = ContentText(last.text + part.text)
+            found[-1] = ContentText(last.text + part.text)
         elif isinstance(part, ReasoningText) and isinstance(last, ReasoningText):
-            joined[-1] = ReasoningText(last.text + part.text)
+            found[-1] = ReasoningText(last.text + part.text)
         else:
-            joined.append(part)
-    return joined
+            found.append(part)
+    return found

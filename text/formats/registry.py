@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from pilotfish.errors import ModelError
 from pilotfish.text.formats.calls import CallReader, Calls, JsonCalls, MistralCalls
+from pilotfish.text.formats.harmony import harmony, is_harmony
 from pilotfish.text.formats.message_format import CallFormat, MessageFormat
 from pilotfish.text.formats.python_calls import PythonCalls, python_arguments, python_keywords
 from pilotfish.text.grammar.grammar import Grammar
@@ -170,6 +171,8 @@ _REASONING_ALIASES = {
     "deepseek_r1": "think", "qwen3": "think", "qwen": "think", "glm45": "think", "seed_oss": "seed",
 }  # fmt: skip
 """Names that other servers have for them."""
+HARMONY_NAMES = ("harmony", "openai", "gpt_oss", "openai_gptoss")
+"""The names of gpt-oss's format, for calls and for reasoning."""
 _TRACES = (
     ("[ARGS]", "mistral"), ("[TOOL_CALLS]", "mistral_list"), ("<tool_call>", "hermes"), ("<|tool|>", "phi4"),
     ("<|/tool_call|>", "phi4"), ("<|tool_call|>", "granite"), ("functools[", "phi4_mini_json"),
@@ -189,25 +192,30 @@ def detect(
     ModelError for a name that is not known.
     """
     template = tokenizer.chat_template or ""
+    special = {tokenizer.token(id_): id_ for id_ in tokenizer.special_ids}
+    named = [name for name in (tool_call_parser, reasoning_parser) if name not in (None, "auto", "none")]
+    if any(name in HARMONY_NAMES for name in named) or (not named and is_harmony(template)):
+        if not all(name in HARMONY_NAMES for name in named):
+            parsers = f"{tool_call_parser!r} and reasoning_parser {reasoning_parser!r}"
+            raise ModelError(f"tool_call_parser {parsers} do not go together: harmony is a format of whole messages")
+        return harmony(special, tool_call_parser != "none", reasoning_parser != "none")
     calls = next((name for trace, name in _TRACES if trace in template), "hermes")
     reasoning = next((name for name, (_, end) in REASONING_FORMATS.items() if end in template), "none")
     if tool_call_parser == "mistral" and calls == "mistral_list":
         tool_call_parser = calls  # both have this name elsewhere
     return MessageFormat(
-        calls=_named("tool_call_parser", tool_call_parser, calls, CALL_FORMATS, _CALL_ALIASES),
-        reasoning=_named("reasoning_parser", reasoning_parser, reasoning, REASONING_FORMATS, _REASONING_ALIASES),
-        special={tokenizer.token(id_): id_ for id_ in tokenizer.special_ids},
+        calls=_form("tool_call_parser", tool_call_parser, calls, CALL_FORMATS, _CALL_ALIASES),
+        reasoning=_form("reasoning_parser", reasoning_parser, reasoning, REASONING_FORMATS, _REASONING_ALIASES),
+        special=special,
     )
 
 
-def _named(
-    setting: str, name: str | None, found: str, known: dict[str, _Form], aliases: dict[str, str]
-) -> _Form | None:
+def _form(setting: str, name: str | None, found: str, known: dict[str, _Form], aliases: dict[str, str]) -> _Form | None:
     name = found if name in (None, "auto") else name
     name = aliases.get(name or "", name)
     if name == "none":
         return None
     if name not in known:
-        listed = ", ".join(["auto", "none", *known])
+        listed = ", ".join(["auto", "none", *known, HARMONY_NAMES[0]])
         raise ModelError(f"{setting} is {name!r}, but the formats that are known are {listed}")
     return known[name]
