@@ -432,7 +432,7 @@ def test_a_crash_or_a_lost_device_gets_a_new_process(tmp_path: Path, monkeypatch
         (["--kernels", "native", "--dtype", "bfloat16", "--isolate"], "kernels is 'native'"),
         (["--attention-backend", "flash4"], "attention_backend is 'flash4'"),
         (["--json", "/nowhere/at/all.json"], "json is '/nowhere/at/all.json'"),
-        (["--max-batch-tokens", "4"], "max_batch_tokens (4)"),
+        (["--max-batch-tokens", "4", "--max-num-seqs", "8"], "max_batch_tokens (4)"),
         (["--config", "/nowhere.yaml"], "cannot read the settings"),
         (["--model", "smollm2-135m", "--tensor-parallel-size", "2"], "num_heads (9) does not divide by 2"),
     ],
