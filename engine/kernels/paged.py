@@ -15,8 +15,13 @@ _LARGEST = torch.finfo(FP8).max
 def write(
     keys: torch.Tensor, values: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
 ) -> None:
-    """Write each row's key and value, (rows, kv_heads, head_dim), to its slot; slots (rows,) int64."""
-    for stored, rows in ((keys, key), (values, value)):
+    """Write each row's key and value, (rows, kv_heads, head_dim), to its slot; slots (rows,) int64.
+
+    Values are made finite: kernels that load whole blocks multiply what a block's last owner has left there by 0, which
+    must not become NaN. (What they compute of keys they replace.) The sequence that such values belong to is lost
+    either way.
+    """
+    for stored, rows in ((keys, key), (values, value.nan_to_num())):
         # fp8 goes as bytes, since torch lacks some of its operators on some devices.
         flat = as_bytes(stored).flatten(0, 1)  # (num_blocks * block_size, kv_heads, head_dim)
         flat.index_put_((slots,), as_bytes(converted(rows, stored.dtype)))

@@ -47,6 +47,20 @@ def as_stored(x, KIND: tl.constexpr):
 
 
 @triton.jit
+def finite(x):
+    """x with 0 for NaN, and the largest numbers of its dtype for what is infinite."""
+    if x.dtype == tl.float16:
+        most = 65504.0
+    elif x.dtype == tl.bfloat16:
+        most = 3.3895313892515355e38
+    else:
+        most = 3.4028234663852886e38
+    wide = x.to(tl.float32)
+    wide = tl.where(wide == wide, wide, 0.0)
+    return tl.where(wide > most, most, tl.where(wide < -most, -most, wide)).to(x.dtype)
+
+
+@triton.jit
 def norm_row(x, weight, inside, size, eps):
     """x / sqrt(mean(x^2) + eps) * weight of a row, (BLOCK,) float32, which is 0 where not `inside`."""
     mean = tl.sum(x * x, 0) / size
@@ -163,7 +177,7 @@ def rotate_heads(
             tl.store(base + half + at, turned_high, mask=inside)
     else:
         to = values + (tl.load(slots + row) * KV_HEADS + head - HEADS - KV_HEADS) * DIM
-        value = tl.load(base + every, mask=every < DIM, other=0.0)
+        value = finite(tl.load(base + every, mask=every < DIM, other=0.0))  # see paged.write
         tl.store(to + every, as_stored(value, values.dtype.element_ty), mask=every < DIM)
 
 

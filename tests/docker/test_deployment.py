@@ -199,3 +199,13 @@ def test_prometheus_scrapes_what_compose_starts() -> None:
     name, _, port = target.partition(":")
     assert name in compose["x-server"]["networks"]["default"]["aliases"]
     assert compose["x-server"]["ports"][0].endswith(f":{port}")
+
+
+def test_the_unit_sees_the_card() -> None:
+    """What systemd turns into a DeviceAllow= of its own closes /dev/nvidia* before version 252."""
+    unit = (DOCKER / "systemd" / "pilotfish.service").read_text()
+    for setting in ("ProtectClock", "PrivateDevices", "DevicePolicy"):
+        assert not re.search(rf"^{setting}=", unit, re.MULTILINE), setting
+    assert re.search("^LimitMEMLOCK=infinity$", unit, re.MULTILINE)
+    (compose,) = documents(DOCKER / "compose.yaml")
+    assert compose["services"]["pilotfish-gpu"]["ulimits"] == {"memlock": -1}

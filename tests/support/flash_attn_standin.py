@@ -109,9 +109,9 @@ def modules(capability: tuple[int, int], calls: list[str] | None = None) -> dict
         gather_bwd_recompute_p=False,
         gather_bwd_token_chunk=None,
     ):
-        _check_cute(capability, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, num_splits)
-        _check((qv, seqused_q, learnable_sink, score_mod, mask_mod) == (None,) * 5, "not in the stand-in")
         left, right = (-1 if side is None else side for side in window_size)
+        _check_cute(capability, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, num_splits, left >= 0)
+        _check((qv, seqused_q, learnable_sink, score_mod, mask_mod) == (None,) * 5, "not in the stand-in")
         whole_pages = k.shape[1] == _key_tile(capability, q.shape[-1], local=left >= 0)
         spans = (cu_seqlens_q, seqused_k, page_table)
         out = _paged(q, k, v, *spans, softmax_scale, causal, left, right, softcap, whole_pages)
@@ -239,7 +239,7 @@ def _check_flash2(q, k, v, block_table) -> None:
     _check(k.shape == v.shape and k.shape[-1] == q.shape[-1], "shapes, strides or bounds are wrong")
 
 
-def _check_cute(capability, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, num_splits) -> None:
+def _check_cute(capability, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, num_splits, local) -> None:
     major = capability[0]
     _check(cu_seqlens_q is not None and page_table is not None and seqused_k is not None, "not in the stand-in")
     _check(cu_seqlens_k is None, "page_table is not supported with cu_seqlens_k")
@@ -262,6 +262,8 @@ def _check_cute(capability, q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, page
         _check(8 <= head_dim <= 256 and head_dim % alignment == 0, "is not supported on SM90")
     elif major in (10, 11):
         _check((8 <= head_dim <= 128 or head_dim == 256) and head_dim % alignment == 0, "not supported on SM100/SM110")
+    loaded_whole = k.shape[1] == _key_tile(capability, head_dim, local)
+    _check(head_dim % 16 == 0 or loaded_whole, "Paged KV does not support irregular head dim")
     if v.dtype in FP8:
         _check(major == 10, "FP8 is only supported on SM100 (compute capability 10.x) for FA4 CuTe.")
     # The heuristic (num_splits < 1) may come to more than one split, too.

@@ -18,6 +18,8 @@ from pilotfish.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
+KEY_TILE = 128
+"""Keys in a tile of flash-attn-4's kernels up to head_dim 128: a block of as many is loaded whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class AttentionNeeds:
 
 def choose_attention(name: str, needs: AttentionNeeds, kernels: NativeKernels | None) -> AttentionBackend:
     """The backend called `name`. "auto" takes the best available: flash4, flash2, triton, torch on a GPU, else native,
-    torch.
+    torch. A KV cache in fp8 that only torch could read on a GPU is refused: that would be many times slower.
 
     kernels: the native ones if the model computes with them; native attention shares their threads. Raises ConfigError
     with the reason if the named backend cannot be used.
@@ -53,11 +55,19 @@ def choose_attention(name: str, needs: AttentionNeeds, kernels: NativeKernels | 
         return found
     # Native attention goes with native kernels, unless it is asked for by name.
     suited = ("flash4", "flash2", "triton") if needs.capability else ("native",) if kernels else ()
+    reasons: list[str] = []
     for candidate in suited:
         found = _try(candidate, needs, kernels)
         if not isinstance(found, str):
             return found
         logger.info("attention: not %s, since %s", candidate, found)
+        reasons.append(found)
+    if needs.capability and needs.cache_dtype == FP8:
+        raise ConfigError(
+            "kv_cache_dtype is 'fp8', but no attention that is fast on a GPU can read such a cache here: "
+            f"{'; '.join(reasons)}. attention_backend 'torch' can, span by span and without CUDA graphs; "
+            "kv_cache_dtype 'auto' takes twice the memory"
+        )
     if needs.capability:
         logger.warning("attention: torch's, span by span, which is slow on a GPU: is flash-attn installed?")
     return TorchAttention()
@@ -121,6 +131,13 @@ def _why_not_flash4(needs: AttentionNeeds) -> str | None:
         allowed = "8 to 256" if major == 9 else "8 to 128, or 256,"
         return (
             f"flash-attn-4 needs a head_dim of {allowed} in multiples of {alignment} here, "
+            f"and the model's is {needs.head_dim}"
+        )
+    # flash_fwd_sm90.py:67 and flash_fwd_sm100.py:266, "Paged KV does not support irregular head dim": blocks that are
+    # no key tile are loaded row by row. Tiles are of 128 keys up to head_dim 128, and of other sizes beyond.
+    if needs.head_dim % 16 and (needs.head_dim > 128 or needs.block_size not in (0, KEY_TILE)):
+        return (
+            f"flash-attn-4 needs a head_dim that is a multiple of 16, or at most 128 with blocks of {KEY_TILE} tokens, "
             f"and the model's is {needs.head_dim}"
         )
     return None

@@ -115,6 +115,22 @@ def test_rotate_and_write(dtype, stored, heads, kv_heads, dim, normed) -> None:
     assert all(torch.equal(a.float(), b.float()) for a, b in zip(again, caches[1], strict=True))
 
 
+@pytest.mark.parametrize(("dtype", "stored"), CACHES, ids=str)
+def test_values_are_finite_in_the_cache(dtype: torch.dtype, stored: torch.dtype) -> None:
+    qkv = random(3, 3, 16, dtype=dtype)
+    qkv[:, 2, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    written = []
+    for kernels in (TORCH, FUSED):
+        cache = (torch.zeros(1, 4, 1, 16).to(stored), torch.zeros(1, 4, 1, 16).to(stored))
+        kernels.rotate_and_write(
+            qkv.clone(), 1, None, torch.arange(3), random(50, 16, seed=3), EPS, cache, torch.arange(3)
+        )
+        written.append(cache[1].float())
+    most = torch.finfo(stored).max
+    assert written[0][0, 0, 0, :3].tolist() == [0.0, most, -most]
+    assert torch.equal(*written)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1, 40, 1500])
 def test_gates(dtype: torch.dtype, size: int) -> None:

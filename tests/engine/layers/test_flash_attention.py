@@ -178,6 +178,21 @@ def test_a_cache_that_nobody_has_written_is_zeros(soiled_memory, name):
     assert attend(make(), block_size, spans_of(1, 5, 90)).isfinite().all()
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("left", [torch.nan, torch.inf, -torch.inf])
+def test_what_a_block_was_left_with_does_not_reach_its_next_owner(name, dtype, left):
+    """An overflow in float16 ends the text that it is in, and no other."""
+    make, block_size = BACKENDS[name]
+    backend, dim = make(), 16
+    cache = backend.allocate(1, block_size, 1, dim, dtype, CPU)
+    first, second = (flatten([Span([0] * length, 0, [0])], block_size, CPU).attention for length in (block_size, 3))
+    ones = torch.ones(block_size, 1, dim, dtype=dtype)
+    backend.attend(ones, ones * left, ones * left, cache, first, AttentionParams(1.0))
+    found = backend.attend(ones[:3], ones[:3], ones[:3] * 2, cache, second, AttentionParams(1.0))
+    assert torch.equal(found, torch.full_like(found, 2.0))
+
+
 NEEDS = AttentionNeeds(
     device=CPU, capability=HOPPER, dtype=torch.bfloat16, cache_dtype=torch.bfloat16, head_dim=128, block_size=0
 )
@@ -195,11 +210,17 @@ DTYPES = (torch.float32, torch.bfloat16, FP8)
         ("flash4", {"cache_dtype": FP8}, "10.x"),
         ("flash4", {"cache_dtype": FP8, "capability": B200}, None),
         ("flash4", {"cache_dtype": FP8, "capability": B200, "head_dim": 72}, "multiples of 16"),
-        ("flash4", {"head_dim": 200}, None),
+        ("flash4", {"head_dim": 200}, "a multiple of 16"),
+        ("flash4", {"head_dim": 208}, None),
         ("flash4", {"head_dim": 200, "capability": B200}, "8 to 128, or 256"),
         ("flash4", {"head_dim": 256, "capability": B300}, None),
         ("flash4", {"head_dim": 264}, "8 to 256"),
         ("flash4", {"block_size": 16}, None),
+        ("flash4", {"head_dim": 72}, None),
+        ("flash4", {"head_dim": 72, "block_size": 128}, None),
+        ("flash4", {"head_dim": 72, "block_size": 16}, "a multiple of 16, or at most 128 with blocks of 128"),
+        ("flash4", {"head_dim": 72, "block_size": 16, "capability": B200}, "a multiple of 16"),
+        ("flash4", {"head_dim": 136}, "a multiple of 16"),
         ("flash2", {"capability": None}, "NVIDIA GPUs"),
         ("flash2", {"capability": (7, 5)}, "8.0"),
         ("flash2", {"capability": CONSUMER_BLACKWELL}, None),
@@ -221,13 +242,15 @@ def test_rules(name, change, reason):
 
 @pytest.mark.parametrize("name", ["flash2", "flash4"])
 @pytest.mark.parametrize("capability", [(8, 0), HOPPER, B200, CONSUMER_BLACKWELL], ids=str)
-def test_what_the_rules_allow_is_what_the_functions_take(name, capability):
+@pytest.mark.parametrize("smaller", [False, True])
+def test_what_the_rules_allow_is_what_the_functions_take(name, capability, smaller):
     """Neither more nor less, for every head size with every dtype: the rules tie three of these together."""
-    backend, block_size = (flash2(), 256) if name == "flash2" else (flash4(capability), 128)
+    backend, block_size = (flash2(), 256) if name == "flash2" else (flash4(capability), 16 if smaller else 128)
     allowed, taken = set(), set()
     for head_dim, dtype in itertools.product((4, 8, 12, 16, 72, 96, 128, 136, 192, 256, 264), DTYPES):
         model = torch.bfloat16 if dtype == FP8 else dtype
         needs = replace(NEEDS, capability=capability, dtype=model, cache_dtype=dtype, head_dim=head_dim)
+        needs = replace(needs, block_size=block_size)
         if why_not(name, needs) is None:
             allowed.add((head_dim, dtype))
         with contextlib.suppress(Refused):
@@ -256,7 +279,6 @@ BOTH = ("flash_attn", "flash_attn.cute")
         (ADA, BOTH, {"block_size": 16}, "triton"),
         (HOPPER, BOTH, {"dtype": torch.float32, "cache_dtype": torch.float32}, "triton"),
         (ADA, BOTH, {"cache_dtype": FP8}, "triton"),
-        ((8, 0), BOTH, {"cache_dtype": FP8}, "torch"),
         (B200, BOTH, {"cache_dtype": FP8}, "flash4"),
     ],
 )
@@ -265,6 +287,24 @@ def test_auto_takes_the_best_that_is_there(monkeypatch, capability, there, chang
     found = choose_attention("auto", replace(NEEDS, capability=capability, **change), None)
     assert found.name == wanted
     assert found.block_size == {"flash4": 128, "flash2": 256, "triton": 64, "torch": 16}[wanted]
+
+
+def test_an_fp8_cache_that_only_torch_could_read_is_refused(monkeypatch):
+    """It would be many times slower: span by span, without CUDA graphs."""
+    installed(monkeypatch, (8, 0), *BOTH)
+    needs = replace(NEEDS, capability=(8, 0), cache_dtype=FP8)
+    with pytest.raises(ConfigError) as refusal:
+        choose_attention("auto", needs, None)
+    for part in (
+        "kv_cache_dtype is 'fp8'",
+        "9.x, 10.x or 11.x",
+        "not in fp8",
+        "8.9 or newer",
+        "attention_backend 'torch'",
+    ):
+        assert part in str(refusal.value)
+    assert choose_attention("torch", needs, None).name == "torch"
+    assert choose_attention("auto", replace(needs, capability=None), None).name == "torch"
 
 
 def test_what_is_asked_for_and_cannot_be_is_refused_with_the_reason(monkeypatch):

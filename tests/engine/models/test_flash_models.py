@@ -103,7 +103,7 @@ def platform_of(model: Path, **settings):
         ((9, 0), {"attention_backend": "torch"}, "torch", 16),
         ((10, 0), {"kv_cache_dtype": "fp8"}, "flash4", 128),
         ((9, 0), {"kv_cache_dtype": "fp8"}, "triton", 64),
-        ((8, 0), {"kv_cache_dtype": "fp8"}, "torch", 16),
+        ((8, 0), {"kv_cache_dtype": "fp8", "attention_backend": "torch"}, "torch", 16),
     ],
 )
 def test_backend_and_block_size(tiny: Tiny, flash_attn, capability, settings, backend, block_size) -> None:
