@@ -14,6 +14,8 @@ from llguidance import LLExecutor
 from pilotfish.engine.params import Thinking
 from pilotfish.text.grammar.matcher import EVERYTHING, Matcher, compute_masks
 
+MOST_FURTHER_BYTES = 3
+"""Bytes of a character behind its first one."""
 LATEST = 8
 """Tokens of an answer, such as white space, within which its reasoning may begin."""
 
@@ -70,7 +72,7 @@ class AnswerGrammar:
         thought = self._thought
         for i, token in enumerate(draft[:count] if not thought.over else ()):
             wanted = self._must_close(thought)
-            if wanted is not None and token != wanted:
+            if (wanted is not None and token != wanted) or (self._must_finish(thought) and self._unfinished(token)):
                 return i
             thought = self._think(thought, token)
         return count
@@ -107,6 +109,18 @@ class AnswerGrammar:
             return None
         return thinking.end[thought.matched if thought.closing else 0]
 
+    def _must_finish(self, thought: _Thought) -> bool:
+        """Whether reasoning must soon be closed, and may not begin a character that could still be open then: under a
+        grammar, which is of whole characters, the marker would have to wait for its end."""
+        thinking = self._thinking
+        if thinking is None or self.matcher is None or not thought.open or thought.over or thought.closing:
+            return False
+        return thought.tokens >= thinking.budget - MOST_FURTHER_BYTES
+
+    def _unfinished(self, token: int) -> bool:
+        assert self.matcher is not None
+        return bool(self.matcher.unfinished[token >> 5] >> (token & 31) & 1)
+
     def _think(self, thought: _Thought, token: int) -> _Thought:
         """Return the state of the reasoning after one more token."""
         thinking = self._thinking
@@ -127,8 +141,8 @@ class AnswerGrammar:
         return _Thought(True, thought.tokens + 1, matched, closing)
 
     def _close_thoughts(self, masks: np.ndarray, draft: Sequence[int]) -> None:
-        """Leave only the marker's next token in the rows in which reasoning must be closed. A row that does not allow
-        it, as within a character, waits for the next one."""
+        """Leave only the marker's next token in the rows in which reasoning must be closed, and none in those before
+        that would begin a character and not end it. A row that does not allow the marker waits for the next one."""
         thought, skipped = self._thought, len(draft) + 1 - len(masks)
         for row in range(-skipped, len(masks)):
             token = self._must_close(thought)
@@ -138,6 +152,8 @@ class AnswerGrammar:
                 if only:
                     masks[row] = 0
                     masks[row, word] = only
+            elif row >= 0 and self.matcher is not None and self._must_finish(thought):
+                masks[row] &= ~self.matcher.unfinished
             if row + skipped < len(draft):
                 thought = self._think(thought, draft[row + skipped])
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator, PrivateAttr
 
 from pilotfish.errors import shown
-from pilotfish.server.protocol.chat import MAX_TOP_LOGPROBS
+from pilotfish.server.protocol.chat import MAX_TOP_LOGPROBS, Budget
 from pilotfish.server.protocol.common import ApiModel, Unsupported, only, wrong
 
 
@@ -90,6 +90,7 @@ class ResponsesRequest(ApiModel):
     repetition_penalty: float | None = None
     seed: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    thinking_budget: Budget = None
     cache_salt: str | None = None
     speculation: str | None = None
 

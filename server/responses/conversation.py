@@ -78,6 +78,7 @@ def conversation_of(body: ResponsesRequest, history: Sequence[dict[str, Any]]) -
         tool_choice=choice,
         parallel_tool_calls=body.parallel_tool_calls is not False,
         reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
+        thinking_budget=body.thinking_budget,
         template_variables=body.chat_template_kwargs or {},
     )
 

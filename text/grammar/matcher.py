@@ -5,6 +5,7 @@ in Rust and without the GIL.
 from __future__ import annotations
 
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,8 @@ KEPT = 64
 """Compiled grammars that are kept for further requests."""
 MOST_THREADS = 8
 """Threads that compute masks: each takes tens of microseconds."""
+_UNFINISHED = re.compile(rb"(?:[\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})\Z")
+"""A first byte of UTF-8, with fewer bytes behind it than it announces."""
 EVERYTHING = -1
 """The word of a mask that allows all of its 32 tokens."""
 
@@ -31,8 +34,10 @@ EVERYTHING = -1
 class Matcher:
     """The place of one answer in a grammar. Tokens are consumed, and can be taken back."""
 
-    def __init__(self, inner: LLMatcher, vocabulary: LLTokenizer) -> None:
+    def __init__(self, inner: LLMatcher, vocabulary: LLTokenizer, unfinished: np.ndarray) -> None:
         self._inner = inner
+        self.unfinished = unfinished
+        """The tokens that end within a character which they begin, as a mask: (words,) int32."""
         self._ends = frozenset(vocabulary.eos_tokens)
         self.words = -(-vocabulary.vocab_size // 32)
         """Number of words of a mask."""
@@ -130,6 +135,7 @@ class Compiler:
     def __init__(self, load: Callable[[], LLTokenizer]) -> None:
         self._load = load
         self._vocabulary: LLTokenizer | None = None
+        self._unfinished = np.zeros(0, dtype=np.int32)
         self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="grammar")
         self.executor = LLExecutor(max(1, min(MOST_THREADS, (os.cpu_count() or 2) // 2)))
@@ -157,15 +163,26 @@ class Compiler:
 
     def _matcher(self, compiled: LLMatcher) -> Matcher:
         assert self._vocabulary is not None
-        return Matcher(compiled.deep_copy(), self._vocabulary)
+        return Matcher(compiled.deep_copy(), self._vocabulary, self._unfinished)
 
     def _compile(self, source: str) -> LLMatcher:
         if self._vocabulary is None:
-            self._vocabulary = self._load()
+            vocabulary = self._load()
+            self._unfinished, self._vocabulary = unfinished_tokens(vocabulary), vocabulary
         matcher = LLMatcher(self._vocabulary, source, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise ParameterError("grammar", f"the grammar cannot be compiled: {matcher.get_error()}")
         return matcher
+
+
+def unfinished_tokens(vocabulary: LLTokenizer) -> np.ndarray:
+    """Return the tokens that end within a character which they begin, as a mask: (words,) int32. Takes 30 ms for
+    50 000 tokens."""
+    bits = np.zeros(-(-vocabulary.vocab_size // 32) * 32, dtype=bool)
+    for token in range(vocabulary.vocab_size):
+        data: bytes = vocabulary.decode_bytes([token])
+        bits[token] = not data.isascii() and _UNFINISHED.search(data) is not None
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def load_vocabulary(files: ModelFiles, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
