@@ -7,6 +7,7 @@ caches, or the captured passes. Only rank 0 has models that are not sharded. `bu
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
@@ -38,6 +39,8 @@ class Assembly:
     def __init__(self, config: EngineConfig, comm: Communicator, progress: Progress) -> None:
         self.target, self.platform, self.files = load_target(config, progress, comm)
         config = with_step_limits(config, gpu_memory(self.platform.device))
+        self.adapters = {name: self._adapter(Path(folder)) for name, folder in config.adapters().items()}
+        """Numbers of the adapters that are loaded at start, by their names."""
         self.config = config = msgspec.structs.replace(config, block_size=self.platform.block_size)
         draft_comm = comm if config.draft_tensor_parallel_size > 1 else ALONE
         # A rank that computes no draft model need not have its files.
@@ -61,6 +64,11 @@ class Assembly:
         self.sharded: list[ModelRunner] = []
         """The runners of all sharded models, in the order in which passes number them; the target's is the first."""
         self.drafters: list[ModelDrafter] = []
+
+    def _adapter(self, folder: Path) -> int:
+        assert isinstance(self.target, DecoderModel)
+        assert self.target.adapters is not None
+        return self.target.adapters.load(folder)
 
     @property
     def captures(self) -> bool:

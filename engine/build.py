@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 from pilotfish.checkpoints.catalog import Progress, resolve
@@ -17,7 +18,9 @@ from pilotfish.engine.layers.communicator import ALONE
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.kv_cache import count_blocks
 from pilotfish.engine.memory.usage import RankMemory
+from pilotfish.engine.models.adapters import Adapters
 from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.models.decoder_model import DecoderModel
 from pilotfish.engine.models.layout import check_divides
 from pilotfish.engine.ranks.leader import Ranks, start_ranks
 from pilotfish.engine.request import EngineInfo
@@ -42,6 +45,10 @@ class Engine:
     grammars: Compiler
     ranks: Ranks | None = None
     """The other ranks, if the model is sharded."""
+    adapters: Adapters | None = None
+    """Loads the target's low-rank adapters, if it may have any."""
+    loaded: Mapping[str, int] = field(default_factory=dict)
+    """Numbers of the adapters that were loaded at start, by their names."""
 
     def check(self) -> None:
         """Raise RankError if a rank has failed: results since then must not be used."""
@@ -129,6 +136,7 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
         device=str(platform.device),
         kernels=platform.kernels_name,
         tensor_parallel_size=target.comm.size,
+        adapters=tuple(assembly.adapters),
         load_seconds=time.perf_counter() - start,
     )
     return Engine(
@@ -139,6 +147,8 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
         verifier=make_verifier(config.verification, target.config.eos_token_ids, platform.device),
         grammars=Compiler(partial(load_vocabulary, assembly.files, target.config.vocab_size, info.eos_token_ids)),
         ranks=ranks,
+        adapters=target.adapters if isinstance(target, DecoderModel) else None,
+        loaded=assembly.adapters,
     )
 
 

@@ -80,6 +80,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Code that computes the model. pilotfish: the engine's own, for the families that it knows; transformers: that of
     the transformers package, for any decoder whose attention uses its attention interface, on one rank, slower; auto:
     the engine's own if it knows the family, else transformers'."""
+    lora: tuple[str, ...] = ()
+    """Low-rank adapter (LoRA) to load beside the model, as NAME=FOLDER, a folder that PEFT has written; requests choose
+    it by the name, as they would a model. Repeatable."""
+    lora_updates: bool = False
+    """Allow adapters to be loaded and unloaded while the model is served."""
     load_format: LoadFormat = "auto"
     """Weights to load. auto: the model's own; dummy: random weights of the same shapes, for benchmarks, from
     config.json alone."""
@@ -160,6 +165,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
         Entries of `drafter` are checked by `speculation.drafters.registry`, which knows the drafters.
         """
+        self.adapters()
         if self.ngram_min > self.ngram_max:
             raise ConfigError(f"ngram_min ({self.ngram_min}) is larger than ngram_max ({self.ngram_max})")
         if 0 < self.max_batch_tokens < self.max_num_seqs:
@@ -188,3 +194,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(
                 f"nnodes is {nodes}, which needs master_addr: the address of node 0, as all nodes reach it"
             )
+
+    def adapters(self) -> dict[str, str]:
+        """The folders in `lora` by their names. Raises ConfigError for entries that are no NAME=FOLDER."""
+        found: dict[str, str] = {}
+        for entry in self.lora:
+            name, _, folder = entry.partition("=")
+            if not name.strip() or not folder:
+                raise ConfigError(f"lora is {entry!r}, but must be NAME=FOLDER")
+            if name in found:
+                raise ConfigError(f"lora has {name!r} twice: give each adapter a name of its own")
+            found[name] = folder
+        return found

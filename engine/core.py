@@ -106,6 +106,8 @@ class EngineCore:
         self._device = torch.device(self.info.device)
         limits = with_step_limits(config, gpu_memory(self._device))
         self._scheduler = Scheduler(self.engine.pool, limits.max_num_seqs, limits.max_batch_tokens)
+        self._adapters = dict(self.engine.loaded)
+        """Numbers of the adapters that requests may name."""
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[Delta] = []  # to be reported with the next step's deltas
         self._compiling: dict[Sequence, Future[LLMatcher]] = {}
@@ -128,10 +130,14 @@ class EngineCore:
         params = request.params
         seed = params.seed if params.seed is not None else secrets.randbelow(MAX_SEED)
         goes_on = params.ignore_eos and params.grammar is None
+        adapter = self._adapters[request.adapter] if request.adapter else 0
+        # A number is never given again, so what an adapter of the same name has cached before is not found.
+        salt = b"%s\0adapter %d" % (request.salt, adapter) if adapter else request.salt
         sequence = Sequence(
             request=request,
             seed=seed,
-            blocks=BlockTable(self.engine.pool, request.salt),
+            blocks=BlockTable(self.engine.pool, salt),
+            adapter=adapter,
             drafters=drafters_of(request, self.info),
             stops=frozenset((*params.stop_token_ids, *(() if goes_on else self.info.eos_token_ids))),
         )
@@ -423,7 +429,7 @@ NO_DRAFTS = StepDrafts(Choice({}))
 def _span(planned: PlannedSpan) -> Span:
     sequence = planned.sequence
     token_ids = [*sequence.tokens[planned.start : planned.stop], *planned.draft.tokens]
-    return Span(token_ids, planned.start, sequence.blocks.blocks, planned.logit_rows)
+    return Span(token_ids, planned.start, sequence.blocks.blocks, planned.logit_rows, sequence.adapter)
 
 
 @contextmanager

@@ -124,19 +124,21 @@ class LLM:
         *,
         n: int = 1,
         speculation: str | Sequence[str | None] | None = None,
+        adapter: str | Sequence[str] = "",
     ) -> list[Request]:
         """Make n requests for each prompt, prompt by prompt, with fresh ids and seeds; the first of n is that of n = 1.
 
-        `params` and `speculation` (see Request) are a single value, or a list with one for each prompt. Raises
-        ParameterError for lists of another length.
+        `params`, `speculation` and `adapter` (see Request) are a single value, or a list with one for each prompt.
+        Raises ParameterError for lists of another length.
         """
         if n < 1:
             raise ParameterError("n", f"n is {n}, but must be at least 1")
         made = []
-        for prompt, own, drafter in zip(
+        for prompt, own, drafter, lora in zip(
             prompts,
             _each("params", params, SamplingParams, len(prompts)),
             _each("speculation", speculation, (str, type(None)), len(prompts)),
+            _each("adapter", adapter, str, len(prompts)),
             strict=True,
         ):
             seed = self.draw_seed() if own.seed is None else own.seed
@@ -145,6 +147,7 @@ class LLM:
                 prompt_ids=tuple(prompt),
                 params=own,
                 speculation=drafter,
+                adapter=lora,
                 arrival=time.monotonic(),
             )
             self._next_id += 1
@@ -158,6 +161,7 @@ class LLM:
         *,
         n: int = 1,
         speculation: str | Sequence[str | None] | None = None,
+        adapter: str | Sequence[str] = "",
         use_tqdm: bool = False,
     ) -> list[Completion]:
         """Decode every prompt to its end. Returns a flat list, prompt by prompt: the answers to `prompts[i]` are
@@ -166,7 +170,7 @@ class LLM:
         Arguments as in `requests`; raises ParameterError, before anything runs, for a prompt or a parameter that the
         engine cannot serve.
         """
-        requests = self.requests(prompts, params, n=n, speculation=speculation)
+        requests = self.requests(prompts, params, n=n, speculation=speculation, adapter=adapter)
         done = {
             request.id: Completion(request_id=request.id, index=i % n, prompt_ids=request.prompt_ids)
             for i, request in enumerate(requests)

@@ -25,6 +25,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     name."""
     prediction_ids: tuple[int, ...] = ()
     """The expected answer, as far as it is known."""
+    adapter: str = ""
+    """The name of the low-rank adapter that answers; "": the model itself."""
     salt: bytes = b""
     """Requests share cached prefixes only with those that have the same salt."""
     arrival: float = 0.0
@@ -102,6 +104,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     kernels: str
     tensor_parallel_size: int = 1
     """Number of ranks that the target is sharded over."""
+    adapters: tuple[str, ...] = ()
+    """Names of the low-rank adapters that are loaded."""
     load_seconds: float
     memory: tuple[RankMemory, ...] = ()
     """Memory of each rank, once the model was loaded."""
@@ -135,6 +139,9 @@ def check_request(request: Request, info: EngineInfo) -> None:
     never = {word[-1] for word in request.params.bad_words} | {*request.params.stop_token_ids, *info.eos_token_ids}
     if request.params.bad_words and len(never) >= info.vocab_size:
         raise ParameterError("bad_words", "bad_words leave no token that may be drawn")
+    if request.adapter and request.adapter not in info.adapters:
+        known = ", ".join(map(repr, info.adapters)) or "none"
+        raise ParameterError("model", f"the adapter {request.adapter!r} is not loaded: there is {known}")
     if request.speculation not in (None, "auto", "off", *info.drafters):
         known = ", ".join(repr(name) for name in ("auto", "off", *info.drafters))
         raise ParameterError("speculation", f"speculation is {request.speculation!r}, but this server knows {known}")

@@ -20,6 +20,8 @@ class Sequence:
     blocks: BlockTable
     drafters: tuple[str, ...] = ()
     """Names of the drafters that may draft for it; empty for plain decoding."""
+    adapter: int = 0
+    """The number of its low-rank adapter; 0: none."""
     stops: frozenset[int] = frozenset()
     """Stop and end-of-text tokens that end the sequence."""
     grammar: AnswerGrammar | None = None

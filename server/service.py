@@ -35,7 +35,7 @@ STUCK_SECONDS = 60.0
 
 
 class Service:
-    """The engine, the tokenizer and the rest that routes need. `names` are the model's names for clients."""
+    """The engine, the tokenizer and the rest that routes need. `names` are the model's own names for clients."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Service:
         )
         self.config = config
         self.metrics = metrics
-        self.names = names
+        self._names = names
         self.gate = Gate()
         self.created = int(time.time())
         self._fingerprint = ""
@@ -74,6 +74,21 @@ class Service:
         if self.engine.state == "starting" or self.engine.info is None:
             raise loading()
         return self.engine.info
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the low-rank adapters, which clients choose as models."""
+        info = self.engine.info
+        return tuple(self.engine.config.adapters()) if info is None else info.adapters
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What clients may name as the model, the model itself first."""
+        return (*self._names, *self.adapters)
+
+    def adapter_of(self, name: str | None) -> str:
+        """Return the adapter that a client names as the model; "" for the model itself."""
+        return name if name is not None and name not in self._names else ""
 
     def close(self) -> None:
         """End the threads."""

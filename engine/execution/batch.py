@@ -24,6 +24,8 @@ class Span:
     blocks: Seq[int]
     logit_rows: int = 0
     """Number of its last rows whose logits are wanted."""
+    adapter: int = 0
+    """The number of its low-rank adapter; 0: none."""
 
     @property
     def stop(self) -> int:
@@ -57,7 +59,22 @@ class HostBatch:
     def to(self, device: torch.device) -> FlatBatch:
         """The same on `device`, by a single copy."""
         arrays = self.layout.on_device(to_device(self.buffer, device))
-        return FlatBatch.of(arrays, self.query_lens, self.contexts, self.block_size)
+        batch = FlatBatch.of(arrays, self.query_lens, self.contexts, self.block_size)
+        if not self.adapted:
+            return batch
+        return FlatBatch(batch.arrays, replace(batch.attention, adapters=self._adapters(device)))
+
+    @property
+    def adapted(self) -> bool:
+        """Whether any row has an adapter."""
+        return bool(self.arrays.adapters.any())
+
+    def _adapters(self, device: torch.device) -> tuple[tuple[int, torch.Tensor | None], ...]:
+        numbers = self.arrays.adapters
+        found = [int(number) for number in np.unique(numbers) if number]
+        if len(found) == 1 and (numbers == found[0]).all():
+            return ((found[0], None),)
+        return tuple((number, torch.from_numpy(np.flatnonzero(numbers == number)).to(device)) for number in found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +134,8 @@ def pack(spans: Seq[Span], block_size: int) -> HostBatch:
     arrays.positions[:] = rows + np.repeat(arrays.context_lens - ends, lengths)
     blocks, offsets = np.divmod(arrays.positions, block_size)
     span_of_row = np.repeat(np.arange(shape.spans), lengths)
+    if any(span.adapter for span in spans):
+        arrays.adapters[:] = np.repeat([span.adapter for span in spans], lengths)
     arrays.slots[:] = arrays.block_tables[span_of_row, blocks] * np.int64(block_size) + offsets
     if shape.wanted == shape.rows:
         arrays.logit_rows[:] = rows

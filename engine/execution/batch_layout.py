@@ -46,6 +46,8 @@ class BatchArrays(Generic[A]):
     """The rows whose logits are wanted."""
     slots: Annotated[A, np.int64, "rows"]
     """Where each row's key and value are written: block * block_size + offset."""
+    adapters: Annotated[A, np.int32, "rows"]
+    """The number of each row's low-rank adapter; 0: none."""
     cu_query_lens: Annotated[A, np.int32, "bounds"]
     """Rows cu_query_lens[i] to cu_query_lens[i + 1] are those of span i."""
     context_lens: Annotated[A, np.int32, "spans"]

@@ -44,7 +44,7 @@ def load_model(
     `max_positions` 0: as many as the model was made for. Raises ModelError, ConfigError.
     """
     files = resolve(name, weights=config.load_format != "dummy")
-    shape = shape_of(files, config)
+    shape, is_target = shape_of(files, config), platform is None
     setting = "tensor_parallel_size" if platform is None else "draft_tensor_parallel_size"
     check_divides(shape, comm.size, None, setting, files.name)
     if platform is None:
@@ -57,7 +57,16 @@ def load_model(
     weights = _weights(files, shape, platform, config, Layout(shape, comm.rank, comm.size).parts(), progress)
     positions = max_positions or shape.max_position
     with torch.inference_mode():
-        model = DecoderModel(shape, platform.kernels, platform.attention, weights, positions, platform.device, comm)
+        model = DecoderModel(
+            shape,
+            platform.kernels,
+            platform.attention,
+            weights,
+            positions,
+            platform.device,
+            comm,
+            adaptable=is_target and bool(config.lora or config.lora_updates),
+        )
     give_back_memory(platform.device)  # of fused parts, and of tensors that were read ahead
     return model, platform, files
 
@@ -79,6 +88,8 @@ def load_target(
 
     if comm.size > 1:
         raise ConfigError(f"tensor_parallel_size is {comm.size}, but transformers' code computes {files.name}: use 1")
+    if config.lora or config.lora_updates:
+        raise ConfigError(f"lora adapts the engine's own families, but transformers' code computes {files.name}")
     for name, value in (("kernels", config.kernels), ("quantization", config.quantization)):
         if value not in ("auto", "torch", "none"):
             raise ConfigError(f"{name} is {value!r}, but transformers' code computes {files.name}: leave it out")

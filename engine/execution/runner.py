@@ -98,7 +98,8 @@ class ModelRunner:
             return self._compute(host, tap, None)
 
     def _compute(self, host: HostBatch, tap: FeatureTap | None, token_ids: torch.Tensor | None) -> torch.Tensor:
-        if self._graphs is not None and (tap is None or tap.layers == self._captured_layers):
+        replayable = tap is None or tap.layers == self._captured_layers
+        if self._graphs is not None and replayable and not host.adapted:
             bucket = self._graphs.find(host)
             if bucket is not None:
                 (logits,), features = self._graphs.run(bucket, host, (), token_ids)

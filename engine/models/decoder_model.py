@@ -7,6 +7,7 @@ batch. Whatever of a family is not in a `ModelConfig` is in its `Family`, one fi
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,10 @@ from pilotfish.engine.kernels.protocol import Kernels
 from pilotfish.engine.layers.attention.backend import AttentionBackend, AttentionBatch, AttentionParams, LayerCache
 from pilotfish.engine.layers.choose import choose_decoder
 from pilotfish.engine.layers.communicator import ALONE, Communicator
-from pilotfish.engine.layers.decoder import LayerShape
+from pilotfish.engine.layers.decoder import Decoder, LayerShape
+from pilotfish.engine.layers.lora import AdaptedDecoder, LayerAdapters
+from pilotfish.engine.layers.operator_decoder import OperatorDecoder
+from pilotfish.engine.models.adapters import Adapters
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.features import FeatureTap
 from pilotfish.engine.models.layout import Layout
@@ -52,6 +56,8 @@ class DecoderModel:
     If the model is sharded, this is one rank's part: all ranks call the same methods with the same rows. `config` is
     the whole model's. `embedding` and `head` are (layout.vocab_part, hidden_size), and the same matrix if tied.
 
+    adaptable: low-rank adapters can be loaded, which `adapters` does then.
+
     `weights` has the parts of rank `comm.rank` (see `Layout`). They are consumed one by one, so that the peak
     of memory is the model and a few tensors. Raises ModelError if a tensor is missing.
     """
@@ -65,6 +71,7 @@ class DecoderModel:
         max_positions: int,
         device: torch.device,
         comm: Communicator = ALONE,
+        adaptable: bool = False,
     ) -> None:
         self.config = config
         self.comm = comm
@@ -96,7 +103,13 @@ class DecoderModel:
             for i in range(config.num_layers)
         ]
         shape = LayerShape(self.layout.num_heads, self.layout.num_kv_heads, config.head_dim, config.rms_norm_eps)
-        self.decoder = choose_decoder(kernels, attention, comm, layers, shape)
+        self.decoder: Decoder = choose_decoder(kernels, attention, comm, layers, shape)
+        self.adapters: Adapters | None = None
+        if adaptable:
+            slots = [LayerAdapters(kernels) for _ in layers]
+            adapted = [replace(layer, adapter=slot) for layer, slot in zip(layers, slots, strict=True)]
+            self.decoder = AdaptedDecoder(self.decoder, OperatorDecoder(kernels, attention, comm, adapted, shape))
+            self.adapters = Adapters(config, self.layout, kernels, slots, store.dtype, device)
 
     def forward(
         self,

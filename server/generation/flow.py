@@ -224,6 +224,7 @@ async def _ask(
         params=fit(spec, len(ids), info),
         speculation=spec.speculation,
         prediction_ids=await service.encode(spec.prediction, "prediction", False) if spec.prediction else (),
+        adapter=service.adapter_of(spec.model),
         salt=prefix_salt(facts.tenant, spec.cache_salt),
         arrival=facts.arrival,
     )

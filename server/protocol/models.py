@@ -13,6 +13,8 @@ class Model(msgspec.Struct, kw_only=True):
     created: int
     owned_by: str = "pilotfish"
     root: str
+    parent: str | None = None
+    """The model that a low-rank adapter adapts."""
     max_model_len: int | None
     """null until the model is loaded."""
 

@@ -40,7 +40,10 @@ async def get_model(model: str, request: Request, service: ServiceDependency) ->
 
 
 def _model(service: Service, name: str) -> Model:
-    return Model(id=name, created=service.created, root=service.engine.config.model, max_model_len=_limit(service))
+    root, parent = service.engine.config.model, None
+    if name in service.adapters:
+        root, parent = name, service.names[0]
+    return Model(id=name, created=service.created, root=root, parent=parent, max_model_len=_limit(service))
 
 
 def _info(service: Service, name: str) -> ModelInfo:

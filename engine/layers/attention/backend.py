@@ -29,6 +29,8 @@ class AttentionBatch:
     query_lens: list[int]
     contexts: list[int]
     block_size: int
+    adapters: tuple[tuple[int, torch.Tensor | None], ...] = ()
+    """Low-rank adapters by number, with the rows that have each, int64; None: all rows."""
     exact: bool = True
     """Whether the lists are the batch's own lengths, not bounds."""
 
