@@ -10,9 +10,12 @@
 #                  such as nvidia/cuda:13.0.3-devel-ubuntu24.04.
 # VARIANT          cuda or cpu: which build of torch must come out.
 # TORCH_INDEX_URL  where torch comes from, if not from pip's own index.
-# FLASH_ATTN_4     the requirement to install flash-attn 4 by; empty for none. Not used by VARIANT=cpu.
-# FLASH_ATTN_2     the same for flash-attn 2, such as flash-attn==2.8.3.post2, which is compiled here.
 # EXTRAS           extras of pyproject.toml to install, separated by spaces.
+# CUDA_EXTRAS      further ones for VARIANT=cuda: flash-attn-4 and what it stands on. Empty for none.
+# FLASH_ATTN_2     a requirement for flash-attn 2, such as flash-attn==2.8.3.post2, which is compiled here: for GPUs that
+#                  flash-attn-4 does not know (compute capability 8.x and 12.x), which have Triton's attention without it.
+# FLASH_ATTN_CUDA_ARCHS, MAX_JOBS, NVCC_THREADS
+#                  for which GPUs, and how many files at once, with how many threads: several GB of memory for each.
 #
 # A build secret named "pip" is used as pip's configuration where it is given (a registry of your own, say).
 ARG BASE_IMAGE=nvidia/cuda:13.0.3-base-ubuntu24.04
@@ -35,11 +38,13 @@ ENV PATH=/opt/pilotfish/bin:${PATH}
 # What is to be installed, as lists: the layers below are made anew when these change, not whenever pyproject.toml does.
 FROM build AS requirements
 ARG EXTRAS="otel"
+ARG CUDA_EXTRAS="cuda"
 COPY pyproject.toml docker/requirements.py /requirements/
-# EXTRAS is a list of words.
+# Both are lists of words.
 # hadolint ignore=SC2086
 RUN python /requirements/requirements.py /requirements/pyproject.toml torch > /requirements/torch.txt \
-    && python /requirements/requirements.py /requirements/pyproject.toml rest ${EXTRAS} > /requirements/rest.txt
+    && python /requirements/requirements.py /requirements/pyproject.toml rest ${EXTRAS} > /requirements/rest.txt \
+    && python /requirements/requirements.py /requirements/pyproject.toml extras ${CUDA_EXTRAS} > /requirements/cuda.txt
 
 # ---- everything that Pilotfish needs, torch first -------------------------------------------------------------------
 FROM build AS dependencies
@@ -55,14 +60,10 @@ COPY --from=requirements /requirements/rest.txt /requirements/
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
     pip install -r /requirements/rest.txt
-ARG FLASH_ATTN_4="flash-attn-4[cu13]==4.0.0b36"
-RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    --mount=type=cache,target=/root/.cache/pip \
-    if [ "${VARIANT}" = cuda ] && [ -n "${FLASH_ATTN_4}" ]; then \
-        pip install -r /requirements/torch.txt "${FLASH_ATTN_4}"; \
-    fi
 ARG FLASH_ATTN_2=""
-ARG MAX_JOBS=4
+ARG FLASH_ATTN_CUDA_ARCHS="80;90;120"
+ARG MAX_JOBS=2
+ARG NVCC_THREADS=2
 # Built against the torch that is installed here, so without a build environment of its own. Its tools do not stay.
 # hadolint ignore=DL3013
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
@@ -73,11 +74,19 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
             exit 1; \
         fi; \
         pip install ninja packaging setuptools wheel \
-        && MAX_JOBS="${MAX_JOBS}" pip wheel --no-build-isolation --no-deps --wheel-dir /wheels "${FLASH_ATTN_2}" \
+        && FLASH_ATTN_CUDA_ARCHS="${FLASH_ATTN_CUDA_ARCHS}" MAX_JOBS="${MAX_JOBS}" NVCC_THREADS="${NVCC_THREADS}" \
+            pip wheel --no-build-isolation --no-deps --wheel-dir /wheels "${FLASH_ATTN_2}" \
         && pip install -r /requirements/torch.txt /wheels/*.whl \
         && pip uninstall -y ninja wheel; \
     fi
-# Headers, which only compiling needs, and torch's own tests: 110 MB.
+# flash-attn 2's wheel has an older flash_attn/cute than flash-attn-4, which is installed over it.
+COPY --from=requirements /requirements/cuda.txt /requirements/
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    --mount=type=cache,target=/root/.cache/pip \
+    if [ "${VARIANT}" = cuda ] && [ -s /requirements/cuda.txt ]; then \
+        pip install -r /requirements/torch.txt -r /requirements/cuda.txt; \
+    fi
+# Headers of torch, which only extensions of it need (Triton has its own), and torch's own tests: 110 MB.
 RUN rm -r /opt/pilotfish/lib/python3*/site-packages/torch/include \
     && find /opt/pilotfish/lib/python3*/site-packages/torch/bin -type f ! -name torch_shm_manager -delete
 
@@ -97,14 +106,18 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     && python -m zipfile -l /wheels/*.whl > /wheels/content.txt \
     && grep '_native.*\.so' /wheels/content.txt
 
-# ---- the image: no compiler, no sources -----------------------------------------------------------------------------
+# ---- the image: no sources, and no compiler but the one with which Triton builds what launches its kernels ------------
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS server
+ARG VARIANT=cuda
 # hadolint ignore=DL3008
 RUN --mount=type=cache,id=apt-archives-server,target=/var/cache/apt,sharing=locked \
     --mount=type=cache,id=apt-lists-server,target=/var/lib/apt,sharing=locked \
     apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates python3 \
+    && if [ "${VARIANT}" = cuda ]; then \
+        DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends gcc libc6-dev python3-dev; \
+    fi \
     && useradd --system --uid 10001 --user-group --home-dir /var/lib/pilotfish --create-home pilotfish
 COPY --from=dependencies /opt/pilotfish /opt/pilotfish
 RUN --mount=type=bind,from=package,source=/wheels,target=/wheels \
@@ -112,7 +125,8 @@ RUN --mount=type=bind,from=package,source=/wheels,target=/wheels \
         --no-index --no-deps /wheels/*.whl
 COPY docker/healthcheck.py /opt/pilotfish/share/healthcheck.py
 
-# Models that are downloaded, converted tokenizers, and kernels that are compiled at run time.
+# Models that are downloaded, converted tokenizers, and kernels that are compiled at run time: Triton's are in its
+# home's .triton, flash-attn-4's in PILOTFISH_CACHE. Not in /tmp, which may be noexec and does not last.
 VOLUME /var/lib/pilotfish
 ENV PATH=/opt/pilotfish/bin:${PATH} \
     PYTHONUNBUFFERED=1 \

@@ -2,6 +2,7 @@
 
     requirements.py FILE torch            only torch
     requirements.py FILE rest [EXTRA...]  everything, with the extras named
+    requirements.py FILE extras [EXTRA...]  what these extras add
 
 Separate, because torch is the largest layer by far and changes least. No package is installed here.
 """
@@ -14,10 +15,11 @@ import tomllib
 from pathlib import Path
 
 
-def requirements(pyproject: Path, extras: list[str]) -> list[str]:
-    """The dependencies of the project, and of these extras. Exits with a message for an extra that does not exist."""
+def requirements(pyproject: Path, extras: list[str], alone: bool = False) -> list[str]:
+    """The dependencies of the project (`alone`: without), and of these extras. Exits with a message for an extra that
+    does not exist."""
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
-    found = list(project["dependencies"])
+    found = [] if alone else list(project["dependencies"])
     known = project.get("optional-dependencies", {})
     for extra in extras:
         if extra not in known:
@@ -33,5 +35,5 @@ def name_of(requirement: str) -> str:
 
 if __name__ == "__main__":
     _, file, what, *names = sys.argv
-    lines = requirements(Path(file), names)
+    lines = requirements(Path(file), names, alone=what == "extras")
     print("\n".join(line for line in lines if name_of(line) == "torch") if what == "torch" else "\n".join(lines))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -209,3 +210,26 @@ def test_the_unit_sees_the_card() -> None:
     assert re.search("^LimitMEMLOCK=infinity$", unit, re.MULTILINE)
     (compose,) = documents(DOCKER / "compose.yaml")
     assert compose["services"]["pilotfish-gpu"]["ulimits"] == {"memlock": -1}
+
+
+def test_what_a_gpu_host_installs_is_pinned_and_compiles_nothing() -> None:
+    """flash-attn-4 is a beta that newer versions of what it stands on break; flash-attn 2 is there as sources alone."""
+    listed = run(sys.executable, DOCKER / "requirements.py", ROOT / "pyproject.toml", "extras", "cuda").splitlines()
+    names = [re.split(r"[\[=<>;]", line)[0] for line in listed]
+    assert names[0] == "flash-attn-4"
+    assert "flash-attn" not in names
+    assert all(re.match(r"[a-z0-9-]+(\[cu13\])?==[0-9a-z.]+; platform_system == 'Linux'$", line) for line in listed)
+    assert not run(sys.executable, DOCKER / "requirements.py", ROOT / "pyproject.toml", "extras").strip()
+
+
+def test_flash_attn_4_is_installed_over_flash_attn_2() -> None:
+    """The latter's wheel has an old flash_attn/cute, which would replace the former's."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    built, installed = dockerfile.index('"${FLASH_ATTN_2}" \\'), dockerfile.index("-r /requirements/cuda.txt;")
+    assert built < installed
+    assert "FLASH_ATTN_CUDA_ARCHS=" in dockerfile[:built]
+
+
+def test_triton_has_a_compiler_where_it_runs() -> None:
+    _, _, server = (ROOT / "Dockerfile").read_text().partition(" AS server\n")
+    assert re.search(r'if \[ "\$\{VARIANT\}" = cuda \]; then \\\n.*install .* gcc libc6-dev python3-dev;', server)

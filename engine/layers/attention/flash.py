@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from pilotfish.checkpoints.catalog import cache_folder
 from pilotfish.engine.layers.attention.backend import AttentionBatch, AttentionParams, LayerCache
 from pilotfish.engine.layers.attention.cache import allocate_paged, converted, write
 
@@ -157,8 +159,11 @@ def load_flash2() -> Flash2Attention:
 def load_flash4(capability: tuple[int, int]) -> Flash4Attention:
     """Import FlashAttention-4. Raises ImportError with what is missing.
 
-    flash-attn 2's wheel has an older `flash_attn.cute`, which is told apart by its parameters.
+    flash-attn 2's wheel has an older `flash_attn.cute`, which is told apart by its parameters. A kernel takes some 10 s
+    to compile, and by default the package forgets it at the end of the process.
     """
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache_folder() / "flash-attn-4"))
     (varlen,) = _load("flash_attn.cute", "flash-attn-4", FLASH4_NEEDS)
     return Flash4Attention(varlen, split=capability[0] in (10, 11))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import os
 import sys
 from dataclasses import replace
 
@@ -315,6 +316,21 @@ def test_what_is_asked_for_and_cannot_be_is_refused_with_the_reason(monkeypatch)
         choose_attention("flash4", replace(NEEDS, dtype=torch.float32), None)
     with pytest.raises(ConfigError, match="multiple of 256, not 64"):
         choose_attention("flash2", replace(NEEDS, block_size=64), None)
+
+
+def test_what_flash4_compiles_is_kept(monkeypatch, tmp_path):
+    """Beside the models, which are on a volume in a container; unless the package's own variables say otherwise."""
+    installed(monkeypatch, HOPPER, *BOTH)
+    switch, folder = (f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}" for name in ("ENABLED", "DIR"))
+    for name in (switch, folder):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PILOTFISH_CACHE", str(tmp_path))
+    load_flash4(HOPPER)
+    assert (os.environ[switch], os.environ[folder]) == ("1", str(tmp_path / "flash-attn-4"))
+    monkeypatch.setenv(switch, "0")
+    load_flash4(HOPPER)
+    assert os.environ[switch] == "0"
 
 
 def test_an_old_package_is_refused_at_the_start(monkeypatch):
