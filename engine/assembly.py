@@ -17,7 +17,7 @@ from pilotfish.engine.device import gpu_memory
 from pilotfish.engine.execution.buckets import GRAPH_SHARE, buckets
 from pilotfish.engine.execution.graphs import GraphPlan, graph_backend
 from pilotfish.engine.execution.loader import load_target
-from pilotfish.engine.execution.runner import Lead, ModelRunner
+from pilotfish.engine.execution.runner import Lead, ModelRunner, drawing_of
 from pilotfish.engine.layers.attention.backend import LayerCache
 from pilotfish.engine.layers.communicator import ALONE, Communicator
 from pilotfish.engine.memory import kv_cache
@@ -131,14 +131,15 @@ class Assembly:
             )
 
         feature_layers = FeatureRouter(self.drafters).layers
-        self.runner.capture("target", planned(chunks=True), feature_layers)
+        self.runner.capture("target", planned(chunks=True), feature_layers, draws=self.target.comm.rank == 0)
         for drafter in self.drafters:
             drafter.capture(planned)
 
     def _runner(self, model: CausalModel, caches: list[LayerCache]) -> ModelRunner:
         sharded = model.comm.size > 1
         lead = self._lead(len(self.sharded)) if self._lead and sharded else None
-        runner = ModelRunner(model, caches, self.config.block_size, self.platform.device, lead)
+        draw = drawing_of(self.platform.kernels)
+        runner = ModelRunner(model, caches, self.config.block_size, self.platform.device, lead, draw)
         if sharded:
             self.sharded.append(runner)
         return runner

@@ -26,12 +26,15 @@ from pilotfish.engine.build import Engine, build
 from pilotfish.engine.config import EngineConfig, with_step_limits
 from pilotfish.engine.device import PassTimer, give_back_memory, gpu_memory
 from pilotfish.engine.device.attempt import Attempt
-from pilotfish.engine.execution.batch import Span
+from pilotfish.engine.device.transfer import ids_to_device
+from pilotfish.engine.execution.batch import Draw, Span
+from pilotfish.engine.execution.runner import DrawnTokens
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.memory.usage import MemoryMeter
 from pilotfish.engine.models.features import FeatureTap
 from pilotfish.engine.params import MAX_SEED
 from pilotfish.engine.request import Delta, EngineInfo, FinishReason, Request, check_request, drafters_of
+from pilotfish.engine.sampling.device_sampler import why_not_keyed
 from pilotfish.engine.sampling.logit_spans import LogitSpan
 from pilotfish.engine.sampling.logprobs import token_logprobs
 from pilotfish.engine.scheduler import PlannedSpan, Scheduler, StepPlan
@@ -39,8 +42,8 @@ from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.control.candidates import Choice
 from pilotfish.engine.speculation.drafters.feature_router import KeptRows
 from pilotfish.engine.speculation.speculator import StepDrafts
-from pilotfish.engine.stats import Committed, StepStats, request_stats, step_stats
-from pilotfish.engine.verification.verifier import Verdict
+from pilotfish.engine.stats import PASS, Committed, StepStats, Ways, request_stats, step_stats
+from pilotfish.engine.verification.verifier import Verdict, drawn_verdicts
 from pilotfish.errors import ModelError, ParameterError
 
 logger = logging.getLogger(__name__)
@@ -67,6 +70,9 @@ class LaunchedStep:
     tap: FeatureTap | None
     logits: torch.Tensor | None
     """(logit rows of the plan's spans, vocab); None without spans."""
+    drawn: DrawnTokens | None
+    """What the pass draws itself; None if it does not."""
+    how: Ways
     masks: Future[None] | None
     """The computation of grammars' masks, if the step has any."""
     timer: PassTimer
@@ -209,19 +215,27 @@ class EngineCore:
             self._note_admissions(plan)
         tap, timer, logits = engine.speculator.features.tap(), self._new_timer(), None
         masks = self._start_masks(plan)
+        where, drawn = self._where_drawn(plan), None
+        if PASS in where.values():
+            drawn = DrawnTokens()
         timer.begin()
         with Attempt() as computing:
-            if plan.spans:
+            if drawn is not None:
+                spans = [_span(planned, where.get(i) == PASS) for i, planned in enumerate(plan.spans)]
+                logits = engine.runner.run(spans, tap, drawn=drawn)
+            elif plan.spans:
                 logits = engine.runner.run([_span(planned) for planned in plan.spans], tap)
         timer.launched()
-        step = LaunchedStep(plan, drafts, tap, logits, masks, timer, seconds)
+        how = Ways(engine.runner.how if plan.spans else "", where)
+        step = LaunchedStep(plan, drafts, tap, logits, drawn, how, masks, timer, seconds)
         return step if computing.problem is None else self._without_pass(step, computing.problem)
 
     def _without_pass(self, step: LaunchedStep, problem: str) -> LaunchedStep:
         """Give up a step's requests; return what is left of it."""
         if step.masks is not None:
             step.masks.result()  # it reads what the requests hold
-        step = replace(step, tap=None, logits=None, masks=None)  # and with them the memory that they take
+        # And with them the memory that they take.
+        step = replace(step, tap=None, logits=None, drawn=None, masks=None, how=Ways("", {}))
         self._give_up([planned.sequence for planned in step.plan.spans], problem)
         return replace(step, plan=StepPlan(preemptions=step.plan.preemptions), drafts=NO_DRAFTS)
 
@@ -253,7 +267,7 @@ class EngineCore:
             if step.masks is not None:
                 step.masks.result()
             with Attempt() as verifying:
-                verdicts = self._verify(step.plan, step.logits)
+                verdicts = self._verify(step, step.logits)
             if verifying.problem is not None:
                 step = self._without_pass(step, verifying.problem)
             self.engine.check()
@@ -288,6 +302,7 @@ class EngineCore:
             self.engine.pool,
             seconds,
             self._memory.read_if_due(),
+            step.launched.how,
         )
 
     def _lives(self, planned: PlannedSpan) -> bool:
@@ -301,8 +316,21 @@ class EngineCore:
                 sequence.scheduled = now
                 sequence.cached_prompt_tokens = sequence.computed
 
-    def _verify(self, plan: StepPlan, logits: torch.Tensor) -> list[Verdict]:
+    def _where_drawn(self, plan: StepPlan) -> dict[int, str]:
+        """Return where the tokens of each drawing span are drawn, by its index in the plan: PASS, in the pass itself,
+        or after it, and then why."""
+        drawing = [(i, planned.sequence) for i, planned in enumerate(plan.spans) if planned.draws]
+        if not (self.engine.runner.draws and self.engine.verifier.keyed):
+            return dict.fromkeys([i for i, _ in drawing], "host")
+        if any(planned.sequence.wants_prompt_logprobs for planned in plan.spans):
+            return dict.fromkeys([i for i, _ in drawing], "logprobs")
+        return {i: why_not_keyed(sequence.params, self.info.vocab_size) or PASS for i, sequence in drawing}
+
+    def _verify(self, step: LaunchedStep, logits: torch.Tensor) -> list[Verdict]:
         """Return verdicts for the plan's drawing spans, in order. Rows of prompt logprobs are taken out first."""
+        plan = step.plan
+        if step.drawn is not None and step.drawn.tokens is not None:
+            return self._verify_drawn(step, logits, step.drawn.tokens)
         drawing = [planned for planned in plan.spans if planned.draws]
         if any(planned.sequence.wants_prompt_logprobs for planned in plan.spans):
             logits = logits[self._take_prompt_logprobs(plan, logits)]
@@ -310,6 +338,36 @@ class EngineCore:
             return []
         spans = [LogitSpan(p.sequence, p.draft.tokens, rows=len(p.draft.tokens) + 1) for p in drawing]
         return self.engine.verifier.verify(logits, spans, [planned.draft for planned in drawing])
+
+    def _verify_drawn(self, step: LaunchedStep, logits: torch.Tensor, drawn: torch.Tensor) -> list[Verdict]:
+        """As `_verify`, where the pass has drawn tokens: they count for some spans, and the others go through the
+        verifier."""
+        tokens: list[int] = drawn.tolist()
+        own: list[int] = []
+        rest: list[int] = []
+        row = 0
+        inside: list[PlannedSpan] = []
+        others: list[PlannedSpan] = []
+        for i, planned in enumerate(step.plan.spans):
+            stop = row + planned.logit_rows
+            if planned.draws and step.how.drawn[i] == PASS:
+                inside.append(planned)
+                own += tokens[row:stop]
+            elif planned.draws:
+                others.append(planned)
+                rest += range(row, stop)
+            row = stop
+        found = iter(drawn_verdicts(own, [planned.draft for planned in inside]))
+        if not others:
+            return list(found)
+        spans = [LogitSpan(p.sequence, p.draft.tokens, rows=len(p.draft.tokens) + 1) for p in others]
+        theirs = logits.index_select(0, ids_to_device(rest, logits.device))
+        checked = iter(self.engine.verifier.verify(theirs, spans, [planned.draft for planned in others]))
+        return [
+            next(found if step.how.drawn[i] == PASS else checked)
+            for i, planned in enumerate(step.plan.spans)
+            if planned.draws
+        ]
 
     def _take_prompt_logprobs(self, plan: StepPlan, logits: torch.Tensor) -> list[int]:
         """Record the prompt logprobs of this step's rows, and return the indices of the rows that draw."""
@@ -426,10 +484,11 @@ class EngineCore:
 NO_DRAFTS = StepDrafts(Choice({}))
 
 
-def _span(planned: PlannedSpan) -> Span:
+def _span(planned: PlannedSpan, drawn: bool = False) -> Span:
     sequence = planned.sequence
     token_ids = [*sequence.tokens[planned.start : planned.stop], *planned.draft.tokens]
-    return Span(token_ids, planned.start, sequence.blocks.blocks, planned.logit_rows, sequence.adapter)
+    draw = Draw(sequence.seed, sequence.params.temperature) if drawn else None
+    return Span(token_ids, planned.start, sequence.blocks.blocks, planned.logit_rows, sequence.adapter, draw)
 
 
 @contextmanager

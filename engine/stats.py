@@ -19,6 +19,18 @@ if TYPE_CHECKING:
     from pilotfish.engine.verification.verifier import Verdict
 
 
+class Ways(NamedTuple):
+    """How a step's pass was computed, and its tokens were drawn."""
+
+    passed: str
+    """"captured", or why no captured pass was replayed; "" without a pass."""
+    drawn: dict[int, str]
+    """By the index of each span that draws: "pass", or why its tokens were drawn after it."""
+
+
+PASS = "pass"
+
+
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     """One engine step, for the metrics. Counters cover this step alone; gauges are taken at its end."""
 
@@ -49,6 +61,12 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_queried_tokens: int = 0
     """Prompt tokens of sequences admitted in this step, and those of them that were in the prefix cache."""
     prefix_hit_tokens: int = 0
+    passed: str = ""
+    """Whether a captured pass was replayed, "captured", or why not: "no_graphs", "adapters", "size", "logits"; "" where
+    there was no pass."""
+    drawn_rows: dict[str, int] = {}
+    """Rows that drew by where: "pass", in the pass itself, or after it for a reason: "host" (it can draw none),
+    "logprobs", "grammar", "penalties", "truncation"."""
     constrained_rows: int = 0
     """Rows that drew, or verified, a token of an answer under a grammar or a budget of reasoning."""
     blocks_total: int
@@ -78,12 +96,16 @@ def step_stats(
     pool: BlockPool,
     seconds: dict[str, float],
     memory: tuple[RankMemory, ...],
+    how: Ways,
 ) -> StepStats:
     """Return the statistics of a step whose tokens are committed."""
     step_tokens: dict[str, list[int]] = {}
     for planned, _, delta in committed:
         if planned.decodes:
             step_tokens.setdefault(planned.draft.drafter or "none", []).append(len(delta.token_ids))
+    drawn_rows: dict[str, int] = {}
+    for i, where in how.drawn.items():
+        drawn_rows[where] = drawn_rows.get(where, 0) + len(plan.spans[i].draft.tokens) + 1
     chosen = {name: len(counts) for name, counts in step_tokens.items()}
     drafted_at = by_position([(planned.draft.drafter, len(planned.draft.tokens)) for planned, _, _ in committed])
     accepted_at = by_position([(planned.draft.drafter, verdict.accepted) for planned, verdict, _ in committed])
@@ -105,6 +127,8 @@ def step_stats(
         preemptions=plan.preemptions,
         prefix_queried_tokens=sum(len(sequence.request.prompt_ids) for sequence in plan.admitted),
         prefix_hit_tokens=sum(sequence.cached_prompt_tokens for sequence in plan.admitted),
+        passed=how.passed,
+        drawn_rows=drawn_rows,
         constrained_rows=sum(len(p.draft.tokens) + 1 for p, _, _ in committed if p.sequence.grammar is not None),
         blocks_total=pool.num_blocks,
         blocks_used=pool.used,

@@ -94,6 +94,16 @@ class Metrics:
         self._max_sequences = gauge("sequences_max", "Maximum number of sequences that run at once.")
         self._blocks_free = gauge("kv_blocks_free", "KV-cache blocks with nothing in them.")
         self._steps = counter("engine_steps", "Steps of the engine.")
+        self._passes = counter(
+            "passes",
+            "Passes of the target: captured ones, or why none was replayed (no_graphs, adapters, size, logits).",
+            ("how",),
+        )
+        self._drawn = counter(
+            "drawn_rows",
+            "Rows whose tokens the pass itself drew (pass), or why they were drawn after it.",
+            ("where",),
+        )
         self._step_counters = {field: counter(*described) for field, described in _STEP_COUNTERS.items()}
         self._step_gauges = {field: gauge(*described) for field, described in _STEP_GAUGES.items()}
         phases = histogram("step_phase_seconds", "Time of a step, by its phases.", ("phase",), buckets=_STEP_SECONDS)
@@ -161,6 +171,10 @@ class Metrics:
         """Count one step of the engine."""
         self.last_step = time.monotonic()
         self._steps.inc()
+        if stats.passed:
+            self._passes.labels(stats.passed).inc()
+        for where, rows in stats.drawn_rows.items():
+            self._drawn.labels(where).inc(rows)
         for field, counter in self._step_counters.items():
             counter.inc(getattr(stats, field))
         for field, gauge in self._step_gauges.items():

@@ -55,7 +55,7 @@ def used_metrics() -> Metrics:
     blocks: dict[str, Any] = dict.fromkeys(("blocks_total", "blocks_used", "blocks_cached"), 1)
     drafted: dict[str, Any] = {"drafted": {"ngram": 1}, "accepted": {"ngram": 1}}
     drafted |= {"drafted_at": {"ngram": (1,)}, "accepted_at": {"ngram": (1,)}}
-    metrics.step(StepStats(**counts, **blocks, **drafted))
+    metrics.step(StepStats(**counts, **blocks, **drafted, passed="captured", drawn_rows={"pass": 1}))
     metrics.responded("/v1/models", 200)
     return metrics
 

@@ -20,8 +20,8 @@ import torch
 from pilotfish.engine.kernels import triton as fused
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.kernels.triton import TritonKernels
-from pilotfish.engine.sampling.noise import gumbel_race, key_halves, log_exponential, row_key
-from pilotfish.engine.sampling.processors import scale_rows
+from pilotfish.engine.sampling.device_sampler import draw_keyed
+from pilotfish.engine.sampling.noise import as_int64, key_halves, log_exponential, row_key
 from pilotfish.engine.weights.fp8 import quantize
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCAB = 4096, 14336, 32, 8, 128, 128256
@@ -150,14 +150,13 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             wide = random(most, size, dtype=dtype, seed=9, scale=3)
             yield f"quantize {size}", partial(sliced, fused.quantized, wide), partial(sliced, quantize, wide)
     logits = random(most, VOCAB, dtype=dtype, seed=10, scale=2)
-    halves = torch.from_numpy(key_halves([row_key(5, i) for i in range(most)])).to(CUDA)
+    keys = torch.from_numpy(as_int64([row_key(5, i) for i in range(most)])).to(CUDA)
     temperatures = torch.full((most,), 0.8, device=CUDA)
 
     def drawn(part: slice) -> Call:
-        rows, keys, heat = logits[part], halves[:, part].contiguous(), temperatures[part].unsqueeze(1)
-        return lambda: (gumbel_race(scale_rows(rows, heat), keys),)
+        return lambda: (draw_keyed(logits[part], keys[part], temperatures[part]),)
 
-    yield "draw", lambda part: lambda: (fused.race(logits[part], halves[:, part], temperatures[part]),), drawn
+    yield "draw", lambda part: lambda: (fused.race(logits[part], keys[part], temperatures[part]),), drawn
 
 
 def measured(case: Case, dtype: torch.dtype, rows: int) -> Line:
@@ -191,11 +190,12 @@ def differing_noise() -> int:
     logits = torch.full((64, VOCAB), -torch.inf, device=CUDA)
     columns = torch.arange(64, device=CUDA) * 2003
     logits.scatter_(1, columns.unsqueeze(1), 0.0)
-    halves = torch.from_numpy(key_halves([row_key(9, i) for i in range(64)])).to(CUDA)
-    won = fused.race(logits, halves)
+    row_keys = [row_key(9, i) for i in range(64)]
+    halves, keys = (torch.from_numpy(made(row_keys)).to(CUDA) for made in (key_halves, as_int64))
+    won = fused.race(logits, keys)
     noise = log_exponential(halves, torch.arange(VOCAB, device=CUDA, dtype=torch.int32).unsqueeze(0))
     flat = torch.zeros(64, VOCAB, device=CUDA)
-    return int((won != columns).sum()) + int((fused.race(flat, halves) != (-noise).argmax(1)).sum())
+    return int((won != columns).sum()) + int((fused.race(flat, keys) != (-noise).argmax(1)).sum())
 
 
 def main() -> None:

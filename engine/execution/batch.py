@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,15 @@ import torch
 from pilotfish.engine.device.transfer import to_device
 from pilotfish.engine.execution.batch_layout import BatchArrays, BatchLayout, BatchShape
 from pilotfish.engine.layers.attention.backend import AttentionBatch
+from pilotfish.engine.sampling.noise import row_keys
+
+
+class Draw(NamedTuple):
+    """How tokens are drawn in the pass itself: by noise and temperature alone."""
+
+    seed: int
+    temperature: float
+    """0: the likeliest token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +36,15 @@ class Span:
     """Number of its last rows whose logits are wanted."""
     adapter: int = 0
     """The number of its low-rank adapter; 0: none."""
+    draw: Draw | None = None
+    """How these rows draw; None: any token will do, or none is wanted of the pass."""
 
     @property
     def stop(self) -> int:
         return self.start + len(self.token_ids)
+
+
+_ANY = Draw(0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +156,11 @@ def pack(spans: Seq[Span], block_size: int) -> HostBatch:
         arrays.logit_rows[:] = rows
     else:
         arrays.logit_rows[:] = np.arange(shape.wanted) + np.repeat(ends - np.cumsum(wanted), wanted)
+    if any(span.draw is not None for span in spans):
+        draws = [span.draw or _ANY for span in spans for _ in range(span.logit_rows)]
+        # A row predicts the position after its own.
+        arrays.draw_keys[:] = row_keys([draw.seed for draw in draws], arrays.positions[arrays.logit_rows] + 1)
+        arrays.temperatures[:] = [draw.temperature for draw in draws]
     return HostBatch(layout, buffer, arrays, lengths, contexts, block_size)
 
 

@@ -44,10 +44,14 @@ class BatchArrays(Generic[A]):
     positions: Annotated[A, np.int64, "rows"]
     logit_rows: Annotated[A, np.int64, "wanted"]
     """The rows whose logits are wanted."""
+    draw_keys: Annotated[A, np.int64, "wanted"]
+    """The key of each of these rows' noise (`sampling.noise`), where a token is drawn in the pass."""
     slots: Annotated[A, np.int64, "rows"]
     """Where each row's key and value are written: block * block_size + offset."""
     adapters: Annotated[A, np.int32, "rows"]
     """The number of each row's low-rank adapter; 0: none."""
+    temperatures: Annotated[A, np.float32, "wanted"]
+    """What each of these rows' logits are divided by; 0: the likeliest token is drawn."""
     cu_query_lens: Annotated[A, np.int32, "bounds"]
     """Rows cu_query_lens[i] to cu_query_lens[i + 1] are those of span i."""
     context_lens: Annotated[A, np.int32, "spans"]
@@ -64,6 +68,8 @@ _FIELDS = {
 }
 PER_ROW = tuple(name for name, (_, sizes) in _FIELDS.items() if sizes[-1] == "rows")
 """The arrays that have an entry for each row, in their last dimension."""
+PER_WANTED = tuple(name for name, (_, sizes) in _FIELDS.items() if sizes[-1] == "wanted")
+"""Those that have one for each row whose logits are wanted."""
 
 
 class BatchLayout:

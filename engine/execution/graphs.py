@@ -26,7 +26,7 @@ import torch
 
 from pilotfish.engine.device.transfer import copy_to
 from pilotfish.engine.execution.batch import FlatBatch, HostBatch
-from pilotfish.engine.execution.batch_layout import PER_ROW, BatchLayout, BatchShape
+from pilotfish.engine.execution.batch_layout import PER_ROW, PER_WANTED, BatchLayout, BatchShape
 from pilotfish.engine.execution.buckets import Bucket, fitting
 from pilotfish.engine.layers.attention.backend import AttentionBackend
 from pilotfish.engine.layers.communicator import Communicator
@@ -205,6 +205,13 @@ class GraphedPasses:
             return None
         return fitting(self.captured, shape.spans, max(host.query_lens), shape.rows, shape.wanted)
 
+    def why_not(self, host: HostBatch) -> str:
+        """Why no captured pass fits, as a word for metrics: "logits" of too many rows are wanted, or the pass is too
+        large, or has too many sequences: "size"."""
+        shape = host.shape
+        fewer = fitting(self.captured, shape.spans, max(host.query_lens), shape.rows, min(shape.wanted, shape.spans))
+        return "logits" if fewer is not None and shape.max_blocks <= self._width else "size"
+
     def run(
         self,
         bucket: Bucket,
@@ -312,7 +319,8 @@ class _Padding:
             ends[:spans] = given.cu_query_lens[:-1]
             for name in PER_ROW:
                 getattr(arrays, name)[..., :rows] = getattr(given, name)
-            arrays.logit_rows[: host.shape.wanted] = given.logit_rows
+            for name in PER_WANTED:
+                getattr(arrays, name)[: host.shape.wanted] = getattr(given, name)
             arrays.context_lens[:spans] = given.context_lens
             arrays.block_tables[:spans, : host.shape.max_blocks] = given.block_tables
         np.cumsum(arrays.context_lens, out=arrays.cu_context_lens[1:])

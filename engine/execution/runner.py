@@ -3,19 +3,29 @@ reads hidden states. Both replay a captured pass if there is one for the batch (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
+from pilotfish.engine.device.transfer import arrays_to_device
 from pilotfish.engine.execution.batch import FlatBatch, HostBatch, Span, pack
 from pilotfish.engine.execution.graphs import GraphedPasses, GraphPlan, PassOutputs
+from pilotfish.engine.kernels.protocol import Kernels
+from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers.attention.backend import LayerCache
 from pilotfish.engine.layers.communicator import ALONE
 from pilotfish.engine.models.decoder_model import CausalModel
 from pilotfish.engine.models.eagle3 import Eagle3Model
 from pilotfish.engine.models.features import FeatureTap
+from pilotfish.engine.sampling.device_sampler import draw_keyed
+
+CAPTURED = "captured"
+NO_GRAPHS = "no_graphs"
+"""Nothing was captured, or not with these features."""
 
 
 class Lead(Protocol):
@@ -28,6 +38,26 @@ class Lead(Protocol):
     def computing(self, host: HostBatch) -> AbstractContextManager[None]:
         """Held while a pass over this batch is computed. Raises RankError if a rank has failed."""
         ...
+
+
+@dataclass(slots=True)
+class DrawnTokens:
+    """Takes the tokens that a pass has drawn, one for each row whose logits are wanted, as `Span.draw` says."""
+
+    tokens: torch.Tensor | None = None
+    """(rows,) int64 on the device; valid until the next pass."""
+
+
+DrawKeyed = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""`device_sampler.draw_keyed`, or a kernel in its place."""
+
+
+def drawing_of(kernels: Kernels[Any]) -> DrawKeyed:
+    if isinstance(kernels, TorchKernels) and kernels.draws:
+        from pilotfish.engine.kernels.triton import race
+
+        return race
+    return draw_keyed
 
 
 class ModelRunner:
@@ -43,6 +73,7 @@ class ModelRunner:
         block_size: int,
         device: torch.device,
         lead: Lead | None = None,
+        draw: DrawKeyed = draw_keyed,
     ) -> None:
         self.model: CausalModel = model
         self.block_size = block_size
@@ -51,20 +82,25 @@ class ModelRunner:
         self._lead = lead
         self._graphs: GraphedPasses | None = None
         self._captured_layers: tuple[int, ...] = ()
+        self._draw = draw
+        self._captured_draws = False
+        self.how = NO_GRAPHS
+        """How the last pass was computed: "captured", or why it was not."""
 
     @torch.inference_mode()
-    def capture(self, name: str, plan: GraphPlan, feature_layers: tuple[int, ...] = ()) -> None:
-        """Capture the plan's passes. `feature_layers` are those of the taps given to `run`, on rank 0 only. All ranks
-        of a sharded model capture at the same time."""
+    def capture(self, name: str, plan: GraphPlan, feature_layers: tuple[int, ...] = (), draws: bool = False) -> None:
+        """Capture the plan's passes. `feature_layers` are those of the taps given to `run`, and `draws` is whether
+        tokens are to be drawn in them, on rank 0 only. All ranks of a sharded model capture at the same time."""
 
         def function(batch: FlatBatch, inputs: Seq[torch.Tensor]) -> PassOutputs:
             arrays = batch.arrays
             tap = FeatureTap(feature_layers) if feature_layers else None
             hidden = self.model.forward(arrays.token_ids, arrays.positions, batch.attention, self._caches, tap)
             logits = self.model.logits(hidden.index_select(0, arrays.logit_rows))
-            return PassOutputs((logits,), () if tap is None or tap.features is None else (tap.features,))
+            wanted = (logits, self._draw(logits, arrays.draw_keys, arrays.temperatures)) if draws else (logits,)
+            return PassOutputs(wanted, () if tap is None or tap.features is None else (tap.features,))
 
-        self._captured_layers = feature_layers
+        self._captured_layers, self._captured_draws = feature_layers, draws
         with self._lead.capturing(name) if self._lead else nullcontext():
             self._graphs = GraphedPasses(name, function, plan, self.block_size, self.device, self.model.comm)
 
@@ -73,39 +109,59 @@ class ModelRunner:
         """Sequences of the largest captured pass; 1 where none is captured."""
         return max((bucket.spans for bucket in self._graphs.captured), default=1) if self._graphs else 1
 
+    @property
+    def draws(self) -> bool:
+        """Whether passes can draw tokens without the host: on a GPU, and where captured passes do."""
+        return self._captured_draws or self.device.type == "cuda"
+
     def run(
-        self, spans: Seq[Span], tap: FeatureTap | None = None, token_ids: torch.Tensor | None = None
+        self,
+        spans: Seq[Span],
+        tap: FeatureTap | None = None,
+        token_ids: torch.Tensor | None = None,
+        drawn: DrawnTokens | None = None,
     ) -> torch.Tensor:
-        """Compute the spans in one pass; afterwards their keys and values are in the cache, and all rows' features in
-        `tap`. For `token_ids` see `run_batch`.
+        """Compute the spans in one pass; afterwards their keys and values are in the cache, all rows' features in
+        `tap`, and tokens in `drawn`. For `token_ids` see `run_batch`.
 
         Returns the logits of each span's last `logit_rows` rows, spans in order: (sum of logit_rows, vocab_size), in
         the model's dtype.
         """
-        return self.run_batch(pack(spans, self.block_size), tap, token_ids)
+        return self.run_batch(pack(spans, self.block_size), tap, token_ids, drawn)
 
     @torch.inference_mode()
     def run_batch(
-        self, host: HostBatch, tap: FeatureTap | None = None, token_ids: torch.Tensor | None = None
+        self,
+        host: HostBatch,
+        tap: FeatureTap | None = None,
+        token_ids: torch.Tensor | None = None,
+        drawn: DrawnTokens | None = None,
     ) -> torch.Tensor:
         """As `run`, of packed spans. `token_ids`, (rows,) int64 on the device, replace those of a batch with one row
         per span: tokens that the host has not seen. (With a `lead` the host waits for them, to send them.)"""
         if self._lead is None:
-            return self._compute(host, tap, token_ids)
+            return self._compute(host, tap, token_ids, drawn)
         if token_ids is not None:
             host.arrays.token_ids[:] = token_ids.cpu().numpy()
         with self._lead.computing(host):
-            return self._compute(host, tap, None)
+            return self._compute(host, tap, None, drawn)
 
-    def _compute(self, host: HostBatch, tap: FeatureTap | None, token_ids: torch.Tensor | None) -> torch.Tensor:
+    def _compute(
+        self, host: HostBatch, tap: FeatureTap | None, token_ids: torch.Tensor | None, drawn: DrawnTokens | None
+    ) -> torch.Tensor:
         replayable = tap is None or tap.layers == self._captured_layers
+        self.how = "adapters" if host.adapted else NO_GRAPHS
         if self._graphs is not None and replayable and not host.adapted:
             bucket = self._graphs.find(host)
+            self.how = CAPTURED if bucket is not None else self._graphs.why_not(host)
             if bucket is not None:
-                (logits,), features = self._graphs.run(bucket, host, (), token_ids)
+                (logits, *from_pass), features = self._graphs.run(bucket, host, (), token_ids)
                 if tap is not None:
                     tap.features = features[0][: host.shape.rows].clone()
-                return logits[: host.shape.wanted]
+                logits = logits[: host.shape.wanted]
+                if drawn is not None:
+                    drawn.tokens = from_pass[0][: len(logits)] if from_pass else self._draw_eagerly(logits, host)
+                return logits
         batch = host.to(self.device)
         tokens = batch.arrays.token_ids if token_ids is None else token_ids
         hidden = self.model.forward(tokens, batch.arrays.positions, batch.attention, self._caches, tap)
@@ -113,7 +169,14 @@ class ModelRunner:
             hidden = hidden[batch.arrays.logit_rows]
         if not len(hidden):
             return hidden.new_empty(0, self.model.config.vocab_size)
-        return self.model.logits(hidden)
+        logits = self.model.logits(hidden)
+        if drawn is not None:
+            drawn.tokens = self._draw(logits, batch.arrays.draw_keys, batch.arrays.temperatures)
+        return logits
+
+    def _draw_eagerly(self, logits: torch.Tensor, host: HostBatch) -> torch.Tensor:
+        keys, temperatures = arrays_to_device([host.arrays.draw_keys, host.arrays.temperatures], self.device)
+        return self._draw(logits, keys, temperatures)
 
     def trial(self, rows: int) -> list[Span]:
         """Spans of `rows` rows in all, to time a pass: as many as the largest captured pass has, or one. They use the

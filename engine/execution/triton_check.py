@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from pilotfish.engine.kernels.torch import TorchKernels
-from pilotfish.engine.sampling.noise import gumbel_race, key_halves, row_key
-from pilotfish.engine.sampling.processors import scale_rows
+from pilotfish.engine.sampling.device_sampler import draw_keyed
+from pilotfish.engine.sampling.noise import row_key
 from pilotfish.engine.weights.fp8 import quantize
 
 if TYPE_CHECKING:
@@ -135,12 +135,8 @@ def _trials(
 
     gate_up = random(ROWS, 2 * sizes.intermediate, scale=3.0)
     logits = random(ROWS, sizes.vocab, scale=2.0)
-    keys = torch.from_numpy(key_halves([row_key(0, i) for i in range(ROWS)])).to(device)
+    keys = torch.tensor([row_key(0, i) >> 1 for i in range(ROWS)], dtype=torch.int64).to(device)
     temperatures = torch.tensor([0.8] * (ROWS - 1) + [0.0], device=device)
-
-    def draws() -> Results:
-        drawn = gumbel_race(scale_rows(logits, temperatures.clamp(min=1e-6).unsqueeze(1)), keys)
-        return (torch.where(temperatures > 0, drawn, logits.float().argmax(1)),)
 
     yield "rms_norm", lambda: norms(kernels), lambda: norms(plain)
     yield "add_norm", lambda: sums(kernels), lambda: sums(plain)
@@ -150,7 +146,7 @@ def _trials(
     yield "gate", lambda: (kernels.gelu_mul(gate_up),), lambda: (plain.gelu_mul(gate_up),)
     for wide in (hidden, gate_up) if fp8 else ():
         yield "quantize", partial(_scaled, triton.quantized, wide), partial(_scaled, quantize, wide)
-    yield "race", lambda: (triton.race(logits, keys, temperatures),), draws
+    yield "race", lambda: (triton.race(logits, keys, temperatures),), lambda: (draw_keyed(logits, keys, temperatures),)
 
 
 def _scaled(by: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], x: torch.Tensor) -> Results:

@@ -30,6 +30,8 @@ class TorchKernels:
 
     name = "torch"
     fuses = False
+    draws = False
+    """Whether there is a kernel that draws tokens."""
 
     def prepare_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None

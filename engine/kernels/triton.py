@@ -34,6 +34,7 @@ class TritonKernels(TorchKernels):
     def __init__(self, without: Iterable[str] = ()) -> None:
         """`without`: names of FUSED that torch's operators compute."""
         self.used = frozenset(FUSED) - frozenset(without)
+        self.draws = "race" in self.used
         # What is missing shows in the log and in the metric of the engine's kernels.
         self.name = "triton" + "".join(f"-{name}" for name in sorted(frozenset(FUSED) - self.used))
 
@@ -211,9 +212,9 @@ def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out, scales
 
 
-def race(logits: torch.Tensor, halves: torch.Tensor, temperatures: torch.Tensor | None = None) -> torch.Tensor:
+def race(logits: torch.Tensor, keys: torch.Tensor, temperatures: torch.Tensor | None = None) -> torch.Tensor:
     """Draw a token of each row, argmax(logit - log E), with the noise of `sampling.noise`: logits (rows, vocab), -inf
-    for what may not be drawn; halves (2, rows) int32 of the rows' keys -> (rows,) int64.
+    for what may not be drawn; keys (rows,) int64, the rows' -> (rows,) int64.
 
     With temperatures, (rows,) float32, logits are first scaled as by `processors.scale_rows`; where it is 0, the
     token is the likeliest. Two or three launches, and no copy of the logits.
@@ -234,8 +235,8 @@ def race(logits: torch.Tensor, halves: torch.Tensor, temperatures: torch.Tensor 
         )
     power = triton.next_power_of_2(pieces)
     triton_rows.race_pieces[(rows, pieces)](
-        *(logits, highest, halves, scores if temperatures is None else temperatures, scores, columns),
-        *(logits.stride(0), halves.stride(0), vocab),
+        *(logits, highest, keys, scores if temperatures is None else temperatures, scores, columns),
+        *(logits.stride(0), vocab),
         PIECE=_PIECE,
         PIECES=power,
         SCALED=temperatures is not None,

@@ -271,16 +271,15 @@ def highest_of_pieces(
     tl.store(highest + row * tl.num_programs(1) + piece, tl.max(given, 0))
 
 
-@triton.jit(do_not_specialize=["half_stride"])
+@triton.jit
 def race_pieces(
     logits,  # (rows, vocab)
     highest,  # (rows, pieces) float32
-    halves,  # (2, rows) int32
+    keys,  # (rows,) int64
     temperatures,  # (rows,) float32; 0: greedy
     scores,  # (rows, pieces) float32
     columns,  # (rows, pieces) int32
     row_stride,
-    half_stride,
     vocab,
     PIECE: tl.constexpr,
     PIECES: tl.constexpr,  # pieces, up to a power of two
@@ -291,7 +290,8 @@ def race_pieces(
     pieces = tl.num_programs(1)
     at = piece * PIECE + tl.arange(0, PIECE)
     given = tl.load(logits + row * row_stride + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
-    noise = log_exponential(tl.load(halves + row), tl.load(halves + half_stride + row), at)
+    key = tl.load(keys + row)
+    noise = log_exponential((key >> 32).to(tl.int32), key.to(tl.int32), at)
     if SCALED:
         each = tl.arange(0, PIECES)
         top = tl.max(tl.load(highest + row * pieces + each, mask=each < pieces, other=float("-inf")), 0)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from pilotfish.engine.device.transfer import arrays_to_device, ids_to_device
+from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.sampling.logit_spans import LogitRow
 from pilotfish.engine.sampling.noise import gumbel_race, key_halves, row_key
 from pilotfish.engine.sampling.processors import (
@@ -71,6 +72,30 @@ def draw(adjusted: torch.Tensor, rows: Seq[LogitRow], chances: bool = False) -> 
     if chances:
         found.index_copy_(0, positions, chances_of(scaled, drawn))
     return tokens, found
+
+
+def draw_keyed(logits: torch.Tensor, keys: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
+    """Draw a token for each row by its key and temperature alone, as `draw` does for rows that ask for nothing else.
+
+    logits (rows, vocab), keys (rows,) int64 of `noise.row_keys`, temperatures (rows,) float32, 0 for the likeliest
+    token -> (rows,) int64. The host reads nothing, so that it may be part of a captured pass.
+    """
+    logits = logits.float()
+    halves = torch.stack((keys >> 32, keys)).to(torch.int32)
+    greedy = temperatures == 0.0
+    scaled = scale_rows(logits, torch.where(greedy, 1.0, temperatures).unsqueeze(1))
+    return torch.where(greedy, logits.argmax(1), gumbel_race(scaled, halves))
+
+
+def why_not_keyed(params: SamplingParams, vocab: int) -> str:
+    """Return what keeps `draw_keyed` from drawing this request's rows, as a word for metrics; "" if nothing does."""
+    if params.logprobs is not None:
+        return "logprobs"
+    if params.constrained:
+        return "grammar"
+    if params.alters_logits:
+        return "penalties"
+    return "truncation" if not params.greedy and is_restricted(params, vocab) else ""
 
 
 def chances_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -46,6 +46,23 @@ def row_key(seed: int, position: int, stream: int = DRAW) -> int:
     return _mix64(key + (position + 1) * _GOLDEN & _MASK)
 
 
+def row_keys(seeds: Seq[int], positions: np.ndarray, stream: int = DRAW) -> np.ndarray:
+    """Return `row_key` of each row, as `as_int64` gives them: (rows,) int64."""
+    # Cheaper one by one while there are few.
+    if len(seeds) < 8:
+        return as_int64(
+            [row_key(seed, position, stream) for seed, position in zip(seeds, positions.tolist(), strict=True)]
+        )
+    key = _mix64_of_all(np.array([seed & _MASK for seed in seeds], dtype=np.uint64))
+    key = _mix64_of_all(key + np.uint64((stream + 1) * _STREAM & _MASK))
+    return _mix64_of_all(key + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)).view(np.int64)
+
+
+def as_int64(keys: Seq[int]) -> np.ndarray:
+    """Return keys of `row_key` as words with a sign, the same bits: (rows,) int64."""
+    return np.array(keys, dtype=np.uint64).view(np.int64)
+
+
 def uniform(key: int) -> float:
     """Return a number in [0, 1) of 53 random bits."""
     return (_mix64(key + _GOLDEN & _MASK) >> 11) * 2.0**-53
@@ -93,6 +110,14 @@ def _bits31(keys: Seq[int] | torch.Tensor, tokens: torch.Tensor) -> torch.Tensor
     z.mul_(_TRIPLE_3)
     # An arithmetic shift here clears the sign and, whatever the sign was, maps the other 31 bits one to one.
     return z.bitwise_xor_(torch.bitwise_right_shift(z, 14, out=spare))
+
+
+def _mix64_of_all(z: np.ndarray) -> np.ndarray:
+    """`_mix64` of uint64 numbers, whose products wrap around."""
+    z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = z ^ z >> np.uint64(31)
+    return mixed
 
 
 def _mix64(z: int) -> int:

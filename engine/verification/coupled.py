@@ -21,6 +21,8 @@ class CoupledVerifier:
     sync_free: draw all rows at once, without the host reading tokens in between.
     """
 
+    keyed = True
+
     def __init__(self, eos_token_ids: Seq[int], sync_free: bool = False) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
         self._sync_free = sync_free

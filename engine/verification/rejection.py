@@ -34,6 +34,8 @@ class RejectionVerifier:
     sync_free: judge all rows at once on the device, without the host reading numbers in between.
     """
 
+    keyed = False
+
     def __init__(self, eos_token_ids: Seq[int], sync_free: bool = False) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
         self._sync_free = sync_free

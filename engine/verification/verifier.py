@@ -32,6 +32,10 @@ class Verdict:
 
 
 class Verifier(Protocol):
+    keyed: bool
+    """Whether rows without anything special get the tokens of `device_sampler.draw_keyed`, so that the pass may draw
+    them itself (`drawn_verdicts`)."""
+
     def verify(self, logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft]) -> list[Verdict]:
         """Return one Verdict for each span.
 
@@ -94,6 +98,15 @@ def agreed(tokens: list[int], drafts: list[Draft], starts: list[int]) -> list[li
                 break
         found.append(tokens[start : end + 1])
     return found
+
+
+def drawn_verdicts(tokens: list[int], drafts: list[Draft]) -> list[Verdict]:
+    """Return the verdicts of coupled verification over tokens that the pass has drawn: one for each row of each span,
+    the spans' rows one after the other."""
+    starts = [0]
+    for draft in drafts:
+        starts.append(starts[-1] + len(draft.tokens) + 1)
+    return [Verdict(own, len(own) - 1) for own in agreed(tokens, drafts, starts)]
 
 
 def verdicts(

@@ -38,6 +38,9 @@ class Device:
         core._new_timer = lambda: Waits(self, new_timer())
         core.asynchronous = True
 
+    draws = False
+    how = "no_graphs"
+
     def run(self, spans: list[Span], tap: FeatureTap | None = None) -> torch.Tensor:
         assert self._pending is None, "two passes at once"
         host = pack(spans, self._runner.block_size)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.sampling import noise
+from pilotfish.engine.sampling.device_sampler import draw_keyed
 from pilotfish.engine.sampling.processors import scale_rows
 from pilotfish.engine.weights.fp8 import quantize
 from pilotfish.tools.selftest.precision import units
@@ -173,24 +174,26 @@ def test_race(vocab: int, dtype: torch.dtype) -> None:
     logits = random(6, vocab, dtype=dtype, seed=vocab, scale=2)
     logits[:, ::3] = -torch.inf
     temperatures = torch.tensor([1.0, 0.7, 0.0, 2.0, 0.0, 1e-3])
-    halves = torch.from_numpy(noise.key_halves([noise.row_key(7, i) for i in range(6)]))
+    row_keys = [noise.row_key(7, i) for i in range(6)]
+    halves, keys = torch.from_numpy(noise.key_halves(row_keys)), torch.from_numpy(noise.as_int64(row_keys))
     scaled = scale_rows(logits, temperatures.clamp(min=1e-37).unsqueeze(1))
-    assert torch.equal(triton.race(scaled, halves), noise.gumbel_race(scaled, halves))
-    found = triton.race(logits, halves, temperatures)
+    assert torch.equal(triton.race(scaled, keys), noise.gumbel_race(scaled, halves))
+    found = triton.race(logits, keys, temperatures)
     wanted = noise.gumbel_race(scaled, halves)
+    assert torch.equal(draw_keyed(logits, keys, temperatures), found)
     wanted[[2, 4]] = logits[[2, 4]].float().argmax(1)
     assert torch.equal(found, wanted)
     for i in range(6):
         part = slice(i, i + 1)
-        assert triton.race(logits[part], halves[:, part], temperatures[part]) == found[i]
+        assert triton.race(logits[part], keys[part], temperatures[part]) == found[i]
 
 
 def test_the_first_of_equals_wins() -> None:
     logits = torch.zeros(2, 2500)
     logits[0, [1800, 2300]] = logits[1, [0, 1023, 1024]] = 1.0
-    halves = torch.zeros(2, 2, dtype=torch.int32)
-    assert triton.race(logits, halves, torch.zeros(2)).tolist() == [1800, 0]
-    assert triton.race(torch.full((1, 2500), -torch.inf), halves[:, :1]).tolist() == [0]
+    keys = torch.zeros(2, dtype=torch.int64)
+    assert triton.race(logits, keys, torch.zeros(2)).tolist() == [1800, 0]
+    assert triton.race(torch.full((1, 2500), -torch.inf), keys[:1]).tolist() == [0]
 
 
 def test_what_is_left_out_is_torchs() -> None:
