@@ -183,13 +183,15 @@ def _overlap(text: str, stop: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TokenEntry:
-    """A token with its log-probability."""
+    """A token with its log-probability and its origin."""
 
     token_id: int
     offset: int
     """Number of characters of text before it."""
     logprobs: TokenLogprobs | None
-    """None for the first token of a prompt, which has no prediction."""
+    """None if they are not wanted, and for the first token of a prompt, which has no prediction."""
+    origin: object = None
+    """What the caller knows about where it came from, passed through unread."""
 
 
 @dataclass(slots=True)
@@ -247,12 +249,14 @@ class AnswerText:
         ids: Sequence[int],
         logprobs: Sequence[TokenLogprobs] | None = None,
         *,
+        origins: Sequence[object] | None = None,
         last: bool = False,
         stop_token: bool = False,
     ) -> Piece:
-        """Add tokens. With `last`, nothing follows; with `stop_token`, the last of `ids` counts, but adds no text."""
+        """Add tokens, with entries if there are `logprobs` or `origins`, one for each. With `last`, nothing follows;
+        with `stop_token`, the last of `ids` counts, but adds no text."""
         spelled = ids[:-1] if stop_token else ids
-        if self._plain and logprobs is None:
+        if self._plain and logprobs is None and origins is None:
             self.tokens += len(ids)
             text = self._detokenizer.feed(spelled)
             text = (text + self._detokenizer.finish()) if last else text
@@ -260,9 +264,10 @@ class AnswerText:
             return Piece(text)
         text = ""
         for i, id_ in enumerate(spelled):
-            if logprobs is not None:
+            if logprobs is not None or origins is not None:
                 offset = self._decoded + self._detokenizer.breaks(id_)
-                self._waiting.append(TokenEntry(id_, offset, logprobs[i]))
+                own = None if logprobs is None else logprobs[i]
+                self._waiting.append(TokenEntry(id_, offset, own, None if origins is None else origins[i]))
             self.tokens += 1
             text += self._add(self._detokenizer.feed((id_,)))
             if self.stopped:

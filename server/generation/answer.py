@@ -9,12 +9,16 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from pilotfish.engine.request import Delta, Request
+from pilotfish.engine.request import Delta, Request, TokenLogprobs
+from pilotfish.server.generation.provenance import origins_of
 from pilotfish.server.generation.spec import GenerationSpec
 from pilotfish.server.metrics import NO_DRAFTER, Metrics, Outcome
 from pilotfish.text.detokenizer import AnswerText, Piece, TokenEntry
 from pilotfish.text.message import MessageParser, Part
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -105,10 +109,11 @@ class Answer:
     def _read(self, delta: Delta) -> Piece:
         """Return the text that a delta adds, and what the parser finds in it."""
         text, parser = self.text, self.parser
-        logprobs = delta.logprobs if self.spec.show_logprobs else None
+        logprobs: Sequence[TokenLogprobs] | None = delta.logprobs if self.spec.show_logprobs else None
+        origins: Sequence[object] | None = origins_of(delta) if self.spec.provenance else None
         last, stop_token = delta.finish_reason is not None, delta.stop_token is not None
         if parser is None or not parser.thinking:
-            piece = text.feed(delta.token_ids, logprobs, last=last, stop_token=stop_token)
+            piece = text.feed(delta.token_ids, logprobs, origins=origins, last=last, stop_token=stop_token)
             if parser is not None:
                 piece.parts = parser.feed(piece.text)
                 if last or text.stopped:
@@ -117,14 +122,14 @@ class Answer:
         ids, shown, entries, parts = delta.token_ids, "", list[TokenEntry](), list[Part]()
         while parser.thinking and len(ids) > 1 and not text.stopped:  # one by one, to count those of reasoning
             self._starts.append(text.start(ids[0]))
-            piece = text.feed(ids[:1], None if logprobs is None else logprobs[:1])
+            piece = text.feed(ids[:1], _first(logprobs), origins=_first(origins))
             parts += parser.feed(piece.text)
-            shown, ids, logprobs = shown + piece.text, ids[1:], None if logprobs is None else logprobs[1:]
+            shown, ids, logprobs, origins = shown + piece.text, ids[1:], _rest(logprobs), _rest(origins)
             entries += piece.entries
         if not text.stopped:
             if parser.thinking and ids:  # the last one
                 self._starts.append(text.start(ids[0]))
-            piece = text.feed(ids, logprobs, last=last, stop_token=stop_token)
+            piece = text.feed(ids, logprobs, origins=origins, last=last, stop_token=stop_token)
             parts += parser.feed(piece.text)
             shown, entries = shown + piece.text, [*entries, *piece.entries]
         if last or text.stopped:
@@ -152,3 +157,11 @@ class Answer:
         else:
             metrics.inter_token(now - self.last_token, kept)
         self.last_token = now
+
+
+def _first(items: Sequence[T] | None) -> Sequence[T] | None:
+    return None if items is None else items[:1]
+
+
+def _rest(items: Sequence[T] | None) -> Sequence[T] | None:
+    return None if items is None else items[1:]

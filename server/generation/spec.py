@@ -49,6 +49,8 @@ class GenerationSpec:
     """Show only the prompt."""
     show_logprobs: bool = True
     """False: log-probabilities serve at most to rank answers."""
+    provenance: bool = False
+    """Say of each token where it came from."""
     cache_salt: str | None = None
     speculation: str | None = None
     prediction: str | None = None
@@ -97,6 +99,7 @@ def spec_of(
         "bad_words": body.bad_words,
         "include_stop": bool(body.include_stop_str_in_output),
         "skip_special_tokens": body.skip_special_tokens is not False,
+        "provenance": bool(body.include_provenance),
         "cache_salt": body.cache_salt,
         "speculation": body.speculation,
         "prediction": body.prediction,

@@ -21,7 +21,7 @@ from pilotfish.server.protocol.tools import (
     ToolChoiceParam,
     Tools,
 )
-from pilotfish.server.protocol.usage import Response, Timings, Usage
+from pilotfish.server.protocol.usage import Response, Timings, TokenOrigin, Usage
 
 MAX_TOP_LOGPROBS = 20
 Budget = Annotated[int | None, Field(ge=0, le=2**31 - 1)]
@@ -154,6 +154,8 @@ class ChatChoice(msgspec.Struct):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+    provenance: list[TokenOrigin] | UnsetType = UNSET
+    """Only with include_provenance."""
 
 
 class ChatCompletion(Response):
@@ -179,6 +181,7 @@ class ChatChunkChoice(msgspec.Struct):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
+    provenance: list[TokenOrigin] | UnsetType = UNSET
 
 
 class ChatChunk(Response):

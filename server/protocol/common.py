@@ -204,6 +204,8 @@ class GenerationRequest(ApiModel):
     """Prefixes are found only by requests of the same tenant with the same salt."""
     speculation: str | None = None
     """Pilotfish's own: "auto", "off" or a drafter; null: the server's default. Never changes the text."""
+    include_provenance: bool | None = None
+    """Say of each token of the answer which drafter proposed it."""
 
     @property
     def choices(self) -> int:

@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 from pydantic import Field, PlainValidator
 
 from pilotfish.server.protocol.common import GenerationRequest, Prompt, Unsupported, wrong
-from pilotfish.server.protocol.usage import Response, Timings, Usage
+from pilotfish.server.protocol.usage import Response, Timings, TokenOrigin, Usage
 
 MAX_LOGPROBS = 5
 """OpenAI's limit for completions; chat's is 20."""
@@ -63,6 +63,8 @@ class CompletionChoice(msgspec.Struct):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
+    provenance: list[TokenOrigin] | UnsetType = UNSET
+    """Only with include_provenance."""
 
 
 class Completion(Response):

@@ -26,6 +26,19 @@ class Usage(msgspec.Struct):
     completion_tokens_details: CompletionTokensDetails
 
 
+class TokenOrigin(msgspec.Struct):
+    """Where a token of an answer came from."""
+
+    token: str
+    drafter: str | None
+    """The drafter that proposed it; null for a token that the target drew without or after a draft."""
+    position: int | None
+    """Its position in the draft, from 1; null with `drafter`."""
+    rejected: int | UnsetType = UNSET
+    """Number of drafted tokens that were rejected where the target drew this one; only if there were any."""
+    rejected_drafter: str | UnsetType | None = UNSET
+
+
 class DrafterTimings(msgspec.Struct):
     """One drafter's share of an answer."""
 

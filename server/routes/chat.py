@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from pilotfish.server.chat.conversation import conversation_of
 from pilotfish.server.chat.message import deltas_of, finish_reason, message_of
@@ -12,6 +12,7 @@ from pilotfish.server.errors import bad_parameter
 from pilotfish.server.generation.answer import Answer
 from pilotfish.server.generation.flow import Endpoint, Reply
 from pilotfish.server.generation.logprobs import chat_logprobs
+from pilotfish.server.generation.provenance import provenance_of
 from pilotfish.server.generation.spec import GenerationSpec, spec_of
 from pilotfish.server.offload import MANY_MESSAGES
 from pilotfish.server.prompting.conversation import Conversation
@@ -24,6 +25,7 @@ from pilotfish.server.protocol.chat import (
     ChatLogprobs,
     ChatRequest,
 )
+from pilotfish.server.protocol.usage import TokenOrigin
 from pilotfish.server.routes.openai import OpenAIChunks
 from pilotfish.server.service import Service
 from pilotfish.text.detokenizer import Piece
@@ -65,7 +67,7 @@ class Chat(Endpoint[ChatRequest]):
         for i, piece in enumerate(pieces):
             message = message_of(piece.parts, reply.body)
             reason = finish_reason(piece.finish_reason, piece.parts, reply.body)
-            choices.append(ChatChoice(i, message, logprobs_of(reply, piece), reason))
+            choices.append(ChatChoice(i, message, logprobs_of(reply, piece), reason, origins_in(reply, piece)))
         head = reply.head("chat.completion")
         return ChatCompletion(*head, choices, reply.usage(), reply.timings(), service_tier=reply.service_tier)
 
@@ -86,13 +88,13 @@ class ChatChunks(OpenAIChunks[ChatRequest, ChatChunk]):
 
     def add(self, answer: Answer, piece: Piece) -> Sequence[ChatChunk]:
         chunks = []
-        logprobs = logprobs_of(self.reply, piece)
+        logprobs, origins = logprobs_of(self.reply, piece), origins_in(self.reply, piece)
         deltas = deltas_of(piece.parts, self.reply.body)
         if piece.entries and not deltas:
             deltas = [ChatDelta(content="")]  # tokens whose text is held back, or not shown
         for delta in deltas:
-            chunks.append(self.chunk(ChatChunkChoice(answer.index, delta, logprobs)))
-            logprobs = None
+            chunks.append(self.chunk(ChatChunkChoice(answer.index, delta, logprobs, None, origins)))
+            logprobs, origins = None, UNSET
             if delta.tool_calls is not UNSET or delta.function_call is not UNSET:
                 self._called.add(answer.index)
         if piece.finish_reason is not None:
@@ -103,3 +105,7 @@ class ChatChunks(OpenAIChunks[ChatRequest, ChatChunk]):
 
 def logprobs_of(reply: Reply[ChatRequest], piece: Piece) -> ChatLogprobs | None:
     return chat_logprobs(piece.entries, reply.vocabulary) if reply.body.logprobs else None
+
+
+def origins_in(reply: Reply[ChatRequest], piece: Piece) -> list[TokenOrigin] | UnsetType:
+    return provenance_of(piece.entries, reply.vocabulary) if reply.spec.provenance else UNSET

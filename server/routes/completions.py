@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from msgspec import UNSET
+
 from pilotfish.server.errors import bad_parameter
 from pilotfish.server.generation.answer import Answer
 from pilotfish.server.generation.flow import Endpoint, Reply
 from pilotfish.server.generation.logprobs import completion_logprobs
+from pilotfish.server.generation.provenance import provenance_of
 from pilotfish.server.generation.spec import GenerationSpec, spec_of
 from pilotfish.server.protocol.common import Prompt
 from pilotfish.server.protocol.completions import Completion, CompletionChoice, CompletionChunk, CompletionRequest
@@ -81,4 +84,5 @@ class CompletionChunks(OpenAIChunks[CompletionRequest, CompletionChunk]):
 
 def _choice(reply: Reply[CompletionRequest], index: int, piece: Piece) -> CompletionChoice:
     logprobs = completion_logprobs(piece.entries, reply.vocabulary) if reply.spec.show_logprobs else None
-    return CompletionChoice(index, piece.text, logprobs, piece.finish_reason)
+    origins = provenance_of(piece.entries, reply.vocabulary) if reply.spec.provenance else UNSET
+    return CompletionChoice(index, piece.text, logprobs, piece.finish_reason, origins)
