@@ -4,6 +4,7 @@
 # make test-fuzz  ten thousand requests with any values, of which none may give a 500
 # make test-clients  client libraries of Python and Node against a real server
 # make check   linter, formatter, type checker, imports between rooms, and the docs site in strict mode
+# make web     build the page's files in server/page/ from web/; needs Node 20
 # make docs    build the docs site into site/
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ SOURCES := pyproject.toml setup.py $(wildcard engine/kernels/*.[ch])
 CLIENTS := .venv-clients
 CLIENTS_NODE := tests/clients/node
 
-.PHONY: serve test test-fast test-fuzz test-clients check format docs clean
+.PHONY: serve test test-fast test-fuzz test-clients check format docs web clean
 
 serve: $(VENV)/.installed
 	@$(BIN)/pilotfish serve $(ARGS)
@@ -42,6 +43,13 @@ check: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+web: web/node_modules/.installed
+	@npm run --prefix web --silent build
+
+web/node_modules/.installed: web/package-lock.json
+	@npm ci --prefix web --ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@
 
 format: $(VENV)/.installed-dev
 	@$(BIN)/ruff check --fix .

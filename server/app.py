@@ -28,8 +28,9 @@ from pilotfish.server.protocol.messages_out import TokenCount
 from pilotfish.server.protocol.models import Model, ModelList
 from pilotfish.server.protocol.responses_out import DeletedResponse, InputItems
 from pilotfish.server.protocol.tokenization import Detokenized, Tokenized, TokenizerInfo
-from pilotfish.server.routes import ENDPOINTS, health, messages, metrics, models, responses, tokenization
+from pilotfish.server.routes import ENDPOINTS, health, messages, metrics, models, page, responses, tokenization
 from pilotfish.server.service import Service, ServiceDependency
+from pilotfish.server.telemetry.recent import RecentRequests
 from pilotfish.server.telemetry.tracing import Tracing
 from pilotfish.text.tokenizer import Tokenizer
 
@@ -62,6 +63,8 @@ def create_app(
     app.router.route_class = BodyRoute
     app.state.service = Service(engine, tokenizer, config, stats, names)
     routers = [module.router for module in (messages, models, responses, tokenization, health, metrics)]
+    if config.page:
+        routers.append(page.router)
     for endpoint in endpoints:
         add_endpoint(app, endpoint)
     for router in routers:
@@ -81,7 +84,8 @@ def create_app(
     app.add_middleware(Authentication, keys=config.all_keys(), tenant_header=config.tenant_header)
     app.add_middleware(HeadAsGet)
     by_path = {endpoint.path: endpoint for endpoint in endpoints}
-    app.add_middleware(RequestContext, metrics=stats, routes=paths, endpoints=by_path, tracing=tracing)
+    recent = app.state.recent = RecentRequests() if config.page else None
+    app.add_middleware(RequestContext, metrics=stats, routes=paths, endpoints=by_path, tracing=tracing, recent=recent)
     if config.cors_origins != NO_ORIGINS:
         app.add_middleware(CrossOrigin, origins=config.cors_origins)
     app.add_middleware(TidyPaths, paths=paths)

@@ -10,8 +10,13 @@ from pilotfish.server.errors import ApiError
 from pilotfish.server.generation.facts import facts_of
 from pilotfish.server.tenants import MAX_TENANT_LENGTH, ApiKey, find_key, tenant_of
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})
-"""Paths that need no key: load balancers and Prometheus request them."""
+OPEN_PATHS = frozenset({
+    "/health", "/ready", "/metrics", "/version",
+    "/", "/page/app.js", "/page/app.css", "/page/licenses.txt",
+})  # fmt: skip
+"""Paths that need no key: load balancers and Prometheus request them, and browsers the page, which asks for the key."""
+PAGE_PREFIX = "/page/"
+"""What the page asks for."""
 
 
 class Authentication:

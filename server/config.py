@@ -55,6 +55,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cors_origins: tuple[str, ...] = ("*",)
     """Origin of web pages that may use the API, such as https://chat.example.com; "*": all, "none": none.
     Repeatable. Never with credentials."""
+    page: bool = True
+    """Serve a page for browsers at /: a chat, drafters side by side, the engine live, recent requests."""
     response_store: str | None = None
     """File of an SQLite database for the responses of /v1/responses, which survives a restart; without it they are kept
     in memory."""

@@ -77,6 +77,8 @@ class Metrics:
         ProcessCollector(registry=registry)
         self.last_step = 0.0
         """time.monotonic() of the last report of a step."""
+        self.watchers: list[Callable[[StepStats], None]] = []
+        """Called with each step, too."""
         self._model = ""
         own: dict[str, Any] = {"namespace": "pilotfish", "registry": registry}
         counter: Callable[..., Counter] = partial(Counter, **own)
@@ -188,6 +190,8 @@ class Metrics:
                 histogram.observe(seconds)
         self._note_memory(stats.memory)
         self._speculation.step(stats)
+        for watch in self.watchers:
+            watch(stats)
 
     def engine_stopping(self) -> None:
         """Record that the engine takes no more requests."""

@@ -25,6 +25,7 @@ from pilotfish.server.generation.facts import RequestFacts, facts_of
 from pilotfish.server.generation.flow import Endpoint
 from pilotfish.server.metrics import Metrics
 from pilotfish.server.paths import meant
+from pilotfish.server.telemetry.recent import RecentRequests
 from pilotfish.server.telemetry.request_log import log_request
 from pilotfish.server.telemetry.tracing import Tracing
 
@@ -51,12 +52,14 @@ class RequestContext:
         routes: Collection[str],
         endpoints: Mapping[str, Endpoint[Any]],
         tracing: Tracing | None = None,
+        recent: RecentRequests | None = None,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._routes = frozenset(routes)
         self._endpoints = endpoints
         self._tracing = tracing
+        self._recent = recent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -93,6 +96,8 @@ class RequestContext:
         trace_id = None
         if self._tracing is not None:
             trace_id = self._tracing.record(scope, route, status, now)
+        if self._recent is not None:
+            self._recent.add(route, facts, status, now - facts.arrival)
         log_request(scope, status, now - facts.arrival, trace_id)
 
     def _error_form(self, path: str) -> ErrorForm:

@@ -51,6 +51,7 @@ class Answer:
     """Steps that used a draft, by drafter; `drafted` and `accepted` count its tokens."""
     drafted: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)
+    preemptions: int = 0
     logprob_sum: float = 0.0
     _starts: list[int] = field(default_factory=list, init=False)
     """Number of characters before each token, as long as reasoning may come."""
@@ -92,6 +93,8 @@ class Answer:
         piece the last."""
         if delta.scheduled is not None:
             self.scheduled, self.cached_tokens = delta.scheduled, delta.cached_prompt_tokens
+        if delta.stats is not None:
+            self.preemptions = delta.stats.preemptions
         if self.spec.only_echo:
             piece = Piece("", finish_reason="length")
         else:

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.types import Scope
 
 from pilotfish.logs import fields
-from pilotfish.server.auth import OPEN_PATHS
+from pilotfish.server.auth import OPEN_PATHS, PAGE_PREFIX
 from pilotfish.server.generation.facts import GenerationFacts, facts_of
 from pilotfish.server.generation.usage import timings_of, usage_of
 
@@ -20,7 +20,8 @@ def log_request(scope: Scope, status: int, seconds: float, trace_id: str | None 
     """Log a request that was answered `seconds` after its arrival. Probes are frequent, so they are logged at level
     debug, including their 503s, and requests with fields that were ignored at level warning."""
     facts, path = facts_of(scope), scope["path"]
-    level = logging.DEBUG if path in OPEN_PATHS and status in (200, 503) else logging.INFO
+    probes = path in OPEN_PATHS or path.startswith(PAGE_PREFIX)
+    level = logging.DEBUG if probes and status in (200, 304, 503) else logging.INFO
     if facts.ignored:
         level = logging.WARNING
     if not logger.isEnabledFor(level):

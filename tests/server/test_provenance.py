@@ -19,7 +19,10 @@ EXPECTED = [
     {"token": " word7", "drafter": "ngram", "position": 2},
     {"token": " word8"} | OWN | {"rejected": 2, "rejected_drafter": "ngram"},
 ]
-PATHS = {"/v1/completions": {"prompt": "a"}, "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]}}
+PATHS: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "a"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+}
 
 
 def script(request: Request) -> Sequence[Delta]:
