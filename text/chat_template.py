@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 from pilotfish.errors import ParameterError
@@ -55,9 +56,10 @@ def traits_of(apply: Apply) -> TemplateTraits:
     if not _shows(apply, [{"role": "user", "content": _A}], (_A,)):
         return TemplateTraits()
     system = _shows(apply, [_system(_A), _USER], (_A,))
-    calls, no_content = _calls(apply)
+    calls, no_content, by_id = _calls(apply)
     kind: Any = calls or "object"
-    pair = [_called(_A, kind, no_content, _B), _result("c")]
+    pair = [_called(_A, kind, no_content, by_id, _B), _result("c")]
+    one = _called("f", kind, no_content, by_id)
     return TemplateTraits(
         system=system,
         later_system=system
@@ -71,20 +73,19 @@ def traits_of(apply: Apply) -> TemplateTraits:
         calls=calls,
         no_content=no_content,
         parallel_calls=bool(calls) and _shows(apply, [_USER, *pair, _result("d")], (_A, _B)),
-        results=bool(calls) and _shows(apply, [_USER, _called("f", kind, no_content), _result(_A)], (_A,)),
+        results=bool(calls) and _shows(apply, [_USER, one, _result(_A)], (_A,)),
         user_after_results=not calls
-        or _shows(apply, [_USER, _called("f", kind, no_content), _result("c"), {"role": "user", "content": _A}], (_A,)),
-        thinking=bool(calls)
-        and _shows(apply, [_USER, _called("f", kind, no_content) | {"thinking": _A}, _result("c")], (_A,)),
+        or _shows(apply, [_USER, one, _result("c"), {"role": "user", "content": _A}], (_A,)),
+        thinking=bool(calls) and _shows(apply, [_USER, one | {"thinking": _A}, _result("c")], (_A,)),
     )
 
 
-def _calls(apply: Apply) -> tuple[Literal["object", "text", ""], str | None]:
-    for no_content in ("", None):
-        for kind in ("object", "text"):
-            if _shows(apply, [_USER, _called(_A, kind, no_content), _result("c")], (_A, "amount", "17")):
-                return kind, no_content
-    return "", ""
+def _calls(apply: Apply) -> tuple[Literal["object", "text", ""], str | None, bool]:
+    """Return the traits `calls` and `no_content`, and whether the name of a call is shown as a part of its id."""
+    for by_id, no_content, kind in product((False, True), ("", None), ("object", "text")):
+        if _shows(apply, [_USER, _called(_A, kind, no_content, by_id), _result("c")], (_A, "amount", "17")):
+            return kind, no_content, by_id  # type: ignore[return-value]
+    return "", "", False
 
 
 def _tools(apply: Apply) -> Literal["variable", "system", ""]:
@@ -107,12 +108,16 @@ def _system(content: str) -> Message:
     return {"role": "system", "content": content}
 
 
-def _called(name: str, kind: str, content: str | None, *others: str) -> Message:
-    """Return a message with calls of functions by their names."""
+def _called(name: str, kind: str, content: str | None, by_id: bool, *others: str) -> Message:
+    """Return a message with calls of functions by their names, which `by_id` are part of the ids (Kimi K2)."""
     given = {"amount": 17}
     arguments = given if kind == "object" else json.dumps(given)
     calls = [
-        {"id": f"{_ID[:-1]}{i}", "type": "function", "function": {"name": each, "arguments": arguments}}
+        {
+            "id": f"functions.{each}:{i}" if by_id else f"{_ID[:-1]}{i}",
+            "type": "function",
+            "function": {"name": each, "arguments": arguments},
+        }
         for i, each in enumerate((name, *others), 1)
     ]
     return {"role": "assistant", "content": content, "tool_calls": calls}

@@ -141,6 +141,8 @@ def taken(messages: Sequence[Message], form: MessageFormat, traits: TemplateTrai
         found = end_turns(found)
     if traits.calls and form.calls is not None and form.calls.id_length:
         found = [_with_short_ids(message, form.calls.id_length) for message in found]
+    if traits.calls and form.calls is not None and form.calls.id_form:
+        found = _numbered(found, form.calls.id_form)
     return [_with_calls(message, traits) if "tool_calls" in message else message for message in found]
 
 
@@ -151,6 +153,25 @@ def _with_calls(message: Message, traits: TemplateTraits) -> Message:
     if traits.calls == "text":
         message = message | {"tool_calls": [_as_text(call) for call in message["tool_calls"]]}
     return message if message["content"] else message | {"content": traits.no_content}
+
+
+def _numbered(messages: Sequence[Message], form: str) -> list[Message]:
+    """Give calls, and their results, ids that are made of names and numbers (Kimi K2)."""
+    given: dict[str, str] = {}
+    found: list[Message] = []
+    index = 0
+    for message in messages:
+        if "tool_calls" in message:
+            calls = []
+            for call in message["tool_calls"]:
+                given[call["id"]] = form.format(name=call["function"]["name"], index=index)
+                calls.append(call | {"id": given[call["id"]]})
+                index += 1
+            message = message | {"tool_calls": calls}
+        elif "tool_call_id" in message:
+            message = message | {"tool_call_id": given.get(message["tool_call_id"], message["tool_call_id"])}
+        found.append(message)
+    return found
 
 
 def _with_short_ids(message: Message, length: int) -> Message:

@@ -34,7 +34,8 @@ def made(template: str, **names: Any) -> tuple[Tokenizer, Renderer, MessageForma
 
 
 MADE = {name: made(template) for name, template in ALL.items()}
-TOOLS = [Tool(name="lookup", description="Looks it up.")]
+TYPES = {"type": "object", "properties": {"of": {"type": "string"}, "many": {"type": "array"}}}
+TOOLS = [Tool(name="lookup", description="Looks it up.", parameters=TYPES)]
 
 
 def conversation(kinds: list[tuple[str, int]]) -> Conversation:
@@ -148,6 +149,15 @@ def test_ids_and_arguments_as_templates_want_them() -> None:
 def test_a_user_may_speak_before_a_call_is_answered() -> None:
     prompt = prompt_of("mistral", USER, Turn(role="assistant", calls=CALLS.calls[:1]), RESULTS[1], USER)
     assert prompt.endswith("[TOOL_RESULTS]A0000000c1</s>[INST]Hi.[/INST]")
+
+
+def test_kimi_s_calls_are_named_by_their_ids() -> None:
+    prompt = prompt_of("kimi", USER, CALLS, *RESULTS, CALLS, *RESULTS)
+    section = '<|tool_call_begin|>functions.lookup:{}<|tool_call_argument_begin|>{{"of": "{}"}}<|tool_call_end|>'
+    for first in (0, 2):
+        assert section.format(first, "a") + section.format(first + 1, "b") in prompt
+        assert prompt.count(f"## Return of functions.lookup:{first}\nA<") == 1
+        assert prompt.count(f"## Return of functions.lookup:{first + 1}\nB<") == 1
 
 
 def test_thoughts_before_calls_have_their_place() -> None:

@@ -111,7 +111,17 @@ QWEN3 = """\
 {%- if enable_thinking is defined and enable_thinking is false %}\
 {{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"""
 
+KIMI = """\
+{%- if tools %}{{ '<|im_system|>tool_declare<|im_middle|>' + (tools | tojson) + '<|im_end|>' }}{% endif %}\
+{%- for message in messages %}{{ '<|im_' + message.role + '|>' }}\
+{%- if message.role == 'tool' %}{{ '## Return of ' + message.tool_call_id + '\\n' }}{% endif %}{{ message.content }}\
+{%- if message.tool_calls %}{{ '<|tool_calls_section_begin|>' }}{%- for call in message.tool_calls %}\
+{{- '<|tool_call_begin|>' + call.id + '<|tool_call_argument_begin|>' + (call.function.arguments | tojson) }}\
+{{- '<|tool_call_end|>' }}{% endfor %}{{ '<|tool_calls_section_end|>' }}{% endif %}{{ '<|im_end|>' }}{% endfor %}\
+{%- if add_generation_prompt %}{{ '<|im_assistant|>' }}{% endif %}"""
+
 TEMPLATES = {
+    "kimi": KIMI,
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
     "phi4_mini": PHI4_MINI,

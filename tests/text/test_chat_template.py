@@ -23,6 +23,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "deepseek": {"calls": "text", "no_content": None},
     "harmony": {"later_system": False, "parallel_calls": False, "thinking": True},
     "qwen3": {},
+    "kimi": {},
     "chatml": {"tools": "", **NO_CALLS},
     "refuses": {},
 }

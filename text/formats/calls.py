@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from pilotfish.text.formats.scanner import ObjectScanner
 from pilotfish.text.message import CallArguments, CallBegin, ContentText, Part
@@ -27,8 +27,8 @@ _NAME = re.compile(r"[\w.-]+")
 class Calls:
     """The calls of a message so far."""
 
-    names: Mapping[str, Sequence[str]]
-    """The tools that may be called, with the names of their arguments in order; of formats that begin like content,
+    names: Mapping[str, Mapping[str, Any]]
+    """The tools that may be called, with the schemas of their arguments in order; of formats that begin like content,
     other names are none."""
     new_id: Callable[[], str]
     count: int = 0

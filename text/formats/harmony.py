@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pilotfish.text.formats.calls import CallReader, Calls, NamedJson
-from pilotfish.text.formats.message_format import CallFormat, MessageFormat, SchemaBuilder, argument_names
+from pilotfish.text.formats.message_format import CallFormat, MessageFormat, SchemaBuilder, schemas_of
 from pilotfish.text.formats.parser import first_of, held, joined
 from pilotfish.text.grammar import compose
 from pilotfish.text.grammar.grammar import Grammar
@@ -211,7 +211,7 @@ class HarmonyFormat(MessageFormat):
     ) -> MessageParser:
         calls = None
         if tools and self.calls is not None:
-            calls = Calls({tool.name: argument_names(tool) for tool in tools}, new_id or self.new_id)
+            calls = Calls({tool.name: schemas_of(tool) for tool in tools}, new_id or self.new_id)
         return HarmonyParser(calls, self.reasoning is not None, in_reasoning, begun)
 
     def grammar(

@@ -51,9 +51,9 @@ class CallFormat:
     reader: Callable[[Calls], CallReader]
     written: Callable[[Tool, Grammar], Sequence[Grammar | str]]
     """Returns a call without its opener: of a tool, and the grammar of its arguments."""
-    arguments: Callable[[dict[str, Any], str, Callable[[Any, str, Any], Grammar]], Grammar] | None = None
-    """Makes the grammar of arguments that are not JSON, from a schema, its place, and what makes the grammar of a
-    schema (the last argument is one to fall back on); None: they are."""
+    arguments: Callable[[dict[str, Any], str, Callable[[Any, str, Any], Grammar], bool], Grammar] | None = None
+    """Makes the grammar of arguments that are not JSON, from a schema, its place, what makes the grammar of a schema
+    (its last argument is one to fall back on), and whether the tool is strict; None: they are."""
     open_list: str = ""
     close_list: str = ""
     """What stands around all of the calls, behind the opener: most formats have an opener for each call instead."""
@@ -61,6 +61,9 @@ class CallFormat:
     """What stands between two calls."""
     id_length: int = 0
     """Characters of an id that templates demand (Mistral's 9); 0: call_ and 24 characters."""
+    id_form: str = ""
+    """The form of ids that the model's calls are named by, of `name` and `index`, the number of calls before it in the
+    conversation; "": any."""
     instructions: str = ""
     """How to write a call, for a template that doesn't know tools: what follows "To call a function, "."""
     spelled: Callable[[dict[str, Any]], str] = _json
@@ -126,7 +129,7 @@ class MessageFormat:
             return PlainParser()
         openers, starters = [], []
         if call is not None:
-            calls = Calls({tool.name: argument_names(tool) for tool in tools}, new_id or self.new_id)
+            calls = Calls({tool.name: schemas_of(tool) for tool in tools}, new_id or self.new_id)
 
             def reader() -> CallReader:
                 return call.reader(calls)
@@ -232,7 +235,7 @@ class MessageFormat:
 
         at = f"{place}.function.parameters" if tool.place is None else tool.place
         if form.arguments is not None and isinstance(wanted, dict):
-            arguments = form.arguments(wanted, at, build)
+            arguments = form.arguments(wanted, at, build, tool.strict)
         else:
             arguments = build(wanted, at, ANY_OBJECT)
         return self._written(tool, arguments)
@@ -275,9 +278,10 @@ def _other_text(starters: Sequence[str]) -> str:
     return rf"\s*({'|'.join(ways)})"
 
 
-def argument_names(tool: Tool) -> list[str]:
+def schemas_of(tool: Tool) -> dict[str, Any]:
+    """Return the schemas of a tool's arguments, in their order."""
     properties = (tool.parameters or {}).get("properties")
-    return list(properties) if isinstance(properties, dict) else []
+    return properties if isinstance(properties, dict) else {}
 
 
 def _described(tool: Tool) -> dict[str, str]:

@@ -104,7 +104,7 @@ class PythonCalls:
             name = ast.unparse(node.func).removeprefix("default_api.")
             if self.begin and name not in self.calls.names:
                 return []
-            keys = self.calls.names.get(name, ())
+            keys = list(self.calls.names.get(name, ()))
             given = [*zip(keys, node.args, strict=False), *((each.arg, each.value) for each in node.keywords)]
             if len(node.args) > len(keys) or any(key is None for key, _ in given):
                 return []
@@ -156,7 +156,9 @@ def python_keywords(arguments: dict[str, Any]) -> str:
     return ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in arguments.items())
 
 
-def python_arguments(schema: dict[str, Any], place: str, build: Callable[[Any, str, Any], Grammar]) -> Grammar:
+def python_arguments(
+    schema: dict[str, Any], place: str, build: Callable[[Any, str, Any], Grammar], strict: bool
+) -> Grammar:
     """Return the grammar of keyword arguments: those of the schema's properties, in their order, with values as JSON.
 
     `build`: makes the grammar of a schema at a place; the last argument is a schema to fall back on. Raises

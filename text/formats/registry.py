@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -12,6 +13,15 @@ from pilotfish.text.formats.calls import CallReader, Calls, JsonCalls, MistralCa
 from pilotfish.text.formats.harmony import harmony, is_harmony
 from pilotfish.text.formats.message_format import CallFormat, MessageFormat
 from pilotfish.text.formats.python_calls import PythonCalls, python_arguments, python_keywords
+from pilotfish.text.formats.section_calls import SectionCalls
+from pilotfish.text.formats.tagged_calls import (
+    GLM,
+    QWEN_CODER,
+    TaggedCall,
+    glm_arguments,
+    qwen_arguments,
+    tagged_arguments,
+)
 from pilotfish.text.grammar.grammar import Grammar
 from pilotfish.text.message import Tool
 from pilotfish.text.tokenizer import Tokenizer
@@ -54,6 +64,31 @@ def _python(tool: Tool, arguments: Grammar) -> Sequence[Grammar | str]:
 
 def _list_reader(calls: Calls) -> CallReader:
     return JsonCalls(calls, in_list=True)
+
+
+_TAGGED = """write its name and arguments within tags:
+<tool_call>%s
+%s
+</tool_call>"""
+_DEEPSEEK, _KIMI = "<｜tool▁%s｜>", "<|tool_%s|>"
+_DEEPSEEK_MARKS = [_DEEPSEEK % each for each in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end")]
+_KIMI_MARKS = [
+    _KIMI % each
+    for each in ("calls_section_begin", "call_begin", "call_argument_begin", "call_end", "calls_section_end")
+]
+
+
+def _deepseek(calls: Calls) -> CallReader:
+    """Both of DeepSeek's forms: V3 and R1 write "function", the marker, and the name before a fence."""
+    _, begin, middle, close, end = _DEEPSEEK_MARKS
+    name = re.compile(rf"(?:function{middle})?\s*([\w.-]+)\s*(?:{middle}|```json)?\s*")
+    return SectionCalls(calls, begin, close, end, name)
+
+
+def _kimi(calls: Calls) -> CallReader:
+    _, begin, middle, close, end = _KIMI_MARKS
+    name = re.compile(rf"\s*(?:functions\.)?([\w.-]+?)(?::\d+)?\s*{re.escape(middle)}\s*")
+    return SectionCalls(calls, begin, close, end, name)
 
 
 CALL_FORMATS: dict[str, CallFormat] = {
@@ -144,6 +179,63 @@ CALL_FORMATS: dict[str, CallFormat] = {
             result_role="tool_response",
         ),
         CallFormat(
+            name="qwen3_coder",
+            opener="<tool_call>",
+            reader=partial(TaggedCall, tags=QWEN_CODER),
+            written=lambda tool, given: (f"\n<function={tool.name}>\n", given, "</function>\n</tool_call>"),
+            arguments=partial(tagged_arguments, QWEN_CODER),
+            spelled=qwen_arguments,
+            instructions=_TAGGED
+            % ("\n<function=function_name>", "<parameter=argument>\nvalue\n</parameter>\n</function>"),
+        ),
+        CallFormat(
+            name="glm45",
+            opener="<tool_call>",
+            reader=partial(TaggedCall, tags=GLM),
+            written=lambda tool, given: (f"{tool.name}\n", given, "</tool_call>"),
+            arguments=partial(tagged_arguments, GLM),
+            spelled=glm_arguments,
+            instructions=_TAGGED % ("function_name", "<arg_key>argument</arg_key>\n<arg_value>value</arg_value>"),
+        ),
+        CallFormat(
+            name="deepseek_v3",
+            opener=_DEEPSEEK % "calls▁begin",
+            reader=_deepseek,
+            written=lambda tool, given: (
+                f"{_DEEPSEEK % 'call▁begin'}function{_DEEPSEEK % 'sep'}{tool.name}\n```json\n",
+                given,
+                f"\n```{_DEEPSEEK % 'call▁end'}",
+            ),
+            between="\n",
+            close_list=_DEEPSEEK % "calls▁end",
+            instructions="write it as\n{}{}function{}function_name\n```json\n{{}}\n```{}{}".format(*_DEEPSEEK_MARKS),
+        ),
+        CallFormat(
+            name="deepseek_v31",
+            opener=_DEEPSEEK % "calls▁begin",
+            reader=_deepseek,
+            written=lambda tool, given: (
+                f"{_DEEPSEEK % 'call▁begin'}{tool.name}{_DEEPSEEK % 'sep'}",
+                given,
+                _DEEPSEEK % "call▁end",
+            ),
+            close_list=_DEEPSEEK % "calls▁end",
+            instructions="write it as\n{}{}function_name{}{{}}{}{}".format(*_DEEPSEEK_MARKS),
+        ),
+        CallFormat(
+            name="kimi_k2",
+            opener=_KIMI % "calls_section_begin",
+            reader=_kimi,
+            written=lambda tool, given: (
+                f"{_KIMI % 'call_begin'}functions.{tool.name}:0{_KIMI % 'call_argument_begin'}",
+                given,
+                _KIMI % "call_end",
+            ),
+            close_list=_KIMI % "calls_section_end",
+            id_form="functions.{name}:{index}",
+            instructions="write it as\n{}{}functions.function_name:0{}{{}}{}{}".format(*_KIMI_MARKS),
+        ),
+        CallFormat(
             name="granite",
             opener="<|tool_call|>",
             reader=_list_reader,
@@ -166,6 +258,7 @@ REASONING_FORMATS: dict[str, tuple[str, str]] = {
 """The markers of reasoning, by their name for --reasoning-parser."""
 _CALL_ALIASES = {
     "qwen": "hermes", "qwen25": "hermes", "qwen3": "hermes", "llama3": "llama3_json", "llama4_pythonic": "pythonic",
+    "qwen3_xml": "qwen3_coder", "glm47": "glm45",
 }  # fmt: skip
 _REASONING_ALIASES = {
     "deepseek_r1": "think", "qwen3": "think", "qwen": "think", "glm45": "think", "seed_oss": "seed",
@@ -174,6 +267,8 @@ _REASONING_ALIASES = {
 HARMONY_NAMES = ("harmony", "openai", "gpt_oss", "openai_gptoss")
 """The names of gpt-oss's format, for calls and for reasoning."""
 _TRACES = (
+    ("<function=", "qwen3_coder"), ("<arg_key>", "glm45"), ("<|tool_calls_section_begin|>", "kimi_k2"),
+    ("<｜tool▁sep｜>", "deepseek_v31"),
     ("[ARGS]", "mistral"), ("[TOOL_CALLS]", "mistral_list"), ("<tool_call>", "hermes"), ("<|tool|>", "phi4"),
     ("<|/tool_call|>", "phi4"), ("<|tool_call|>", "granite"), ("functools[", "phi4_mini_json"),
     ("tool_code", "gemma"), ("<|python_tag|>", "llama3_json"),
@@ -200,6 +295,8 @@ def detect(
             raise ModelError(f"tool_call_parser {parsers} do not go together: harmony is a format of whole messages")
         return harmony(special, tool_call_parser != "none", reasoning_parser != "none")
     calls = next((name for trace, name in _TRACES if trace in template), "hermes")
+    if calls == "deepseek_v31" and "```json" in template:
+        calls = "deepseek_v3"
     reasoning = next((name for name, (_, end) in REASONING_FORMATS.items() if end in template), "none")
     if tool_call_parser == "mistral" and calls == "mistral_list":
         tool_call_parser = calls  # both have this name elsewhere

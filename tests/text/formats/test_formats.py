@@ -92,6 +92,18 @@ WRITTEN = {
     "phi4_mini_json": f"functools{LIST}",
     "phi4": f"<|tool_call|>{LIST}<|/tool_call|>",
     "granite": f"<|tool_call|>{LIST}",
+    "qwen3_coder": '<tool_call>\n<function=weather>\n<parameter=city>\nOslo {"}" \n</parameter>\n'
+    "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
+    "glm45": '<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo {"}" </arg_value>\n'
+    "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>\n<tool_call>now\n</tool_call>",
+    "deepseek_v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+    f"{ARGUMENTS}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n"
+    "{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "deepseek_v31": f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{ARGUMENTS}<｜tool▁call▁end｜>"
+    "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
+    f"{ARGUMENTS}<|tool_call_end|><|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{{}}<|tool_call_end|>"
+    "<|tool_calls_section_end|>",
 }
 
 
@@ -188,13 +200,14 @@ def test_a_call_that_is_cut_off_keeps_what_there_is() -> None:
         assert (message.calls, message.content.strip()) == ([], text)
 
 
-def test_long_arguments_take_linear_time() -> None:
+@pytest.mark.parametrize("name", ["hermes", "qwen3_coder", "kimi_k2"])
+def test_long_arguments_take_linear_time(name: str) -> None:
     import time
 
     def seconds(length: int) -> float:
-        text = '<tool_call>{"name": "now", "arguments": {"a": "' + "x" * length + '"}}</tool_call>'
+        text = FORMATS[f"{name}-none"].written_calls([("now", {"a": "x" * length})])
         start = time.perf_counter()
-        parse(FORMATS["hermes-none"], [text[i : i + 4] for i in range(0, len(text), 4)])
+        parse(FORMATS[f"{name}-none"], [text[i : i + 4] for i in range(0, len(text), 4)])
         return time.perf_counter() - start
 
     assert min(seconds(80_000) for _ in range(3)) < 24 * min(seconds(10_000) for _ in range(3))
@@ -248,6 +261,11 @@ class _Tokenizer:
         ("<|tool|>", "phi4", None),
         ("<|tool_call|>", "granite", None),
         ("```tool_code", "gemma", None),
+        ("<tool_call>\\n<function=f>", "qwen3_coder", None),
+        ("<tool_call>{f}\\n<arg_key> </think>", "glm45", "think"),
+        ("<｜tool▁sep｜> ```json", "deepseek_v3", None),
+        ("<｜tool▁sep｜> </think> ```", "deepseek_v31", "think"),
+        ("<|tool_calls_section_begin|>", "kimi_k2", None),
     ],
 )
 def test_detection(template: str | None, calls: str, reasoning: str | None) -> None:
