@@ -28,6 +28,7 @@ from pilotfish.engine.models.decoder_model import CausalModel, DecoderModel
 from pilotfish.engine.speculation.drafters.drafter import LoadedDraft, ModelDrafter
 from pilotfish.engine.speculation.drafters.feature_router import FeatureRouter
 from pilotfish.engine.speculation.drafters.registry import check_speculation, find, load_draft
+from pilotfish.engine.step_memory import step_memory
 
 
 class Assembly:
@@ -85,9 +86,12 @@ class Assembly:
         self.config = msgspec.structs.replace(self.config, max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens)
 
     def room(self) -> CacheRoom:
-        """The memory that is free for caches on this rank now that its weights are loaded, and the bytes of one block
-        in all of them: all caches have the same number of blocks."""
-        free = free_memory(self.platform.device)
+        """The memory that is free for caches on this rank now that its weights are loaded, less what a step takes, and
+        the bytes of one block in all of them: all caches have the same number of blocks. All ranks measure at the same
+        time."""
+        drafts: list[CausalModel] = [each.model for each in self._drafts if isinstance(each.model, DecoderModel)]
+        taken = step_memory(self.target, drafts, self.platform, self.config)
+        free = max(0, free_memory(self.platform.device) - taken)
         if self.captures:
             self._graph_memory = self.config.cuda_graph_memory or int(GRAPH_SHARE * free)
         shapes = [(self.target.config, self.target.comm.size), *((draft.shape, draft.ranks) for draft in self._drafts)]

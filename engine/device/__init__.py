@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -68,6 +69,22 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that is queued there; on the CPU nothing ever is."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device, work: Callable[[], object]) -> int:
+    """The bytes that `work` takes of a GPU's memory, at most, beyond what is taken already; it may leave nothing behind
+    but what later work finds there (compiled kernels, workspaces). On other devices it is not done, and the result 0.
+    """
+    if device.type != "cuda":
+        return 0
+    give_back_memory(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_reserved(device)
+    work()
+    synchronize(device)
+    peak = torch.cuda.max_memory_reserved(device)
+    give_back_memory(device)
+    return peak - before
 
 
 def give_back_memory(device: torch.device) -> None:

@@ -18,6 +18,9 @@ from pilotfish.engine.sampling.processors import Support, adjust, spread, trunca
 
 # Elements of noise made at once on the CPU: the few arrays of this size that it takes stay in a core's cache.
 _CHUNK = 1 << 17
+# Elements of logits from which tokens are drawn at once on a GPU: sorting a row's vocabulary for top_p takes some 60
+# bytes for each, so with hundreds of rows, gigabytes.
+_DRAWN = 1 << 23
 
 
 @torch.inference_mode()
@@ -31,7 +34,12 @@ def draw(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] = 
 def choose(adjusted: torch.Tensor, rows: Seq[LogitRow]) -> list[int]:
     """Return a token for each of `rows` of `adjusted`, (all rows, vocab) from `adjust`: argmax, or drawn."""
     if adjusted.device.type != "cpu":
-        drawn: list[int] = device_sampler.draw(adjusted, rows)[0].tolist()
+        most = max(1, _DRAWN // adjusted.shape[1])
+        parts = [rows]
+        if len(rows) > most and any(not row.sequence.params.greedy for row in rows):
+            parts = [rows[start : start + most] for start in range(0, len(rows), most)]
+        tokens = [device_sampler.draw(adjusted, part)[0] for part in parts]
+        drawn: list[int] = (tokens[0] if len(tokens) == 1 else torch.cat(tokens)).tolist()
         return drawn
     return _draw(adjusted, rows)[0]
 

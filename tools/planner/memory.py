@@ -15,8 +15,10 @@ from pilotfish.tools.planner.models import BYTES, PlannedModel
 from pilotfish.tools.planner.roofline import kernel_count
 from pilotfish.tools.planner.setup import Setup, ranks_that_divide
 
-LOGIT_COPIES = 3
-"""Copies of a row of logits in float32 while a token is drawn: the processed row, its noise, their sum."""
+DRAWING_BYTES = 60
+"""Bytes for each of the logits from which tokens are drawn at the same time, with top_p: sorted, summed, drawn from."""
+DRAWN_AT_ONCE = 1 << 23
+"""Logits from which tokens are drawn at the same time: `_DRAWN` of engine.sampling.sampler."""
 GRAPH_KERNEL_BYTES = 8 * 2**10
 """Assumed memory of a kernel in a captured graph; not measured."""
 MIN_CONTEXT = 2048
@@ -64,11 +66,13 @@ def plan_memory(setup: Setup) -> MemoryPlan:
     graphs = graph_bytes(setup) if captured else 0
     per_token = setup.target.kv_bytes_per_token(ranks)
     per_token += sum(model.kv_bytes_per_token(setup.ranks_of(model)) for model in setup.draft_models)
-    # As the engine does: a share of what is free once the weights are there, and what graphs may take is set aside.
+    # As the engine does: a share of what is free once the weights are there, less what a step was seen to take on a GPU
+    # and what graphs may take.
     free = device.memory - device.reserved - weights - sum(drafts.values())
-    aside = (settings.cuda_graph_memory or int(GRAPH_SHARE * max(0, free))) if captured else 0
+    left = max(0, free if device.threads else free - working)
+    aside = (settings.cuda_graph_memory or int(GRAPH_SHARE * left)) if captured else 0
     share = cache_share(settings.kv_cache_share, on_gpu=not device.threads)
-    cache = settings.kv_cache_memory or max(0, int(share * (free - aside)))
+    cache = settings.kv_cache_memory or max(0, int(share * (left - aside)))
     return MemoryPlan(
         total=device.memory,
         reserved=device.reserved,
@@ -94,7 +98,8 @@ def activation_bytes(model: PlannedModel | PlannedHead, setup: Setup, ranks: int
     rows = setup.settings.max_batch_tokens
     heads = (shape.num_heads + 2 * max(1, shape.num_kv_heads // ranks) * ranks) * shape.head_dim
     layer = rows * width * (3 * shape.hidden_size + max(3 * shape.intermediate_size, 2 * heads) // ranks)
-    logits = drawn_rows(setup) * model.logit_size * (width + LOGIT_COPIES * 4)
+    logits = drawn_rows(setup) * model.logit_size
+    logits = logits * width + min(logits, DRAWN_AT_ONCE) * DRAWING_BYTES
     features = rows * 3 * model.config.target_hidden_size * width if isinstance(model, PlannedHead) else 0
     return features + max(layer, logits + rows * shape.hidden_size * width)
 
