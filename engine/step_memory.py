@@ -68,9 +68,9 @@ def try_steps(target: CausalModel, drafts: list[CausalModel], platform: Platform
     spans = _spans(drawn, verified, size, lambda length: length)
     logits = runner.run(spans)
     if target.comm.rank == 0:
-        drafts = [Draft((0,) * (span.logit_rows - 1), None, "") for span in spans]
+        guesses = [Draft((0,) * (span.logit_rows - 1), None, "") for span in spans]
         verifier = make_verifier(config.verification, (), platform.device)
-        verifier.verify(logits, [_logit_span(draft, size) for draft in drafts], drafts)
+        verifier.verify(logits, [_logit_span(guess, size) for guess in guesses], guesses)
 
 
 def _spans(rows: int, longest: int, size: int, logit_rows: Callable[[int], int]) -> list[Span]:
