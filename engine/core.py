@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import msgspec
 import torch
@@ -114,6 +115,8 @@ class EngineCore:
         self._scheduler = Scheduler(self.engine.pool, limits.max_num_seqs, limits.max_batch_tokens)
         self._adapters = dict(self.engine.loaded)
         """Numbers of the adapters that requests may name."""
+        self._leaving: set[int] = set()
+        """Numbers of those that were unloaded while sequences had them."""
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[Delta] = []  # to be reported with the next step's deltas
         self._compiling: dict[Sequence, Future[LLMatcher]] = {}
@@ -185,6 +188,33 @@ class EngineCore:
         """End a request now, if it has not ended; its last delta comes with the next step's."""
         if (sequence := self._sequences.get(request_id)) is not None:
             self._ended.append(self._end(sequence, "abort"))
+
+    def change_adapter(self, name: str, folder: str | None) -> None:
+        """Load a low-rank adapter from a folder, or unload it (None): sequences that have it go on to their ends.
+        Raises ParameterError for what this engine does not allow, ModelError for a folder that is no adapter of its
+        model."""
+        adapters = self.engine.adapters
+        if adapters is None:
+            raise ParameterError("lora_name", "adapters cannot be changed: set lora_updates")
+        if folder is None:
+            if name not in self._adapters:
+                raise ParameterError("lora_name", f"no adapter {name!r} is loaded")
+            self._leaving.add(self._adapters.pop(name))
+        elif name in self._adapters:
+            raise ParameterError("lora_name", f"an adapter {name!r} is loaded already: unload it first")
+        elif self.engine.ranks is not None:
+            raise ParameterError("lora_name", "the model is sharded over ranks: name its adapters by lora at the start")
+        else:
+            self._adapters[name] = adapters.load(Path(folder))
+        self.info = msgspec.structs.replace(self.info, adapters=tuple(self._adapters))
+        self._drop_adapters()
+
+    def _drop_adapters(self) -> None:
+        """Free the adapters that were unloaded and that no sequence has any more."""
+        for number in self._leaving - {sequence.adapter for sequence in self._sequences.values()}:
+            assert self.engine.adapters is not None
+            self.engine.adapters.drop(number)
+            self._leaving.remove(number)
 
     def has_work(self) -> bool:
         return bool(self._sequences or self._ended)
@@ -288,6 +318,8 @@ class EngineCore:
         """Do a step's bookkeeping: enter its blocks into the prefix cache, report its times to the controller, and
         return its stats."""
         plan, drafts, seconds = step.launched.plan, step.launched.drafts, step.launched.seconds
+        if self._leaving:
+            self._drop_adapters()
         for planned in plan.spans:
             if self._lives(planned):
                 planned.sequence.blocks.commit(planned.sequence.tokens, planned.sequence.computed)

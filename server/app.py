@@ -28,7 +28,17 @@ from pilotfish.server.protocol.messages_out import TokenCount
 from pilotfish.server.protocol.models import Model, ModelList
 from pilotfish.server.protocol.responses_out import DeletedResponse, InputItems
 from pilotfish.server.protocol.tokenization import Detokenized, Tokenized, TokenizerInfo
-from pilotfish.server.routes import ENDPOINTS, health, messages, metrics, models, page, responses, tokenization
+from pilotfish.server.routes import (
+    ENDPOINTS,
+    adapters,
+    health,
+    messages,
+    metrics,
+    models,
+    page,
+    responses,
+    tokenization,
+)
 from pilotfish.server.service import Service, ServiceDependency
 from pilotfish.server.telemetry.recent import RecentRequests
 from pilotfish.server.telemetry.tracing import Tracing
@@ -62,7 +72,7 @@ def create_app(
     app = FastAPI(title="Pilotfish", version=__version__, lifespan=lifespan)
     app.router.route_class = BodyRoute
     app.state.service = Service(engine, tokenizer, config, stats, names)
-    routers = [module.router for module in (messages, models, responses, tokenization, health, metrics)]
+    routers = [module.router for module in (messages, models, adapters, responses, tokenization, health, metrics)]
     if config.page:
         routers.append(page.router)
     for endpoint in endpoints:

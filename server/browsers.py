@@ -13,6 +13,9 @@ SHARED_PATHS = frozenset({
 })  # fmt: skip
 """With those below SHARED_PREFIX, the paths that pages of other origins may use: none that change the server."""
 
+OWN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+"""Paths below SHARED_PREFIX that change the server."""
+
 _METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
 _EXPOSED = ("x-request-id", "request-id", "warning", "retry-after", "retry-after-ms")
 
@@ -29,6 +32,7 @@ class CrossOrigin:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         shared = scope["type"] == "http" and (scope["path"].startswith(SHARED_PREFIX) or scope["path"] in SHARED_PATHS)
+        shared = shared and scope["path"] not in OWN_PATHS
         await (self._shared if shared else self._app)(scope, receive, send)
 
 

@@ -12,6 +12,7 @@ import shutil
 import socket
 import tempfile
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Literal
 
@@ -22,6 +23,8 @@ from pilotfish.engine import child_process
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.process.messages import (
     Abort,
+    AdapterChanged,
+    ChangeAdapter,
     EngineTask,
     Failed,
     FromEngine,
@@ -80,6 +83,8 @@ class AsyncEngine:
         self._seeds = random.SystemRandom() if config.seed is None else random.Random(config.seed)
         self._requests: dict[str, asyncio.Queue[Delta | EngineDeadError] | None] = {}
         """By id, until the engine has reported the end; None once nobody reads the deltas."""
+        self._changing: deque[asyncio.Future[None]] = deque()
+        """Answers that are waited for, in the order in which adapters were asked to change."""
         self._settled = asyncio.Event()
         """Set when the engine is ready, or never will be."""
         self._ended = asyncio.Event()
@@ -150,6 +155,16 @@ class AsyncEngine:
             params = msgspec.structs.replace(params, seed=self.draw_seed())
         arrival = request.arrival or time.monotonic()
         return self._stream(msgspec.structs.replace(request, params=params, arrival=arrival))
+
+    async def change_adapter(self, name: str, folder: str | None) -> None:
+        """Load a low-rank adapter from a folder, or unload it (None). Raises ParameterError, with what is wrong, and
+        EngineDeadError."""
+        if self.state != "ready":
+            raise EngineNotReadyError("the engine is not ready")
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._changing.append(answer)
+        self._send(ChangeAdapter(name, folder))
+        await answer
 
     def kill(self) -> None:
         """Kill the process; requests in flight end with EngineDeadError. `stop` waits for its end."""
@@ -228,6 +243,8 @@ class AsyncEngine:
                     self._on_loading(what, share)
             case Ready(info=info):
                 self._connected(info)
+            case AdapterChanged():
+                self._changed(message)
             case Failed(error=error):
                 self._die(error)
 
@@ -238,6 +255,17 @@ class AsyncEngine:
         self._connection.connect()
         self.info, self.state = info, "ready"
         self._settled.set()
+
+    def _changed(self, message: AdapterChanged) -> None:
+        if self.info is not None:
+            self.info = msgspec.structs.replace(self.info, adapters=message.adapters)
+        answer = self._changing.popleft()
+        if answer.done():  # nobody waits for it any more
+            return
+        if message.error is None:
+            answer.set_result(None)
+        else:
+            answer.set_exception(ParameterError(message.param, message.error))
 
     def _deliver(self, delta: Delta) -> None:
         ended = delta.finish_reason is not None
@@ -292,6 +320,10 @@ class AsyncEngine:
             if queue is not None:
                 queue.put_nowait(EngineDeadError(reason))
         self._requests.clear()
+        for answer in self._changing:
+            if not answer.done():
+                answer.set_exception(EngineDeadError(reason))
+        self._changing.clear()
         self._settled.set()
         self._ended.set()
 

@@ -29,7 +29,9 @@ from pilotfish.engine.child_process import LastWords
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.process.messages import (
     Abort,
+    AdapterChanged,
     Alive,
+    ChangeAdapter,
     EngineTask,
     Failed,
     FromEngine,
@@ -60,6 +62,7 @@ class Core(Protocol):
     def info(self) -> EngineInfo: ...
     def add(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> None: ...
+    def change_adapter(self, name: str, folder: str | None) -> None: ...
     @property
     def asynchronous(self) -> bool: ...
     def has_work(self) -> bool: ...
@@ -153,10 +156,22 @@ class _Requests:
                 case Abort(request_ids=request_ids):
                     for request_id in request_ids:
                         self._core.abort(request_id)
+                case ChangeAdapter(name=name, folder=folder):
+                    self._change_adapter(name, folder)
                 case Shutdown():
                     self.stopping = True
                     for request_id in self._live:
                         self._core.abort(request_id)
+
+    def _change_adapter(self, name: str, folder: str | None) -> None:
+        error, param = None, ""
+        try:
+            self._core.change_adapter(name, folder)
+        except ParameterError as refusal:
+            error, param = refusal.message, refusal.param
+        except PilotfishError as refusal:
+            error, param = str(refusal), "lora_path"
+        self._connection.send(AdapterChanged(self._core.info.adapters, error, param))
 
     def send(self, step: FinishedStep) -> None:
         """Send a step's deltas and its stats."""

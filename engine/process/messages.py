@@ -43,6 +43,14 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     request_ids: tuple[str, ...]
 
 
+class ChangeAdapter(msgspec.Struct, frozen=True, tag="change_adapter"):
+    """Load a low-rank adapter from a folder, or unload it."""
+
+    name: str
+    folder: str | None
+    """None: unload it."""
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Stop at once; requests that still run end with finish_reason "abort"."""
 
@@ -67,6 +75,16 @@ class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
     stats: StepStats | None = None
 
 
+class AdapterChanged(msgspec.Struct, frozen=True, tag="adapter_changed"):
+    """The answer to a ChangeAdapter; they come in the order of these."""
+
+    adapters: tuple[str, ...]
+    """Names of the adapters that are loaded now."""
+    error: str | None = None
+    param: str = ""
+    """The parameter that the error is about."""
+
+
 class Alive(msgspec.Struct, frozen=True, tag="alive"):
     """A heartbeat of the engine process, which may be busy with a long step."""
 
@@ -77,5 +95,5 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     error: str
 
 
-ToEngine = Submit | Abort | Shutdown
-FromEngine = Loading | Ready | Outputs | Alive | Failed
+ToEngine = Submit | Abort | ChangeAdapter | Shutdown
+FromEngine = Loading | Ready | Outputs | AdapterChanged | Alive | Failed

@@ -24,7 +24,7 @@ async def list_models(request: Request, service: ServiceDependency) -> Response:
     if ANTHROPIC in request.headers:
         names = service.names
         return json_response(ModelPage([_info(service, name) for name in names], names[0], names[-1]))
-    return json_response(ModelList(data=[_model(service, name) for name in service.names]))
+    return json_response(all_models(service))
 
 
 @router.get("/v1/models/{model:path}", **returns(Model))
@@ -37,6 +37,11 @@ async def get_model(model: str, request: Request, service: ServiceDependency) ->
             facts_of(request.scope).error_form = anthropic_error
         raise model_not_found(model, service.names)
     return json_response(_info(service, model) if anthropics else _model(service, model))
+
+
+def all_models(service: Service) -> ModelList:
+    """Return the model under each of its names, and its adapters."""
+    return ModelList(data=[_model(service, name) for name in service.names])
 
 
 def _model(service: Service, name: str) -> Model:

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
+
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.process import main as process
 from pilotfish.engine.request import Delta, EngineInfo, FinishReason, Request, RequestStats
@@ -70,6 +72,13 @@ class FakeCore:
         self._note(f"abort {request_id}")
         if request_id in self._running:
             self._ended.append(self._end(request_id, "abort", ()))
+
+    def change_adapter(self, name: str, folder: str | None) -> None:
+        self._note(f"change {name} {folder}")
+        if folder == "broken":
+            raise ModelError("no adapter is in 'broken'")
+        others = tuple(known for known in self.info.adapters if known != name)
+        self.info = msgspec.structs.replace(self.info, adapters=others if folder is None else (*others, name))
 
     def has_work(self) -> bool:
         return bool(self._running or self._ended)

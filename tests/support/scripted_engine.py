@@ -6,9 +6,11 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 
+import msgspec
+
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.request import Delta, EngineInfo, Request, TokenLogprobs, check_request
-from pilotfish.errors import EngineDeadError, EngineNotReadyError
+from pilotfish.errors import EngineDeadError, EngineNotReadyError, ParameterError
 
 Script = Callable[[Request], Sequence[Delta | Exception | asyncio.Event]]
 
@@ -65,6 +67,13 @@ class ScriptedEngine:
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.finished: list[str] = []
+
+    async def change_adapter(self, name: str, folder: str | None) -> None:
+        assert self.info is not None
+        if folder == "broken":
+            raise ParameterError("lora_path", "no adapter is in 'broken'")
+        others = tuple(known for known in self.info.adapters if known != name)
+        self.info = msgspec.structs.replace(self.info, adapters=others if folder is None else (*others, name))
 
     def draw_seed(self) -> int:
         return 7

@@ -143,6 +143,43 @@ def test_texts_are_each_adapters_own(tiny: Tiny, tmp_path: Path, kernels: Kernel
         llm.generate([PROMPT], adapter="tuned-2")
 
 
+def test_adapters_come_and_go_while_requests_run(tiny: Tiny, tmp_path: Path) -> None:
+    """A request keeps the adapter that it began with, and one of the same name finds none of its prefixes."""
+    first, second = (write_adapter(tmp_path / f"{i}", build_model("llama"), seed=i) for i in (1, 2))
+    settings: dict[str, Any] = {"kv_cache_memory": 8 << 20, "num_threads": 1, "adaptive_drafts": False}
+    llm = LLM(str(tiny("llama")), lora_updates=True, **settings)
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+
+    def text(llm: LLM, adapter: str = "") -> list[int]:
+        return list(llm.generate([PROMPT[:37]], params, adapter=adapter)[0].token_ids)
+
+    wanted = [text(LLM(str(tiny("llama")), lora=(f"a={folder}",), **settings), "a") for folder in (first, second)]
+    base = text(llm)
+    llm.core.change_adapter("a", str(first))
+    assert llm.info.adapters == ("a",)
+    assert text(llm, "a") == wanted[0]
+    with pytest.raises(ParameterError, match="an adapter 'a' is loaded already: unload it first"):
+        llm.core.change_adapter("a", str(second))
+    (request,) = llm.requests([PROMPT[:37]], params, adapter="a")
+    tokens: list[int] = []
+    for i, delta in enumerate(llm.stream([request])):
+        tokens += delta.token_ids
+        if i == 3:
+            llm.core.change_adapter("a", None)
+            llm.core.change_adapter("a", str(second))
+    assert tokens == wanted[0]
+    assert not llm.core._leaving
+    assert text(llm, "a") == wanted[1]
+    llm.core.change_adapter("a", None)
+    assert text(llm) == base
+    with pytest.raises(ParameterError, match="the adapter 'a' is not loaded: there is none"):
+        text(llm, "a")
+    with pytest.raises(ParameterError, match="no adapter 'a' is loaded"):
+        llm.core.change_adapter("a", None)
+    with pytest.raises(ParameterError, match="adapters cannot be changed: set lora_updates"):
+        LLM(str(tiny("llama")), **settings).core.change_adapter("a", str(first))
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [

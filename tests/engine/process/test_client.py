@@ -176,6 +176,19 @@ async def test_a_command_that_does_not_exist_leaves_nothing(make: Make, folders:
 # Generating
 
 
+async def test_adapters_change_in_order_and_errors_come_back(engine: AsyncEngine) -> None:
+    await asyncio.gather(engine.change_adapter("a", "x"), engine.change_adapter("b", "y"))
+    assert engine.info is not None
+    assert engine.info.adapters == ("a", "b")
+    with pytest.raises(ParameterError, match="no adapter is in 'broken'"):
+        await engine.change_adapter("c", "broken")
+    await engine.change_adapter("a", None)
+    assert engine.info.adapters == ("b",)
+    await engine.stop()
+    with pytest.raises(EngineNotReadyError):
+        await engine.change_adapter("a", "x")
+
+
 async def test_two_hundred_requests_at_once_each_get_their_own_tokens(engine: AsyncEngine) -> None:
     requests = [request(f"r{i}", first=100 * i, max_tokens=1 + i % 7) for i in range(200)]
     answers = await asyncio.gather(*(collect(engine, one) for one in requests))
