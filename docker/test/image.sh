@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Builds the CPU variant of the image without a Docker engine, and runs what came out: see run_image.py beside this file.
+# Builds a variant of the image without a Docker engine, and runs what came out: see run_image.py and run_cuda_image.py
+# beside this file.
 #
-#   docker/test/image.sh [FOLDER]
+#   [VARIANT=cuda] docker/test/image.sh [FOLDER]
 #
-# Needs root, 10 GB in FOLDER (default: a temporary one, removed at the end; a folder that is kept makes the next build
-# quick) and Debian's packages buildah, debootstrap and iproute2. The base is a debootstrap'ed bookworm (Python 3.11), the
+# Needs root, 10 GB (VARIANT=cuda: 40) in FOLDER (default: a temporary one, removed at the end; a folder that is kept makes
+# the next build quick) and Debian's packages buildah, debootstrap and iproute2. The base is a debootstrap'ed bookworm (Python 3.11), the
 # builder is buildah in a chroot. The settings that pip has on this machine (an index, a folder of wheels, a certificate)
 # hold in the build as well. TORCH_INDEX_URL is passed on if it is set; without it, pip must find torch's CPU build by
-# itself. The report goes to docker/test/image.txt.
+# itself. The CUDA build is the package index's own, so folders of wheels, where a CPU build may lie, are left out then;
+# about 4 GB are downloaded. The report goes to docker/test/image.txt, of the CUDA variant to image-cuda.txt.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -22,7 +24,8 @@ if [ $# -gt 0 ]; then
 else
     work=$(mktemp -d)
 fi
-image=localhost/pilotfish:cpu
+variant=${VARIANT:-cpu}
+image=localhost/pilotfish:$variant
 base=localhost/bookworm:minbase
 container=
 
@@ -37,6 +40,7 @@ fi
 rm -r "$work/probe"
 free=$(df --block-size=1G --output=avail "$work" | tail -1)
 needed=$([ "$driver" = overlay ] && echo 10 || echo 25)
+[ "$variant" = cpu ] || needed=40
 [ "$free" -ge "$needed" ] || { echo "$work has $free GB left, but this needs $needed" >&2; exit 1; }
 buildah() { command buildah --root "$work/store" --runroot "$work/run" --storage-driver "$driver" "$@"; }
 finish() {
@@ -57,12 +61,13 @@ if ! buildah inspect --type image "$base" > /dev/null 2>&1; then
     rm -rf "$work/base"
 fi
 
-python3 docker/test/pip_settings.py "$work/pip.conf" > "$work/volumes"
+left_out=$([ "$variant" = cpu ] || echo find-links)
+python3 docker/test/pip_settings.py "$work/pip.conf" $left_out > "$work/volumes"
 mapfile -t volumes < "$work/volumes"
 begun=$SECONDS
 echo "image: building (the log is $work/build.log)"
 buildah bud --layers="$layers" --isolation chroot --format docker --tag "$image" \
-    --build-arg BASE_IMAGE="$base" --build-arg VARIANT=cpu --build-arg TORCH_INDEX_URL="${TORCH_INDEX_URL:-}" \
+    --build-arg BASE_IMAGE="$base" --build-arg VARIANT="$variant" --build-arg TORCH_INDEX_URL="${TORCH_INDEX_URL:-}" \
     --secret id=pip,src="$work/pip.conf" "${volumes[@]}" . > "$work/build.log" 2>&1 \
     || { tail -40 "$work/build.log" >&2; exit 1; }
 echo "image: built in $((SECONDS - begun)) s"
@@ -70,4 +75,6 @@ echo "image: built in $((SECONDS - begun)) s"
 container=$(buildah from "$image")
 root=$(buildah mount "$container")
 buildah inspect --type image "$image" > "$work/config.json"
-python3 docker/test/run_image.py "$root" "$work/config.json" "$work/pip.conf" "${volumes[@]}" | tee docker/test/image.txt
+program=run_image.py report=image.txt
+[ "$variant" = cpu ] || program=run_cuda_image.py report=image-cuda.txt
+python3 "docker/test/$program" "$root" "$work/config.json" "$work/pip.conf" "${volumes[@]}" | tee "docker/test/$report"

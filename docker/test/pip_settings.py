@@ -1,6 +1,6 @@
 """Writes the settings that pip has on this machine, from files and environment, as one pip.conf for a build elsewhere:
-`pip_settings.py FILE`. Prints the options (`--volume`, then `FROM:TO:ro`, one a line) that show a build the local files
-and folders which they name.
+`pip_settings.py FILE [LEFT_OUT...]`. Prints the options (`--volume`, then `FROM:TO:ro`, one a line) that show a build
+the local files and folders which they name.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ def settings() -> dict[str, list[str]]:
     return found
 
 
-def main(target: Path) -> None:
+def main(target: Path, left_out: list[str]) -> None:
     lines, volumes = ["[global]"], []
     for name, words in settings().items():
+        if name in left_out:
+            continue
         kept = []
         for word in dict.fromkeys(words):
             if word.startswith("/") and Path(word).exists():
@@ -45,4 +47,4 @@ def main(target: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
