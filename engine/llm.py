@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import msgspec
 from tqdm import tqdm
@@ -43,6 +43,22 @@ class Completion:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     error: str | None = None
     stats: RequestStats | None = None
+    prompt: str | None = None
+    """The prompt, if it was a text. See `pilotfish.library`, which has the tokenizer."""
+    read: Callable[[Sequence[int]], str] | None = field(default=None, repr=False, compare=False)
+    """Decodes token ids; None where there is no tokenizer."""
+
+    @property
+    def text(self) -> str:
+        """The answer's text, decoded now. Raises ParameterError where there is no tokenizer."""
+        if self.read is None:
+            raise ParameterError("text", "this engine knows token ids only: from pilotfish import LLM has texts")
+        return self.read(self.token_ids if self.stop_token is None else self.token_ids[:-1])
+
+    @property
+    def outputs(self) -> tuple[Completion, ...]:
+        """This one alone: as in vLLM, `llm.generate(...)[0].outputs[0].text`."""
+        return (self,)
 
     def extend(self, delta: Delta) -> None:
         """Append the next delta of its request."""
@@ -104,7 +120,7 @@ class LLM:
         if core is not None:
             core.close()
 
-    def __enter__(self) -> LLM:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

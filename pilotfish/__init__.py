@@ -11,14 +11,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pilotfish.engine.llm import LLM
     from pilotfish.engine.params import SamplingParams
+    from pilotfish.library import LLM
 
     __version__: str
 
 __all__ = ["LLM", "SamplingParams", "__version__"]
 
-_HOMES = {"LLM": "pilotfish.engine.llm", "SamplingParams": "pilotfish.engine.params"}
+_HOMES = {"LLM": "pilotfish.library", "SamplingParams": "pilotfish.engine.params"}
 
 
 def __getattr__(name: str) -> object:

@@ -53,9 +53,7 @@ def test_what_a_library_user_needs_is_there_and_costs_nothing_until_then(tmp_pat
     )
     done = python(program, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["pilotfish.engine.llm", "pilotfish.engine.params", pilotfish.__version__], (
-        done.stderr
-    )
+    assert done.stdout.split() == ["pilotfish.library", "pilotfish.engine.params", pilotfish.__version__], done.stderr
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -126,13 +126,4 @@ def test_same_text(url: str) -> None:
 
 
 def test_without_a_server() -> None:
-    from pilotfish.checkpoints.catalog import resolve
-    from pilotfish.text.tokenizer import load_tokenizer
-
-    example = block("python", "LLM(")
-    tokenizer = load_tokenizer(resolve("smollm2-135m"))
-    (prompt,) = re.findall(r"\[\[([\d, ]+)\]\]", example)
-    (text,) = re.findall(r'what follows "(.*)"', example)
-    assert tokenizer.encode(text) == [int(id_) for id_ in prompt.split(",")]
-    ids = printed(example)
-    assert "Paris" in tokenizer.decode([int(id_) for id_ in ids.strip("[]\n").split(",")])
+    assert re.fullmatch(r" Paris[^\[]*\[(\d+, ){7}\d+\]\n", printed(block("python", "LLM(")))
