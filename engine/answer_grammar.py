@@ -31,6 +31,8 @@ class _Thought(NamedTuple):
     closing: bool = False
     """Whether the marker is being forced."""
     over: bool = False
+    spent: int | None = None
+    """Tokens of reasoning that was closed, where more may follow."""
 
 
 class AnswerGrammar:
@@ -127,9 +129,12 @@ class AnswerGrammar:
         if thinking is None or thought.over:
             return thought
         if not thought.open:
-            matched = _matched(thinking.begin, thought.matched, token)
-            if matched == len(thinking.begin):
-                return _Thought(open=True)
+            begin = thinking.begin if thought.spent is None else thinking.again
+            matched = _matched(begin, thought.matched, token)
+            if matched == len(begin):
+                return _Thought(True, thought.spent or 0)
+            if thought.spent is not None:
+                return thought._replace(matched=matched)
             # What begins with something else has no reasoning, or opens it in its first tokens.
             over = thought.tokens >= LATEST and not matched
             return _Thought(False, thought.tokens + 1, matched, over=over)
@@ -137,7 +142,8 @@ class AnswerGrammar:
         if token == self._must_close(thought):
             matched, closing = (thought.matched if thought.closing else 0) + 1, True
         if matched == len(thinking.end):
-            return _Thought(False, thought.tokens + 1, over=True)
+            spent = max(0, thought.tokens + 1 - matched)
+            return _Thought(False, spent=spent) if thinking.again else _Thought(False, thought.tokens + 1, over=True)
         return _Thought(True, thought.tokens + 1, matched, closing)
 
     def _close_thoughts(self, masks: np.ndarray, draft: Sequence[int]) -> None:

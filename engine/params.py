@@ -22,6 +22,8 @@ class Thinking(msgspec.Struct, frozen=True, kw_only=True):
     """The tokens that close it."""
     begin: tuple[int, ...] = ()
     """The tokens that open it; () if the prompt has opened it."""
+    again: tuple[int, ...] = ()
+    """The tokens that open further reasoning, which counts to the same budget; (): there is none."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -196,7 +196,15 @@ async def _prepare(
     thinking = None
     if asked.thinking_budget is not None and form.reasoning is not None:
         begin, end = [await service.encode(marker, "thinking", False) for marker in form.reasoning]
-        thinking = Thinking(budget=asked.thinking_budget, end=end, begin=() if rendered.in_reasoning else begin)
+        thinking = Thinking(
+            budget=asked.thinking_budget,
+            end=end,
+            begin=() if rendered.in_reasoning else begin,
+            again=begin if form.thinks_again else (),
+        )
+    if form.ends and not spec.params.ignore_eos:
+        ends = (*spec.params.stop_token_ids, *form.ends)
+        spec = replace(spec, params=msgspec.structs.replace(spec.params, stop_token_ids=ends))
     tools = asked.tools if asked.tool_choice != "none" else ()
     parser = partial(form.parser, tools, in_reasoning=rendered.in_reasoning, begun=asked.continue_final_message)
     return _restricted(spec, grammar, thinking), [rendered.text], parser

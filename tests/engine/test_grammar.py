@@ -246,6 +246,20 @@ def test_masks_along_a_draft_are_those_of_its_tokens_committed(vocabulary: LLTok
         other.advance([token])
 
 
+def test_further_reasoning_counts_to_the_same_budget() -> None:
+    thinking = Thinking(budget=3, begin=(50, 51), end=(52,), again=(50, 51))
+    answer = AnswerGrammar(None, thinking, VOCAB_SIZE)
+    answer.advance([50, 51, 1, 2, 52, 7, 50, 51])
+    assert len(allowed(answer.masks((), 1))[0]) > 1
+    assert allowed(answer.masks((9, 52, 50, 51), 5))[1:] == [{52}, *[set(range(VOCAB_SIZE))] * 2, {52}]
+    assert answer.count_allowed((9, 8)) == 1
+    answer.advance([9, 52, *[7] * 20, 50, 51])
+    assert answer.forced(4) == [52]
+    once = AnswerGrammar(None, msgspec.structs.replace(thinking, again=()), VOCAB_SIZE)
+    once.advance([50, 51, 1, 2, 3, 52, 50, 51])
+    assert once.forced(4) == []
+
+
 def test_forced_tokens_are_the_only_text(vocabulary: LLTokenizer) -> None:
     matcher = matcher_of(vocabulary, compose.literal("const"))
     forced = matcher.forced()

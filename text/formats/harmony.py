@@ -195,6 +195,14 @@ class HarmonyFormat(MessageFormat):
     def shown(self) -> frozenset[int]:
         return frozenset(id_ for spelling, id_ in self.special.items() if spelling in MARKERS)
 
+    @property
+    def thinks_again(self) -> bool:
+        return True
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return tuple(self.special[each] for each in (CALL, RETURN) if each in self.special)
+
     def plain(self) -> MessageFormat:
         return HarmonyFormat(special=self.special)
 

@@ -106,6 +106,16 @@ class MessageFormat:
             markers += [*literal, *(part for part in parts if isinstance(part, str))]
         return frozenset(id_ for spelling, id_ in self.special.items() if any(spelling in each for each in markers))
 
+    @property
+    def thinks_again(self) -> bool:
+        """Whether reasoning may come more than once."""
+        return False
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Special tokens that end an answer, besides those of the model's configuration."""
+        return ()
+
     def effort(self, wanted: str) -> str:
         """Return a reasoning effort in the words that the model knows."""
         return wanted
