@@ -81,6 +81,15 @@ def parameter_count(config: ModelConfig) -> int:
     return count(tensors_of(config).values())
 
 
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters that a token is computed with: of a mixture, those of the experts that it takes."""
+    total = parameter_count(config)
+    if config.experts is None or config.parameters:
+        return total
+    experts = count(tensor for tensor in tensors_of(config).values() if tensor.expert is not None)
+    return total - experts + experts * config.experts.per_token // config.experts.count
+
+
 def count(tensors: Iterable[Tensor]) -> int:
     """Numbers in these tensors."""
     return sum(prod(tensor.shape) for tensor in tensors)

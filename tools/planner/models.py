@@ -37,6 +37,8 @@ class Matrix:
     outputs: int
     inputs: int
     dtype: str
+    share: float = 1.0
+    """The part of a token's passes that multiply with it: less than 1 for an expert's."""
 
     @property
     def params(self) -> int:
@@ -77,7 +79,9 @@ class PlannedModel:
         tensors = tensors_of(self.shape)
         for name, shape in rank_shapes(self.shape, ranks).items():
             if tensors[name].quantizable:
-                yield Matrix(name, shape[0], shape[1], self.dtype_of(tensors[name]))
+                experts = self.shape.experts if tensors[name].expert is not None else None
+                share = 1.0 if experts is None else experts.per_token / experts.count
+                yield Matrix(name, shape[0], shape[1], self.dtype_of(tensors[name]), share)
         yield Matrix(HEAD, Layout(self.shape, 0, ranks).vocab_part, self.shape.hidden_size, self.dtype)
 
     def weight_bytes(self, ranks: int = 1) -> int:

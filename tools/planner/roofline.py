@@ -106,10 +106,11 @@ def pass_seconds(
 ) -> StepSeconds:
     """Return the time of a model's pass alone, without the engine's own work."""
     shape, width = model.shape, BYTES[model.dtype]
-    weights = sum(
-        count * _product(device, dtype, params, size, logit_rows if head else rows)
-        for (head, dtype, params, size), count in _matrices(model, ranks)
-    )
+    weights = 0.0
+    for (head, dtype, params, size, share), count in _matrices(model, ranks):
+        own = logit_rows if head else rows
+        read = 1 - (1 - share) ** own  # of the experts: those that any row takes, each row on its own
+        weights += count * read * _product(device, dtype, params, size, own * share / read if read else 0)
     heads = shape.num_heads / ranks
     flops = 4 * shape.num_layers * rows * heads * shape.head_dim * model.seen(context)
     keys = sequences * model.seen(context) * model.kv_bytes_per_token(ranks)
@@ -146,11 +147,11 @@ def all_reduce_seconds(device: Device, ranks: int, size: float) -> float:
     return latency + 2 * (ranks - 1) / ranks * size / (device.link_bandwidth * device.link_share)
 
 
-def _product(device: Device, dtype: str, params: int, size: int, rows: int) -> float:
+def _product(device: Device, dtype: str, params: int, size: int, rows: float) -> float:
     if rows == 0:
         return 0.0
     reading = size / (device.bandwidth * device.bandwidth_share)
-    return max(reading, 2.0 * rows * params / device.rate(dtype, rows))
+    return max(reading, 2.0 * rows * params / device.rate(dtype, max(1, round(rows))))
 
 
 def _rate_dtype(model: PlannedModel | PlannedHead, dtype: str) -> str:
@@ -158,10 +159,14 @@ def _rate_dtype(model: PlannedModel | PlannedHead, dtype: str) -> str:
     return (SCHEMES[dtype].arithmetic or model.dtype) if dtype in SCHEMES else dtype
 
 
+_Group = tuple[bool, str, int, int, float]
+
+
 @lru_cache(maxsize=256)
-def _matrices(model: PlannedModel | PlannedHead, ranks: int) -> tuple[tuple[tuple[bool, str, int, int], int], ...]:
-    """Return the matrices of a pass, grouped: ((whether it is the head, dtype, params, bytes), count)."""
+def _matrices(model: PlannedModel | PlannedHead, ranks: int) -> tuple[tuple[_Group, int], ...]:
+    """Return the matrices of a pass, grouped: ((whether it is the head, dtype, params, bytes, share), count)."""
     found = Counter(
-        (each.name == HEAD, _rate_dtype(model, each.dtype), each.params, each.bytes) for each in model.matrices(ranks)
+        (each.name == HEAD, _rate_dtype(model, each.dtype), each.params, each.bytes, each.share)
+        for each in model.matrices(ranks)
     )
     return tuple(found.items())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.models.config import ModelConfig
-from pilotfish.engine.models.registry import parameter_count
+from pilotfish.engine.models.registry import active_parameters
 from pilotfish.engine.speculation.control.controller import Controller
 from pilotfish.engine.speculation.control.cost import RowCost
 from pilotfish.engine.speculation.drafters.drafter import ModelDrafter
@@ -47,7 +47,7 @@ def _context_share(model: ModelConfig) -> float:
     """Return the cost of a token of context relative to a pass over one row, if both only read memory. It serves for
     draft models, too, and is corrected by what is observed."""
     cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    return cached / parameter_count(model)
+    return cached / active_parameters(model)
 
 
 def _timed(attempt: Callable[[int], object], counts: list[int]) -> dict[int, float]:

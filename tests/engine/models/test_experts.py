@@ -23,9 +23,12 @@ from pilotfish.engine.layers.experts import ExpertMlp
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.models.checkpoint import iter_weights, read_config
 from pilotfish.engine.models.layout import Layout, what_does_not_divide
-from pilotfish.engine.models.registry import tensors_of
+from pilotfish.engine.models.registry import active_parameters, parameter_count, tensors_of
 from pilotfish.engine.params import SamplingParams
 from pilotfish.errors import ConfigError, ModelError
+from pilotfish.tools.planner.devices import find_device
+from pilotfish.tools.planner.models import PlannedModel
+from pilotfish.tools.planner.roofline import pass_seconds
 from tests.support.native import BOTH, needs_native
 from tests.support.pairwise import pairwise
 from tests.support.parity import BLOCKS, OTHERS, KernelsName, in_pieces, logits_of, runner_of
@@ -244,3 +247,35 @@ def test_random_weights_for_benchmarks(tiny: Tiny) -> None:
     runner = runner_of(str(tiny("qwen3_moe")), "torch", load_format="dummy")
     assert in_pieces(runner, PROMPT, WHOLE).isfinite().all()
     assert EngineConfig().expert_parallel is False
+
+
+def test_a_tokens_parameters_are_its_experts(tiny: Tiny) -> None:
+    config = read_config(resolve(str(tiny("qwen3_moe"))))
+    assert config.experts is not None
+    layers = config.num_layers - len(config.experts.dense_layers)
+    idle = layers * (config.experts.count - config.experts.per_token) * 3 * config.experts.size * config.hidden_size
+    assert active_parameters(config) == parameter_count(config) - idle
+
+
+def test_the_planner_reads_the_experts_that_rows_take(tiny: Tiny) -> None:
+    """Those of one row in a pass of one, nearly all in a pass of many, and no more than there are."""
+    shape = read_config(resolve(str(tiny("qwen3_moe"))))
+    assert shape.experts is not None
+    wide = replace(shape, hidden_size=2048, experts=replace(shape.experts, size=4096, count=64, per_token=4))
+    model = PlannedModel(name="wide", shape=wide, dtype="bfloat16", kv_dtype="bfloat16")
+    device = find_device("h100")
+    one, few, many = (pass_seconds(model, device, 1, rows, rows, 16, rows).weights for rows in (1, 4, 256))
+    every = sum(matrix.bytes for matrix in model.matrices()) / (device.bandwidth * device.bandwidth_share)
+    experts = sum(matrix.bytes for matrix in model.matrices() if matrix.share < 1)
+    idle = experts * 60 / 64 / (device.bandwidth * device.bandwidth_share)
+    assert one == pytest.approx(every - idle, rel=1e-6)
+    assert 3 * one < few < 4 * one
+    assert many == pytest.approx(every, rel=0.01)
+
+
+def test_passes_that_are_timed_take_different_experts(tiny: Tiny) -> None:
+    """Or a verification would look as cheap as its rows are alike."""
+    runner = runner_of(str(tiny("qwen3_moe")), "torch")
+    (span,) = runner.trial(12)
+    assert len(set(span.token_ids)) == 12
+    assert all(0 <= token < 512 for token in span.token_ids)
