@@ -125,13 +125,14 @@ class FlatBatch:
         return FlatBatch(batch.arrays, replace(batch.attention, block_tables=block_tables, exact=False))
 
 
-def pack(spans: Seq[Span], block_size: int) -> HostBatch:
-    """Pack the spans' rows, one after the other."""
+def pack(spans: Seq[Span], block_size: int, ahead: int = 0) -> HostBatch:
+    """Pack the spans' rows, one after the other. Block tables have the blocks of so many tokens `ahead`, too, as far as
+    the spans have them."""
     lengths = [len(span.token_ids) for span in spans]
     contexts = [span.start + length for span, length in zip(spans, lengths, strict=True)]
     wanted = [span.logit_rows for span in spans]
     shape = BatchShape(
-        spans=len(spans), rows=sum(lengths), wanted=sum(wanted), max_blocks=-(-max(contexts) // block_size)
+        spans=len(spans), rows=sum(lengths), wanted=sum(wanted), max_blocks=-(-(max(contexts) + ahead) // block_size)
     )
     layout = BatchLayout(shape)
     buffer = np.zeros(layout.size, dtype=np.uint8)
@@ -142,8 +143,8 @@ def pack(spans: Seq[Span], block_size: int) -> HostBatch:
     arrays.context_lens[:] = contexts
     np.cumsum(arrays.context_lens, out=arrays.cu_context_lens[1:])
     for table, span, context in zip(arrays.block_tables, spans, contexts, strict=True):
-        used = -(-context // block_size)
-        table[:used] = span.blocks[:used]
+        there = span.blocks[: -(-(context + ahead) // block_size)]
+        table[: len(there)] = there
     # Row r of the batch is position r - end + context of its sequence.
     rows = np.arange(shape.rows)
     arrays.positions[:] = rows + np.repeat(arrays.context_lens - ends, lengths)

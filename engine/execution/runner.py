@@ -3,7 +3,6 @@ reads hidden states. Both replay a captured pass if there is one for the batch (
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ import torch
 
 from pilotfish.engine.device.transfer import arrays_to_device
 from pilotfish.engine.execution.batch import FlatBatch, HostBatch, Span, pack
+from pilotfish.engine.execution.draft_steps import DraftSteps, DrawKeyed
 from pilotfish.engine.execution.graphs import GraphedPasses, GraphPlan, PassOutputs
 from pilotfish.engine.kernels.protocol import Kernels
 from pilotfish.engine.kernels.torch import TorchKernels
-from pilotfish.engine.layers.attention.backend import LayerCache
+from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
 from pilotfish.engine.layers.communicator import ALONE
 from pilotfish.engine.models.decoder_model import CausalModel
 from pilotfish.engine.models.eagle3 import Eagle3Model
@@ -46,10 +46,6 @@ class DrawnTokens:
 
     tokens: torch.Tensor | None = None
     """(rows,) int64 on the device; valid until the next pass."""
-
-
-DrawKeyed = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""`device_sampler.draw_keyed`, or a kernel in its place."""
 
 
 def drawing_of(kernels: Kernels[Any]) -> DrawKeyed:
@@ -178,6 +174,18 @@ class ModelRunner:
         keys, temperatures = arrays_to_device([host.arrays.draw_keys, host.arrays.temperatures], self.device)
         return self._draw(logits, keys, temperatures)
 
+    def capture_steps(self, name: str, plan: GraphPlan, passes: int) -> DraftSteps:
+        """Capture runs of up to `passes` passes over one row of each sequence, each of which draws the next's tokens:
+        of a draft model that is not sharded."""
+
+        def step(
+            tokens: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, _: torch.Tensor | None
+        ) -> tuple[torch.Tensor, None]:
+            return self.model.logits(self.model.forward(tokens, positions, batch, self._caches)), None
+
+        with torch.inference_mode():
+            return DraftSteps(name, step, self._draw, plan, passes, self.block_size, self.device)
+
     def trial(self, rows: int) -> list[Span]:
         """Spans of `rows` rows in all, to time a pass: as many as the largest captured pass has, or one. They use the
         cache's first blocks, so there must be no sequences. Their tokens differ, and so do the experts that they take:
@@ -220,6 +228,27 @@ class HeadRunner:
         # Zeros, not uninitialised memory: rows of padding are computed, too.
         hidden = torch.zeros(most, self.model.config.decoder.hidden_size, dtype=self.model.dtype, device=self.device)
         self._graphs = GraphedPasses(name, function, plan, self.block_size, self.device, ALONE, (hidden,))
+
+    @torch.inference_mode()
+    def capture_steps(self, name: str, plan: GraphPlan, passes: int, vocab_size: int) -> DraftSteps:
+        """As `ModelRunner.capture_steps`; tokens are of the target's vocabulary of this size."""
+        model = self.model
+
+        def step(
+            tokens: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, hidden: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            assert hidden is not None
+            out = model.forward(hidden, tokens, positions, batch, self._cache)
+            logits = model.logits(out)
+            if model.target_ids is not None:
+                whole = logits.new_full((len(logits), vocab_size), float("-inf"))
+                logits = whole.index_copy_(1, model.target_ids, logits)
+            return logits, out
+
+        most = max(bucket.rows for bucket in plan.buckets)
+        hidden = torch.zeros(most, model.config.decoder.hidden_size, dtype=model.dtype, device=self.device)
+        draw = drawing_of(model.kernels)
+        return DraftSteps(name, step, draw, plan, passes, self.block_size, self.device, hidden)
 
     @torch.inference_mode()
     def run(

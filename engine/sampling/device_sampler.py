@@ -83,7 +83,7 @@ def draw_keyed(logits: torch.Tensor, keys: torch.Tensor, temperatures: torch.Ten
     logits = logits.float()
     halves = torch.stack((keys >> 32, keys)).to(torch.int32)
     greedy = temperatures == 0.0
-    scaled = scale_rows(logits, torch.where(greedy, 1.0, temperatures).unsqueeze(1))
+    scaled = scale_rows(logits, temperatures.masked_fill(greedy, 1.0).unsqueeze(1))
     return torch.where(greedy, logits.argmax(1), gumbel_race(scaled, halves))
 
 

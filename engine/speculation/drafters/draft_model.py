@@ -16,6 +16,7 @@ from pilotfish.checkpoints.catalog import ModelFiles, Progress
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.draft import Draft
 from pilotfish.engine.execution.batch import Span
+from pilotfish.engine.execution.draft_steps import DraftSteps
 from pilotfish.engine.execution.graphs import GraphPlan
 from pilotfish.engine.execution.loader import load_model
 from pilotfish.engine.execution.platform import Platform
@@ -28,7 +29,7 @@ from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.decoder_model import CausalModel, DecoderModel
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest, LoadedDraft, MakeRunner, check_vocabulary
-from pilotfish.engine.speculation.drafters.growth import GrowingDraft, Growth, finished
+from pilotfish.engine.speculation.drafters.growth import GrowingDraft, Growth, SeveralPasses, finished, longest
 
 
 def load(
@@ -107,6 +108,7 @@ class DraftModelDrafter:
         self._pool = pool
         self._max_batch_tokens = max_batch_tokens
         self._cached: dict[str, _Cached] = {}
+        self._steps: DraftSteps | None = None
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
         asked = {request.sequence.id for request in requests}
@@ -132,7 +134,8 @@ class DraftModelDrafter:
             logits = self._runner.run(spans)
             for cached, tokens in read:  # only now are they in the cache
                 cached.blocks.commit(tokens, cached.committed)
-            later = self.growth.grow(logits, list(growing.values()), self._next_pass)
+            several = SeveralPasses(self._steps) if self._steps is not None else None
+            later = self.growth.grow(logits, list(growing.values()), self._next_pass, several)
             self.passes = (sum(len(span.token_ids) for span in spans), *later)
         for identity, draft in growing.items():
             self._cached[identity].drafted = draft.computed
@@ -152,6 +155,8 @@ class DraftModelDrafter:
 
     def capture(self, planned: Callable[[], GraphPlan]) -> None:
         self._runner.capture(self.name, planned())
+        if self.growth.drafts_ahead and self._runner.model.comm.size == 1:
+            self._steps = self._runner.capture_steps(self.name, planned(), longest(planned()))
 
     def release(self, sequence: Sequence) -> None:
         cached = self._cached.pop(sequence.id, None)

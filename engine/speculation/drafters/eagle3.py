@@ -18,6 +18,7 @@ from pilotfish.checkpoints.catalog import ModelFiles, Progress
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.draft import Draft
 from pilotfish.engine.execution.batch import Span
+from pilotfish.engine.execution.draft_steps import DraftSteps
 from pilotfish.engine.execution.graphs import GraphPlan
 from pilotfish.engine.execution.loader import load_shared
 from pilotfish.engine.execution.platform import Platform, check_draft
@@ -34,7 +35,14 @@ from pilotfish.engine.models.features import FeatureRows
 from pilotfish.engine.sampling.sampler import argmax
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest, LoadedDraft, MakeRunner, check_vocabulary
-from pilotfish.engine.speculation.drafters.growth import GrowingDraft, Growth, finished
+from pilotfish.engine.speculation.drafters.growth import (
+    Carried,
+    GrowingDraft,
+    Growth,
+    SeveralPasses,
+    finished,
+    longest,
+)
 from pilotfish.errors import ConfigError
 
 MOST_PENDING = 256
@@ -161,6 +169,7 @@ class Eagle3Drafter:
         self._pool = pool
         self._max_batch_tokens = max_batch_tokens
         self._known: dict[str, _Known] = {}
+        self._steps: DraftSteps | None = None
 
     def backlog(self, sequence: Sequence) -> int:
         """Return the rows that a draft's first pass has to read; 0 if the head has no features of the sequence."""
@@ -175,6 +184,10 @@ class Eagle3Drafter:
 
     def capture(self, planned: Callable[[], GraphPlan]) -> None:
         self._runner.capture(self.name, planned())
+        if self.growth.drafts_ahead:
+            self._steps = self._runner.capture_steps(
+                self.name, planned(), longest(planned()), self._model.config.decoder.vocab_size
+            )
 
     def observe_features(self, sequence: Sequence, start: int, features: FeatureRows) -> None:
         """See `FeatureReader.observe_features`."""
@@ -224,16 +237,15 @@ class Eagle3Drafter:
         self.passes = ()
         if spans:
             fused = self._model.fuse(torch.cat(features) if len(features) > 1 else features[0])
-            hidden, logits = self._runner.run(spans, fused)
+            out, logits = self._runner.run(spans, fused)
+            carried = Carried(out)
 
             def next_pass(spans: list[Span], kept: torch.Tensor | None, tokens: torch.Tensor | None) -> torch.Tensor:
-                nonlocal hidden
-                hidden, logits = self._runner.run(
-                    spans, hidden if kept is None else hidden.index_select(0, kept), tokens
-                )
+                carried.hidden, logits = self._runner.run(spans, carried.rows(kept), tokens)
                 return logits
 
-            later = self.growth.grow(logits, list(growing.values()), next_pass)
+            several = SeveralPasses(self._steps, carried) if self._steps is not None else None
+            later = self.growth.grow(logits, list(growing.values()), next_pass, several)
             self.passes = (sum(len(span.token_ids) for span in spans), *later)
         return finished(requests, growing, self.name)
 

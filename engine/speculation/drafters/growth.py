@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -18,9 +19,11 @@ from pilotfish.engine.device import on_device
 from pilotfish.engine.device.transfer import ids_to_device
 from pilotfish.engine.draft import NO_DRAFT, Draft
 from pilotfish.engine.execution.batch import Span
+from pilotfish.engine.execution.draft_steps import DraftSteps, Growing, Grown
+from pilotfish.engine.execution.graphs import GraphPlan
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.sampling import device_sampler
-from pilotfish.engine.sampling.device_sampler import chances_of
+from pilotfish.engine.sampling.device_sampler import chances_of, why_not_keyed
 from pilotfish.engine.sampling.logit_spans import LogitSpan, rows_of
 from pilotfish.engine.sampling.processors import adjust
 from pilotfish.engine.sampling.sampler import argmax, draw
@@ -32,6 +35,18 @@ NextPass = Callable[[list[Span], torch.Tensor | None, torch.Tensor | None], torc
 The second argument has the rows of the previous pass that go on, in the order of the spans, (spans,) int64 on the
 device; None: all of them. The third has the spans' tokens, (spans,) int64, if those are only on the device.
 """
+
+
+class Several(Protocol):
+    """Runs several passes at once, each over the tokens that the one before has drawn."""
+
+    def count(self, rows: int, passes: int) -> int:
+        """How many it would run, of `passes` that are wanted; 0: none."""
+        ...
+
+    def run(self, count: int, drafts: list[Growing], tokens: torch.Tensor, kept: torch.Tensor | None) -> Grown | None:
+        """See `DraftSteps.run`; `kept` is as in NextPass. None: nothing was run."""
+        ...
 
 
 @dataclass(slots=True)
@@ -58,6 +73,12 @@ class GrowingDraft:
     def span(self, token: int, depth: int) -> Span:
         """Return the span of the draft's token number `depth`, from 1."""
         return Span([token], self.start + depth - 1, self.blocks.blocks, logit_rows=1)
+
+    def growing(self, depth: int) -> Growing:
+        """Return how it grows on by several passes, once it has `depth` tokens."""
+        sequence = self.request.sequence
+        limit, params = self.request.limit - depth, sequence.params
+        return Growing(self.span(0, depth), limit, sequence.seed, len(sequence.tokens) + depth, params.temperature)
 
 
 def finished(requests: list[DraftRequest], growing: Mapping[str, GrowingDraft], drafter: str) -> list[Draft]:
@@ -97,14 +118,28 @@ class Growth:
         self._target_ids = target_ids
         self._host_ids: list[int] | None = None if target_ids is None else target_ids.tolist()
 
-    def grow(self, logits: torch.Tensor, drafts: list[GrowingDraft], next_pass: NextPass) -> list[int]:
+    @property
+    def drafts_ahead(self) -> bool:
+        """Whether several passes may be run before any token is read."""
+        return self.sync_free and not self._keep_probs
+
+    def grow(
+        self,
+        logits: torch.Tensor,
+        drafts: list[GrowingDraft],
+        next_pass: NextPass,
+        several: Several | None = None,
+    ) -> list[int]:
         """Grow `drafts` from the logits of their first tokens, (len(drafts), draft vocabulary), and return the rows of
-        each pass that it took."""
+        each pass that it took. `several` is asked first where no token needs more than its key and temperature."""
         if not drafts:
             return []
         params = [draft.request.sequence.params for draft in drafts]
         if self.sync_free and not self._keep_probs and not any(each.depends_on_text for each in params):
-            return self._grow_sync_free(logits, drafts, next_pass)
+            size = self._vocab_size or logits.shape[1]
+            if any(why_not_keyed(each, size) not in ("", "logprobs") for each in params):
+                several = None
+            return self._grow_sync_free(logits, drafts, next_pass, several)
         return self._grow_on_host(logits, drafts, next_pass)
 
     def _grow_on_host(self, logits: torch.Tensor, drafts: list[GrowingDraft], next_pass: NextPass) -> list[int]:
@@ -148,22 +183,38 @@ class Growth:
                 draft.probs.append(row)
         return tokens, chances_of(processed, on_device(tokens, processed.device)).tolist()
 
-    def _grow_sync_free(self, logits: torch.Tensor, drafts: list[GrowingDraft], next_pass: NextPass) -> list[int]:
+    def _grow_sync_free(
+        self, logits: torch.Tensor, drafts: list[GrowingDraft], next_pass: NextPass, several: Several | None
+    ) -> list[int]:
         passes: list[int] = []
         going = list(range(len(drafts)))
         drawn: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
+        tokens, chances = self._draw_sync_free(logits, drafts, 0)
+        drawn.append((going, tokens, chances))
         while True:
-            tokens, chances = self._draw_sync_free(logits, [drafts[i] for i in going], len(drawn))
-            drawn.append((going, tokens, chances))
             depth = len(drawn)
             rows = [row for row, i in enumerate(going) if drafts[i].request.limit > depth]
             if not rows:
                 break
             kept = None if len(rows) == len(going) else ids_to_device(rows, tokens.device)
             going = [going[row] for row in rows]
-            passes.append(len(going))
             tokens = tokens if kept is None else tokens.index_select(0, kept)
+            left = [drafts[i].request.limit - depth for i in going]
+            grown = None
+            if several is not None and (count := several.count(len(going), max(left))):
+                grown = several.run(count, [drafts[i].growing(depth) for i in going], tokens, kept)
+            if grown is not None:
+                for j in range(grown.tokens.shape[1]):
+                    passes.append(len(going))
+                    # Of drafts that are long enough nothing more is wanted.
+                    members = [i if count > j else -1 for i, count in zip(going, left, strict=True)]
+                    drawn.append((members, grown.tokens[:, j].clone(), grown.chances[:, j].clone()))
+                tokens = drawn[-1][1]
+                continue
+            passes.append(len(going))
             logits = next_pass([drafts[i].span(0, depth) for i in going], kept, tokens)
+            tokens, chances = self._draw_sync_free(logits, [drafts[i] for i in going], depth)
+            drawn.append((going, tokens, chances))
         _read(drawn, drafts)
         return passes
 
@@ -188,6 +239,38 @@ class Growth:
         return whole.index_copy_(1, self._target_ids, logits)
 
 
+@dataclass(slots=True)
+class Carried:
+    """The hidden states that a head's next pass reads: the last pass's, (rows, size)."""
+
+    hidden: torch.Tensor
+
+    def rows(self, kept: torch.Tensor | None) -> torch.Tensor:
+        return self.hidden if kept is None else self.hidden.index_select(0, kept)
+
+
+class SeveralPasses:
+    """`Several` by captured runs. `carried`: of a head."""
+
+    def __init__(self, steps: DraftSteps, carried: Carried | None = None) -> None:
+        self._steps, self._carried = steps, carried
+
+    def count(self, rows: int, passes: int) -> int:
+        return self._steps.count(rows, passes)
+
+    def run(self, count: int, drafts: list[Growing], tokens: torch.Tensor, kept: torch.Tensor | None) -> Grown | None:
+        hidden = None if self._carried is None else self._carried.rows(kept)
+        grown = self._steps.run(count, drafts, tokens, hidden)
+        if self._carried is not None and grown is not None and grown.hidden is not None:
+            self._carried.hidden = grown.hidden
+        return grown
+
+
+def longest(plan: GraphPlan) -> int:
+    """The passes of the longest draft, by the captured passes of a plan: one of them reads what came before."""
+    return max((bucket.length for bucket in plan.buckets), default=1) - 2
+
+
 def _read(drawn: list[tuple[list[int], torch.Tensor, torch.Tensor]], drafts: list[GrowingDraft]) -> None:
     """Read all tokens and chances, which waits for the device, and cut each draft where confidence ends."""
     tokens = torch.cat([tokens for _, tokens, _ in drawn]).double()  # holds token ids exactly
@@ -195,8 +278,9 @@ def _read(drawn: list[tuple[list[int], torch.Tensor, torch.Tensor]], drafts: lis
     values = iter(zip(*torch.stack((tokens, chances)).tolist(), strict=True))
     for going, _, _ in drawn:
         for i, (token, chance) in zip(going, values, strict=False):
-            drafts[i].tokens.append(int(token))
-            drafts[i].confidences.append(chance)
+            if i >= 0:
+                drafts[i].tokens.append(int(token))
+                drafts[i].confidences.append(chance)
     for draft in drafts:
         draft.computed = draft.tokens[:-1]
         count = _confident(draft.confidences, draft.request.floor)
