@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from pilotfish import __version__
 from pilotfish.errors import ConfigError, ParameterError, PilotfishError
-from pilotfish.server.cli import bench, models, plan, selftest, serve, train_draft, verify
+from pilotfish.server.cli import bench, cache, chat, doctor, models, plan, run, selftest, serve, train_draft, verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +34,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pilotfish {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (serve, models, bench, verify, train_draft, plan, selftest):
+    for module in (serve, run, chat, models):
+        module.COMMAND.add_to(commands)
+    for command in (cache.PULL, cache.LIST, cache.RM):
+        command.add_to(commands)
+    for module in (bench, verify, train_draft, plan, selftest, doctor):
         module.COMMAND.add_to(commands)
     return parser
 

@@ -65,7 +65,7 @@ def read_environment(platform: Platform) -> Environment:
         gpus.append(Gpu(name=properties.name, capability=capability, memory=memory, free=free))
     return Environment(
         system=host.platform(),
-        processor=_processor(),
+        processor=processor(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory=psutil.virtual_memory().total,
         python=host.python_version(),
@@ -93,7 +93,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:
