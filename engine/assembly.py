@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from pilotfish.checkpoints.catalog import Progress
-from pilotfish.engine.config import EngineConfig, with_step_limits
+from pilotfish.engine.config import CPU_BACKLOG, EngineConfig, with_step_limits
 from pilotfish.engine.device import gpu_memory
 from pilotfish.engine.execution.buckets import GRAPH_SHARE, buckets
 from pilotfish.engine.execution.graphs import GraphPlan, graph_backend
@@ -105,11 +105,15 @@ class Assembly:
         """Allocate caches of `num_blocks` blocks for sequences, and make the runners and drafters. On rank 0,
         `lead` makes the Lead of the sharded model with this number."""
         self._num_blocks, self._lead = num_blocks, lead
+        config = self.config
+        if self.platform.device.type == "cpu":
+            rows = max(config.max_num_seqs, min(config.max_batch_tokens, CPU_BACKLOG))
+            config = msgspec.structs.replace(config, max_batch_tokens=rows)
         self.runner = self._runner(self.target, self._caches(self.target.config, self.target.comm.size))
         self.drafters = [
             draft.make(
                 self.target.config,
-                self.config,
+                config,
                 self._caches(draft.shape, draft.ranks),
                 num_blocks,
                 self.platform.device,

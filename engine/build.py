@@ -22,6 +22,8 @@ from pilotfish.engine.models.adapters import Adapters
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.decoder_model import DecoderModel
 from pilotfish.engine.models.layout import check_divides
+from pilotfish.engine.models.registry import parameter_count
+from pilotfish.engine.pace import PrefillPace
 from pilotfish.engine.ranks.leader import Ranks, start_ranks
 from pilotfish.engine.request import EngineInfo
 from pilotfish.engine.speculation.control.calibration import make_controller
@@ -43,6 +45,8 @@ class Engine:
     speculator: Speculator
     verifier: Verifier
     grammars: Compiler
+    pace: PrefillPace = field(default_factory=PrefillPace)
+    """Bounds the chunks of prompts beside sequences that decode."""
     ranks: Ranks | None = None
     """The other ranks, if the model is sharded."""
     adapters: Adapters | None = None
@@ -146,10 +150,16 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
         speculator=speculator,
         verifier=make_verifier(config.verification, target.config.eos_token_ids, platform.device),
         grammars=Compiler(partial(load_vocabulary, assembly.files, target.config.vocab_size, info.eos_token_ids)),
+        pace=PrefillPace(config.max_prefill_ms / 1000, _pair_share(target.config)),
         ranks=ranks,
         adapters=target.adapters if isinstance(target, DecoderModel) else None,
         loaded=assembly.adapters,
     )
+
+
+def _pair_share(model: ModelConfig) -> float:
+    """The operations of attention between a query and a key, relative to those of all else for a row."""
+    return 2 * model.num_layers * model.num_heads * model.head_dim / parameter_count(model)
 
 
 def _num_blocks(assembly: Assembly, progress: Progress, ranks: Ranks | None) -> int:

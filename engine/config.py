@@ -1,6 +1,7 @@
 """EngineConfig: every setting of the engine; one schema for flags, YAML and code.
 
-The server's own settings (host, port, keys) live in `server.config`. Sizes are bytes, times seconds, lengths tokens.
+The server's own settings (host, port, keys) live in `server.config`. Sizes are bytes, times seconds unless their
+names say otherwise, lengths tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def cache_share(kv_cache_share: float, on_gpu: bool) -> float:
 LARGE_GPU = 40 * 10**9
 """Bytes of a GPU's memory from which steps are of GPU_ROWS[1] rows by default: the activations of as many then take
 little of it, and such GPUs compute enough not to be held up by them for long."""
-CPU_SEQS, CPU_ROWS = 32, 128
+CPU_SEQS, CPU_ROWS = 32, 512
+CPU_BACKLOG = 128
+"""Rows of a prompt that a drafter reads at a time on the CPU, which `max_prefill_ms` does not bound."""
 GPU_SEQS, GPU_ROWS = 256, (2048, 8192)
 
 
@@ -122,8 +125,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_seqs: NotNegative = 0
     """Maximum number of sequences that run in one step; the others wait. 0: 32 on the CPU, 256 on a GPU."""
     max_batch_tokens: NotNegative = 0
-    """Maximum number of token rows in a step; decoding sequences come first, prefill chunks take the rest. 0: 128 on
+    """Maximum number of token rows in a step; decoding sequences come first, prefill chunks take the rest. 0: 512 on
     the CPU, 2048 on a GPU, 8192 on one of 40 GB or more."""
+    max_prefill_ms: Annotated[float, Meta(ge=0)] = 80.0
+    """Maximum milliseconds that reading prompts may add to a step of sequences that decode, as predicted from the steps
+    before: prefill chunks are as large as that allows. 0: no bound but max_batch_tokens."""
     block_size: NotNegative = 0
     """Tokens in a block of the KV cache; 0: the attention backend's own choice."""
     kv_cache_dtype: CacheDType = "auto"

@@ -112,7 +112,7 @@ class EngineCore:
         self.info: EngineInfo = msgspec.structs.replace(self.engine.info, memory=self._memory.read_all())
         self._device = torch.device(self.info.device)
         limits = with_step_limits(config, gpu_memory(self._device))
-        self._scheduler = Scheduler(self.engine.pool, limits.max_num_seqs, limits.max_batch_tokens)
+        self._scheduler = Scheduler(self.engine.pool, limits.max_num_seqs, limits.max_batch_tokens, self.engine.pace)
         self._adapters = dict(self.engine.loaded)
         """Numbers of the adapters that requests may name."""
         self._leaving: set[int] = set()
@@ -326,6 +326,8 @@ class EngineCore:
         if plan.spans:
             tokens = sum([len(verdict.tokens) for _, verdict, _ in step.committed])
             self.engine.speculator.observe_step(drafts, plan.rows, seconds, tokens)
+            pairs = plan.pairs if plan.prompts else drafts.context
+            self.engine.pace.observe(plan.rows, pairs, plan.prompts, seconds["forward"])
         return step_stats(
             plan,
             step.committed,

@@ -2,13 +2,15 @@
 tensors nor models.
 
 Continuous batching with chunked prefill: decoding sequences come first and always get their rows; the rest of the
-step's token budget goes to prompts, oldest first, in chunks. So a long prompt costs the others one chunk's time a step.
+step's token budget goes to prompts, oldest first, in chunks. Beside sequences that decode, chunks are as large as their
+predicted time allows (`engine.pace`), so a long prompt costs the others at most that bound a step.
 When blocks run out, the youngest running sequence is preempted: it releases all of its blocks and is recomputed later.
 The oldest can always go on, so there is no deadlock.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from itertools import islice
 
 from pilotfish.engine.draft import NO_DRAFT, Draft, shortened
 from pilotfish.engine.memory.block_pool import BlockPool
+from pilotfish.engine.pace import GRAIN, PrefillPace, pairs_of
 from pilotfish.engine.sequence import Sequence
 
 
@@ -59,19 +62,38 @@ class StepPlan:
     spans: list[PlannedSpan] = field(default_factory=list)
     preemptions: int = 0
     admitted: list[Sequence] = field(default_factory=list)
+    prompts: bool = False
+    """Whether a sequence reads its prompt, or is recomputed."""
 
     @property
     def rows(self) -> int:
         return sum([span.stop - span.start for span in self.spans])
 
+    @property
+    def pairs(self) -> int:
+        """Number of keys that its rows see, in all."""
+        return sum([pairs_of(span.start, span.stop - span.start) for span in self.spans])
+
+
+@dataclass(slots=True)
+class _Room:
+    """What a step has left for prompts."""
+
+    rows: int
+    seconds: float
+
 
 class Scheduler:
-    """Plans steps of at most `max_batch_tokens` rows, over at most `max_num_seqs` running sequences."""
+    """Plans steps of at most `max_batch_tokens` rows, over at most `max_num_seqs` running sequences; `pace` bounds the
+    chunks of prompts beside those that decode."""
 
-    def __init__(self, pool: BlockPool, max_num_seqs: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self, pool: BlockPool, max_num_seqs: int, max_batch_tokens: int, pace: PrefillPace | None = None
+    ) -> None:
         self._pool = pool
         self._max_num_seqs = max_num_seqs
         self._max_batch_tokens = max_batch_tokens
+        self._pace = pace or PrefillPace()
         # Both are oldest first. Admission is in order, so waiting sequences are younger than running ones.
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -93,10 +115,15 @@ class Scheduler:
 
     def prompt_rows(self) -> int:
         """Estimate the rows that the next step has for prompts, before it is planned."""
-        unread = sum(len(s.tokens) - s.computed for s in self.running if not s.decoding)
+        reading = [sequence for sequence in self.running if not sequence.decoding]
+        unread = sum(len(sequence.tokens) - sequence.computed for sequence in reading)
         if len(self.running) < self._max_num_seqs:
             unread += sum(len(sequence.tokens) for sequence in islice(self.waiting, self._max_num_seqs))
-        return min(unread, self._max_batch_tokens)
+        most, decoding = min(unread, self._max_batch_tokens), len(self.running) - len(reading)
+        if not most or not decoding:
+            return most
+        start = reading[0].computed if reading else 0
+        return max(self._pace.rows(start, most, self._pace.bound, decoding), min(most, GRAIN))
 
     def plan(self, drafts: Mapping[Sequence, Draft]) -> StepPlan:
         """Plan the next step's spans and reserve their blocks. Drafts may be shortened or dropped."""
@@ -115,11 +142,12 @@ class Scheduler:
                 budget -= len(reserved.tokens)
                 stop = len(sequence.tokens) + len(reserved.tokens)
                 plan.spans.append(PlannedSpan(sequence, sequence.computed, stop, draws=True, draft=reserved))
+        room = _Room(budget, self._pace.bound if plan.spans else math.inf)
         for sequence in self.running:
             if not sequence.decoding:
-                budget -= self._chunk(sequence, budget, plan)
+                self._chunk(sequence, room, plan)
         if not plan.preemptions:
-            self._admit(budget, plan)
+            self._admit(room, plan)
         return plan
 
     def _reserve(self, sequence: Sequence, draft: Draft, plan: StepPlan) -> Draft | None:
@@ -139,16 +167,23 @@ class Scheduler:
                 return None
         return draft
 
-    def _chunk(self, sequence: Sequence, budget: int, plan: StepPlan) -> int:
-        """Plan the next piece of a sequence's prompt; returns its rows."""
-        stop = min(len(sequence.tokens), sequence.computed + budget)
-        if stop <= sequence.computed:
-            return 0
-        plan.spans.append(PlannedSpan(sequence, sequence.computed, stop, draws=stop == len(sequence.tokens)))
-        return stop - sequence.computed
+    def _chunk(self, sequence: Sequence, room: _Room, plan: StepPlan) -> None:
+        """Plan the next piece of a sequence's prompt, if there is room for any."""
+        start, most = sequence.computed, min(len(sequence.tokens) - sequence.computed, room.rows)
+        rows = self._pace.rows(start, most, room.seconds, plan.rows) if most > 0 else 0
+        if not plan.prompts:  # however slow the machine is, some prompt gets on
+            rows = max(rows, min(most, GRAIN))
+        if rows <= 0:
+            room.rows = 0  # an older prompt is not overtaken
+            return
+        plan.spans.append(PlannedSpan(sequence, start, start + rows, draws=start + rows == len(sequence.tokens)))
+        plan.prompts = True
+        room.rows -= rows
+        if not math.isinf(room.seconds):
+            room.seconds -= self._pace.seconds(start, rows)
 
-    def _admit(self, budget: int, plan: StepPlan) -> None:
-        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
+    def _admit(self, room: _Room, plan: StepPlan) -> None:
+        while self.waiting and room.rows > 0 and room.seconds > 0 and len(self.running) < self._max_num_seqs:
             sequence = self.waiting[0]
             if sequence.params.prompt_logprobs is None:  # these need every prompt position's logits
                 sequence.computed = sequence.blocks.claim_prefix(sequence.tokens)
@@ -161,4 +196,4 @@ class Scheduler:
             self.waiting.popleft()
             self.running.append(sequence)
             plan.admitted.append(sequence)
-            budget -= self._chunk(sequence, budget, plan)
+            self._chunk(sequence, room, plan)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pilotfish.engine.draft import Draft
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
+from pilotfish.engine.pace import PrefillPace
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import Request
 from pilotfish.engine.scheduler import Scheduler
@@ -24,11 +25,12 @@ class World:
     max_num_seqs: int
     budget: int
     prefix_caching: bool = True
+    pace: PrefillPace | None = None
     ended: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.num_blocks, BLOCK, self.prefix_caching)
-        self.scheduler = Scheduler(self.pool, self.max_num_seqs, self.budget)
+        self.scheduler = Scheduler(self.pool, self.max_num_seqs, self.budget, self.pace)
         self.sequences: dict[str, Sequence] = {}
         self.arrived = 0
 
@@ -109,9 +111,13 @@ EVENTS = st.lists(
 
 
 @settings(max_examples=150)
-@given(EVENTS, st.integers(2, 30), st.integers(1, 6), st.integers(0, 20), st.booleans())
-def test_everything_ends_once_and_nothing_leaks(events, num_blocks, max_num_seqs, extra, prefix_caching) -> None:
-    world = World(num_blocks, max_num_seqs, max_num_seqs + extra, prefix_caching)
+@given(
+    EVENTS, st.integers(2, 30), st.integers(1, 6), st.integers(0, 20), st.booleans(), st.sampled_from([0.0, 0.01, 0.1])
+)
+def test_everything_ends_once_and_nothing_leaks(events, num_blocks, max_num_seqs, extra, prefix_caching, bound) -> None:
+    pace = PrefillPace(bound)
+    pace.observe(16, 136, True, 0.05)
+    world = World(num_blocks, max_num_seqs, max_num_seqs + extra, prefix_caching, pace)
     for what, first, second in events:
         if what == "add":
             world.add(first, second)

@@ -29,7 +29,7 @@ def test_what_is_set_stays_and_the_rest_goes_with_it(seqs: int, rows: int, memor
 @pytest.mark.parametrize(
     ("device", "limits"),
     [
-        ("cpu", (32, 128)),
+        ("cpu", (32, 512)),
         ("l4", (256, 2048)),
         ("rtx4090", (256, 2048)),
         ("a100", (256, 8192)),
