@@ -13,7 +13,7 @@ NONE = """view _unsafe_view slice select split split_with_sizes chunk t transpos
 detach as_strided empty new_empty empty_strided empty_like unbind lift_fresh device"""
 """Operators that launch nothing: views, and memory that is not filled."""
 ONE = """mm addmm _scaled_mm embedding index_select index index_put_ add add_ mul mul_ sub div div_ neg abs amax clamp
-clamp_ pow mean rsqrt where copy_ _to_copy clone cat silu gelu _fused_rms_norm"""
+clamp_ pow mean nan_to_num rsqrt where copy_ _to_copy clone cat silu gelu _fused_rms_norm"""
 """Operators of one kernel. A product may be cut along its sum and then has a second one for the parts, as
 cuBLAS chooses for the card: that is not counted."""
 LAUNCHES = dict.fromkeys(NONE.split(), 0) | dict.fromkeys(ONE.split(), 1)
