@@ -37,13 +37,17 @@ OMITTED = frozenset(
 PROMPTS = 8
 LIMIT = 600
 JSON_VERSION = 1
-VERDICTS = ("passed", "failed", "skipped", "measured")
+VERDICTS = ("passed", "warned", "failed", "skipped", "measured")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="a YAML file of settings, as for serve; flags win over it")
     parser.add_argument("--quick", action="store_true", help="smaller samples, and no model of 8 billion parameters")
     parser.add_argument("--json", metavar="FILE", help="write the whole result, as JSON")
+    parser.add_argument("--report", metavar="DIR", help="measure more, step by step, and keep a page and JSON in DIR")
+    parser.add_argument(
+        "--steps", metavar="NAMES", help="with --report: these steps, separated by commas (default: all)"
+    )
     parser.add_argument("--verbose", action="store_true", help="show every check, and why its bound is what it is")
     add_number(parser, "--limit", LIMIT, "seconds that one check may take, loading a model included")
     parser.add_argument(
@@ -57,6 +61,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: dict[str, Any]) -> int:
     target = options["json"] and _writable(options["json"])
+    steps = _steps(options)
     content = read_yaml(options["config"], (EngineConfig, ServerConfig)) if options["config"] else {}
     config = load(EngineConfig, content, options).check()
     own_model = "model" in content or "model" in options
@@ -70,6 +75,8 @@ def _run(options: dict[str, Any]) -> int:
         prompts = _prompts(config, console) if own_model else ()
         quick = options["quick"]
         test = SelfTest(config=config, directory=directory, own_model=own_model, prompts=prompts, quick=quick)
+        if options["report"]:
+            return _first_hour(test, console, Path(options["report"]), steps, options["limit"])
         environment, found = _isolated(test, console, options["limit"]) if options["isolate"] else _here(test, console)
         results = []
         for result in found:
@@ -86,6 +93,53 @@ def _run(options: dict[str, Any]) -> int:
         except OSError as error:
             raise ConfigError(f"json is {str(target)!r}, which cannot be written: {error}") from error
     return 1 if failed else 0
+
+
+def _steps(options: Mapping[str, Any]) -> list[str]:
+    """Return the names of the steps of a report. Raises ConfigError for flags that contradict each other."""
+    from pilotfish.tools.selftest.report import STEPS
+
+    if options["report"] and (options["json"] or not options["isolate"]):
+        raise ConfigError("report writes JSON of its own, each step in its own process: leave out json and no-isolate")
+    if options["steps"] is None:
+        return list(STEPS)
+    if not options["report"]:
+        raise ConfigError("steps are those of a report: give --report DIR, too")
+    names = [name.strip() for name in options["steps"].split(",")]
+    for name in names:
+        if name not in STEPS:
+            raise ConfigError(f"steps has {name!r}, but the steps are {', '.join(STEPS)}")
+    return names
+
+
+def _first_hour(test: SelfTest, console: Console, folder: Path, steps: Sequence[str], limit: float) -> int:
+    """Run the steps whose results are not in the folder yet, and keep each result there as soon as it is known."""
+    from pilotfish.tools.selftest.report import PAGE, STEP_SECONDS, Step, open_report, save
+    from pilotfish.tools.selftest.run import describe, run_group
+
+    report = open_report(folder, describe(test), not_default(test.config))
+    print(*_machine(report.environment), sep="\n", flush=True)
+    for name in steps:
+        if name in report.steps and report.steps[name].complete:
+            print(f"{name}: done already", flush=True)
+            continue
+        step = report.steps[name] = Step()
+        begin = time.monotonic()
+        for result in run_group(test, name, lambda group, check: console.progress(group, 0.0), limit, STEP_SECONDS):
+            step.results.append(result)
+            step.seconds = time.monotonic() - begin
+            save(report, folder, page=False)
+            if result.verdict in ("failed", "warned"):
+                console.error(f"  {result.verdict.upper()} {name}: {result.name}: {result.detail or _figure(result)}")
+        step.complete = True
+        step.seconds = time.monotonic() - begin
+        save(report, folder)
+        counts = {verdict: sum(result.verdict == verdict for result in step.results) for verdict in VERDICTS}
+        shown = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+        print(f"{name}: {shown}, in {step.seconds:.0f} s", flush=True)
+    console.line()
+    print(f"The page: {folder / PAGE}")
+    return 1 if any(result.verdict == "failed" for result in report.results) else 0
 
 
 def _writable(name: str) -> Path:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
 
-Verdict = Literal["passed", "failed", "skipped", "measured"]
-"""A check without a bound on this machine is "measured": its figure is reported and not judged."""
+Verdict = Literal["passed", "warned", "failed", "skipped", "measured"]
+"""A check without a bound on this machine is "measured": its figure is reported and not judged. One that keeps its
+bound, but not what a healthy machine reaches, is "warned"."""
 
 
 class Skip(Exception):
@@ -31,8 +32,12 @@ class Finding:
     bound: float | None = None
     at_least: bool = False
     """Whether `bound` is the least that passes; otherwise it is the most."""
+    expected: float | None = None
+    """What a healthy machine reaches, where that is more than the bound."""
     detail: str = ""
     """The position of the worst value, and other details."""
+    values: Mapping[str, float] = field(default_factory=dict)
+    """Other figures, by name."""
 
     @property
     def good(self) -> bool:
@@ -40,6 +45,14 @@ class Finding:
         if self.bound is None:
             return math.isfinite(self.measured)
         return self.measured >= self.bound if self.at_least else self.measured <= self.bound
+
+    @property
+    def verdict(self) -> Verdict:
+        if not self.good:
+            return "failed"
+        if self.expected is not None and (self.measured < self.expected) == self.at_least:
+            return "warned"
+        return "measured" if self.bound is None else "passed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +84,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     why: str = ""
     detail: str = ""
     """For a failed or skipped check, the reason."""
+    values: dict[str, float] = {}
+    """Other figures of the same measurement, by name."""
     seconds: float = 0.0
 
 
@@ -86,7 +101,7 @@ def run_check(check: Check, group: str) -> Result:
     except Exception as error:
         detail = f"{type(error).__name__}: {error}"
     else:
-        verdict = "failed" if not found.good else "passed" if found.bound is not None else "measured"
+        verdict = found.verdict
         detail = found.detail
     return Result(
         group=group,
@@ -99,5 +114,6 @@ def run_check(check: Check, group: str) -> Result:
         at_least=found is not None and found.at_least,
         why=check.why,
         detail=detail,
+        values={} if found is None else {name: float(value) for name, value in found.values.items()},
         seconds=time.perf_counter() - start,
     )

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from math import inf
 
 from pilotfish.errors import PilotfishError
 from pilotfish.tools.selftest import child
@@ -38,20 +40,29 @@ def describe(test: SelfTest) -> Environment:
 def run_groups(test: SelfTest, on_start: OnStart, limit: float = LIMIT) -> Iterator[Result]:
     """Yield the results of all checks. Raises ConfigError or ModelError for settings that cannot work."""
     for group in GROUPS:
-        done: tuple[str, ...] = ()
-        again = True
-        while again:
-            again = False
-            for item in _in_process(test, group, done, on_start, limit):
-                # The rest of the group gets another process if this one ends early, unless no check was started.
-                again = isinstance(item, Result) and item.name != group
-                if isinstance(item, Result):
-                    yield item
-                    done = (*done, item.name)
+        yield from run_group(test, group, on_start, limit)
+
+
+def run_group(
+    test: SelfTest, group: str, on_start: OnStart, limit: float = LIMIT, group_limit: float = inf
+) -> Iterator[Result]:
+    """Yield the results of a group's checks, each of which may take `limit` seconds, and all of them `group_limit`: the
+    check that is running then fails, and the others are left out. Raises as `run_groups`."""
+    done: tuple[str, ...] = ()
+    end = time.monotonic() + group_limit
+    again = True
+    while again:
+        again = False
+        for item in _in_process(test, group, done, on_start, limit, end):
+            # The rest of the group gets another process if this one ends early, unless no check was started.
+            again = isinstance(item, Result) and item.name != group and time.monotonic() < end
+            if isinstance(item, Result):
+                yield item
+                done = (*done, item.name)
 
 
 def _in_process(
-    test: SelfTest, group: str, done: tuple[str, ...], on_start: OnStart, limit: float
+    test: SelfTest, group: str, done: tuple[str, ...], on_start: OnStart, limit: float, end: float = inf
 ) -> Iterator[Result | Environment | None]:
     """Yield what a group's process reports, and None at its regular end.
 
@@ -70,7 +81,7 @@ def _in_process(
         process.start()
         theirs.close()
         try:
-            while ours.poll(limit):
+            while ours.poll(allowed := max(0.0, min(limit, end - time.monotonic()))):
                 match ours.recv():
                     case str(name):
                         current = name
@@ -83,7 +94,8 @@ def _in_process(
                         return
                     case item:
                         yield item
-            yield failed(f"it took longer than {limit:.0f} s and was ended")
+            over = "its step took too long" if allowed < limit else f"it took longer than {limit:.0f} s"
+            yield failed(f"{over} and was ended")
         except EOFError:
             process.join()
             if process.exitcode != child.RESTART:

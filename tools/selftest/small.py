@@ -74,8 +74,13 @@ def write(folder: Path, kind: str, *, dtype: str = "float32", ranks: int = 1, se
 
 
 def write_llama_8b(folder: Path) -> Path:
-    """Write the published config.json of Llama-3.1-8B alone, for `load_format` "dummy"; returns its folder."""
-    return write_model(folder / "llama-3.1-8b", config_of(PUBLISHED["llama-3.1-8b"]))
+    """As `write_published`, of Llama-3.1-8B."""
+    return write_published(folder, "llama-3.1-8b")
+
+
+def write_published(folder: Path, name: str) -> Path:
+    """Write the published config.json of a model alone, for `load_format` "dummy"; returns its folder."""
+    return write_model(folder / name, config_of(PUBLISHED[name]))
 
 
 def _values(tensor: Tensor, noise: torch.Tensor, scaled: bool) -> torch.Tensor:

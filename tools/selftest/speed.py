@@ -29,12 +29,13 @@ from pilotfish.tools.planner.models import PlannedModel
 from pilotfish.tools.selftest import small
 from pilotfish.tools.selftest.check import Check, Finding, Skip
 from pilotfish.tools.selftest.subject import Subject, ignore, release
-from pilotfish.tools.selftest.timing import median_seconds, seconds_of
+from pilotfish.tools.selftest.timing import device_seconds, median_seconds, seconds_of
 
 COPY_SHARE = 0.75
 """Share of the data sheet's bandwidth that a large copy must reach."""
-PASS_SHARE = 0.8
-"""Share of the data sheet's bandwidth that a pass of one row must reach."""
+FAILS, HEALTHY, AIM = 0.5, 0.65, 0.8
+"""Shares of the data sheet's bandwidth that a pass of one row must reach, that a healthy card reaches, and the aim.
+Servers with one kernel for each operator reach 0.71 to 0.76 on an H100."""
 VERIFIED, VERIFY_COST = 5, 1.1
 CONTEXT = 512
 EIGHT_B_MEMORY = 20 << 30
@@ -52,7 +53,10 @@ _NAMES = {
 """Patterns of the driver's names. Cards with similar names and other memory (H100 PCIe, A100 40GB) do not match."""
 
 COPY_WHY = "a large copy should come near the data sheet: below 75 % of it a card is throttled, shared, or another one"
-PASS_WHY = "a decoding step waits for its weights: 80 % of the data sheet's bandwidth is what the project asks for"
+PASS_WHY = (
+    f"a decoding step waits for its weights: below {FAILS:.0%} of the data sheet's bandwidth something is wrong, below "
+    f"{HEALTHY:.0%} something may be; {AIM:.0%} is the aim"
+)
 VERIFY_WHY = (
     "the weights are read once, for five rows as for one; the rest of a pass grows a little: 1.1 is what the project "
     "asks for"
@@ -146,11 +150,13 @@ class _Model:
 
     def bandwidth(self) -> Finding:
         self._prepare()
-        seconds = median_seconds(self.subject.device, self._pass_over(1), 10 if self.subject.quick else 30)
+        seconds, host = device_seconds(self.subject.device, self._pass_over(1), 10 if self.subject.quick else 30)
         read = sum(matrix.bytes for matrix in self.planned.matrices())
         read += round(self.planned.seen(CONTEXT)) * self.planned.kv_bytes_per_token()
-        detail = f"{1e3 * seconds:.2f} ms for {read / 1e9:.2f} GB"
-        return _reached(self.subject, read / seconds, PASS_SHARE if self.judged else None, detail)
+        detail = f"{1e3 * seconds:.2f} ms for {read / 1e9:.2f} GB, {1e3 * host:.2f} ms to launch"
+        if not self.judged:
+            return _reached(self.subject, read / seconds, None, detail=detail)
+        return _reached(self.subject, read / seconds, FAILS, HEALTHY, detail)
 
     def verify(self) -> Finding:
         self._prepare()
@@ -214,16 +220,20 @@ def _models(subject: Subject) -> Iterator[tuple[str, _Model]]:
         yield subject.config.model, _Model(subject, config, judged=False)
 
 
-def _reached(subject: Subject, rate: float, share: float | None, detail: str = "") -> Finding:
-    """A rate in bytes per second, against `share` of the card's data sheet where the card is known."""
-    card = _card(subject)
+def _reached(
+    subject: Subject, rate: float, share: float | None, healthy: float | None = None, detail: str = ""
+) -> Finding:
+    """A rate in bytes per second, against shares of the card's data sheet where the card is known: the least, and what
+    a healthy card reaches."""
+    card = card_of(subject)
     if card is None:
         return Finding(measured=rate / 1e9, detail=detail)
     reached = f"{rate / card.bandwidth:.0%} of {card.bandwidth / 1e9:.0f} ({card.source})"
     detail = f"{detail}; {reached}" if detail else reached
-    bound = None if share is None else share * card.bandwidth / 1e9
-    return Finding(measured=rate / 1e9, bound=bound, at_least=True, detail=detail)
+    bound, expected = (None if each is None else each * card.bandwidth / 1e9 for each in (share, healthy))
+    return Finding(measured=rate / 1e9, bound=bound, expected=expected, at_least=True, detail=detail)
 
 
-def _card(subject: Subject) -> Device | None:
+def card_of(subject: Subject) -> Device | None:
+    """Return the data sheet of the subject's card, if the planner knows it."""
     return peaks(torch.cuda.get_device_name(subject.device)) if subject.device.type == "cuda" else None

@@ -566,7 +566,7 @@ def test_a_cards_data_sheet(name: str, known: str | None) -> None:
 def test_a_slow_card_fails(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were this CPU an H100, none of its figures would do."""
     right = speed._Model.__init__
-    monkeypatch.setattr(speed, "_card", lambda subject: DEVICES["h100"])
+    monkeypatch.setattr(speed, "card_of", lambda subject: DEVICES["h100"])
     monkeypatch.setattr(
         speed._Model, "__init__", lambda self, subject, config, judged: right(self, subject, config, judged=True)
     )
