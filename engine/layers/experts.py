@@ -74,6 +74,28 @@ class ExpertMlp:
         self, kernels: Kernels[Any], x: torch.Tensor, probs: torch.Tensor, chosen: torch.Tensor
     ) -> torch.Tensor:
         """The sum over each row's experts that are on this rank: (rows, hidden_size)."""
+        weights = probs.to(x.dtype)
+        # A single row leaves nothing to group.
+        y = self._of_one(kernels, x, chosen[0].tolist()) if len(x) == 1 else self._grouped(kernels, x, chosen)
+        total = y[0] * weights[:, :1]
+        for i in range(1, len(y)):  # one after the other: a sum over a dimension may take another order for more rows
+            total += y[i] * weights[:, i : i + 1]
+        return total
+
+    def _of_one(self, kernels: Kernels[Any], x: torch.Tensor, chosen: Seq[int]) -> Seq[torch.Tensor]:
+        """The results of a row's experts, (1, hidden_size) each."""
+        results = []
+        for number in chosen:
+            expert = self.experts[number]
+            if expert is None:
+                results.append(torch.zeros_like(x))
+            else:
+                gated = self.gated(kernels, kernels.linear(x, expert.gate_up))
+                results.append(kernels.linear(gated, expert.down))
+        return results
+
+    def _grouped(self, kernels: Kernels[Any], x: torch.Tensor, chosen: torch.Tensor) -> Seq[torch.Tensor]:
+        """The results of each row's first expert, second, ..., (rows, hidden_size) each: expert by expert."""
         count = chosen.shape[1]
         pairs = chosen.flatten()  # pair p is of row p // count
         order = torch.argsort(pairs, stable=True)
@@ -87,9 +109,4 @@ class ExpertMlp:
             start += size
         y = torch.empty_like(results)
         y[order] = results
-        y = y.view(len(x), count, -1)
-        weights = probs.to(x.dtype).unsqueeze(2)
-        total = y[:, 0] * weights[:, 0]
-        for i in range(1, count):  # one after the other: a sum over a dimension may take another order for more rows
-            total += y[:, i] * weights[:, i]
-        return total
+        return y.view(len(x), count, -1).unbind(1)
