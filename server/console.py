@@ -53,15 +53,16 @@ class Console:
         elif 0 < percent < 100 and time.monotonic() - self._last_line > _QUIET_SECONDS:
             self._say(f"  {what}: {percent}%", percent=percent)
 
-    def ready(self, info: EngineInfo, url: str, name: str, needs_key: bool) -> None:
+    def ready(self, info: EngineInfo, url: str, name: str, needs_key: bool, page: bool) -> None:
         """Show that the server is ready: the model, its address, and a first request to send."""
         how = f"{info.dtype} on {info.device} ({info.kernels} kernels), drafters {', '.join(info.drafters)}"
         how += "" if info.default_drafter == "auto" else f" (by default {info.default_drafter})"
         capacity = f"{info.max_model_len} tokens of context, {info.num_blocks * info.block_size} in the KV cache"
         key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
         body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+        browse = f"a page for browsers at {url}, " if page else ""
         self.line(f"  {name}: {how}; {capacity}")
-        self.line(f"Ready in {time.monotonic() - self._began:.1f} s: {url}/v1 (documentation at {url}/docs)")
+        self.line(f"Ready in {time.monotonic() - self._began:.1f} s: {url}/v1 ({browse}documentation at {url}/docs)")
         if not self._as_log:
             self.line(f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
 

@@ -173,7 +173,8 @@ class _Run:
                 self._server.should_exit = True
             return
         self._metrics.ready(info)
-        self._console.ready(info, url, self._names[0], bool(self._config.api_key or self._config.api_key_file))
+        needs_key = bool(self._config.api_key or self._config.api_key_file)
+        self._console.ready(info, url, self._names[0], needs_key, self._config.page)
 
     def _on_signal(self, number: int) -> None:
         """The first signal asks for a graceful shutdown, the second for an immediate one."""
