@@ -129,6 +129,19 @@ def test_stop_ends_the_request(page: Any) -> None:
         assert len(app.engine.aborted) == 1
 
 
+def test_another_conversation_may_be_picked_in_the_middle_of_an_answer(page: Any) -> None:
+    with listening(ScriptedApp(lambda request: [say(request, [5], [6])[0], asyncio.Event()])) as url:
+        page.goto(url)
+        send(page, "Hello")
+        page.locator("article.assistant").get_by_text("word5").wait_for()
+        page.get_by_role("button", name="New").click()
+        page.get_by_text("Ask something.").wait_for()
+        page.wait_for_timeout(200)
+        assert page.locator("article").count() == 0
+        page.get_by_label("Conversation").first.select_option("Hello")
+        page.locator("article.assistant").get_by_text("word5").wait_for()
+
+
 def test_a_key_is_asked_for_once(page: Any) -> None:
     with listening(scripted([5], api_key=("secret",))) as url:
         page.goto(url)

@@ -59,7 +59,7 @@ export function Chat({ info }: { info: Info }) {
     }
     if (answer.tokens) {
       const done = { ...conversation, messages: [...messages, { role: "assistant" as const, content: answer.content, answer }] };
-      setCurrent(done);
+      setCurrent((now) => (now.id === done.id ? done : now)); // another may have been picked meanwhile
       put(done);
     }
     setLive(null);
