@@ -20,6 +20,7 @@ _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 
 NO_ORIGINS = ("none",)
+_WEB_ADDRESS = re.compile(r"https?://[^\s]+")
 _ORIGIN = re.compile(r"\*|none|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
@@ -57,6 +58,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Repeatable. Never with credentials."""
     page: bool = True
     """Serve a page for browsers at /: a chat, drafters side by side, the engine live, recent requests."""
+    grafana_url: str | None = None
+    """Address of a Grafana dashboard that the page links to, such as https://grafana.example.com/d/pilotfish."""
     response_store: str | None = None
     """File of an SQLite database for the responses of /v1/responses, which survives a restart; without it they are kept
     in memory."""
@@ -96,6 +99,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                     f"cors_origins has {origin!r}, but needs origins such as https://chat.example.com without a path, "
                     'or "*" or "none" alone'
                 )
+        if self.grafana_url is not None and not _WEB_ADDRESS.fullmatch(self.grafana_url):
+            raise ConfigError(f"grafana_url is {self.grafana_url!r}, but must begin with http:// or https://")
         if self.tenant_header is not None and not _HEADER_NAME.fullmatch(self.tenant_header):
             raise ConfigError(f"tenant_header is {self.tenant_header!r}, but must be a header's name, such as X-Tenant")
         self.all_keys()

@@ -44,6 +44,7 @@ class PageInfo(msgspec.Struct):
     default_drafter: str
     max_model_len: int
     log_prompts: bool
+    grafana_url: str | None
 
 
 class Recent(msgspec.Struct):
@@ -75,8 +76,9 @@ async def info(service: ServiceDependency, own: OwnPage) -> Response:
     drafters, default, limit = (
         ((), "", 0) if found is None else (found.drafters, found.default_drafter, found.max_model_len)
     )
+    config = service.config
     return json_response(
-        PageInfo(__version__, state, service.names, drafters, default, limit, service.config.log_prompts)
+        PageInfo(__version__, state, service.names, drafters, default, limit, config.log_prompts, config.grafana_url)
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pilotfish.engine.stats import StepStats
+from pilotfish.errors import ConfigError
 from pilotfish.server.config import ServerConfig
 from pilotfish.server.telemetry.live import LiveSums
 from pilotfish.server.telemetry.recent import KEPT
@@ -97,12 +98,19 @@ async def test_what_the_page_shows_needs_the_key_and_its_own_origin(path: str) -
 
 
 async def test_the_server_is_described() -> None:
-    found = (await served(log_prompts=True).http.get("/page/info")).json()
+    grafana = "https://grafana.example.com/d/pilotfish"
+    found = (await served(log_prompts=True, grafana_url=grafana).http.get("/page/info")).json()
     assert found.pop("version")
     assert found == {
         "state": "ready", "models": ["tiny"], "drafters": ["ngram"], "default_drafter": "ngram", "max_model_len": 64,
-        "log_prompts": True,
+        "log_prompts": True, "grafana_url": grafana,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("url", ["javascript:alert(1)", "grafana", ""])
+def test_a_link_is_an_address_of_the_web(url: str) -> None:
+    with pytest.raises(ConfigError, match="grafana_url"):
+        ServerConfig(grafana_url=url).check()
 
 
 async def ask(app: ScriptedApp, prompt: str = "a secret", **headers: str) -> None:

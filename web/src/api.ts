@@ -7,6 +7,7 @@ export interface Info {
   default_drafter: string;
   max_model_len: number;
   log_prompts: boolean;
+  grafana_url: string | null;
 }
 
 export interface Origin {

@@ -1,6 +1,6 @@
 // Engine: what it does now, twice a second.
 import { useEffect, useState } from "preact/hooks";
-import { call, events } from "./api";
+import { call, events, type Info } from "./api";
 import { hue, messageOf, Problem } from "./parts";
 
 interface Live {
@@ -32,7 +32,7 @@ interface Live {
 const KEPT = 120;
 const WINDOW = 20; // ten seconds, for what is rare
 
-export function Engine() {
+export function Engine({ info }: { info: Info }) {
   const [history, setHistory] = useState<Live[]>([]);
   const [problem, setProblem] = useState<string | null>(null);
   useEffect(() => {
@@ -76,6 +76,7 @@ export function Engine() {
         <Figure name="Prefix hits" value={queried ? percent(total(recent, (each) => each.prefix_hit_tokens) / queried) : "-"} />
         <Figure name="Preemptions" value={total(recent, (each) => each.preemptions)} />
       </dl>
+      {info.grafana_url && <p><a href={info.grafana_url} target="_blank" rel="noopener noreferrer">History in Grafana</a></p>}
       <h2>Tokens per second</h2>
       <Line values={history.map((each) => each.generated_tokens / each.seconds)} />
       <h2>KV cache</h2>

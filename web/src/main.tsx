@@ -82,7 +82,7 @@ function Page() {
         {problem && !needed && <button type="button" onClick={() => setTries(tries + 1)}>Try again</button>}
         {info && view === "Chat" && <Chat info={info} />}
         {info && view === "Race" && <Race info={info} />}
-        {info && view === "Engine" && <Engine />}
+        {info && view === "Engine" && <Engine info={info} />}
         {info && view === "Requests" && <Requests />}
       </main>
     </>
