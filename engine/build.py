@@ -12,6 +12,7 @@ from pilotfish.engine.assembly import Assembly
 from pilotfish.engine.child_process import LastWords
 from pilotfish.engine.config import EngineConfig, cache_share
 from pilotfish.engine.device import synchronize
+from pilotfish.engine.device.gpu import use_gpu
 from pilotfish.engine.execution.loader import by_transformers, shape_of
 from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.layers.communicator import ALONE
@@ -80,6 +81,7 @@ def build(config: EngineConfig, progress: Progress, last_words: LastWords | None
             f"node_rank is {config.node_rank}, but an engine runs on node 0: `pilotfish serve` holds ranks"
         )
     parse_entries(config.drafter)
+    use_gpu(config.device)  # the error comes before a model is looked for
     if config.tensor_parallel_size == 1:
         return _build(config, progress, None)
     # Download and check once here, not in all ranks of this host at the same time.

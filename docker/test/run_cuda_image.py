@@ -31,8 +31,10 @@ print("compiled")
 """
 
 
-def ldd(container: Container) -> list[str]:
-    """The libraries that any file of the installation is linked to and does not find, each with who asks for it."""
+def ldd(container: Container, root: Path) -> list[str]:
+    """The libraries that a file of the installation is linked to and that are nowhere in it, each with who asks for
+    it. Those that are there, but not where it looks, are loaded before it: torch's by torch."""
+    there = {path.name for path in (root / "opt" / "pilotfish").rglob("*.so*")}
     found = container.run(
         "sh",
         "-c",
@@ -43,7 +45,7 @@ def ldd(container: Container) -> list[str]:
     return sorted(
         f"{who}: {what}"
         for who, what in lines
-        if what not in FROM_THE_DRIVER and not any(who.startswith(name) for name in OPTIONAL)
+        if what not in there and what not in FROM_THE_DRIVER and not any(who.startswith(name) for name in OPTIONAL)
     )
 
 
@@ -76,16 +78,16 @@ def main(root: Path, config_file: Path, pip_conf: Path, volumes: list[str]) -> N
         print(f"imported: {', '.join(IMPORTS)}")
         loaded = "from pilotfish.engine.layers.attention.flash import load_flash4; print(load_flash4((9, 0)).name)"
         print(f"attention: {container.run('python', '-c', loaded)}")
-        missing = ldd(container)
+        missing = ldd(container, root)
         assert not missing, missing
-        print(f"ldd: every library is found, but for the driver's ({', '.join(FROM_THE_DRIVER)})")
+        print(f"ldd: every library is there, but for the driver's ({', '.join(FROM_THE_DRIVER)})")
         print(f"gcc: {container.run('python', '-c', BUILD).splitlines()[-1]} against Python.h and Triton's cuda.h")
+        resolve = "from pilotfish.checkpoints.catalog import resolve; print(resolve('smollm2-135m').path.name)"
+        print(f"model: downloaded into the volume, {container.run('python', '-c', resolve, network=True)}")
         for environment in ({"PILOTFISH_DEVICE": "cuda"}, {"NVIDIA_VISIBLE_DEVICES": "all"}):
             said = refused(container, environment)
             assert "cannot use it" in said or "no GPU was found" in said, said
             print(f"without a GPU, {' '.join(f'{k}={v}' for k, v in environment.items())}: {said}")
-        resolve = "from pilotfish.checkpoints.catalog import resolve; print(resolve('smollm2-135m').path.name)"
-        print(f"model: downloaded into the volume, {container.run('python', '-c', resolve, network=True)}")
         config["Env"] = [*config["Env"], "PILOTFISH_DEVICE=cpu"]
         server = Server(container, work / "server.log")
         try:

@@ -80,6 +80,7 @@ def test_a_gpu_that_cannot_be_used_is_an_error(
     monkeypatch.setattr(torch.cuda, "init", init)
     for start in (
         lambda: LLM(str(tiny_llama)),
+        lambda: LLM("no-such-folder/at-all.gguf"),  # before a model is looked for
         lambda: use_gpu("cuda"),
         lambda: assign_device(EngineConfig(tensor_parallel_size=2), 1),
     ):
