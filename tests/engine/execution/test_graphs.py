@@ -165,7 +165,7 @@ def test_capture_stops_at_the_memory_limit(make: Callable[..., LLM], caplog: pyt
 
     caplog.set_level("INFO")
     backend = Hungry()
-    llm = make(backend, drafter=("ngram",), cuda_graph_memory=20 << 20)
+    llm = make(backend, drafter=("ngram",), cuda_graph_memory=20 << 20, max_batch_tokens=128)
     assert backend.most == [72, 64, 32]  # rows of logits: a step with a chunk of 128 wants 72
     assert backend.sizes == sorted(backend.sizes, reverse=True)
     graphs = llm.core.engine.runner._graphs
