@@ -51,7 +51,7 @@ async def test_many_chats_at_once(async_client: openai.AsyncOpenAI, model: str) 
 def test_a_call(client: openai.OpenAI, model: str, choice: Any) -> None:
     asked: dict[str, Any] = {
         "model": model, "messages": MESSAGES, "max_tokens": 100, "temperature": 0, "tools": TOOLS,
-        "tool_choice": choice,
+        "tool_choice": choice, "parallel_tool_calls": False,
     }  # fmt: skip
     choices = client.chat.completions.create(**asked).choices
     assert choices[0].finish_reason in ("stop", "tool_calls")
