@@ -80,6 +80,18 @@ def test_those_who_decode_wait_no_longer_than_the_bound(streams: int, speed: flo
     assert max(added) < 0.2
 
 
+def test_prompts_share_the_bound() -> None:
+    """Twenty prompts that would each fit: several are read in a step, no more than fit together."""
+    machine = Machine(0.08, 0.006, 0.0004, 0.9e-7, streams=4)
+    for _ in range(10):
+        machine.step()
+    for _ in range(20):
+        machine.add(100, 1)
+    added, rows = machine.step()
+    assert added < 0.12
+    assert rows > 100
+
+
 def test_where_nobody_decodes_chunks_are_large() -> None:
     machine = Machine(0.001, 0.025, 0.002, 0.9e-6, streams=0)
     machine.add(PROMPT, 5)
