@@ -75,7 +75,7 @@ def test_a_step_that_does_not_fit_is_an_error(tiny_llama: Path, monkeypatch: pyt
     monkeypatch.setattr(step_memory, "peak_memory", none_left)
     said = r"128 rows and 32 sequences does not fit .* lower max_batch_tokens or max_num_seqs \(CUDA out of memory"
     with pytest.raises(ConfigError, match=said):
-        blocks(tiny_llama)
+        blocks(tiny_llama, max_batch_tokens=128, max_num_seqs=32)
 
 
 @pytest.fixture(scope="module")
