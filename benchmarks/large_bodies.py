@@ -5,6 +5,9 @@
 A real server in a process of its own. For each kind of body, clients send it over and over, while another reads a
 stream and a third asks /health every 20 ms. The first row is without any large body: what the engine and the machine do
 by themselves. Memory is that of the server's process, without its engine's: the most, and 5 s after.
+
+Those who send have a process of their own, whose interpreter the measuring threads do not wait for, and it yields to
+the rest: such clients would be on other machines.
 """
 
 from __future__ import annotations
@@ -13,15 +16,18 @@ import argparse
 import gzip
 import http.client
 import json
+import multiprocessing
+import os
 import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from urllib.parse import urlsplit
 
 import psutil
@@ -84,13 +90,6 @@ def measure(url: str, pid: int, model: str, body: Body | None, clients: int, sec
     seen, ended = Seen(), threading.Event()
     process = psutil.Process(pid)
 
-    def every(work: Callable[[], None]) -> Callable[[], None]:
-        def run() -> None:
-            while not ended.is_set():
-                work()
-
-        return run
-
     def health() -> None:
         with _connection(url) as connection:
             began = time.perf_counter()
@@ -112,28 +111,73 @@ def measure(url: str, pid: int, model: str, body: Body | None, clients: int, sec
                         seen.gaps.append(now - last)
                     last = now
 
+    with _sending(url, body, clients) as statuses:
+        threads = _threads(ended, [health, stream])
+        time.sleep(seconds)
+        ended.set()
+        for thread in threads:
+            thread.join()
+    seen.statuses = statuses
+    time.sleep(SETTLE_SECONDS)
+    seen.after = process.memory_info().rss
+    return seen
+
+
+def _threads(ended: threading.Event, works: Sequence[Callable[[], None]]) -> list[threading.Thread]:
+    """Start a thread for each of these, which does it over and over until `ended`."""
+
+    def repeat(work: Callable[[], None]) -> None:
+        while not ended.is_set():
+            work()
+
+    threads = [threading.Thread(target=repeat, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+@contextmanager
+def _sending(url: str, body: Body | None, clients: int) -> Iterator[list[int]]:
+    """Send `body` by that many clients in another process meanwhile; the list has the statuses once that has ended."""
+    statuses: list[int] = []
+    if body is None:
+        yield statuses
+        return
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.Process(target=_send, args=(url, body, clients, there))
+    process.start()
+    here.recv()
+    try:
+        yield statuses
+    finally:
+        here.send(None)
+        statuses.extend(here.recv())
+        process.join()
+
+
+def _send(url: str, body: Body, clients: int, pipe: Connection) -> None:
+    """Send `body` until something comes through the pipe, and answer with the statuses."""
+    os.nice(10)
+    ended = threading.Event()
+    statuses: list[int] = []
+
     def send() -> None:
-        assert body is not None
         with _connection(url) as connection:
             try:
                 connection.request("POST", body.path, body.data, HEADERS | body.headers)
                 response = connection.getresponse()
                 response.read()
-                seen.statuses.append(response.status)
+                statuses.append(response.status)
             except (OSError, http.client.HTTPException):  # an answer before the body was sent
-                seen.statuses.append(0)
+                statuses.append(0)
 
-    works = [health, stream] + ([] if body is None else [send] * clients)
-    threads = [threading.Thread(target=every(work)) for work in works]
-    for thread in threads:
-        thread.start()
-    time.sleep(seconds)
+    pipe.send(None)
+    threads = _threads(ended, [send] * clients)
+    pipe.recv()
     ended.set()
     for thread in threads:
         thread.join()
-    time.sleep(SETTLE_SECONDS)
-    seen.after = process.memory_info().rss
-    return seen
+    pipe.send(statuses)
 
 
 @contextmanager
