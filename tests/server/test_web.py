@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import zlib
@@ -113,6 +114,23 @@ async def test_another_encoding_is_415_and_named(encoding: str) -> None:
     assert (response.status_code, error["code"]) == (415, "unsupported_encoding")
     assert encoding in error["message"]
     assert "gzip" in error["message"]
+
+
+async def test_others_have_their_turn_while_a_small_body_becomes_a_large_one() -> None:
+    content, turns, asked = gzip.compress(BODY + b" " * (16 << 20)), 0, True
+
+    async def others() -> None:
+        nonlocal turns
+        while asked:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(others())
+    response = await post(served(max_body_bytes=32 << 20), content, content_encoding="gzip")
+    asked = False
+    await counting
+    assert response.status_code == 200, response.text
+    assert turns >= (16 << 20) / 2**18
 
 
 async def test_a_small_body_that_becomes_a_large_one_is_refused() -> None:
