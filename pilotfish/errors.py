@@ -30,6 +30,15 @@ class EngineDeadError(PilotfishError):
     """The engine process has ended or was stopped; requests in flight cannot finish."""
 
 
+class EngineRestartingError(EngineDeadError):
+    """The engine process has ended with this request, and is being restarted: it is worth sending the request again."""
+
+    def __init__(self, reason: str, retry_after: float) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+        """Seconds until the engine will probably be ready."""
+
+
 class RankError(EngineDeadError):
     """A rank of a sharded model has ended, hangs, or cannot start; the engine ends with it. The message names it."""
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pilotfish import __version__
-from pilotfish.engine.process.client import AsyncEngine
+from pilotfish.engine.process.supervisor import SupervisedEngine
 from pilotfish.server.auth import Authentication
 from pilotfish.server.bodies import LARGE_BODY, BodyBudget, BodyRoute
 from pilotfish.server.browsers import CrossOrigin, HeadAsGet
@@ -46,7 +46,7 @@ from pilotfish.text.tokenizer import Tokenizer
 
 
 def create_app(
-    engine: AsyncEngine,
+    engine: SupervisedEngine,
     tokenizer: Tokenizer,
     config: ServerConfig,
     stats: Metrics,
@@ -54,7 +54,7 @@ def create_app(
     tracing: Tracing | None = None,
     endpoints: Sequence[Endpoint[Any]] = ENDPOINTS,
 ) -> FastAPI:
-    """Make the application that serves `engine`, which the caller has created with `on_stats=stats.step` and started.
+    """Make the application that serves `engine`, which the caller has created with the events of `stats` and started.
     `names` are the model's names for clients; the caller closes `tracing`.
 
     The application answers while the engine loads (see /ready), and stops the engine at shutdown.

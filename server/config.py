@@ -79,6 +79,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Refuse requests with fields that are not known, instead of ignoring these with a warning."""
     drain_timeout: Annotated[float, Meta(ge=0)] = 30.0
     """Seconds that running requests have to finish after SIGTERM or Ctrl-C; those that remain end with an error."""
+    engine_restarts: NotNegative = 5
+    """Maximum number of times that an engine which has died is started again within `engine_restart_window`; after more
+    deaths /health is 503, so that whatever watches the server restarts it. 0: never start it again."""
+    engine_restart_window: Annotated[float, Meta(gt=0)] = 600.0
+    """Seconds for which a restart of the engine counts towards `engine_restarts`. The first restart is immediate, those
+    that follow within this time wait 1, 2, 4 and so on up to 30 seconds."""
     log_level: LogLevel = "info"
     """Lowest level of messages to log. info logs a line for each request, but none for probes."""
     log_format: LogFormat = "text"

@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from pilotfish.errors import EngineDeadError, EngineNotReadyError, ParameterError, shown
+from pilotfish.errors import EngineDeadError, EngineNotReadyError, EngineRestartingError, ParameterError, shown
 from pilotfish.server.encoding import ErrorBody, ErrorFields, json_response
 
 logger = logging.getLogger(__name__)
@@ -140,10 +140,23 @@ def bodies_full(message: str, retry_after: float | None = None) -> ApiError:
     return ApiError(429, message, type="rate_limit_error", code="bodies_full", retry_after=retry_after)
 
 
-def engine_dead(reason: str | None = None) -> ApiError:
-    because = f": {reason}" if reason else ""
-    message = f"The engine has ended{because}; the server must be restarted."
+def engine_dead() -> ApiError:
+    """Why it has ended is the operator's: the log says it."""
+    message = "The engine has ended, and the server must be restarted: its log says why."
     return ApiError(503, message, type=SERVER_ERROR, code="engine_dead")
+
+
+def engine_restarting(retry_after: float, cut: bool = False) -> ApiError:
+    """`retry_after`: seconds until the engine will probably be ready; `cut`: whether it ended in the middle of this
+    answer."""
+    what = "ended before this answer was complete, and is" if cut else "is"
+    return ApiError(
+        503,
+        f"The engine {what} being restarted: send the request again shortly.",
+        type=SERVER_ERROR,
+        code="engine_restarting",
+        retry_after=_spread(retry_after),
+    )
 
 
 def internal(request_id: str) -> ApiError:
@@ -160,8 +173,10 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
             return bad_parameter(param, message)
         case EngineNotReadyError():
             return stopping()  # `Service.ready` was checked first, so the engine has begun to stop since
+        case EngineRestartingError(retry_after=seconds):
+            return engine_restarting(seconds, cut=True)
         case EngineDeadError():
-            return engine_dead(str(error))
+            return engine_dead()
         case HTTPException():
             return _routing_error(error)
         case RequestValidationError():

@@ -89,6 +89,10 @@ class Metrics:
 
         self._info = Info("engine", "The model that is served and how it runs.", **own)
         self._up = gauge("engine_up", "1 while the engine takes requests.")
+        self._restarts = counter("engine_restarts", "Times that the engine died and was started again.")
+        self._replays = counter(
+            "requests_replayed", "Answers that had not begun when the engine died, and were begun anew by the next."
+        )
         self._load = gauge("engine_load_seconds", "Time that loading the model took.")
         self._memory = gauge(
             "rank_memory_bytes", "Memory of an engine process: resident, and allocated on its GPU.", ("rank", "kind")
@@ -159,6 +163,7 @@ class Metrics:
         numbers = {"max_model_len": info.max_model_len, "tensor_parallel_size": info.tensor_parallel_size}
         self._info.info(named | {"drafter": info.default_drafter} | {name: str(n) for name, n in numbers.items()})
         self._model = info.model
+        self.last_step = time.monotonic()  # what waits for a new engine has not been stuck before
         self._up.set(1)
         self._load.set(info.load_seconds)
         self._max_sequences.set(info.max_num_seqs)
@@ -196,6 +201,15 @@ class Metrics:
     def engine_stopping(self) -> None:
         """Record that the engine takes no more requests."""
         self._up.set(0)
+
+    def restarting(self) -> None:
+        """Count that the engine has died and is started again."""
+        self._restarts.inc()
+        self.engine_gone()
+
+    def replayed(self) -> None:
+        """Count an answer that is begun anew by the next engine."""
+        self._replays.inc()
 
     def engine_gone(self) -> None:
         """Record that the engine has ended and holds no memory any more."""

@@ -17,7 +17,7 @@ import uvicorn
 from pilotfish import __version__, logs
 from pilotfish.checkpoints.catalog import ModelFiles, resolve
 from pilotfish.engine.config import EngineConfig
-from pilotfish.engine.process.client import AsyncEngine
+from pilotfish.engine.process.supervisor import EngineEvents, RestartPolicy, SupervisedEngine
 from pilotfish.engine.ranks.node import run_node
 from pilotfish.engine.speculation.drafters.registry import check_speculation, find
 from pilotfish.errors import ConfigError, EngineDeadError
@@ -99,9 +99,15 @@ class _Run:
         self._chat_template = chat_template
         self._tracing = tracing
         self._metrics = Metrics()
-        self._engine = AsyncEngine(
-            engine_config, on_stats=self._metrics.step, on_loading=console.progress, logs=logs_of(config)
+        events = EngineEvents(
+            stats=self._metrics.step,
+            loading=console.progress,
+            ready=self._metrics.ready,
+            restarting=self._metrics.restarting,
+            replayed=self._metrics.replayed,
         )
+        policy = RestartPolicy(config.engine_restarts, config.engine_restart_window)
+        self._engine = SupervisedEngine(engine_config, policy, events, logs=logs_of(config))
         self._server: _Server | None = None
         self._gate: Gate | None = None
         self._asked = asyncio.Event()
@@ -172,7 +178,6 @@ class _Run:
                 assert self._server is not None
                 self._server.should_exit = True
             return
-        self._metrics.ready(info)
         needs_key = bool(self._config.api_key or self._config.api_key_file)
         self._console.ready(info, url, self._names[0], needs_key, self._config.page)
 

@@ -10,12 +10,19 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from pilotfish import __version__
-from pilotfish.engine.process.client import AsyncEngine
+from pilotfish.engine.process.supervisor import SupervisedEngine
 from pilotfish.engine.request import EngineInfo
 from pilotfish.errors import ParameterError
 from pilotfish.server.admission import Gate
 from pilotfish.server.config import ServerConfig
-from pilotfish.server.errors import ContextLengthError, engine_dead, loading, model_not_found, stopping
+from pilotfish.server.errors import (
+    ContextLengthError,
+    engine_dead,
+    engine_restarting,
+    loading,
+    model_not_found,
+    stopping,
+)
 from pilotfish.server.memory import Reclaimer
 from pilotfish.server.metrics import Metrics
 from pilotfish.server.offload import Offload, Tokenizing, TooLongError
@@ -39,7 +46,7 @@ class Service:
 
     def __init__(
         self,
-        engine: AsyncEngine,
+        engine: SupervisedEngine,
         tokenizer: Tokenizer,
         config: ServerConfig,
         metrics: Metrics,
@@ -66,11 +73,13 @@ class Service:
         self._fingerprint = ""
 
     def ready(self) -> EngineInfo:
-        """Return the engine's info. Raises ApiError 503 while it loads, stops or is dead."""
+        """Return the engine's info. Raises ApiError 503 while it loads, is restarted, stops or is dead."""
         if self.engine.state == "dead" and not self.gate.closed:
-            raise engine_dead(self.engine.error)
+            raise engine_dead()
         if self.engine.state in ("stopping", "dead") or self.gate.closed:
             raise stopping()
+        if self.engine.state == "restarting":
+            raise engine_restarting(self.engine.retry_after)
         if self.engine.state == "starting" or self.engine.info is None:
             raise loading()
         return self.engine.info

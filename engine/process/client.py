@@ -1,5 +1,6 @@
 """AsyncEngine: the server's handle on an engine process. It starts the process, sends requests, delivers outputs, and
 notices when it ends. No torch. The process itself is in `main`; the same engine without a process is `engine.llm`.
+`supervisor` starts it again when it dies.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ class AsyncEngine:
     """An engine in a process of its own. All methods belong to the event loop that `start` ran in.
 
     `state` goes from "starting" to "ready" to "stopping" to "dead", or to "dead" from any of them; `error` then says
-    why. `on_stats` and `on_loading` are called from the event loop, once for each step and each report of progress.
-    `logs` is the logging of the process; `command` starts it, and must call `engine.process.main.run`. Raises
-    ConfigError for settings that contradict each other.
+    why. `on_stats` and `on_loading` are called from the event loop, once for each step and each report of progress;
+    `on_end` when the state becomes "dead", before requests in flight hear of it. `logs` is the logging of the process;
+    `command` starts it, and must call `engine.process.main.run`. Raises ConfigError for settings that contradict each
+    other.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class AsyncEngine:
         on_stats: Callable[[StepStats], None] | None = None,
         on_loading: Callable[[str, float], None] | None = None,
         *,
+        on_end: Callable[[], None] | None = None,
         logs: Logs = Logs(),  # noqa: B008 - it cannot change
         command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
@@ -78,6 +81,7 @@ class AsyncEngine:
         self.error: str | None = None
         self._on_stats = on_stats
         self._on_loading = on_loading
+        self._on_end = on_end
         self._logs = logs
         self._command = tuple(command)
         self._seeds = random.SystemRandom() if config.seed is None else random.Random(config.seed)
@@ -316,6 +320,8 @@ class AsyncEngine:
         if self.state == "dead":
             return
         self.state, self.error = "dead", reason
+        if self._on_end is not None:
+            self._on_end()
         for queue in self._requests.values():
             if queue is not None:
                 queue.put_nowait(EngineDeadError(reason))

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from pilotfish.engine.process.client import AsyncEngine
+from pilotfish.engine.process.supervisor import SupervisedEngine
 from pilotfish.errors import EngineDeadError
 from pilotfish.server.errors import SERVER_ERROR, ApiError, cut_short
 from pilotfish.server.generation.answer import Answer
@@ -18,7 +18,7 @@ Pieces = AsyncGenerator[tuple[Answer, Piece], None]
 """Pieces, each with its answer."""
 
 
-def follow_all(engine: AsyncEngine, answers: Sequence[Answer], metrics: Metrics, at_once: int) -> Pieces:
+def follow_all(engine: SupervisedEngine, answers: Sequence[Answer], metrics: Metrics, at_once: int) -> Pieces:
     """Yield the pieces of several answers as they arrive; `at_once` of them are generated at a time. If one fails, or
     the generator is closed, all of them end."""
     if len(answers) == 1:  # the common case needs no task and no queue for each chunk
@@ -26,9 +26,9 @@ def follow_all(engine: AsyncEngine, answers: Sequence[Answer], metrics: Metrics,
     return _merge(engine, answers, metrics, at_once)
 
 
-async def follow(engine: AsyncEngine, answer: Answer, metrics: Metrics) -> Pieces:
+async def follow(engine: SupervisedEngine, answer: Answer, metrics: Metrics) -> Pieces:
     """Yield the pieces of one answer; the last has a finish_reason. The request has left the engine by then, and also
-    if the generator is closed or cancelled. Raises the errors of `AsyncEngine.generate`, and ApiError for a request
+    if the generator is closed or cancelled. Raises the errors of `SupervisedEngine.generate`, and ApiError for a request
     that the engine gave up.
     """
     outcome: Outcome = "error"
@@ -67,7 +67,7 @@ async def follow(engine: AsyncEngine, answer: Answer, metrics: Metrics) -> Piece
     yield answer, last
 
 
-async def _merge(engine: AsyncEngine, answers: Sequence[Answer], metrics: Metrics, at_once: int) -> Pieces:
+async def _merge(engine: SupervisedEngine, answers: Sequence[Answer], metrics: Metrics, at_once: int) -> Pieces:
     queue: asyncio.Queue[tuple[Answer, Piece] | Exception] = asyncio.Queue()
 
     turns = asyncio.Semaphore(at_once)

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from pilotfish import __version__
 from pilotfish.server.encoding import described, json_response
-from pilotfish.server.errors import ApiError
+from pilotfish.server.errors import ApiError, engine_dead
 from pilotfish.server.service import ServiceDependency
 
 router = APIRouter()
@@ -33,9 +33,9 @@ _ANSWERS: dict[str, Any] = {
 
 @router.get("/health", **_ANSWERS)
 async def health(service: ServiceDependency) -> Response:
-    """Return 200 while the engine loads or runs; 503 once it is dead and the server must be restarted."""
+    """Return 200 while the engine loads, runs or is restarted; 503 once it is dead and the server must be restarted."""
     if service.engine.state == "dead":
-        return _status(503, "dead", service.engine.error)
+        return _status(503, "dead", engine_dead().message)
     return _status(200, "alive")
 
 

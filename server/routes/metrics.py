@@ -13,7 +13,7 @@ router = APIRouter()
 
 @router.get("/metrics", response_model=None, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(service: ServiceDependency) -> Response:
-    if service.engine.state == "dead":
+    if service.engine.state in ("restarting", "dead"):
         service.metrics.engine_gone()
     elif service.engine.state == "stopping" or service.gate.closed:
         service.metrics.engine_stopping()

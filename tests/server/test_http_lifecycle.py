@@ -6,6 +6,7 @@ import json
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ import httpx
 import openai
 import pytest
 
+from pilotfish.checkpoints.catalog import ModelFiles
 from tests.support.running_server import MODEL, RunningServer
 
 pytestmark = pytest.mark.process
 
 
 def test_loading_then_ready_then_an_engine_killed_in_mid_request(tiny_llama: Path, tmp_path: Path) -> None:
+    """Without restarts, the server says that it has to be restarted itself."""
     running = RunningServer(
         tmp_path / "log", "--model", str(tiny_llama), "--kv-cache-memory", "8MiB", "--api-key", "sesame",
-        "--served-model-name", "fish", "--speculation", "none",
+        "--served-model-name", "fish", "--speculation", "none", "--engine-restarts", "0",
     )  # fmt: skip
     try:
         running.wait_for("/ready", 503)
@@ -65,6 +68,7 @@ def test_loading_then_ready_then_an_engine_killed_in_mid_request(tiny_llama: Pat
             assert error.code == "engine_dead"
             assert running.status("/health") == 503
             assert running.status("/ready") == 503
+            assert "the engine process was ended by SIGKILL" in running.log.read_text()
             assert running.metric("pilotfish_kv_blocks_used") == 0
             with pytest.raises(openai.InternalServerError) as dead:
                 client.completions.create(**asked)
@@ -126,3 +130,61 @@ def test_an_engine_that_cannot_start_ends_the_server_with_its_reason(tiny_llama:
         assert "Traceback" not in said
     finally:
         running.stop()
+
+
+@pytest.mark.real_model
+def test_an_engine_killed_under_16_streams_is_up_again_in_10_seconds(smollm2: ModelFiles, tmp_path: Path) -> None:
+    """Streams that had begun are told to come back, those that had not do not notice, and their texts are the same."""
+    running = RunningServer(
+        tmp_path / "log", "--model", str(smollm2.path), "--max-num-seqs", "8", "--served-model-name", "fish"
+    )
+    try:
+        running.wait_for("/ready", 200)
+        asked = [{"model": "fish", "prompt": f"Number {i} is", "max_tokens": 24, "seed": i} for i in range(16)]
+        with ThreadPoolExecutor(16) as threads:
+            alone = [_stream(running, body) for body in asked]
+            assert {error for _, error in alone} == {None}
+            long = [body | {"max_tokens": 2000, "ignore_eos": True} for body in asked[:8]]
+            begun = [threads.submit(_stream, running, body) for body in long]
+            running.wait_until(lambda: running.metric("pilotfish_sequences_running") == 8)
+            waiting = [threads.submit(_stream, running, body) for body in asked[8:]]
+            running.wait_until(lambda: running.metric("pilotfish_sequences_waiting") == 8)
+            killed = time.monotonic()
+            running.engine.kill()
+            running.wait_for("/ready", 503)
+            assert running.http.get("/ready").json()["status"] == "engine_restarting"
+            assert running.status("/health") == 200
+            refused = running.http.post("/v1/completions", json=asked[0])
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_restarting")
+            assert refused.json()["error"]["type"] == "server_error"
+            assert int(refused.headers["retry-after"]) > 0
+            assert running.metric("pilotfish_engine_up") == 0
+            running.wait_for("/ready", 200)
+            seconds = time.monotonic() - killed
+            cut = [future.result() for future in begun]
+            assert [error for _, error in cut] == ["engine_restarting"] * 8
+            assert all(text for text, _ in cut)
+            assert [future.result() for future in waiting] == alone[8:]
+            assert [_stream(running, body) for body in asked[:2]] == alone[:2]
+        assert seconds < 10
+        assert running.metric("pilotfish_engine_restarts_total") == 1
+        assert running.metric("pilotfish_requests_replayed_total") == 8
+        assert running.metric("pilotfish_engine_up") == 1
+        assert (
+            "It is restarted (1 of at most 5 times within 600 s); 16 requests were in flight" in running.log.read_text()
+        )
+    finally:
+        running.stop()
+
+
+def _stream(running: RunningServer, body: dict[str, Any]) -> tuple[str, str | None]:
+    """The text of a streamed answer, and the code of the error that ended it."""
+    text = ""
+    with running.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    return text, event["error"]["code"]
+                text += event["choices"][0]["text"] if event["choices"] else ""
+    return text, None

@@ -1,8 +1,9 @@
-"""A divided model behind the real server: whichever process ends or stops, the others end too, and whoever waits for an
-answer is told which it was. Two hosts on one: as two commands, over loopback."""
+"""A divided model behind the real server: whichever process ends or stops, the others end too, whoever waits for an
+answer is told so, and the log says which it was. Two hosts on one: as two commands, over loopback."""
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import subprocess
@@ -23,13 +24,14 @@ from tests.support.running_server import MODEL, RunningServer
 pytestmark = pytest.mark.process
 
 FLAGS = ("--kv-cache-memory", "16MiB", "--num-threads", "1", "--drafter", "ngram", "--rank-timeout", "3")
+NO_RESTARTS = ("--engine-restarts", "0")
 ENDLESS: dict[str, Any] = {"model": MODEL, "prompt": "a", "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
 SHORT: dict[str, Any] = {"model": MODEL, "prompt": "The sea", "max_tokens": 16, "temperature": 0, "seed": 1}
 
 
 @pytest.fixture
 def divided(tiny_llama: Path, tmp_path: Path) -> Iterator[RunningServer]:
-    flags = ("--model", str(tiny_llama), "--tensor-parallel-size", "2", *FLAGS)
+    flags = ("--model", str(tiny_llama), "--tensor-parallel-size", "2", *FLAGS, *NO_RESTARTS)
     sockets = tmp_path / "sockets"
     sockets.mkdir()
     running = RunningServer(tmp_path / "log", *flags, variables={"TMPDIR": str(sockets)})
@@ -56,7 +58,8 @@ def wait_until_gone(*processes: psutil.Process) -> None:
 
 
 def end_while_an_answer_runs(running: RunningServer, process: psutil.Process, number: int) -> str:
-    """Returns the error that a client is told of, with two answers running, one of them streamed."""
+    """Returns what the log says of it. Two answers are running, one of them streamed: both clients are told that the
+    engine has ended, and nothing of its processes."""
     told: list[str] = []
     with running.client() as client:
 
@@ -79,7 +82,9 @@ def end_while_an_answer_runs(running: RunningServer, process: psutil.Process, nu
     assert "The engine has ended" in other
     assert broken.value.code == "engine_dead"
     assert broken.value.message in other
-    return broken.value.message
+    for inner in (socket.gethostname(), str(process.pid), "rank"):
+        assert inner not in other
+    return running.log.read_text()
 
 
 def test_metrics_tell_of_every_rank(divided: RunningServer) -> None:
@@ -98,7 +103,7 @@ def test_metrics_tell_of_every_rank(divided: RunningServer) -> None:
         (signal.SIGSTOP, "rank 1 (pid {pid}, {host}) was silent for 3 s"),
     ],
 )
-def test_a_rank_that_ends_or_stops_is_named_to_the_client(divided: RunningServer, number: int, said: str) -> None:
+def test_a_rank_that_ends_or_stops_is_named_in_the_log(divided: RunningServer, number: int, said: str) -> None:
     worker = worker_of(divided)
     message = end_while_an_answer_runs(divided, worker, number)
     assert said.format(pid=worker.pid, host=socket.gethostname()) in message
@@ -129,8 +134,32 @@ def test_a_rank_that_ends_while_the_server_is_idle_ends_the_engine(divided: Runn
     """Its main thread sleeps, and does not hear of it: another has to say so."""
     worker_of(divided).kill()
     divided.wait_for("/health", 503)
-    with divided.client() as client, pytest.raises(openai.APIError, match=r"rank 1 \(pid .* was ended by SIGKILL"):
+    with divided.client() as client, pytest.raises(openai.APIError, match="The engine has ended"):
         client.completions.create(**SHORT)
+    assert re.search(r"the engine has ended: rank 1 \(pid .* was ended by SIGKILL", divided.log.read_text())
+
+
+def test_a_rank_that_is_killed_brings_the_engine_down_and_up(tiny_llama: Path, tmp_path: Path) -> None:
+    running = RunningServer(tmp_path / "log", "--model", str(tiny_llama), "--tensor-parallel-size", "2", *FLAGS)
+    try:
+        running.wait_for("/ready", 200)
+        old = [running.engine, worker_of(running)]
+        with running.client() as client:
+            before = client.completions.create(**SHORT).choices[0].text
+            stream = client.completions.create(**ENDLESS, stream=True)
+            next(iter(stream))
+            worker_of(running).kill()
+            with pytest.raises(openai.APIError) as broken:
+                list(stream)
+            assert broken.value.code == "engine_restarting"
+            assert running.status("/health") == 200
+            running.wait_for("/ready", 200)
+            assert client.completions.create(**SHORT).choices[0].text == before
+        wait_until_gone(*old)
+        assert worker_of(running).is_running()
+        assert running.metric("pilotfish_engine_restarts_total") == 1
+    finally:
+        running.stop()
 
 
 # Two hosts.
@@ -146,7 +175,7 @@ class Hosts:
         command = [sys.executable, "-m", "pilotfish.server.cli.main", "serve", *flags, *other, "--node-rank", "1"]
         with self.log.open("wb") as output:
             self.second = subprocess.Popen(command, stdout=output, stderr=output, env=environment())
-        self.first = RunningServer(folder / "node0", *flags)
+        self.first = RunningServer(folder / "node0", *flags, *NO_RESTARTS)
 
     @property
     def worker(self) -> psutil.Process:
