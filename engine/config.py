@@ -6,6 +6,7 @@ names say otherwise, lengths tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
@@ -212,3 +213,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ConfigError(f"lora has {name!r} twice: give each adapter a name of its own")
             found[name] = folder
         return found
+
+
+def config_of(model: str | None, config: EngineConfig | None, settings: Mapping[str, object]) -> EngineConfig:
+    """Return `config`, or the defaults, with a model and other settings on top of it. Raises ConfigError for settings
+    that are unknown, of the wrong type or contradictory."""
+    known = {} if config is None else msgspec.structs.asdict(config)
+    named = {} if model is None else {"model": model}
+    try:
+        return msgspec.convert({**known, **named, **settings}, EngineConfig).check()
+    except msgspec.ValidationError as error:
+        raise ConfigError(str(error)) from None

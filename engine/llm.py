@@ -6,71 +6,25 @@ loop.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Self
 
 import msgspec
 from tqdm import tqdm
 
-from pilotfish.engine.config import EngineConfig
+from pilotfish.engine.completion import DEFAULT_PARAMS, Completion, empty_completions, make_requests
+from pilotfish.engine.config import EngineConfig, config_of
 from pilotfish.engine.core import EngineCore
 from pilotfish.engine.params import SamplingParams
-from pilotfish.engine.request import Delta, EngineInfo, FinishReason, Request, RequestStats, TokenLogprobs, fan_out
+from pilotfish.engine.request import Delta, EngineInfo, Request
 from pilotfish.engine.stats import StepStats
-from pilotfish.errors import ConfigError, EngineDeadError, ParameterError
+from pilotfish.errors import EngineDeadError
 
-DEFAULT_PARAMS = SamplingParams()
-
-
-@dataclass(slots=True, kw_only=True)
-class Completion:
-    """One answer. `logprobs` has one entry for each of `token_ids`, `prompt_logprobs` one for each of `prompt_ids`
-    (None for the first); both are None unless the request's parameters ask for them."""
-
-    request_id: str
-    index: int
-    """Which of its prompt's n answers it is, from 0."""
-    prompt_ids: tuple[int, ...]
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    stop_token: int | None = None
-    """The end-of-text or stop token that ended it: the last of token_ids, and not part of the text."""
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    error: str | None = None
-    stats: RequestStats | None = None
-    prompt: str | None = None
-    """The prompt, if it was a text. See `pilotfish.library`, which has the tokenizer."""
-    read: Callable[[Sequence[int]], str] | None = field(default=None, repr=False, compare=False)
-    """Decodes token ids; None where there is no tokenizer."""
-
-    @property
-    def text(self) -> str:
-        """The answer's text, decoded now. Raises ParameterError where there is no tokenizer."""
-        if self.read is None:
-            raise ParameterError("text", "this engine knows token ids only: from pilotfish import LLM has texts")
-        return self.read(self.token_ids if self.stop_token is None else self.token_ids[:-1])
-
-    @property
-    def outputs(self) -> tuple[Completion, ...]:
-        """This one alone: as in vLLM, `llm.generate(...)[0].outputs[0].text`."""
-        return (self,)
-
-    def extend(self, delta: Delta) -> None:
-        """Append the next delta of its request."""
-        self.token_ids.extend(delta.token_ids)
-        if delta.logprobs is not None:
-            self.logprobs = self.logprobs or []
-            self.logprobs.extend(delta.logprobs)
-        if delta.prompt_logprobs is not None:
-            self.prompt_logprobs = list(delta.prompt_logprobs)
-        if delta.finish_reason is not None:
-            self.finish_reason, self.stop_token = delta.finish_reason, delta.stop_token
-            self.error, self.stats = delta.error, delta.stats
+__all__ = ["LLM", "Completion"]
 
 
 class LLM:
@@ -91,15 +45,10 @@ class LLM:
         on_loading: Callable[[str, float], None] | None = None,
         **settings: object,
     ) -> None:
-        known = {} if config is None else msgspec.structs.asdict(config)
-        named = {} if model is None else {"model": model}
-        try:
-            self.config = msgspec.convert({**known, **named, **settings}, EngineConfig).check()
-        except msgspec.ValidationError as error:
-            raise ConfigError(str(error)) from None
+        self.config = config_of(model, config, settings)
         self._on_stats = on_stats
         self._seeds = random.SystemRandom() if self.config.seed is None else random.Random(self.config.seed)
-        self._next_id = 0
+        self._ids = map(str, itertools.count())
         self._streaming = False
         self._core: EngineCore | None = EngineCore(self.config, on_loading)
 
@@ -147,28 +96,7 @@ class LLM:
         `params`, `speculation` and `adapter` (see Request) are a single value, or a list with one for each prompt.
         Raises ParameterError for lists of another length.
         """
-        if n < 1:
-            raise ParameterError("n", f"n is {n}, but must be at least 1")
-        made = []
-        for prompt, own, drafter, lora in zip(
-            prompts,
-            _each("params", params, SamplingParams, len(prompts)),
-            _each("speculation", speculation, (str, type(None)), len(prompts)),
-            _each("adapter", adapter, str, len(prompts)),
-            strict=True,
-        ):
-            seed = self.draw_seed() if own.seed is None else own.seed
-            request = Request(
-                id=str(self._next_id),
-                prompt_ids=tuple(prompt),
-                params=own,
-                speculation=drafter,
-                adapter=lora,
-                arrival=time.monotonic(),
-            )
-            self._next_id += 1
-            made += fan_out(request, n, seed)
-        return made
+        return make_requests(self._ids, self.draw_seed, prompts, params, n=n, speculation=speculation, adapter=adapter)
 
     def generate(
         self,
@@ -187,10 +115,7 @@ class LLM:
         engine cannot serve.
         """
         requests = self.requests(prompts, params, n=n, speculation=speculation, adapter=adapter)
-        done = {
-            request.id: Completion(request_id=request.id, index=i % n, prompt_ids=request.prompt_ids)
-            for i, request in enumerate(requests)
-        }
+        done = {completion.request_id: completion for completion in empty_completions(requests, n)}
         tokens = 0
         with tqdm(total=len(requests), desc="generate", unit="seq", disable=not use_tqdm) as bar:
             for delta in self.stream(requests):
@@ -237,13 +162,3 @@ class LLM:
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=self.draw_seed())
         return msgspec.structs.replace(request, params=params, arrival=request.arrival or time.monotonic())
-
-
-def _each(name: str, value: object, single: type | tuple[type, ...], count: int) -> list[Any]:
-    """Return one value for each of `count` prompts: `value` repeated if it is a single one, else the list itself."""
-    if isinstance(value, single):
-        return [value] * count
-    values = list(cast(Sequence[Any], value))
-    if len(values) != count:
-        raise ParameterError(name, f"{name} has {len(values)} entries, but there are {count} prompts")
-    return values

@@ -12,13 +12,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pilotfish.engine.params import SamplingParams
-    from pilotfish.library import LLM
+    from pilotfish.library.async_llm import AsyncLLM
+    from pilotfish.library.llm import LLM
 
     __version__: str
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "SamplingParams", "__version__"]
 
-_HOMES = {"LLM": "pilotfish.library", "SamplingParams": "pilotfish.engine.params"}
+_HOMES = {
+    "LLM": "pilotfish.library.llm",
+    "AsyncLLM": "pilotfish.library.async_llm",
+    "SamplingParams": "pilotfish.engine.params",
+}
 
 
 def __getattr__(name: str) -> object:

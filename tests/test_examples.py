@@ -87,6 +87,13 @@ def test_offline(tiny_llama: Path) -> None:
     assert all("->" in line for line in lines)
 
 
+def test_asynchronous(tiny_llama: Path) -> None:
+    *answers, read = run("asynchronous", str(tiny_llama)).splitlines()
+    assert len(answers) == 3
+    assert all("->" in line for line in answers)
+    assert read == "read 5 tokens"
+
+
 def test_compare_drafters(tiny_llama: Path) -> None:
     *arms, verdict = run("compare_drafters", str(tiny_llama)).splitlines()
     assert [arm.split()[0] for arm in arms] == ["off", "ngram", "suffix", "auto"]

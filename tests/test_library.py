@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from pilotfish import LLM, SamplingParams
 from pilotfish.engine.request import Delta
 from pilotfish.errors import ParameterError
+from tests.support.paths import ROOT
 
 PARAMS = SamplingParams(seed=5, max_tokens=24, ignore_eos=True)
 PROMPTS = ["The sea was calm", "and the light on the water"]
@@ -100,3 +102,15 @@ def test_the_engine_alone_has_no_texts(llm: LLM) -> None:
     completion = super(LLM, llm).generate([[5, 6]], PARAMS)[0]
     with pytest.raises(ParameterError, match="token ids only"):
         _ = completion.text
+
+
+PAGE = (ROOT / "docs" / "library.md").read_text()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("program", re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE), ids=range(3))
+def test_the_programs_of_the_page_run(program: str, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "smollm2-135m" in program
+    program = program.replace('"smollm2-135m"', f"{str(tiny_llama)!r}, kv_cache_memory=4 << 20")
+    exec(compile(program, "library.md", "exec"), {})
+    assert capsys.readouterr().out.strip()

@@ -46,20 +46,22 @@ def test_what_a_library_user_needs_is_there_and_costs_nothing_until_then(tmp_pat
     program = (
         "import sys, pilotfish\n"
         "assert 'torch' not in sys.modules and 'msgspec' not in sys.modules\n"
-        "from pilotfish import SamplingParams, __version__\n"
+        "from pilotfish import AsyncLLM, SamplingParams, __version__\n"
         "assert 'torch' not in sys.modules\n"
         "from pilotfish import LLM\n"
         "print(LLM.__module__, SamplingParams.__module__, __version__)"
     )
     done = python(program, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["pilotfish.library", "pilotfish.engine.params", pilotfish.__version__], done.stderr
+    assert done.stdout.split() == ["pilotfish.library.llm", "pilotfish.engine.params", pilotfish.__version__], (
+        done.stderr
+    )
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'LLMs'"):
         _ = pilotfish.LLMs
-    assert {"LLM", "SamplingParams", "__version__"} <= set(dir(pilotfish))
+    assert {"LLM", "AsyncLLM", "SamplingParams", "__version__"} <= set(dir(pilotfish))
 
 
 @pytest.mark.slow

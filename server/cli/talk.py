@@ -19,7 +19,7 @@ from pilotfish.server.cli.command import positive
 if TYPE_CHECKING:
     from rich.console import Console as Terminal
 
-    from pilotfish.library import LLM
+    from pilotfish.library.llm import LLM
 
 Message = dict[str, str]
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "bright_red")
@@ -192,7 +192,7 @@ def partner(options: dict[str, Any], default_model: str | None) -> Iterator[Part
     if options["url"] or (default_model is None and not options["model"]):
         yield Server(options["url"] or "http://127.0.0.1:8000", options["api_key"], options["model"])
         return
-    from pilotfish.library import LLM
+    from pilotfish.library.llm import LLM
     from pilotfish.server.console import Console
 
     console = Console()
