@@ -17,6 +17,8 @@ from pilotfish.engine.execution.loader import by_transformers, shape_of
 from pilotfish.engine.execution.runner import ModelRunner
 from pilotfish.engine.layers.communicator import ALONE
 from pilotfish.engine.memory.block_pool import BlockPool
+from pilotfish.engine.memory.cache_events import CacheEvents
+from pilotfish.engine.memory.event_publisher import EventPublisher
 from pilotfish.engine.memory.kv_cache import count_blocks
 from pilotfish.engine.memory.usage import RankMemory
 from pilotfish.engine.models.adapters import Adapters
@@ -54,6 +56,8 @@ class Engine:
     """Loads the target's low-rank adapters, if it may have any."""
     loaded: Mapping[str, int] = field(default_factory=dict)
     """Numbers of the adapters that were loaded at start, by their names."""
+    publisher: EventPublisher | None = None
+    """Tells others what the pool's prefix cache has, if they are to know."""
 
     def check(self) -> None:
         """Raise RankError if a rank has failed: results since then must not be used."""
@@ -63,9 +67,16 @@ class Engine:
     def other_memory(self) -> tuple[RankMemory, ...]:
         return self.ranks.memory() if self.ranks is not None else ()
 
+    def publish_cache(self) -> None:
+        """Send the events of the prefix cache since the last call."""
+        if self.publisher is not None and self.pool.events is not None:
+            self.publisher.publish(self.pool.events.take())
+
     def close(self) -> None:
-        """End the other ranks, and the compiling of grammars."""
+        """End the other ranks, the compiling of grammars, and the events of the cache."""
         self.grammars.close()
+        if self.publisher is not None:
+            self.publisher.close()
         if self.ranks is not None:
             self.ranks.close()
 
@@ -145,10 +156,15 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
         adapters=tuple(assembly.adapters),
         load_seconds=time.perf_counter() - start,
     )
+    publisher = None
+    if config.kv_events_endpoint:
+        publisher = EventPublisher(config.kv_events_endpoint, config.kv_events_replay_endpoint, config.kv_events_topic)
     return Engine(
         info=info,
         runner=assembly.runner,
-        pool=BlockPool(num_blocks, config.block_size, config.prefix_caching),
+        pool=BlockPool(
+            num_blocks, config.block_size, config.prefix_caching, None if publisher is None else CacheEvents()
+        ),
         speculator=speculator,
         verifier=make_verifier(config.verification, target.config.eos_token_ids, platform.device),
         grammars=Compiler(partial(load_vocabulary, assembly.files, target.config.vocab_size, info.eos_token_ids)),
@@ -156,6 +172,7 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
         ranks=ranks,
         adapters=target.adapters if isinstance(target, DecoderModel) else None,
         loaded=assembly.adapters,
+        publisher=publisher,
     )
 
 

@@ -143,6 +143,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     memory other programs need, too, and 0.9 on a GPU."""
     prefix_caching: bool = True
     """Keep the KV cache of finished requests, as long as there is room, for prompts that start with the same tokens."""
+    kv_events_endpoint: str = ""
+    """ZeroMQ address on which to publish what the prefix cache has, in vLLM's format, for cache-aware routers, such as
+    tcp://*:5557. The events have the tokens of prompts and answers: only for a network that may read them."""
+    kv_events_replay_endpoint: str = ""
+    """ZeroMQ address on which subscribers ask for events that they have missed, such as tcp://*:5558."""
+    kv_events_topic: str = ""
+    """Topic of the events; llm-d's router wants kv@ADDRESS@MODEL."""
 
     drafter: tuple[str, ...] = ()
     """Drafter to load: ngram, suffix, or a draft model or EAGLE-3 head with the target's vocabulary, in the same forms
@@ -180,6 +187,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"max_batch_tokens ({self.max_batch_tokens}) is smaller than max_num_seqs ({self.max_num_seqs}): "
                 "every running sequence needs a row of each step"
             )
+        if (self.kv_events_replay_endpoint or self.kv_events_topic) and not self.kv_events_endpoint:
+            raise ConfigError("kv_events_replay_endpoint and kv_events_topic need kv_events_endpoint")
+        if self.kv_events_endpoint and not self.prefix_caching:
+            raise ConfigError("kv_events_endpoint needs prefix_caching: without it there is nothing to publish")
         self._check_ranks()
         return self
 

@@ -31,6 +31,7 @@ from pilotfish.engine.device.transfer import ids_to_device
 from pilotfish.engine.execution.batch import Draw, Span
 from pilotfish.engine.execution.runner import DrawnTokens
 from pilotfish.engine.memory.block_table import BlockTable
+from pilotfish.engine.memory.cache_events import CacheOrigin
 from pilotfish.engine.memory.usage import MemoryMeter
 from pilotfish.engine.models.features import FeatureTap
 from pilotfish.engine.params import MAX_SEED
@@ -121,6 +122,7 @@ class EngineCore:
         self._ended: list[Delta] = []  # to be reported with the next step's deltas
         self._compiling: dict[Sequence, Future[LLMatcher]] = {}
         """Sequences that wait for their grammars, in the order in which they came."""
+        self.engine.publish_cache()
         self._masking = ThreadPoolExecutor(1, thread_name_prefix="masks")
         self._new_timer = partial(PassTimer, self._device)
         self.asynchronous = self.info.device.startswith("cuda")
@@ -145,7 +147,7 @@ class EngineCore:
         sequence = Sequence(
             request=request,
             seed=seed,
-            blocks=BlockTable(self.engine.pool, salt),
+            blocks=BlockTable(self.engine.pool, salt, CacheOrigin(request.adapter, request.salt, request.session)),
             adapter=adapter,
             drafters=drafters_of(request, self.info),
             stops=frozenset((*params.stop_token_ids, *(() if goes_on else self.info.eos_token_ids))),
@@ -215,6 +217,11 @@ class EngineCore:
             assert self.engine.adapters is not None
             self.engine.adapters.drop(number)
             self._leaving.remove(number)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes; sequences that have some of them keep them."""
+        self.engine.pool.clear()
+        self.engine.publish_cache()
 
     def has_work(self) -> bool:
         return bool(self._sequences or self._ended)
@@ -323,6 +330,7 @@ class EngineCore:
         for planned in plan.spans:
             if self._lives(planned):
                 planned.sequence.blocks.commit(planned.sequence.tokens, planned.sequence.computed)
+        self.engine.publish_cache()
         if plan.spans:
             tokens = sum([len(verdict.tokens) for _, verdict, _ in step.committed])
             self.engine.speculator.observe_step(drafts, plan.rows, seconds, tokens)

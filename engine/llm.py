@@ -77,6 +77,10 @@ class LLM:
     ) -> None:
         self.close()
 
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes, as for measurements."""
+        self.core.reset_prefix_cache()
+
     def draw_seed(self) -> int:
         """Return a seed for a request without one: the next of a fixed sequence if `config.seed` is set (the same as
         AsyncEngine's), else random."""

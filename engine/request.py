@@ -29,6 +29,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """The name of the low-rank adapter that answers; "": the model itself."""
     salt: bytes = b""
     """Requests share cached prefixes only with those that have the same salt."""
+    session: str | None = None
+    """The client's name for the session that it is part of; only passed on."""
     arrival: float = 0.0
     """time.monotonic() when the client's request came in (one clock for all processes of a machine)."""
 

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from hashlib import blake2b
 
+from pilotfish.engine.memory.cache_events import CacheEvents
 from pilotfish.errors import ConfigError
 
 DIGEST_SIZE = 16
@@ -23,16 +24,20 @@ class BlockPool:
     - used: referenced by one table, or by several that share a prefix;
     - cached: referenced by none, but findable by its digest until it is evicted, least recently used first.
 
-    Every operation takes constant time per block. Raises ConfigError for sizes below 1.
+    Every operation takes constant time per block. `events` is told what can be found, and what no longer can. Raises
+    ConfigError for sizes below 1.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, prefix_caching: bool = True, events: CacheEvents | None = None
+    ) -> None:
         for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
             if value < 1:
                 raise ConfigError(f"{name} is {value}, but must be at least 1")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self.events = events
         # Secret: clients, who choose the tokens, could search for collisions.
         self._root = os.urandom(DIGEST_SIZE)
         self._references = [0] * num_blocks
@@ -114,10 +119,21 @@ class BlockPool:
             else:
                 self._cached[block] = None
 
+    def clear(self) -> None:
+        """Forget every block that could be found. Those in use stay with the tables that have them."""
+        self._free.extend(reversed(self._cached))
+        self._cached.clear()
+        self._found.clear()
+        self._digests = [None] * self.num_blocks
+        if self.events is not None:
+            self.events.cleared()
+
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
         digest = self._digests[block]
         assert digest is not None  # only blocks with a digest are cached
         del self._found[digest]
         self._digests[block] = None
+        if self.events is not None:
+            self.events.removed(digest)
         return block

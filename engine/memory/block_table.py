@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pilotfish.engine.memory.block_pool import DIGEST_SIZE, BlockPool
+from pilotfish.engine.memory.cache_events import CacheOrigin
 
 
 class BlockTable:
@@ -22,10 +23,11 @@ class BlockTable:
     therefore writes only to blocks that it alone holds and that nobody can find.
     """
 
-    def __init__(self, pool: BlockPool, salt: bytes = b"") -> None:
+    def __init__(self, pool: BlockPool, salt: bytes = b"", origin: CacheOrigin = CacheOrigin()) -> None:  # noqa: B008
         """Only tables with the same `salt` share blocks. Whatever keys and values depend on besides the tokens goes
-        into it, and whose they are."""
+        into it, and whose they are; `origin` says the same to those who listen to the cache's events."""
         self.pool = pool
+        self._origin = origin
         self.blocks = array("i")  # copied as it is into each step's block tables
         self._root = pool.root_of(salt)
         self._digested = 0  # blocks whose digests are known: claimed, or full and computed
@@ -72,10 +74,17 @@ class BlockTable:
             raise ValueError(f"computed is {computed}, but there are {len(tokens)} tokens, and blocks for {room}")
         if not self.pool.prefix_caching:
             return
+        found: list[tuple[int, bytes]] = []
+        parents: list[bytes | None] = []
         for index in range(self._digested, computed // self.pool.block_size):
-            self._digest = self._next_digest(tokens, index)
-            self.pool.register(self.blocks[index], self._digest)  # the first wins; a second one stays this table's own
+            parent, self._digest = self._digest, self._next_digest(tokens, index)
+            # The first wins; a second one stays this table's own.
+            if self.pool.register(self.blocks[index], self._digest):
+                found.append((index, self._digest))
+                parents.append(parent if index else None)
             self._digested = index + 1
+        if found and self.pool.events is not None:
+            self.pool.events.stored(found, parents, tokens, self.pool.block_size, self._origin)
 
     def release(self) -> None:
         """Give every block back. The table is empty then and can be used again, by the same sequence or another."""

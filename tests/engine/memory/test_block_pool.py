@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
+from pilotfish.engine.memory.cache_events import AllBlocksCleared, BlockStored, CacheEvent, CacheEvents, CacheOrigin
 from pilotfish.errors import ConfigError
 
 Text = tuple[bytes | int | None, ...]
@@ -39,6 +40,39 @@ class Running:
         return (self.salt, *(tokens or self.tokens)[:stop])
 
 
+class Listener:
+    """What a router knows of a cache from its events alone."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self.cached: set[int] = set()
+        self.texts: dict[int, Text] = {}
+        """Of all blocks that there ever were, by their hashes."""
+
+    def hear(self, events: list[CacheEvent]) -> None:
+        for event in events:
+            if isinstance(event, AllBlocksCleared):
+                self.cached.clear()
+            elif isinstance(event, BlockStored):
+                self._learn(event)
+            else:
+                assert self.cached.issuperset(event.block_hashes)
+                self.cached.difference_update(event.block_hashes)
+
+    def _learn(self, event: BlockStored) -> None:
+        keys = event.extra_keys or [None] * len(event.block_hashes)
+        assert len(keys) == len(event.block_hashes)
+        assert len(event.token_ids) == len(keys) * self._size == len(keys) * event.block_size
+        text: Text = (bytes.fromhex(keys[0][0]) if keys[0] else b"",)
+        if event.parent_block_hash is not None:
+            text = self.texts[event.parent_block_hash]
+        for i, hash_ in enumerate(event.block_hashes):
+            assert hash_ not in self.cached
+            text = (*text, *event.token_ids[i * self._size : (i + 1) * self._size])
+            assert self.texts.setdefault(hash_, text) == text
+            self.cached.add(hash_)
+
+
 class PoolMachine(RuleBasedStateMachine):
     """The model knows a block by its table's salt and the whole text up to its end, and writes these where the engine
     would write keys and values: whatever is shared must have been computed from exactly the text that claims it."""
@@ -47,7 +81,9 @@ class PoolMachine(RuleBasedStateMachine):
         num_blocks=st.integers(1, 10), block_size=st.integers(1, 3), prefix_caching=st.sampled_from([True, True, False])
     )
     def start(self, num_blocks: int, block_size: int, prefix_caching: bool) -> None:
-        self.pool = BlockPool(num_blocks, block_size, prefix_caching)
+        self.events = CacheEvents()
+        self.pool = BlockPool(num_blocks, block_size, prefix_caching, self.events)
+        self.listener = Listener(block_size)
         self.size = block_size
         self.caching = prefix_caching
         self.running: list[Running] = []
@@ -61,7 +97,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(prompt=st.lists(TOKENS, min_size=1, max_size=10), salt=SALTS)
     def admit(self, prompt: list[int], salt: bytes) -> None:
-        sequence = Running(BlockTable(self.pool, salt), prompt, salt)
+        sequence = Running(BlockTable(self.pool, salt, CacheOrigin(salt=salt)), prompt, salt)
         self.running.append(sequence)
         self.claim(sequence)
 
@@ -110,6 +146,12 @@ class PoolMachine(RuleBasedStateMachine):
         sequence = self.picked(pick)
         self.running.remove(sequence)
         self.release(sequence)
+
+    @rule()
+    def clear(self) -> None:
+        self.pool.clear()
+        self.free.update(self.cached)
+        self.cached, self.found = [], {}
 
     @precondition(lambda self: self.running)
     @rule(pick=PICK)
@@ -207,6 +249,12 @@ class PoolMachine(RuleBasedStateMachine):
         assert pool.available == len(self.free) + len(self.cached) == pool.num_blocks - pool.used
         assert not self.free & self.references.keys()
         assert not set(self.cached) & (self.references.keys() | self.free)
+
+    @invariant()
+    def listeners_know_what_can_be_found(self) -> None:
+        self.listener.hear(self.events.take())
+        known = [self.listener.texts[hash_] for hash_ in self.listener.cached]
+        assert sorted(map(repr, known)) == sorted(map(repr, self.found))
 
     @invariant()
     def shared_blocks_hold_the_same_text(self) -> None:
