@@ -14,7 +14,7 @@ struct layer {
   const float *q_norm, *k_norm;                     /* of each head, or 0 */
   const float *attention_post_norm, *mlp_post_norm; /* of what attention and MLP add to the hidden states, or 0 */
   const float *cos_sin;
-  float *keys, *values;
+  void *keys, *values;
   struct weight qkv, output, gate_up, down;
   int64_t window;
 };
@@ -26,7 +26,7 @@ struct step {
   float *scratch;     /* as struct attention's, as are the fields from here to scale */
   const int32_t *cu_query_lens, *context_lens, *block_tables;
   const int64_t *positions, *slots;
-  int64_t rows, size, heads, kv_heads, dim, spans, max_blocks, block_size, scratch_size;
+  int64_t rows, size, heads, kv_heads, dim, spans, max_blocks, block_size, form;
   int64_t gelu; /* the gate's function: GELU, else SiLU */
   float scale, eps;
 };
@@ -68,10 +68,10 @@ static void decode(int level, const struct layer *l, const struct step *s) {
   } else {
     pilotfish_rotate(level, qkv, width, s->positions, l->cos_sin, rows, heads + kv_heads, dim);
   }
-  write_cache(key, key_stride, value, width, l->keys, l->values, s->slots, rows, kv_heads, dim, s->block_size);
+  write_cache(s->form, key, key_stride, value, width, l->keys, l->values, s->slots, rows, kv_heads, dim, s->block_size);
   const struct attention attention = {query, l->keys, l->values, s->cu_query_lens, s->context_lens, s->block_tables,
                                       attended, s->scratch, query_stride, s->spans, s->max_blocks, heads, kv_heads, dim,
-                                      s->block_size, l->window, s->scratch_size, s->scale};
+                                      s->block_size, l->window, s->form, s->scale};
   pilotfish_attend(level, &attention);
   add(level, s, &l->output, attended, l->attention_post_norm, change, normed);
 

@@ -17,7 +17,6 @@
 #include "threads.h"
 
 #define PANEL 16      /* columns of a packed panel */
-#define QUERIES 4     /* queries of an attention tile */
 #define ROW_BLOCK 96  /* rows of a block: 96 rows of 1536 floats are 576 KiB, within a second-level cache */
 #define INT8_WIDE 4   /* panels of int8 weights that one thread takes at a time */
 #define PREFETCH 128  /* steps of k, 64 bytes each, that memory is asked ahead: about its latency times its bandwidth */
@@ -66,17 +65,7 @@ struct mask {
   int64_t vocab, row_words;
 };
 
-/* native.py has the same structure. */
-struct attention {
-  const float *query; /* rows x heads x dim, row stride query_stride */
-  const float *keys;   /* num_blocks x kv_heads x dim x block_size */
-  const float *values; /* num_blocks x block_size x kv_heads x dim */
-  const int32_t *cu_query_lens, *context_lens, *block_tables;
-  float *out; /* rows x heads x dim */
-  float *scratch; /* threads x QUERIES x scratch_size */
-  int64_t query_stride, spans, max_blocks, heads, kv_heads, dim, block_size, window, scratch_size;
-  float scale;
-};
+#include "attention.h"
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -87,14 +76,12 @@ struct attention {
 #define LOAD_BYTES(p) ((VEC){(p)[0], (p)[1], (p)[2], (p)[3]})
 #define LANES 4
 #define MAX_TILE 4
-#define VALUE_PARTS 2
 #include "native_target.h"
 #undef SUFFIX
 #undef TARGET
 #undef LOAD_BYTES
 #undef LANES
 #undef MAX_TILE
-#undef VALUE_PARTS
 
 #if defined(__x86_64__)
 #define SUFFIX _avx2
@@ -102,28 +89,24 @@ struct attention {
 #define LOAD_BYTES(p) ((VEC)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p)))))
 #define LANES 8
 #define MAX_TILE 6
-#define VALUE_PARTS 2
 #include "native_target.h"
 #undef SUFFIX
 #undef TARGET
 #undef LOAD_BYTES
 #undef LANES
 #undef MAX_TILE
-#undef VALUE_PARTS
 
 #define SUFFIX _avx512
 #define TARGET __attribute__((target("avx512f,avx512dq,fma")))
 #define LOAD_BYTES(p) ((VEC)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p)))))
 #define LANES 16
 #define MAX_TILE 12
-#define VALUE_PARTS 4
 #include "native_target.h"
 #undef SUFFIX
 #undef TARGET
 #undef LOAD_BYTES
 #undef LANES
 #undef MAX_TILE
-#undef VALUE_PARTS
 
 /* 0: the default target; 1: AVX2; 2: AVX-512 */
 static int best_level(void) {
@@ -141,7 +124,6 @@ static int best_level(void) { return 0; }
 
 EXPORT int pilotfish_level(void) { return best_level(); }
 EXPORT int64_t pilotfish_panel(void) { return PANEL; }
-EXPORT int64_t pilotfish_queries(void) { return QUERIES; }
 
 /* Returns how many threads there are: fewer than asked for where the system has no more. */
 EXPORT int pilotfish_set_threads(int threads) { return set_threads(threads); }
@@ -243,34 +225,7 @@ EXPORT void pilotfish_mask(int level, float *logits, const int32_t *words, int64
   parallel_for(rows, rows * vocab, PICK(level, mask), &a);
 }
 
-static void write_cache(const float *key, int64_t key_stride, const float *value, int64_t value_stride, float *keys,
-                        float *values, const int64_t *slots, int64_t rows, int64_t kv_heads, int64_t dim,
-                        int64_t block_size) {
-  const int64_t size = kv_heads * dim;
-  for (int64_t r = 0; r < rows; r++) {
-    memcpy(values + slots[r] * size, value + r * value_stride, size * sizeof(float));
-    float *to = keys + slots[r] / block_size * size * block_size + slots[r] % block_size;
-    for (int64_t k = 0; k < size; k++) to[k * block_size] = key[r * key_stride + k];
-  }
-}
-
-/* The rows' keys and values to their slots of the cache, laid out as `struct attention` says; row stride `stride`. */
-EXPORT void pilotfish_write_cache(const float *key, const float *value, int64_t stride, float *keys, float *values,
-                                  const int64_t *slots, int64_t rows, int64_t kv_heads, int64_t dim, int64_t block_size) {
-  write_cache(key, stride, value, stride, keys, values, slots, rows, kv_heads, dim, block_size);
-}
-
-EXPORT void pilotfish_attend(int level, const struct attention *a) {
-  const int64_t group = a->heads / a->kv_heads;
-  int64_t tiles = 0, work = 0;
-  for (int64_t span = 0; span < a->spans; span++) {
-    const int64_t length = a->cu_query_lens[span + 1] - a->cu_query_lens[span];
-    tiles += (length * group + QUERIES - 1) / QUERIES * a->kv_heads;
-    work += length * a->heads * a->context_lens[span] * a->dim;
-  }
-  parallel_for(tiles, work, PICK(level, attend), a);
-}
-
+#include "attention_calls.h"
 #include "decoder.h"
 
 /* An importable module with nothing in it, so that Python's own machinery builds and finds the library. */

@@ -26,14 +26,18 @@ VECTOR = 16
 """Floats in the widest vector register: sizes of norms, gates and heads must be multiples of it."""
 
 
+CACHE_FORMS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""Dtypes that attention's cache may have, and their numbers in attention.h."""
+
+
 class AttentionArguments(ctypes.Structure):
-    """`struct attention` of native.c, which documents the fields."""
+    """`struct attention` of attention.h, which documents the fields."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("query", "keys", "values", "cu_query_lens", "context_lens", "block_tables")),
         *((name, c_void_p) for name in ("out", "scratch")),
         *((name, c_int64) for name in ("query_stride", "spans", "max_blocks", "heads", "kv_heads", "dim")),
-        *((name, c_int64) for name in ("block_size", "window", "scratch_size")),
+        *((name, c_int64) for name in ("block_size", "window", "form")),
         ("scale", c_float),
     )
 
@@ -45,9 +49,9 @@ def load_library() -> ctypes.CDLL | None:
     if spec is None or spec.origin is None:
         return None
     library = ctypes.CDLL(spec.origin)
-    for name in ("panel", "queries", "space"):
+    for name in ("panel", "space", "attention_scratch"):
         getattr(library, f"pilotfish_{name}").restype = c_int64
-    library.pilotfish_space.argtypes = (c_int64,) * 5
+    library.pilotfish_space.argtypes = library.pilotfish_attention_scratch.argtypes = (c_int64,) * 5
     signatures = {
         "pack": (c_void_p, c_void_p, c_int64, c_int64),
         "unpack_rows": (c_void_p, c_void_p, c_void_p, c_int64, c_int64),
@@ -59,7 +63,7 @@ def load_library() -> ctypes.CDLL | None:
         "gelu_mul": (c_int, c_void_p, c_void_p, c_int64, c_int64),
         "rotate": (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64),
         "mask": (c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64),
-        "write_cache": (c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64),
+        "write_cache": (c_int64, c_void_p, c_void_p, c_int64, *(c_void_p,) * 3, c_int64, c_int64, c_int64, c_int64),
         "attend": (c_int, POINTER(AttentionArguments)),
         "decode": (c_int, c_void_p, c_int64, c_void_p),
     }
@@ -182,23 +186,24 @@ class NativeKernels:
         return out
 
     def write_cache(
-        self, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+        self,
+        key: torch.Tensor,  # (rows, kv_heads, head_dim)
+        value: torch.Tensor,  # (rows, kv_heads, head_dim), of the same row stride
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,  # (rows,) int64
+        block_size: int,
     ) -> None:
-        """Write each row's key and value, (rows, kv_heads, head_dim) of one stride, to its slot.
-
-        keys is (num_blocks, kv_heads, head_dim, block_size), values (num_blocks, block_size, kv_heads, head_dim).
-        """
-        _, kv_heads, dim, block_size = keys.shape
+        """Write each row's key and value to its slot of the caches, laid out as `NativeAttention.allocate` does."""
         self._library.pilotfish_write_cache(
+            CACHE_FORMS[keys.dtype],
             key.data_ptr(),
             value.data_ptr(),
             key.stride(0),
             keys.data_ptr(),
             values.data_ptr(),
             slots.data_ptr(),
-            len(key),
-            kv_heads,
-            dim,
+            *key.shape,
             block_size,
         )
 
@@ -206,12 +211,11 @@ class NativeKernels:
         """Compute with `count` threads from now on, in this process; returns how many the system could start."""
         return int(self._library.pilotfish_set_threads(count))
 
-    def attention_scratch(self, context: int, block_size: int) -> tuple[torch.Tensor, int]:
-        """Allocate space for the scores of a tile of queries over `context` keys, in whole blocks, for each thread that
-        a call may use. Returns it, and the number of keys per query."""
-        keys = -(-context // block_size) * block_size
-        threads, queries = self._library.pilotfish_threads(), self._library.pilotfish_queries()
-        return torch.empty(threads, queries, keys), keys
+    def attention_scratch(self, rows: int, context: int, heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
+        """Allocate what a call of `attend` needs to compute `rows` rows that see up to `context` keys each, in a cache of
+        `dtype`, with as many threads as there are."""
+        size = self._library.pilotfish_attention_scratch(rows, context, heads, dim, CACHE_FORMS[dtype])
+        return torch.empty(size)
 
     def attend(self, arguments: AttentionArguments) -> None:
         self._library.pilotfish_attend(self.level, ctypes.byref(arguments))

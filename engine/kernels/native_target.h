@@ -5,7 +5,6 @@
  *   LANES     floats in a vector register
  *   MAX_TILE  rows of a tile of the matrix product: as many accumulators as there are registers for
  *   LOAD_BYTES(p)  LANES int8 numbers as floats: compilers make a mess of the vector extension's own conversion
- *   VALUE_PARTS  registers of one value row that attention sums at a time, for QUERIES queries at once
  *
  * The rule that everything here keeps: one row's result is computed by the same operations in the same order however many
  * rows there are and whichever span they belong to. So a verified row equals the decoded row bit for bit. Sums therefore
@@ -20,7 +19,7 @@ typedef int32_t NAME(ivec) __attribute__((vector_size(LANES * 4), aligned(4)));
 
 INLINE TARGET VEC NAME(load)(const float *p) { return *(const VEC *)p; }
 INLINE TARGET void NAME(store)(float *p, VEC v) { *(VEC *)p = v; }
-INLINE TARGET VEC NAME(splat)(float x) { return (VEC){0} + x; }
+INLINE TARGET VEC NAME(splat)(float x) { return x - (VEC){0}; } /* which is x, -0 too, so that nothing is computed */
 
 INLINE TARGET VEC NAME(select)(IVEC mask, VEC yes, VEC no) { return (VEC)((mask & (IVEC)yes) | (~mask & (IVEC)no)); }
 
@@ -302,130 +301,8 @@ TARGET static void NAME(rotate)(const void *arguments, int64_t begin, int64_t en
   }
 }
 
-/* Scores of up to QUERIES queries of one KV head against the keys of one block: keys are [dim][block_size], so a register
- * holds one dimension of LANES keys, and each key's sum runs over the dimensions in order. */
-INLINE TARGET void NAME(score_block)(int queries, const float *const *q, const float *key, int64_t block_size, int64_t dim,
-                                     float scale, float *const *scores) {
-  for (int64_t lane = 0; lane < block_size; lane += LANES) {
-    VEC acc[QUERIES];
-    UNROLL for (int i = 0; i < queries; i++) acc[i] = (VEC){0};
-    for (int64_t k = 0; k < dim; k++) {
-      const VEC column = NAME(load)(key + k * block_size + lane);
-      UNROLL for (int i = 0; i < queries; i++) acc[i] += q[i][k] * column;
-    }
-    UNROLL for (int i = 0; i < queries; i++) NAME(store)(scores[i] + lane, acc[i] * scale);
-  }
-}
-
-/* out[i] = sum over keys [first, last) of weights[i][key] * value[key], in the keys' order */
-INLINE TARGET void NAME(mix_values)(int queries, float *const *weights, const float *values, const int32_t *table,
-                                    int64_t block_size, int64_t stride, int64_t dim, int64_t first, int64_t last,
-                                    const float *inverse, float *const *out) {
-  for (int64_t d = 0; d < dim; d += VALUE_PARTS * LANES) {
-    VEC acc[QUERIES][VALUE_PARTS];
-    const int parts = dim - d < VALUE_PARTS * LANES ? (int)((dim - d) / LANES) : VALUE_PARTS;
-    UNROLL for (int i = 0; i < queries; i++) UNROLL for (int p = 0; p < VALUE_PARTS; p++) acc[i][p] = (VEC){0};
-    for (int64_t j = first; j < last;) {
-      const int64_t end = j + block_size < last ? j + block_size : last; /* first is at a block's start */
-      const float *value = values + (int64_t)table[j / block_size] * block_size * stride + d;
-      for (; j < end; j++, value += stride) {
-        if (parts == VALUE_PARTS) {
-          UNROLL for (int p = 0; p < VALUE_PARTS; p++) {
-            const VEC v = NAME(load)(value + p * LANES);
-            UNROLL for (int i = 0; i < queries; i++) acc[i][p] += weights[i][j - first] * v;
-          }
-        } else {
-          for (int p = 0; p < parts; p++) {
-            const VEC v = NAME(load)(value + p * LANES);
-            UNROLL for (int i = 0; i < queries; i++) acc[i][p] += weights[i][j - first] * v;
-          }
-        }
-      }
-    }
-    for (int i = 0; i < queries; i++)
-      for (int p = 0; p < parts; p++) NAME(store)(out[i] + d + p * LANES, acc[i][p] * inverse[i]);
-  }
-}
-
-/* Attention of up to QUERIES queries that share a KV head. What a query may not see weighs exactly 0, which leaves its sums
- * as they are: so it does not matter which queries share a tile. */
-INLINE TARGET void NAME(attend_tile)(const struct attention *a, int queries, const float *const *q, const int64_t *first,
-                                     const int64_t *last, int64_t kv_head, const int32_t *table, float *scratch,
-                                     float *const *out) {
-  const int64_t block_size = a->block_size, stride = a->kv_heads * a->dim;
-  int64_t start = first[0], stop = last[0];
-  for (int i = 1; i < queries; i++) {
-    start = first[i] < start ? first[i] : start;
-    stop = last[i] > stop ? last[i] : stop;
-  }
-  start = start / block_size * block_size;
-  const int64_t padded = (stop - start + block_size - 1) / block_size * block_size;
-  float *scores[QUERIES], inverse[QUERIES];
-  for (int i = 0; i < queries; i++) scores[i] = scratch + i * a->scratch_size;
-  for (int64_t j = 0; j < padded; j += block_size) {
-    float *here[QUERIES];
-    for (int i = 0; i < queries; i++) here[i] = scores[i] + j;
-    const float *key = a->keys + ((int64_t)table[(start + j) / block_size] * a->kv_heads + kv_head) * a->dim * block_size;
-    NAME(score_block)(queries, q, key, block_size, a->dim, a->scale, here);
-  }
-  for (int i = 0; i < queries; i++) {
-    for (int64_t j = start; j < first[i]; j++) scores[i][j - start] = -INFINITY;
-    for (int64_t j = last[i]; j < start + padded; j++) scores[i][j - start] = -INFINITY;
-    VEC tops = NAME(splat)(-INFINITY), total = {0};
-    for (int64_t j = 0; j < padded; j += LANES) {
-      const VEC s = NAME(load)(scores[i] + j);
-      tops = NAME(select)(s > tops, s, tops);
-    }
-    float top = tops[0];
-    for (int lane = 1; lane < LANES; lane++) top = tops[lane] > top ? tops[lane] : top;
-    for (int64_t j = 0; j < padded; j += LANES) {
-      const VEC e = NAME(exp)(NAME(load)(scores[i] + j) - top);
-      total += e;
-      NAME(store)(scores[i] + j, e);
-    }
-    inverse[i] = 1.0f / NAME(sum)(total);
-  }
-  NAME(mix_values)(queries, scores, a->values + kv_head * a->dim, table, block_size, stride, a->dim, start, stop, inverse,
-                   out);
-}
-
-#define CASE(N)                                                                        \
-  case N:                                                                              \
-    NAME(attend_tile)(a, N, q, first, last, kv_head, table, scratch, out);             \
-    break;
-
-/* Tiles [begin, end) of a step. The queries of a span that share a KV head, (row, head) pairs in order, are taken QUERIES
- * at a time; a span's tiles are numbered one after the other, KV head by KV head. */
-TARGET static void NAME(attend)(const void *arguments, int64_t begin, int64_t end, int thread) {
-  const struct attention *a = arguments;
-  const int64_t group = a->heads / a->kv_heads;
-  float *scratch = a->scratch + thread * QUERIES * a->scratch_size;
-  int64_t item = 0; /* of the span's first tile */
-  for (int64_t span = 0; span < a->spans && item < end; span++) {
-    const int64_t row = a->cu_query_lens[span], length = a->cu_query_lens[span + 1] - row;
-    const int64_t before = a->context_lens[span] - length; /* keys that the first query sees besides its own */
-    const int32_t *table = a->block_tables + span * a->max_blocks;
-    const int64_t total = length * group, tiles = (total + QUERIES - 1) / QUERIES, last_item = item + tiles * a->kv_heads;
-    for (int64_t i = begin > item ? begin : item; i < end && i < last_item; i++) {
-      const int64_t kv_head = (i - item) % a->kv_heads, tile = (i - item) / a->kv_heads;
-      const float *q[QUERIES];
-      float *out[QUERIES];
-      int64_t first[QUERIES], last[QUERIES];
-      const int queries = total - tile * QUERIES < QUERIES ? (int)(total - tile * QUERIES) : QUERIES;
-      for (int j = 0; j < queries; j++) {
-        const int64_t pair = tile * QUERIES + j, offset = pair / group, head = kv_head * group + pair % group;
-        q[j] = a->query + (row + offset) * a->query_stride + head * a->dim;
-        out[j] = a->out + ((row + offset) * a->heads + head) * a->dim;
-        last[j] = before + offset + 1;
-        first[j] = a->window > 0 && last[j] > a->window ? last[j] - a->window : 0;
-      }
-      switch (queries) { CASE(1) CASE(2) CASE(3) CASE(4) }
-    }
-    item = last_item;
-  }
-}
+#include "attention_target.h"
 
 #undef VEC
 #undef IVEC
 #undef PARTS
-#undef CASE

@@ -12,7 +12,7 @@ from ctypes import c_float, c_int64, c_void_p
 
 import torch
 
-from pilotfish.engine.kernels.native import NativeKernels, NativeLinear, address
+from pilotfish.engine.kernels.native import CACHE_FORMS, NativeKernels, NativeLinear, address
 from pilotfish.engine.kernels.protocol import PreparedLinear
 from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
 from pilotfish.engine.layers.decoder import DecoderLayer, DenseMlp, LayerShape, Mlp, Tap, run_sections
@@ -43,7 +43,8 @@ class FusedDecoder:
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         rows, size = hidden.shape
         shape = self.shape
-        scratch, scratch_size = self._kernels.attention_scratch(max(batch.contexts), batch.block_size)
+        dtype = caches[0].keys.dtype
+        scratch = self._kernels.attention_scratch(rows, max(batch.contexts), shape.heads, shape.head_dim, dtype)
         space = torch.empty(rows, self._space)
         step = _Step(
             hidden=hidden.data_ptr(),
@@ -63,7 +64,7 @@ class FusedDecoder:
             spans=len(batch.query_lens),
             max_blocks=batch.block_tables.shape[1],
             block_size=batch.block_size,
-            scratch_size=scratch_size,
+            form=CACHE_FORMS[dtype],
             gelu=self._gelu,
             scale=self._scale,
             eps=shape.eps,
@@ -108,7 +109,7 @@ class _Step(ctypes.Structure):
         *((name, c_void_p) for name in ("hidden", "input", "space", "scratch", "cu_query_lens")),
         *((name, c_void_p) for name in ("context_lens", "block_tables", "positions", "slots")),
         *((name, c_int64) for name in ("rows", "size", "heads", "kv_heads", "dim", "spans", "max_blocks")),
-        *((name, c_int64) for name in ("block_size", "scratch_size", "gelu")),
+        *((name, c_int64) for name in ("block_size", "form", "gelu")),
         *((name, c_float) for name in ("scale", "eps")),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pilotfish.engine.kernels.native import AttentionArguments, NativeKernels
+from pilotfish.engine.kernels.native import CACHE_FORMS, AttentionArguments, NativeKernels
 from pilotfish.engine.layers.attention.backend import AttentionBatch, AttentionParams, LayerCache
 from pilotfish.engine.layers.attention.cache import zeros
 
@@ -26,7 +26,16 @@ class NativeAttention:
         dtype: torch.dtype,
         device: torch.device,
     ) -> LayerCache:
-        # Keys lie dimension by dimension, so that a register holds several keys and no sum runs across it.
+        """dtype: float32, bfloat16 or int8, whatever the model's own is. Keys lie dimension by dimension:
+
+        - float32 and bfloat16: keys (num_blocks, kv_heads, head_dim, block_size), values (num_blocks, block_size,
+          kv_heads, head_dim);
+        - int8: both (num_blocks, kv_heads, block_size * (head_dim + 4)): a block's numbers, keys as (head_dim,
+          block_size) and values as (block_size, head_dim), and then, in float32, the scale of each of its tokens.
+        """
+        if dtype == torch.int8:
+            shape = (num_blocks, kv_heads, block_size * (head_dim + torch.float32.itemsize))
+            return LayerCache(zeros(shape, dtype, device), zeros(shape, dtype, device))
         keys = zeros((num_blocks, kv_heads, head_dim, block_size), dtype, device)
         values = zeros((num_blocks, block_size, kv_heads, head_dim), dtype, device)
         return LayerCache(keys, values)
@@ -48,10 +57,11 @@ class NativeAttention:
             )
         if params.sinks is not None:
             raise ValueError("there are sinks, but the native kernels know none: choose 'torch'")
-        self._kernels.write_cache(key, value, cache.keys, cache.values, batch.slots)
+        self._kernels.write_cache(key, value, cache.keys, cache.values, batch.slots, batch.block_size)
         rows, heads, head_dim = query.shape
         out = torch.empty(rows, heads * head_dim)
-        scratch, scratch_size = self._kernels.attention_scratch(max(batch.contexts), batch.block_size)
+        dtype = cache.keys.dtype
+        scratch = self._kernels.attention_scratch(rows, max(batch.contexts), heads, head_dim, dtype)
         self._kernels.attend(
             AttentionArguments(
                 query=query.data_ptr(),
@@ -70,7 +80,7 @@ class NativeAttention:
                 dim=head_dim,
                 block_size=batch.block_size,
                 window=params.window or 0,
-                scratch_size=scratch_size,
+                form=CACHE_FORMS[dtype],
                 scale=params.scale,
             )
         )
