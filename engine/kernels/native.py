@@ -212,8 +212,8 @@ class NativeKernels:
         return int(self._library.pilotfish_set_threads(count))
 
     def attention_scratch(self, rows: int, context: int, heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
-        """Allocate what a call of `attend` needs to compute `rows` rows that see up to `context` keys each, in a cache of
-        `dtype`, with as many threads as there are."""
+        """Allocate what a call of `attend` needs to compute `rows` rows that see up to `context` keys each, in a cache
+        of `dtype`, with as many threads as there are."""
         size = self._library.pilotfish_attention_scratch(rows, context, heads, dim, CACHE_FORMS[dtype])
         return torch.empty(size)
 
