@@ -12,7 +12,10 @@ setup(
             sources=["engine/kernels/native.c"],
             depends=[
                 f"engine/kernels/{name}.h"
-                for name in ("attention", "attention_calls", "attention_target", "decoder", "native_target", "threads")
+                for name in (
+                    *("attention", "attention_calls", "attention_target", "decoder", "low_rank", "low_rank_target"),
+                    *("native_target", "threads"),
+                )
             ],
             # No -ffast-math: the kernels promise one order of operations. -Wno-psabi: vectors never cross a call.
             extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden", "-Wno-psabi", "-pthread"],

@@ -17,6 +17,7 @@ struct layer {
   void *keys, *values;
   struct weight qkv, output, gate_up, down;
   int64_t window;
+  const struct low_rank_linear *qkv_change, *output_change, *gate_up_change, *down_change; /* of adapters, or 0 */
 };
 
 struct step {
@@ -28,6 +29,7 @@ struct step {
   const int64_t *positions, *slots;
   int64_t rows, size, heads, kv_heads, dim, spans, max_blocks, block_size, form;
   int64_t gelu; /* the gate's function: GELU, else SiLU */
+  const struct low_rank_pass *adapted; /* the rows that have an adapter; or 0 */
   float scale, eps;
 };
 
@@ -36,16 +38,24 @@ static void apply(int level, const struct weight *w, const float *x, const float
   else pilotfish_linear(level, x, w->packed, w->bias, residual, out, rows, w->columns, w->in);
 }
 
+/* out = w . x, and what adapters change in it */
+static void adapt(int level, const struct step *s, const struct weight *w, const struct low_rank_linear *l, const float *x,
+                  float *out) {
+  apply(level, w, x, 0, out, s->rows);
+  if (s->adapted && l) pilotfish_low_rank(level, l, s->adapted, x, out, w->in, w->columns);
+}
+
 /* hidden += w . x, or the norm of it; `change` and `normed` are rows x size each. */
-static void add(int level, const struct step *s, const struct weight *w, const float *x, const float *post_norm,
-                float *change, float *normed) {
-  if (!post_norm) {
+static void add(int level, const struct step *s, const struct weight *w, const struct low_rank_linear *l, const float *x,
+                const float *post_norm, float *change, float *normed) {
+  if (!post_norm && !(s->adapted && l)) {
     apply(level, w, x, s->hidden, s->hidden, s->rows);
     return;
   }
-  apply(level, w, x, 0, change, s->rows);
-  pilotfish_rms_norm(level, change, s->size, 0, post_norm, normed, s->rows, 1, s->size, s->eps);
-  for (int64_t i = 0; i < s->rows * s->size; i++) s->hidden[i] += normed[i];
+  adapt(level, s, w, l, x, change);
+  if (post_norm) pilotfish_rms_norm(level, change, s->size, 0, post_norm, normed, s->rows, 1, s->size, s->eps);
+  const float *added = post_norm ? normed : change;
+  for (int64_t i = 0; i < s->rows * s->size; i++) s->hidden[i] += added[i];
 }
 
 static void decode(int level, const struct layer *l, const struct step *s) {
@@ -56,7 +66,7 @@ static void decode(int level, const struct layer *l, const struct step *s) {
   float *gate_up = attended + rows * heads * dim, *gated = gate_up + rows * 2 * gated_size;
 
   if (!s->input) pilotfish_rms_norm(level, s->hidden, s->size, 0, l->input_norm, normed, rows, 1, s->size, s->eps);
-  apply(level, &l->qkv, s->input ? s->input : normed, 0, qkv, rows);
+  adapt(level, s, &l->qkv, l->qkv_change, s->input ? s->input : normed, qkv);
   const float *query = qkv, *key = qkv + heads * dim, *value = key + kv_heads * dim;
   int64_t query_stride = width, key_stride = width;
   if (l->q_norm) {
@@ -73,13 +83,13 @@ static void decode(int level, const struct layer *l, const struct step *s) {
                                       attended, s->scratch, query_stride, s->spans, s->max_blocks, heads, kv_heads, dim,
                                       s->block_size, l->window, s->form, s->scale};
   pilotfish_attend(level, &attention);
-  add(level, s, &l->output, attended, l->attention_post_norm, change, normed);
+  add(level, s, &l->output, l->output_change, attended, l->attention_post_norm, change, normed);
 
   pilotfish_rms_norm(level, s->hidden, s->size, 0, l->mlp_norm, normed, rows, 1, s->size, s->eps);
-  apply(level, &l->gate_up, normed, 0, gate_up, rows);
+  adapt(level, s, &l->gate_up, l->gate_up_change, normed, gate_up);
   if (s->gelu) pilotfish_gelu_mul(level, gate_up, gated, rows, gated_size);
   else pilotfish_silu_mul(level, gate_up, gated, rows, gated_size);
-  add(level, s, &l->down, gated, l->mlp_post_norm, change, normed);
+  add(level, s, &l->down, l->down_change, gated, l->mlp_post_norm, change, normed);
 }
 
 /* Floats of `space` for each row; `gated_size`: the largest layer's. */

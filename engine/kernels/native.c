@@ -67,6 +67,8 @@ struct mask {
 
 #include "attention.h"
 
+#include "low_rank.h"
+
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
 #define NAME(x) JOIN(x, SUFFIX)
@@ -77,6 +79,7 @@ struct mask {
 #define LANES 4
 #define MAX_TILE 4
 #include "native_target.h"
+#include "low_rank_target.h"
 #undef SUFFIX
 #undef TARGET
 #undef LOAD_BYTES
@@ -90,6 +93,7 @@ struct mask {
 #define LANES 8
 #define MAX_TILE 6
 #include "native_target.h"
+#include "low_rank_target.h"
 #undef SUFFIX
 #undef TARGET
 #undef LOAD_BYTES
@@ -102,6 +106,7 @@ struct mask {
 #define LANES 16
 #define MAX_TILE 12
 #include "native_target.h"
+#include "low_rank_target.h"
 #undef SUFFIX
 #undef TARGET
 #undef LOAD_BYTES
@@ -226,6 +231,17 @@ EXPORT void pilotfish_mask(int level, float *logits, const int32_t *words, int64
 }
 
 #include "attention_calls.h"
+
+EXPORT int64_t pilotfish_max_tile(int level) { return PICK(level, max_tile); }
+
+/* out += b . (a . x) for the rows that have an adapter; x rows x in, out rows x columns. */
+EXPORT void pilotfish_low_rank(int level, const struct low_rank_linear *linear, const struct low_rank_pass *pass,
+                               const float *x, float *out, int64_t in, int64_t columns) {
+  const struct low_rank a = {linear, pass, x, out, in, columns};
+  const int64_t items = pass->count * linear->most;
+  parallel_for(items, items * (in + columns) * PANEL, PICK(level, low_rank), &a);
+}
+
 #include "decoder.h"
 
 /* An importable module with nothing in it, so that Python's own machinery builds and finds the library. */

@@ -49,9 +49,10 @@ def load_library() -> ctypes.CDLL | None:
     if spec is None or spec.origin is None:
         return None
     library = ctypes.CDLL(spec.origin)
-    for name in ("panel", "space", "attention_scratch"):
+    for name in ("panel", "space", "attention_scratch", "max_tile"):
         getattr(library, f"pilotfish_{name}").restype = c_int64
     library.pilotfish_space.argtypes = library.pilotfish_attention_scratch.argtypes = (c_int64,) * 5
+    library.pilotfish_max_tile.argtypes = (c_int,)
     signatures = {
         "pack": (c_void_p, c_void_p, c_int64, c_int64),
         "unpack_rows": (c_void_p, c_void_p, c_void_p, c_int64, c_int64),
@@ -66,6 +67,7 @@ def load_library() -> ctypes.CDLL | None:
         "write_cache": (c_int64, c_void_p, c_void_p, c_int64, *(c_void_p,) * 3, c_int64, c_int64, c_int64, c_int64),
         "attend": (c_int, POINTER(AttentionArguments)),
         "decode": (c_int, c_void_p, c_int64, c_void_p),
+        "low_rank": (c_int, *(c_void_p,) * 4, c_int64, c_int64),
     }
     for name, arguments in signatures.items():
         function = getattr(library, f"pilotfish_{name}", None)
@@ -100,11 +102,13 @@ class NativeKernels:
             )
         self._library = library
         self._arena = Arena()
-        self._panel = int(library.pilotfish_panel())
+        self.panel = int(library.pilotfish_panel())
         best = int(library.pilotfish_level())
         if level is not None and not 0 <= level <= best:
             raise ValueError(f"level is {level}, but this processor has 0 to {best}")
         self.level = best if level is None else level
+        self.max_tile = int(library.pilotfish_max_tile(self.level))
+        """Rows that are computed together."""
 
     def prepare_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
@@ -116,7 +120,7 @@ class NativeKernels:
             weight, pack, scale = _checked(weight), library.pilotfish_pack, None
         weight = weight.contiguous()
         out_features, in_features = weight.shape
-        packed = self._arena.zeros((-(-out_features // self._panel), in_features, self._panel), weight.dtype)
+        packed = self._arena.zeros((-(-out_features // self.panel), in_features, self.panel), weight.dtype)
         pack(weight.data_ptr(), packed.data_ptr(), out_features, in_features)
         bias = None if bias is None else _checked(bias).contiguous()
         return NativeLinear(packed, scale, bias, in_features, out_features)
@@ -210,6 +214,24 @@ class NativeKernels:
     def set_threads(self, count: int) -> int:
         """Compute with `count` threads from now on, in this process; returns how many the system could start."""
         return int(self._library.pilotfish_set_threads(count))
+
+    @property
+    def threads(self) -> int:
+        return int(self._library.pilotfish_threads())
+
+    def low_rank_(self, linear: ctypes.Structure, adapted: ctypes.Structure, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add to y what the adapters of a pass change in a linear of x (see low_rank.h and `layers.native_lora`)."""
+        x = x.contiguous()
+        assert y.is_contiguous()
+        self._library.pilotfish_low_rank(
+            self.level,
+            ctypes.byref(linear),
+            ctypes.byref(adapted),
+            x.data_ptr(),
+            y.data_ptr(),
+            x.shape[1],
+            y.shape[1],
+        )
 
     def attention_scratch(self, rows: int, context: int, heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
         """Allocate what a call of `attend` needs to compute `rows` rows that see up to `context` keys each, in a cache

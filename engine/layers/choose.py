@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Any
 
 from pilotfish.engine.kernels.native import NativeKernels, NativeLinear
@@ -15,12 +16,38 @@ from pilotfish.engine.layers.communicator import Communicator
 from pilotfish.engine.layers.decoder import Decoder, DecoderLayer, DenseMlp, LayerShape
 from pilotfish.engine.layers.fused_decoder import FusedDecoder
 from pilotfish.engine.layers.joined_decoder import JoinedDecoder
+from pilotfish.engine.layers.lora import AdaptedDecoder, KernelAdapters, LoadedAdapters
+from pilotfish.engine.layers.native_lora import NativeAdapters
 from pilotfish.engine.layers.operator_decoder import OperatorDecoder
 
 logger = logging.getLogger(__name__)
 
 
 def choose_decoder(
+    kernels: Kernels[Any],
+    attention: AttentionBackend,
+    comm: Communicator,
+    layers: Seq[DecoderLayer],
+    shape: LayerShape,
+    adapters: LoadedAdapters | None = None,
+) -> Decoder:
+    """Return the decoder of these layers, to which `adapters` may be loaded, if given."""
+    if adapters is None:
+        return _plain(kernels, attention, comm, layers, shape)
+    if isinstance(adapters, NativeAdapters) and why_not_fused(kernels, attention, comm, layers) is None:
+        assert isinstance(kernels, NativeKernels)
+        return FusedDecoder(kernels, layers, shape, adapters)
+    adapted = [replace(layer, adapter=own) for layer, own in zip(layers, adapters.layers, strict=True)]
+    plain = _plain(kernels, attention, comm, layers, shape)
+    return AdaptedDecoder(plain, OperatorDecoder(kernels, attention, comm, adapted, shape))
+
+
+def choose_adapters(kernels: Kernels[Any], layers: int) -> LoadedAdapters:
+    """Return what computes with low-rank adapters, by these kernels, in so many layers."""
+    return NativeAdapters(kernels, layers) if isinstance(kernels, NativeKernels) else KernelAdapters(kernels, layers)
+
+
+def _plain(
     kernels: Kernels[Any],
     attention: AttentionBackend,
     comm: Communicator,

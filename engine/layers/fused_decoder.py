@@ -16,13 +16,24 @@ from pilotfish.engine.kernels.native import CACHE_FORMS, NativeKernels, NativeLi
 from pilotfish.engine.kernels.protocol import PreparedLinear
 from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
 from pilotfish.engine.layers.decoder import DecoderLayer, DenseMlp, LayerShape, Mlp, Tap, run_sections
+from pilotfish.engine.layers.native_lora import NativeAdapters
 
 
 class FusedDecoder:
-    def __init__(self, kernels: NativeKernels, layers: Seq[DecoderLayer], shape: LayerShape) -> None:
+    def __init__(
+        self,
+        kernels: NativeKernels,
+        layers: Seq[DecoderLayer],
+        shape: LayerShape,
+        adapters: NativeAdapters | None = None,
+    ) -> None:
         self.layers, self.shape = layers, shape
-        self._kernels = kernels
+        self._kernels, self._adapters = kernels, adapters
         self._structs = (_Layer * len(layers))(*(_layer(layer) for layer in layers))
+        if adapters is not None:
+            for struct, own in zip(self._structs, adapters.layers, strict=True):
+                for name in ("qkv", "output", "gate_up", "down"):
+                    setattr(struct, f"{name}_change", ctypes.addressof(own.linear(name).struct))
         self._caches: list[LayerCache] | None = None  # those whose addresses are in the structs
         mlps = [_dense(layer.mlp) for layer in layers]
         self._gelu, self._scale = mlps[0].gate == "gelu", layers[0].attention.scale
@@ -46,6 +57,10 @@ class FusedDecoder:
         dtype = caches[0].keys.dtype
         scratch = self._kernels.attention_scratch(rows, max(batch.contexts), shape.heads, shape.head_dim, dtype)
         space = torch.empty(rows, self._space)
+        adapted = None
+        if batch.adapters:
+            assert self._adapters is not None
+            adapted = self._adapters.of_pass(batch)
         step = _Step(
             hidden=hidden.data_ptr(),
             input=address(given),
@@ -66,6 +81,7 @@ class FusedDecoder:
             block_size=batch.block_size,
             form=CACHE_FORMS[dtype],
             gelu=self._gelu,
+            adapted=None if adapted is None else ctypes.addressof(adapted.struct),
             scale=self._scale,
             eps=shape.eps,
         )
@@ -101,6 +117,7 @@ class _Layer(ctypes.Structure):
         *((name, c_void_p) for name in ("attention_post_norm", "mlp_post_norm", "cos_sin", "keys", "values")),
         *((name, _Weight) for name in ("qkv", "output", "gate_up", "down")),
         ("window", c_int64),
+        *((name, c_void_p) for name in ("qkv_change", "output_change", "gate_up_change", "down_change")),
     )
 
 
@@ -110,6 +127,7 @@ class _Step(ctypes.Structure):
         *((name, c_void_p) for name in ("context_lens", "block_tables", "positions", "slots")),
         *((name, c_int64) for name in ("rows", "size", "heads", "kv_heads", "dim", "spans", "max_blocks")),
         *((name, c_int64) for name in ("block_size", "form", "gelu")),
+        ("adapted", c_void_p),
         *((name, c_float) for name in ("scale", "eps")),
     )
 

@@ -1,44 +1,104 @@
-"""Low-rank adapters in a layer: each row gets the change of its own adapter, or none."""
+"""Low-rank adapters in the layers of a model: each row gets the change of its own adapter, or none.
+
+`KernelAdapters` computes with any kernels, operator by operator; `native_lora` has the CPU kernels' own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from pilotfish.engine.kernels.protocol import Kernels, PreparedLinear
 from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
-from pilotfish.engine.layers.decoder import Decoder, DecoderLayer, LayerShape, Tap
+from pilotfish.engine.layers.decoder import Adapter, Decoder, DecoderLayer, LayerShape, Tap
 from pilotfish.engine.layers.operator_decoder import OperatorDecoder
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedLowRank:
+class LowRankPart:
+    """The change b @ a of the outputs of a linear from `first` on."""
+
+    first: int
+    a: torch.Tensor  # (rank, in_features)
+    b: torch.Tensor  # (outputs that it changes, rank)
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankChange:
+    """What an adapter changes in a linear, which may be several matrices fused into one."""
+
+    out_features: int
+    parts: Seq[LowRankPart]  # no two of them change the same output
+
+
+class LoadedAdapters(Protocol):
+    """All adapters of a model, by their numbers."""
+
+    @property
+    def layers(self) -> Seq[Adapter]:
+        """One for each of the model's layers."""
+        ...
+
+    def put(self, number: int, changes: Seq[Mapping[str, LowRankChange]]) -> None:
+        """Add an adapter: of each layer, its changes by the names of linears (see `Adapter`), in the model's dtype and
+        on its device."""
+        ...
+
+    def drop(self, number: int) -> None:
+        """Free an adapter that no row will have any more."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
     a: PreparedLinear  # (rank, in_features)
     b: PreparedLinear  # (out_features, rank)
 
 
-class LayerAdapters:
-    """The `Adapter` of one layer: all adapters that are loaded, by their numbers."""
+class KernelAdapters:
+    """Adapters for any kernels: two products for each adapter of a batch."""
 
-    def __init__(self, kernels: Kernels[Any]) -> None:
+    def __init__(self, kernels: Kernels[Any], count: int) -> None:
+        self.layers = [_KernelAdapter(kernels) for _ in range(count)]
         self._kernels = kernels
-        self._loaded: dict[int, dict[str, PreparedLowRank]] = {}
 
-    def put(self, number: int, changes: dict[str, PreparedLowRank]) -> None:
-        self._loaded[number] = changes
+    def put(self, number: int, changes: Seq[Mapping[str, LowRankChange]]) -> None:
+        """See `LoadedAdapters`."""
+        for layer, own in zip(self.layers, changes, strict=True):
+            layer.loaded[number] = {name: self._prepared(change) for name, change in own.items()}
 
     def drop(self, number: int) -> None:
-        self._loaded.pop(number, None)
+        """See `LoadedAdapters`."""
+        for layer in self.layers:
+            layer.loaded.pop(number, None)
+
+    def _prepared(self, change: LowRankChange) -> _Prepared:
+        """The parts' `a` one below the other, their `b` along the diagonal: two products instead of two for each."""
+        a = torch.cat([part.a for part in change.parts])
+        b = a.new_zeros(change.out_features, len(a))
+        column = 0
+        for part in change.parts:
+            rows, rank = part.b.shape
+            b[part.first : part.first + rows, column : column + rank] = part.b
+            column += rank
+        return _Prepared(self._kernels.prepare_linear(a), self._kernels.prepare_linear(b))
+
+
+class _KernelAdapter:
+    def __init__(self, kernels: Kernels[Any]) -> None:
+        self.loaded: dict[int, dict[str, _Prepared]] = {}
+        self._kernels = kernels
 
     def add_(self, name: str, x: torch.Tensor, y: torch.Tensor, batch: AttentionBatch) -> None:
         """See `Adapter.add_`. An adapter's rows are computed together, but none depends on another where the kernels
         are batch-invariant."""
         kernels = self._kernels
         for number, rows in batch.adapters:
-            change = self._loaded[number].get(name)
+            change = self.loaded[number].get(name)
             if change is None:
                 continue
             own = x if rows is None else x[rows]

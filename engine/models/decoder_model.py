@@ -7,18 +7,15 @@ batch. Whatever of a family is not in a `ModelConfig` is in its `Family`, one fi
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
 from pilotfish.engine.kernels.protocol import Kernels
 from pilotfish.engine.layers.attention.backend import AttentionBackend, AttentionBatch, AttentionParams, LayerCache
-from pilotfish.engine.layers.choose import choose_decoder
+from pilotfish.engine.layers.choose import choose_adapters, choose_decoder
 from pilotfish.engine.layers.communicator import ALONE, Communicator
 from pilotfish.engine.layers.decoder import Decoder, LayerShape
-from pilotfish.engine.layers.lora import AdaptedDecoder, LayerAdapters
-from pilotfish.engine.layers.operator_decoder import OperatorDecoder
 from pilotfish.engine.models.adapters import Adapters
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.features import FeatureTap
@@ -103,13 +100,11 @@ class DecoderModel:
             for i in range(config.num_layers)
         ]
         shape = LayerShape(self.layout.num_heads, self.layout.num_kv_heads, config.head_dim, config.rms_norm_eps)
-        self.decoder: Decoder = choose_decoder(kernels, attention, comm, layers, shape)
+        loaded = choose_adapters(kernels, len(layers)) if adaptable else None
+        self.decoder: Decoder = choose_decoder(kernels, attention, comm, layers, shape, loaded)
         self.adapters: Adapters | None = None
-        if adaptable:
-            slots = [LayerAdapters(kernels) for _ in layers]
-            adapted = [replace(layer, adapter=slot) for layer, slot in zip(layers, slots, strict=True)]
-            self.decoder = AdaptedDecoder(self.decoder, OperatorDecoder(kernels, attention, comm, adapted, shape))
-            self.adapters = Adapters(config, self.layout, kernels, slots, store.dtype, device)
+        if loaded is not None:
+            self.adapters = Adapters(config, self.layout, loaded, store.dtype, device)
 
     def forward(
         self,
