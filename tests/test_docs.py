@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
+from contextlib import redirect_stdout
+from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any, get_args
 
@@ -189,6 +193,30 @@ def test_every_error_code_is_documented() -> None:
     for path in (ROOT / "server").rglob("*.py"):
         for name in re.findall(r'code="([a-z_]+)"', path.read_text()):
             assert name in documented, f"{path.name}: {name}"
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of the commands of pilotfish's in a page's blocks."""
+    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line[line.index("pilotfish ") :] for line in lines if re.search(r"(^|\| )pilotfish ", line)]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@cache
+def help_of(command: str) -> str:
+    with pytest.raises(SystemExit), redirect_stdout(StringIO()) as printed:
+        main([command, "--help"])
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_have_the_options_that_are_shown(page: Path) -> None:
+    for _, name, *words in commands(page):
+        if name not in ("COMMAND", "|"):
+            known = set(re.findall(r"--[a-z][\w-]*", help_of(name)))
+            used = {word.partition("=")[0] for word in words if word.startswith("--")}
+            assert used <= known, f"pilotfish {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
