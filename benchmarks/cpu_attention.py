@@ -4,8 +4,8 @@
     python benchmarks/cpu_attention.py --heads 4 --kv-heads 1 --head-dim 256 --rows 1,128 --contexts 2560
 
 A case is `--streams` spans of so many rows, each the last of its context, in caches of random numbers. Cases are taken
-in turn, `--rounds` times, and medians reported: of one layer's attention, in GFLOP/s (4 operations a head, dimension and
-visible key), and as a share of what this package's own matrix product reaches over 480 rows. With one thread
+in turn, `--rounds` times, and medians reported: of one layer's attention, in GFLOP/s (4 operations a head, dimension
+and visible key), and as a share of what this package's own matrix product reaches over 480 rows. With one thread
 --processor-time counts this process's time alone, whoever else uses the machine.
 """
 
@@ -55,7 +55,8 @@ def main() -> None:
         for context in args.contexts
         if rows <= context
     }
-    peak, times = product(kernels), {name: [] for name in cases}
+    peak = product(kernels)
+    times: dict[tuple[int, int, str], list[float]] = {name: [] for name in cases}
     rates: list[float] = []
     clock = time.process_time if args.processor_time else time.perf_counter
     for _ in range(args.rounds):

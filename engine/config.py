@@ -24,7 +24,7 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 KernelsName = Literal["auto", "native", "triton", "torch"]
 AttentionName = Literal["auto", "flash4", "flash2", "triton", "native", "torch"]
 QuantizationName = Literal["auto", "none", "fp8"]
-CacheDType = Literal["auto", "fp8"]
+CacheDType = Literal["auto", "bfloat16", "int8", "fp8"]
 LoadFormat = Literal["auto", "dummy"]
 ModelImpl = Literal["auto", "pilotfish", "transformers"]
 
@@ -134,8 +134,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     block_size: NotNegative = 0
     """Tokens in a block of the KV cache; 0: the attention backend's own choice."""
     kv_cache_dtype: CacheDType = "auto"
-    """Data type of the KV cache. auto: the same as `dtype`; fp8: float8_e4m3fn, half the memory of bfloat16, where the
-    attention backend supports it."""
+    """Data type of the KV cache, where the attention backend supports it. auto: the same as `dtype`; bfloat16: half the
+    memory of float32 on the CPU; int8: with a scale for each token and head, little more than a quarter of it, on the
+    CPU; fp8: float8_e4m3fn, half the memory of bfloat16, on a GPU."""
     kv_cache_memory: NotNegative = 0
     """Size of the KV cache in bytes; 0: by `kv_cache_share`."""
     kv_cache_share: Annotated[float, Meta(ge=0, le=1)] = 0.0

@@ -25,6 +25,9 @@ from pilotfish.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+CACHE_DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+"""What `kv_cache_dtype` may be besides "auto"."""
+
 
 @dataclass(frozen=True, slots=True)
 class Platform:
@@ -85,7 +88,7 @@ def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) ->
         device=device,
         capability=compute_capability(device),
         dtype=dtype,
-        cache_dtype=torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else dtype,
+        cache_dtype=CACHE_DTYPES.get(config.kv_cache_dtype, dtype),
         head_dim=model.head_dim,
         block_size=config.block_size,
         softcap=model.attention_softcap is not None,
@@ -98,7 +101,10 @@ def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) ->
     platform = Platform(
         device, dtype, kernels, attention, replace(needs, block_size=config.block_size or attention.block_size)
     )
-    logger.info("kernels: %s; attention: %s, blocks of %d tokens", kernels.name, attention.name, platform.block_size)
+    logger.info(
+        "kernels: %s; attention: %s, blocks of %d tokens in %s",
+        *(kernels.name, attention.name, platform.block_size, str(needs.cache_dtype).removeprefix("torch.")),
+    )
     return platform
 
 

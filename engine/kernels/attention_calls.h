@@ -15,7 +15,8 @@ static void write_int8(const float *from, int64_t dim, int8_t *to, int64_t strid
   *scale = most / 127.0f;
   for (int64_t k = 0; k < dim; k++) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    to[k * stride] = (int8_t)(int)((from[k] * inverse + magic) - magic);
+    const float number = (from[k] * inverse + magic) - magic;
+    to[k * stride] = number >= -127 && number <= 127 ? (int8_t)number : 0; /* 0: a NaN's sequence is lost anyhow */
   }
 }
 

@@ -9,6 +9,7 @@ import torch
 
 from pilotfish.engine.config import EngineConfig, cache_share
 from pilotfish.engine.layers.attention.backend import AttentionBackend, LayerCache
+from pilotfish.engine.layers.attention.cache import head_bytes
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.layout import num_kv_heads
 
@@ -36,7 +37,8 @@ def count_blocks(config: EngineConfig, rooms: Sequence[CacheRoom], sharing: int,
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype, ranks: int = 1) -> int:
     """Bytes of one block over all layers, keys and values, on each of `ranks` tensor-parallel ranks."""
-    return 2 * config.num_layers * block_size * num_kv_heads(config, ranks) * config.head_dim * dtype.itemsize
+    token = num_kv_heads(config, ranks) * head_bytes(config.head_dim, dtype)
+    return 2 * config.num_layers * block_size * token
 
 
 def allocate(

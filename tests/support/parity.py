@@ -39,8 +39,8 @@ def runner_of(
         loaded.config, platform.attention, num_blocks, size, platform.cache_dtype, platform.device
     )
     for cache in caches if platform.attention.name != "flash4" else ():  # which reads zeros where nothing was written
-        cache.keys.fill_(torch.nan)  # what was never written shows if it is read
-        cache.values.fill_(torch.nan)
+        for part in (cache.keys, cache.values):  # what was never written shows if it is read
+            part.fill_(torch.nan if part.is_floating_point() else -1)  # scales of four bytes of -1 are NaN, too
     return DecoderRunner(loaded, caches, size, platform.device)
 
 

@@ -28,7 +28,7 @@ from pilotfish.engine.models.eagle3_checkpoint import (
 from pilotfish.engine.models.registry import count
 from pilotfish.engine.weights.quantization import SCHEMES
 from pilotfish.engine.weights.tensors import Tensor
-from pilotfish.tools.planner.models import BYTES, Matrix, PlannedModel, locate, matrix_bytes
+from pilotfish.tools.planner.models import Matrix, PlannedModel, kv_bytes, locate, matrix_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,7 @@ class PlannedHead:
 
     def kv_bytes_per_token(self, ranks: int = 1) -> int:
         """Return the bytes of keys and values of its layer, on the first GPU."""
-        return 2 * self.shape.num_kv_heads * self.shape.head_dim * BYTES[self.kv_dtype]
+        return kv_bytes(self.shape.num_kv_heads, self.shape.head_dim, self.kv_dtype)
 
     def seen(self, context: int) -> float:
         return float(context)

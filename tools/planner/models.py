@@ -22,6 +22,14 @@ from pilotfish.tools.planner.published import find
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, **{scheme.name: scheme.bytes for scheme in SCHEMES.values()}}
 """Bytes of one number, by its dtype or its scheme of quantization."""
 
+KV_SCALE_BYTES = 4
+"""Of each token and head, in a KV cache in int8."""
+
+
+def kv_bytes(heads: int, head_dim: int, dtype: str) -> int:
+    """Return the bytes of a token's keys and values of so many heads, in one layer."""
+    return 2 * heads * (head_dim * BYTES[dtype] + (KV_SCALE_BYTES if dtype == "int8" else 0))
+
 
 def matrix_bytes(rows: int, columns: int, dtype: str) -> int:
     """Return the bytes of a matrix in a dtype or a scheme of quantization, scales included."""
@@ -94,7 +102,7 @@ class PlannedModel:
     def kv_bytes_per_token(self, ranks: int = 1) -> int:
         """Return the bytes of a token's keys and values, all layers, on one rank."""
         shape = self.shape
-        return 2 * shape.num_layers * num_kv_heads(shape, ranks) * shape.head_dim * BYTES[self.kv_dtype]
+        return shape.num_layers * kv_bytes(num_kv_heads(shape, ranks), shape.head_dim, self.kv_dtype)
 
     def seen(self, context: int) -> float:
         """Return the keys that a query at the end of `context` tokens sees, the mean over the layers."""

@@ -175,7 +175,13 @@ def _dtypes(settings: EngineConfig, device: Device, shape: ModelConfig) -> tuple
     """Return the dtypes of activations and of the KV cache, for a target of that shape and its draft models."""
     auto = "float32" if device.threads else shape.dtype
     dtype = auto if settings.dtype == "auto" else settings.dtype
-    return dtype, dtype if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype
+    kept = dtype if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype
+    if kept not in (dtype, "fp8") and not (device.threads and dtype == "float32"):
+        raise ConfigError(
+            f"kv_cache_dtype is {kept!r}, which only the CPU's kernels read, in models that they compute in float32: "
+            f"use 'auto' or 'fp8' for one in {dtype} on {device.name}"
+        )
+    return dtype, kept
 
 
 def _computes(device: Device, scheme: str, dtype: str) -> bool:

@@ -91,6 +91,9 @@ def _checks(subject: Subject, name: str, dtype: torch.dtype) -> Iterator[Check]:
         yield check(f"{what}, {prefix}", WHY, partial(backend.compare, case, dtype))
     why = FP8_WHY if name == "flash4" else WHY
     yield check(f"fp8 cache, {prefix}", why, partial(backend.compare, Case([MIXED]), FP8))
+    for cache_dtype in (torch.bfloat16, torch.int8) if name == "native" else ():
+        where = f"cache in {short_name(cache_dtype)}, {prefix}"
+        yield check(where, WHY, partial(backend.compare, Case([MIXED]), cache_dtype))
     compares = "what lies in the cache after a step with what was written, and the rest with what was there"
     copied = "keys and values are copied: nothing is rounded"
     yield Check(f"cache write, {prefix}", compares, backend.written, "wrong rows", copied)
@@ -141,7 +144,7 @@ class _Backend:
             query, key, value = qkv.to(self.subject.device).split((heads, kv_heads, kv_heads), dim=1)
             found = self.backend.attend(query, key, value, cache, here, params)
             query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
-            key, value = (converted(part, cache_dtype).double() for part in (key, value))
+            key, value = (_kept(part, cache_dtype).double() for part in (key, value))
             if spans is steps[0]:  # its results are not compared
                 reference.write(key, value, exact, there)
             else:
@@ -171,6 +174,14 @@ class _Backend:
             wanted[batch.slots.cpu()] = rows
             wrong += int((as_bytes(stored.cpu()) != as_bytes(wanted)).flatten(1).any(1).sum())
         return Finding(measured=wrong, bound=0, detail=f"of {2 * blocks * size}")
+
+
+def _kept(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what a cache in `dtype` keeps of keys or values, (rows, kv_heads, head_dim)."""
+    if dtype != torch.int8:
+        return converted(rows, dtype)
+    most = rows.abs().amax(-1, keepdim=True)
+    return torch.round(rows * (127 / most)) * (most / 127)
 
 
 def _rows(cache: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:

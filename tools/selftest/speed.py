@@ -18,7 +18,7 @@ from pilotfish.engine.build import Engine, build
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.device import on_device
 from pilotfish.engine.execution.batch import Span
-from pilotfish.engine.execution.platform import choose_quantization
+from pilotfish.engine.execution.platform import CACHE_DTYPES, choose_quantization
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.memory.free import free_memory
 from pilotfish.engine.models.checkpoint import read_config
@@ -139,12 +139,12 @@ class _Model:
 
     @property
     def planned(self) -> PlannedModel:
-        info, fp8 = self.engine.info, self.subject.platform.cache_dtype == torch.float8_e4m3fn
+        info, kept = self.engine.info, self.subject.platform.cache_dtype
         return PlannedModel(
             name=info.model,
             shape=self.shape,
             dtype=info.dtype,
-            kv_dtype="fp8" if fp8 else info.dtype,
+            kv_dtype=next((name for name, dtype in CACHE_DTYPES.items() if dtype == kept), info.dtype),
             quantization=choose_quantization(self.config, self.shape, self.subject.platform.needs.capability),
         )
 

@@ -74,7 +74,8 @@ class AttentionBackend(Protocol):
         """Allocate one layer's cache, filled with zeros. On the CPU the system hands out its memory page by page, on
         first use.
 
-        dtype: the cache's; the model's own, or float8_e4m3fn for backends that can keep keys and values in it.
+        dtype: the cache's; the model's own, or float8_e4m3fn, bfloat16 or int8 for backends that can keep keys and
+        values in it (`choose` has the rules).
         """
         ...
 

@@ -8,7 +8,15 @@ from pilotfish.engine.kernels import memory, paged
 from pilotfish.engine.kernels.paged import FP8, as_bytes, converted
 from pilotfish.engine.layers.attention.backend import LayerCache
 
-__all__ = ["FP8", "allocate_paged", "as_bytes", "converted", "write", "zeros"]
+__all__ = ["FP8", "allocate_paged", "as_bytes", "converted", "head_bytes", "write", "zeros"]
+
+SCALE_BYTES = 4
+"""Of the float32 scale that each token's key or value of a head has in int8."""
+
+
+def head_bytes(head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of a token's key, or value, of one head."""
+    return head_dim * dtype.itemsize + (SCALE_BYTES if dtype == torch.int8 else 0)
 
 
 def allocate_paged(

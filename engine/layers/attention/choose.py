@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pilotfish.engine.kernels.native import VECTOR, NativeKernels, load_library
+from pilotfish.engine.kernels.native import CACHE_FORMS, VECTOR, NativeKernels, load_library
 from pilotfish.engine.layers.attention.backend import AttentionBackend
 from pilotfish.engine.layers.attention.cache import FP8
 from pilotfish.engine.layers.attention.flash import load_flash2, load_flash4
@@ -31,7 +31,7 @@ class AttentionNeeds:
     """The CUDA device's compute capability; None on other devices."""
     dtype: torch.dtype
     cache_dtype: torch.dtype
-    """The KV cache's dtype: `dtype`, or float8_e4m3fn."""
+    """The KV cache's dtype: `dtype`, bfloat16, int8 or float8_e4m3fn."""
     head_dim: int
     block_size: int
     """Tokens per block; 0: the backend's default."""
@@ -43,7 +43,8 @@ class AttentionNeeds:
 
 def choose_attention(name: str, needs: AttentionNeeds, kernels: NativeKernels | None) -> AttentionBackend:
     """The backend called `name`. "auto" takes the best available: flash4, flash2, triton, torch on a GPU, else native,
-    torch. A KV cache in fp8 that only torch could read on a GPU is refused: that would be many times slower.
+    torch. A KV cache in another dtype than the model's that only torch could read on a GPU is refused: that would be
+    many times slower.
 
     kernels: the native ones if the model computes with them; native attention shares their threads. Raises ConfigError
     with the reason if the named backend cannot be used.
@@ -62,11 +63,14 @@ def choose_attention(name: str, needs: AttentionNeeds, kernels: NativeKernels | 
             return found
         logger.info("attention: not %s, since %s", candidate, found)
         reasons.append(found)
-    if needs.capability and needs.cache_dtype == FP8:
+    setting = f"kv_cache_dtype is {_cache_name(needs.cache_dtype)!r}"
+    if reason := why_not("torch", needs):
+        raise ConfigError(f"{setting}, but {'; '.join((*reasons, reason))}. kv_cache_dtype 'auto' works everywhere")
+    if needs.capability and needs.cache_dtype != needs.dtype:
         raise ConfigError(
-            "kv_cache_dtype is 'fp8', but no attention that is fast on a GPU can read such a cache here: "
+            f"{setting}, but no attention that is fast on a GPU can read such a cache here: "
             f"{'; '.join(reasons)}. attention_backend 'torch' can, span by span and without CUDA graphs; "
-            "kv_cache_dtype 'auto' takes twice the memory"
+            f"kv_cache_dtype 'auto' keeps it in {_short(needs.dtype)}"
         )
     if needs.capability:
         logger.warning("attention: torch's, span by span, which is slow on a GPU: is flash-attn installed?")
@@ -80,6 +84,7 @@ def why_not(name: str, needs: AttentionNeeds) -> str | None:
         "flash2": _why_not_flash2,
         "triton": _why_not_triton,
         "native": _why_not_native,
+        "torch": _why_not_torch,
     }
     return rules[name](needs) if name in rules else None
 
@@ -120,6 +125,8 @@ def _why_not_flash4(needs: AttentionNeeds) -> str | None:
         )
     if needs.dtype not in HALF:
         return f"flash-attn-4 computes in bfloat16 or float16, not in {_short(needs.dtype)}"
+    if needs.cache_dtype not in (needs.dtype, FP8):
+        return f"flash-attn-4's KV cache is in the model's dtype or fp8, not in {_cache_name(needs.cache_dtype)}"
     if needs.cache_dtype == FP8 and major != 10:
         return (
             "flash-attn-4 can read a KV cache in fp8 on compute capability 10.x (B200) only, "
@@ -154,7 +161,10 @@ def _why_not_flash2(needs: AttentionNeeds) -> str | None:
     if needs.sinks:
         return "the model has attention sinks, which flash-attn does not know"
     if needs.cache_dtype != needs.dtype:
-        return f"flash-attn's KV cache must be in the model's dtype, {_short(needs.dtype)}, not in fp8"
+        return (
+            f"flash-attn's KV cache must be in the model's dtype, {_short(needs.dtype)}, "
+            f"not in {_cache_name(needs.cache_dtype)}"
+        )
     if needs.head_dim % 8 or needs.head_dim > 256:
         return f"flash-attn needs a head_dim of at most 256, a multiple of 8, and the model's is {needs.head_dim}"
     if needs.block_size % 256:
@@ -168,6 +178,8 @@ def _why_not_triton(needs: AttentionNeeds) -> str | None:
         return f"the Triton kernels compute on NVIDIA GPUs, not on {needs.device}"
     if needs.capability[0] < 8:
         return f"the Triton kernels need compute capability 8.0 (Ampere) or newer, not {_dotted(needs.capability)}"
+    if needs.cache_dtype not in (needs.dtype, FP8):
+        return f"the Triton kernels' KV cache is in the model's dtype or fp8, not in {_cache_name(needs.cache_dtype)}"
     if needs.cache_dtype == FP8 and needs.capability < (8, 9):
         return f"Triton reads fp8 on compute capability 8.9 or newer, not {_dotted(needs.capability)}"
     if needs.head_dim > 256:
@@ -178,8 +190,8 @@ def _why_not_triton(needs: AttentionNeeds) -> str | None:
 def _why_not_native(needs: AttentionNeeds) -> str | None:
     if needs.device.type != "cpu" or needs.dtype != torch.float32:
         return f"the native kernels compute in float32 on the CPU, not in {_short(needs.dtype)} on {needs.device}"
-    if needs.cache_dtype != needs.dtype:
-        return "the native kernels' KV cache is float32, not fp8"
+    if needs.cache_dtype not in CACHE_FORMS:
+        return f"the native kernels' KV cache is in float32, bfloat16 or int8, not in {_cache_name(needs.cache_dtype)}"
     if needs.head_dim % VECTOR:
         return f"the model's head_dim ({needs.head_dim}) is not a multiple of {VECTOR}"
     if needs.softcap:
@@ -191,6 +203,17 @@ def _why_not_native(needs: AttentionNeeds) -> str | None:
     if load_library() is None:
         return "the native kernels were not built (no C compiler at installation)"
     return None
+
+
+def _why_not_torch(needs: AttentionNeeds) -> str | None:
+    if needs.cache_dtype == torch.int8:
+        return "a KV cache in int8 is read by the CPU's native kernels alone, not by torch's operators"
+    return None
+
+
+def _cache_name(dtype: torch.dtype) -> str:
+    """The dtype as `kv_cache_dtype` calls it."""
+    return "fp8" if dtype == FP8 else _short(dtype)
 
 
 def _dotted(capability: tuple[int, int]) -> str:

@@ -6,7 +6,7 @@ import torch
 
 from pilotfish.engine.kernels.native import CACHE_FORMS, AttentionArguments, NativeKernels
 from pilotfish.engine.layers.attention.backend import AttentionBatch, AttentionParams, LayerCache
-from pilotfish.engine.layers.attention.cache import zeros
+from pilotfish.engine.layers.attention.cache import head_bytes, zeros
 
 
 class NativeAttention:
@@ -34,7 +34,7 @@ class NativeAttention:
           block_size) and values as (block_size, head_dim), and then, in float32, the scale of each of its tokens.
         """
         if dtype == torch.int8:
-            shape = (num_blocks, kv_heads, block_size * (head_dim + torch.float32.itemsize))
+            shape = (num_blocks, kv_heads, block_size * head_bytes(head_dim, dtype))
             return LayerCache(zeros(shape, dtype, device), zeros(shape, dtype, device))
         keys = zeros((num_blocks, kv_heads, head_dim, block_size), dtype, device)
         values = zeros((num_blocks, block_size, kv_heads, head_dim), dtype, device)

@@ -17,8 +17,10 @@ CPU = torch.device("cpu")
 FORMS = [torch.float32, torch.bfloat16, torch.int8]
 LENGTH = 700  # two splits and a part of one
 
-# heads, KV heads, head_dim, block size, window
-SHAPES = [
+Shape = tuple[int, int, int, int, int | None]
+"""Heads, KV heads, head_dim, block size, window."""
+
+SHAPES: list[Shape] = [
     (6, 2, 32, 16, None),
     (3, 1, 80, 48, 300),
     (4, 4, 16, 32, 20),
@@ -48,7 +50,7 @@ def tables(blocks: int) -> list[list[int]]:
     return [order[:blocks], order[blocks:]]
 
 
-def unwritten(backend: NativeAttention, shape: tuple[int, ...], form: torch.dtype) -> LayerCache:
+def unwritten(backend: NativeAttention, shape: Shape, form: torch.dtype) -> LayerCache:
     """A cache whose numbers or scales are NaN, which would show wherever they were read."""
     _, kv_heads, dim, size, _ = shape
     cache = backend.allocate(2 * -(-LENGTH // size), size, kv_heads, dim, form, CPU)
@@ -58,7 +60,7 @@ def unwritten(backend: NativeAttention, shape: tuple[int, ...], form: torch.dtyp
 
 
 def step(
-    backend: NativeAttention, cache: LayerCache, shape: tuple[int, ...], rows: Sequence[tuple[int, int, int]]
+    backend: NativeAttention, cache: LayerCache, shape: Shape, rows: Sequence[tuple[int, int, int]]
 ) -> list[torch.Tensor]:
     """Attend spans, (sequence, start, stop) each, in one call; returns the results of each."""
     heads, kv_heads, dim, size, window = shape
@@ -79,7 +81,7 @@ def stored(part: torch.Tensor, form: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_long_contexts_equal_the_definition(kernels: NativeKernels, form: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_long_contexts_equal_the_definition(kernels: NativeKernels, form: torch.dtype, shape: Shape) -> None:
     heads, kv_heads, dim, _, window = shape
     backend = NativeAttention(kernels)
     (got,) = step(backend, unwritten(backend, shape, form), shape, [(0, 0, LENGTH)])
@@ -94,7 +96,7 @@ def test_long_contexts_equal_the_definition(kernels: NativeKernels, form: torch.
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_long_contexts_are_batch_invariant(kernels: NativeKernels, form: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_long_contexts_are_batch_invariant(kernels: NativeKernels, form: torch.dtype, shape: Shape) -> None:
     """The same bits whole, in chunks, row by row and beside others, by one thread or by several that share a row."""
     backend = NativeAttention(kernels)
     (whole,) = step(backend, unwritten(backend, shape, form), shape, [(0, 0, LENGTH)])
@@ -109,7 +111,7 @@ def test_long_contexts_are_batch_invariant(kernels: NativeKernels, form: torch.d
 
 def test_int8_is_the_nearest_number_of_the_scale(kernels: NativeKernels) -> None:
     """Zeros, and the largest of a token and head, are kept as they are."""
-    shape = (2, 2, 16, 16, None)
+    shape: Shape = (2, 2, 16, 16, None)
     backend = NativeAttention(kernels)
     cache = unwritten(backend, shape, torch.int8)
     step(backend, cache, shape, [(0, 0, 16)])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
 from pilotfish.engine.config import EngineConfig, cache_share
+from pilotfish.engine.memory.kv_cache import block_bytes
 from pilotfish.errors import ConfigError
 from pilotfish.tools.planner.devices import DEVICES
 from pilotfish.tools.planner.memory import fits, largest_batch, largest_context, plan_memory, remedies
@@ -52,6 +55,25 @@ def test_an_fp8_cache_holds_twice_as_many_tokens(setup_of: SetupOf) -> None:
     plain, fp8 = (plan_memory(setup_of(kv_cache_dtype=dtype)) for dtype in ("auto", "fp8"))
     assert fp8.kv_bytes_per_token * 2 == plain.kv_bytes_per_token
     assert fp8.cached_tokens == pytest.approx(2 * plain.cached_tokens, abs=2)
+
+
+@pytest.mark.parametrize(("form", "share"), [("bfloat16", 1 / 2), ("int8", (64 + 4) / (4 * 64))])
+def test_a_cpus_cache_in_less_than_float32(setup_of: SetupOf, form: str, share: float) -> None:
+    settings: dict[str, Any] = {"model": "smollm2-135m", "drafter": ()}
+    plain, small = (
+        plan_memory(setup_of("cpu", 1, **settings, kv_cache_dtype=dtype)).kv_bytes_per_token for dtype in ("auto", form)
+    )
+    assert small == share * plain
+    shape = setup_of("cpu", 1, **settings).target.shape
+    assert 16 * small == block_bytes(shape, 16, getattr(torch, form))
+
+
+@pytest.mark.parametrize(("device", "change"), [("h100", {}), ("cpu", {"dtype": "bfloat16"})])
+def test_a_cache_in_int8_is_for_models_in_float32_on_cpus(
+    setup_of: SetupOf, device: str, change: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match="kv_cache_dtype is 'int8', which only the CPU's kernels read"):
+        setup_of(device, 1, model="smollm2-135m", drafter=(), kv_cache_dtype="int8", **change)
 
 
 def test_the_largest_context_and_batch_fill_the_cache(setup_of: SetupOf) -> None:
