@@ -492,6 +492,7 @@ class EngineCore:
             drafted=drafted,
             accepted=accepted,
             drafter=drafter,
+            rejected=tuple(planned.draft.tokens[accepted:]),
         )
         return delta if reason is None else self._end(sequence, reason, delta, stop_token, problem)
 

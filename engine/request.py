@@ -81,6 +81,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     accepted: int = 0
     drafter: str = ""
     """The drafter of these tokens; "" if nothing was drafted."""
+    rejected: tuple[int, ...] = ()
+    """The drafted tokens after the accepted ones."""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     """The end-of-text or stop token that ended it: the last of token_ids, and not part of the text."""

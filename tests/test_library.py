@@ -64,6 +64,19 @@ def test_a_stream_is_the_same_text_token_by_token(llm: LLM, speculation: str) ->
     assert not llm.core.has_work()
 
 
+def test_deltas_have_the_tokens_that_were_rejected(tiny_llama: Path) -> None:
+    """Those after the accepted ones, of which the first is not what the target drew."""
+    rejected = 0
+    with LLM(str(tiny_llama), kv_cache_memory=4 << 20, num_threads=1, adaptive_drafts=False) as llm:
+        params = SamplingParams(seed=5, max_tokens=200, temperature=0.7, ignore_eos=True)
+        for delta in llm.stream(llm.requests([[5, 6, 7] * 8], params, speculation="ngram")):
+            assert len(delta.rejected) == delta.drafted - delta.accepted
+            if delta.rejected:
+                assert delta.rejected[0] != delta.token_ids[delta.accepted]
+                rejected += len(delta.rejected)
+    assert rejected > 10
+
+
 def test_requests_are_streamed_as_deltas(llm: LLM) -> None:
     deltas = list(llm.stream(llm.requests([[5, 6, 7]], PARAMS)))
     assert all(isinstance(delta, Delta) for delta in deltas)

@@ -5,33 +5,44 @@ say it anyway, so an answer whose provenance nobody wants costs nothing more.
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from msgspec import UNSET
+from typing import NamedTuple
 
 from pilotfish.engine.request import Delta
 from pilotfish.server.protocol.usage import TokenOrigin
 from pilotfish.text.detokenizer import TokenEntry, Vocabulary
 
 
-def origins_of(delta: Delta) -> list[tuple[str | None, int]]:
-    """Return, for each token of a delta, the drafter and the token's position in the draft, from 1; for the target's
-    own token after rejected ones, that drafter and minus the number of its rejected tokens; else (None, 0)."""
-    drafter, accepted, rejected = delta.drafter or None, delta.accepted, delta.drafted - delta.accepted
-    own = (drafter, -rejected) if rejected else (None, 0)
-    return [(drafter, i + 1) if i < accepted else own for i in range(len(delta.token_ids))]
+class Origin(NamedTuple):
+    drafter: str | None
+    """The drafter of the draft that the token, or the rejected ones in its place, are from; None if there was none."""
+    position: int = 0
+    """In the draft, from 1; 0 for the target's own token."""
+    rejected: tuple[int, ...] = ()
+    """The drafted tokens in whose place the target drew this one."""
+
+
+def origins_of(delta: Delta) -> list[Origin]:
+    """Return the origin of each token of a delta."""
+    drafter, accepted = delta.drafter or None, delta.accepted
+    own = Origin(drafter, 0, delta.rejected) if delta.rejected else Origin(None)
+    return [Origin(drafter, i + 1) if i < accepted else own for i in range(len(delta.token_ids))]
 
 
 def provenance_of(entries: Sequence[TokenEntry], vocabulary: Vocabulary) -> list[TokenOrigin]:
     """Return an object for each entry that has an origin; an echoed prompt's have none."""
     found = []
     for entry in entries:
-        if isinstance(entry.origin, tuple):
-            drafter, place = entry.origin
-            spelled = vocabulary.bytes_of(entry.token_id).decode("utf-8", "replace")
-            if place > 0:
-                found.append(TokenOrigin(spelled, drafter, place))
-            elif place < 0:
-                found.append(TokenOrigin(spelled, None, None, -place, drafter))
+        if isinstance(origin := entry.origin, Origin):
+            token = _spelled(entry.token_id, vocabulary)
+            if origin.position:
+                found.append(TokenOrigin(token, origin.drafter, origin.position))
+            elif origin.rejected:
+                others = [_spelled(id_, vocabulary) for id_ in origin.rejected]
+                found.append(TokenOrigin(token, None, None, len(others), others, origin.drafter))
             else:
-                found.append(TokenOrigin(spelled, None, None, UNSET, UNSET))
+                found.append(TokenOrigin(token, None, None))
     return found
+
+
+def _spelled(id_: int, vocabulary: Vocabulary) -> str:
+    return vocabulary.bytes_of(id_).decode("utf-8", "replace")

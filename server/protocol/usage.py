@@ -36,6 +36,8 @@ class TokenOrigin(msgspec.Struct):
     """Its position in the draft, from 1; null with `drafter`."""
     rejected: int | UnsetType = UNSET
     """Number of drafted tokens that were rejected where the target drew this one; only if there were any."""
+    rejected_tokens: list[str] | UnsetType = UNSET
+    """Their texts."""
     rejected_drafter: str | UnsetType | None = UNSET
 
 

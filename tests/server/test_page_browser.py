@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,7 +111,7 @@ def test_tokens_have_the_colour_of_their_drafter_and_a_word_about_it(page: Any) 
         found = [(each.inner_text().strip(), each.get_attribute("class")) for each in spans.all()]
         assert found == [("word5", "own"), ("word6", "hue1"), ("word7", "own"), ("word8", "own")]
         assert spans.nth(1).get_attribute("title") == "drafted by ngram, position 1"
-        assert "2 rejected tokens of ngram" in str(spans.nth(2).get_attribute("title"))
+        assert '2 rejected tokens of ngram: " word100 word101"' in str(spans.nth(2).get_attribute("title"))
 
 
 def test_stop_ends_the_request(page: Any) -> None:
@@ -170,7 +172,7 @@ def test_errors_are_shown_and_the_message_is_kept(page: Any, fault: str) -> None
         else:
             page.route("**/v1/chat/completions", lambda route: route.abort())
         send(page, "Hello")
-        said = {"queue": "The queue is full", "dead": "a test killed it", "gone": "cannot be reached"}[fault]
+        said = {"queue": "The queue is full", "dead": "The engine has ended", "gone": "cannot be reached"}[fault]
         page.get_by_role("alert").get_by_text(said).wait_for()
         app.app.state.service.gate.in_flight = 0
         page.get_by_role("button", name="Edit").click()
@@ -222,3 +224,100 @@ def test_no_view_has_faults_that_axe_finds_nor_is_wider_than_a_phone(page: Any, 
             found = axe.Axe().run(page).response["violations"]
             assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == []
             assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def stream(*events: dict[str, Any]) -> dict[str, str]:
+    """A response of server-sent events."""
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    return {"content_type": "text/event-stream", "body": body}
+
+
+def chunk(delta: dict[str, Any], finish: str | None = None, **fields: Any) -> dict[str, Any]:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish, "provenance": fields.pop("provenance", [])}
+    return {"choices": [choice]} | fields
+
+
+def test_a_calls_result_is_given_back(page: Any) -> None:
+    asked: list[dict[str, Any]] = []
+    call = {"index": 0, "id": "call_7", "type": "function", "function": {"name": "weather", "arguments": ""}}
+    more = {"index": 0, "function": {"arguments": '{"city": "Oslo"}'}}
+    answers = [
+        stream(
+            chunk({"tool_calls": [call]}), chunk({"tool_calls": [more]}, "tool_calls", usage={"completion_tokens": 9})
+        ),
+        stream(
+            chunk({"content": "It is cold."}, "stop", provenance=[{"token": "It", "drafter": None, "position": None}])
+        ),
+    ]
+
+    def answer(route: Any) -> None:
+        asked.append(json.loads(route.request.post_data))
+        route.fulfill(**answers[len(asked) - 1])
+
+    with listening(scripted([5])) as url:
+        page.goto(url)
+        page.route("**/v1/chat/completions", answer)
+        send(page, "How warm is it in Oslo?")
+        give = page.get_by_role("button", name="Give the result")
+        give.wait_for()
+        assert give.is_disabled()
+        page.get_by_label("Result of weather").fill("-8 degrees")
+        give.click()
+        page.get_by_text("It is cold.").wait_for()
+        assert page.get_by_label("Result of weather").count() == 0
+    function = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    assert asked[1]["messages"] == [
+        {"role": "user", "content": "How warm is it in Oslo?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "call_7", "type": "function", "function": function}],
+        },
+        {"role": "tool", "content": "-8 degrees", "tool_call_id": "call_7"},
+    ]
+
+
+def test_a_call_without_a_result_is_not_sent_again(page: Any) -> None:
+    asked: list[dict[str, Any]] = []
+    call = {"index": 0, "id": "call_7", "function": {"name": "weather", "arguments": "{}"}}
+
+    def answer(route: Any) -> None:
+        asked.append(json.loads(route.request.post_data))
+        route.fulfill(
+            **stream(
+                chunk({"content": "Let me see.", "tool_calls": [call]}, "tool_calls", usage={"completion_tokens": 9})
+            )
+        )
+
+    with listening(scripted([5])) as url:
+        page.goto(url)
+        page.route("**/v1/chat/completions", answer)
+        send(page, "How warm is it in Oslo?")
+        page.get_by_role("button", name="Give the result").wait_for()
+        send(page, "Never mind.")
+        page.locator("article").nth(3).get_by_role("button", name="Regenerate").wait_for()
+    assert asked[1]["messages"][1] == {"role": "assistant", "content": "Let me see."}
+
+
+def test_an_answers_speed_stands_beside_that_of_plain_decoding(page: Any) -> None:
+    states = [
+        {"steps": 0, "predicted_goodput": 0.0, "predicted_plain_goodput": 0.0},
+        {"steps": 10, "predicted_goodput": 60.0, "predicted_plain_goodput": 30.0},
+        {"steps": 30, "predicted_goodput": 50.0, "predicted_plain_goodput": 40.0},
+    ]
+    timings = {"tokens_per_second": 80.0, "accepted_tokens": 1}
+
+    def answer(route: Any) -> None:
+        time.sleep(0.3)  # the states have been read by then
+        route.fulfill(**stream(chunk({"content": "Hi"}, "stop", timings=timings, usage={"completion_tokens": 3})))
+
+    with listening(scripted([5])) as url:
+        page.goto(url)
+        page.route("**/page/live", lambda route: route.fulfill(**stream(*states)))
+        page.route("**/v1/chat/completions", answer)
+        send(page, "Hello")
+        page.get_by_role("button", name="Regenerate").wait_for()
+        found = page.locator(".against dd").all_inner_texts()
+    assert [text.strip() for text in found] == [
+        "80.0 tokens/s, 1.38×", "about 58.0 tokens/s, as the controller estimates",
+    ]  # fmt: skip

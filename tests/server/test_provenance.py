@@ -17,7 +17,9 @@ EXPECTED = [
     {"token": " word5"} | OWN,
     {"token": " word6", "drafter": "ngram", "position": 1},
     {"token": " word7", "drafter": "ngram", "position": 2},
-    {"token": " word8"} | OWN | {"rejected": 2, "rejected_drafter": "ngram"},
+    {"token": " word8"}
+    | OWN
+    | {"rejected": 2, "rejected_tokens": [" word100", " word101"], "rejected_drafter": "ngram"},
 ]
 PATHS: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "a"},

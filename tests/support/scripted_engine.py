@@ -49,6 +49,7 @@ def say(
                 drafted=drafted if i else 0,
                 accepted=accepted if i else 0,
                 drafter=drafter if i and drafted else "",
+                rejected=tuple(range(100, 100 + drafted - accepted)) if i else (),
                 finish_reason="length" if i == len(groups) - 1 else None,
             )
         )

@@ -16,6 +16,7 @@ export interface Answer {
   accepted: number;
   began: number;
   rate: number | null;
+  plain?: number; // tokens/s of plain decoding, by the controller's estimate
   timings?: Timings;
   finish?: string;
   error?: string;
@@ -31,9 +32,9 @@ export function added(answer: Answer, piece: Piece): Answer {
   if (piece.content) next.content += piece.content;
   if (piece.reasoning) next.reasoning += piece.reasoning;
   for (const each of piece.calls ?? []) {
-    const known = next.calls[each.index] ?? { name: "", arguments: "" };
+    const known = next.calls[each.index] ?? { id: "", name: "", arguments: "" };
     next.calls = [...next.calls];
-    next.calls[each.index] = { name: known.name + (each.name ?? ""), arguments: known.arguments + (each.arguments ?? "") };
+    next.calls[each.index] = { id: each.id ?? known.id, name: known.name + (each.name ?? ""), arguments: known.arguments + (each.arguments ?? "") };
   }
   const text = piece.content ?? "";
   if (piece.origins?.length || text) {
@@ -77,7 +78,10 @@ function push(spans: Span[], text: string): void {
 
 function titleOf(origin: Origin): string {
   if (origin.drafter !== null) return `drafted by ${origin.drafter}, position ${origin.position}`;
-  if (origin.rejected) return `the model's own, in place of ${origin.rejected} rejected tokens of ${origin.rejected_drafter}`;
+  if (origin.rejected) {
+    const what = origin.rejected === 1 ? "the rejected token" : `${origin.rejected} rejected tokens`;
+    return `the model's own, in place of ${what} of ${origin.rejected_drafter}: ${JSON.stringify(origin.rejected_tokens?.join(""))}`;
+  }
   return "the model's own";
 }
 

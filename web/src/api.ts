@@ -15,6 +15,7 @@ export interface Origin {
   drafter: string | null;
   position: number | null;
   rejected?: number;
+  rejected_tokens?: string[];
   rejected_drafter?: string;
 }
 
@@ -29,6 +30,7 @@ export interface Timings {
 }
 
 export interface Call {
+  id: string;
   name: string;
   arguments: string;
 }
@@ -36,7 +38,7 @@ export interface Call {
 export interface Piece {
   content?: string;
   reasoning?: string;
-  calls?: { index: number; name?: string; arguments?: string }[];
+  calls?: { index: number; id?: string; name?: string; arguments?: string }[];
   origins?: Origin[];
   timings?: Timings;
   tokens?: number;
@@ -118,11 +120,28 @@ export async function* chat(body: object, signal: AbortSignal): AsyncGenerator<P
     yield {
       content: delta.content ?? undefined,
       reasoning: delta.reasoning_content,
-      calls: delta.tool_calls?.map((each: { index: number; function?: Call }) => ({ index: each.index, ...each.function })),
+      calls: delta.tool_calls?.map(({ index, id, function: called }: { index: number; id?: string; function?: Partial<Call> }) => ({ index, id, ...called })),
       origins: choice?.provenance,
       finish: choice?.finish_reason ?? undefined,
       timings: chunk.timings,
       tokens: chunk.usage?.completion_tokens,
     };
+  }
+}
+
+// While a request runs, what the controller thinks plain decoding would give, as a share of what it expects of its choice.
+export async function watchPlain(signal: AbortSignal, tell: (share: number) => void): Promise<void> {
+  let steps = 0;
+  let sum = 0;
+  try {
+    for await (const data of events(await call("/page/live", { signal }))) {
+      const now = JSON.parse(data) as { steps: number; predicted_goodput: number; predicted_plain_goodput: number };
+      if (!(now.steps && now.predicted_goodput > 0 && now.predicted_plain_goodput > 0)) continue;
+      steps += now.steps;
+      sum += (now.steps * now.predicted_plain_goodput) / now.predicted_goodput;
+      tell(sum / steps);
+    }
+  } catch {
+    // no comparison, then
   }
 }

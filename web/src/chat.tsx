@@ -1,9 +1,9 @@
 // Chat: conversations, answers as they stream, and the settings of requests.
 import { useEffect, useRef, useState } from "preact/hooks";
 import { added, newAnswer, type Answer } from "./answer";
-import { chat, type Info } from "./api";
+import { chat, watchPlain, type Info } from "./api";
 import { Choice, Coloured, Legend, Markdown, messageOf, Problem, Speed, useFrames } from "./parts";
-import { bodyOf, DEFAULTS, newConversation, NUMBERS, useConversations, useKept, type Message, type Settings } from "./store";
+import { bodyOf, callsOf, DEFAULTS, newConversation, NUMBERS, useConversations, useKept, type Message, type Settings } from "./store";
 
 export function drafterChoices(info: Info): [string, string][] {
   return [
@@ -49,14 +49,22 @@ export function Chat({ info }: { info: Info }) {
     const control = (stopping.current = new AbortController());
     let answer = newAnswer();
     setLive(answer);
+    const watching = new AbortController();
+    let share: number | null = null;
+    void watchPlain(watching.signal, (found) => (share = found));
     try {
-      for await (const piece of chat(body, control.signal)) setLive((answer = added(answer, piece)));
+      for await (const piece of chat(body, control.signal)) {
+        answer = added(answer, piece);
+        if (share !== null && answer.rate !== null) answer.plain = answer.rate * share;
+        setLive(answer);
+      }
       setSaid("The answer is complete.");
     } catch (error) {
       answer = { ...answer, error: messageOf(error) };
       setSaid(answer.error!);
       if (!answer.tokens) setProblem(answer.error!);
     }
+    watching.abort();
     if (answer.tokens) {
       const done = { ...conversation, messages: [...messages, { role: "assistant" as const, content: answer.content, answer }] };
       setCurrent((now) => (now.id === done.id ? done : now)); // another may have been picked meanwhile
@@ -124,7 +132,7 @@ export function Chat({ info }: { info: Info }) {
         )}
         {current.messages.map((message, i) => (
           <article key={i} class={message.role}>
-            <h2>{message.role === "user" ? "You" : info.models[0]}</h2>
+            <h2>{message.role === "user" ? "You" : message.role === "tool" ? "Result" : info.models[0]}</h2>
             {message.answer ? <AnswerView answer={message.answer} colours={settings.colours} /> : <p class="said">{message.content}</p>}
             {!busy && (
               <div class="actions">
@@ -132,11 +140,14 @@ export function Chat({ info }: { info: Info }) {
                 {message.role === "assistant" && i === last && (
                   <button type="button" onClick={() => void ask(current.messages.slice(0, i))}>Regenerate</button>
                 )}
-                {message.role === "user" && i === last && (
+                {message.role !== "assistant" && i === last && (
                   <button type="button" onClick={() => void ask(current.messages)}>Try again</button>
                 )}
                 <button type="button" onClick={() => void navigator.clipboard?.writeText(message.content)}>Copy</button>
               </div>
+            )}
+            {!busy && i === last && message.answer && message.answer.calls.length > 0 && (
+              <Results key={message.answer.began} answer={message.answer} send={(results) => void ask([...current.messages, ...results])} />
             )}
           </article>
         ))}
@@ -195,6 +206,33 @@ function AnswerView({ answer, colours }: { answer: Answer; colours: boolean }) {
       <Speed answer={answer} />
       <Problem text={answer.error} />
     </>
+  );
+}
+
+// What the calls of the last answer returned, which the page cannot know.
+function Results({ answer, send }: { answer: Answer; send: (results: Message[]) => void }) {
+  const calls = callsOf(answer);
+  const [texts, setTexts] = useState(() => calls.map(() => ""));
+  return (
+    <form
+      class="results"
+      onSubmit={(event) => {
+        event.preventDefault();
+        send(calls.map(({ id }, i) => ({ role: "tool", content: texts[i], call: id })));
+      }}
+    >
+      {calls.map((each, i) => (
+        <label key={each.id}>
+          Result of {each.name}
+          <textarea
+            rows={2}
+            value={texts[i]}
+            onInput={(event) => setTexts(texts.map((old, j) => (j === i ? event.currentTarget.value : old)))}
+          />
+        </label>
+      ))}
+      <button type="submit" disabled={texts.some((text) => !text.trim())}>{calls.length > 1 ? "Give the results" : "Give the result"}</button>
+    </form>
   );
 }
 

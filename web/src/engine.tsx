@@ -1,7 +1,7 @@
 // Engine: what it does now, twice a second.
 import { useEffect, useState } from "preact/hooks";
 import { call, events, type Info } from "./api";
-import { hue, messageOf, Problem } from "./parts";
+import { Bar, hue, messageOf, Problem } from "./parts";
 
 interface Live {
   state: string;
@@ -112,19 +112,6 @@ export function Engine({ info }: { info: Info }) {
 
 function Figure({ name, value }: { name: string; value: string | number }) {
   return <div><dt>{name}</dt><dd>{value}</dd></div>;
-}
-
-function Bar({ parts }: { parts: [number, string][] }) {
-  let at = 0;
-  return (
-    <svg class="chart thin" viewBox="0 0 100 4" preserveAspectRatio="none" aria-hidden="true">
-      {parts.map(([share, colour]) => {
-        const x = at;
-        at += 100 * share;
-        return <rect key={colour} class={`fill-${colour}`} x={x} y="0" width={100 * share} height="4" />;
-      })}
-    </svg>
-  );
 }
 
 function Line({ values }: { values: number[] }) {

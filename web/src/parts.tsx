@@ -44,16 +44,45 @@ export function Legend({ spans }: { spans: Span[] }) {
   );
 }
 
+export function Bar({ parts }: { parts: [number, string][] }) {
+  let at = 0;
+  return (
+    <svg class="chart thin" viewBox="0 0 100 4" preserveAspectRatio="none" aria-hidden="true">
+      {parts.map(([share, colour]) => {
+        const x = at;
+        at += 100 * share;
+        return <rect key={colour} class={`fill-${colour}`} x={x} y="0" width={100 * share} height="4" />;
+      })}
+    </svg>
+  );
+}
+
+// Tokens per second beside what plain decoding would give.
+function Against({ rate, plain }: { rate: number; plain: number }) {
+  const most = Math.max(rate, plain);
+  return (
+    <dl class="against">
+      <dt>this answer</dt>
+      <dd><Bar parts={[[rate / most, "hue1"]]} /> {rate.toFixed(1)} tokens/s, {(rate / plain).toFixed(2)}×</dd>
+      <dt>plain decoding</dt>
+      <dd><Bar parts={[[plain / most, "own"]]} /> about {plain.toFixed(1)} tokens/s, as the controller estimates</dd>
+    </dl>
+  );
+}
+
 export function Speed({ answer }: { answer: Answer }) {
   const passes = perPass(answer);
   if (!answer.tokens) return null;
   return (
-    <p class="speed">
-      {answer.tokens} tokens
-      {answer.rate !== null && <>, <strong>{answer.rate.toFixed(1)}</strong> tokens/s</>}
-      {passes !== null && <>, {passes.toFixed(2)} tokens per pass (plain decoding: 1)</>}
-      {answer.finish === "length" && <>, cut off at max_tokens</>}
-    </p>
+    <>
+      {answer.plain !== undefined && answer.rate !== null && <Against rate={answer.rate} plain={answer.plain} />}
+      <p class="speed">
+        {answer.tokens} tokens
+        {answer.rate !== null && <>, <strong>{answer.rate.toFixed(1)}</strong> tokens/s</>}
+        {passes !== null && <>, {passes.toFixed(2)} tokens per pass (plain decoding: 1)</>}
+        {answer.finish === "length" && <>, cut off at max_tokens</>}
+      </p>
+    </>
   );
 }
 

@@ -1,11 +1,13 @@
 // What the browser keeps: conversations and settings, in localStorage.
 import { useState } from "preact/hooks";
 import type { Answer } from "./answer";
+import type { Call } from "./api";
 
 export interface Message {
-  role: "user" | "assistant";
+  role: "user" | "assistant" | "tool";
   content: string;
   answer?: Answer;
+  call?: string; // the id of the call that this is the result of
 }
 
 export interface Conversation {
@@ -87,13 +89,27 @@ export function newConversation(): Conversation {
   return { id: String(Date.now()), title: "New conversation", messages: [] };
 }
 
+// The calls of an answer with their ids, which answers that were kept long ago lack.
+export function callsOf(answer: Answer): Call[] {
+  return answer.calls.map((each, i) => ({ ...each, id: each.id || `call_${i}` }));
+}
+
+// A message in the API's form. Calls whose results were not given are left out.
+function sent(message: Message, i: number, all: Message[]): object {
+  const { role, content, answer } = message;
+  if (role === "tool") return { role, content, tool_call_id: message.call };
+  if (!answer?.calls.length || all[i + 1]?.role !== "tool") return { role, content };
+  const calls = callsOf(answer).map(({ id, ...called }) => ({ id, type: "function", function: called }));
+  return { role, content, tool_calls: calls };
+}
+
 // The request's body, or an error that names the field. Empty settings are left out: they are the server's.
 export function bodyOf(settings: Settings, model: string, messages: Message[]): Record<string, unknown> {
   const body: Record<string, unknown> = { model: settings.model || model };
   const system = settings.system.trim();
   body.messages = [
     ...(system ? [{ role: "system", content: system }] : []),
-    ...messages.map(({ role, content }) => ({ role, content })),
+    ...messages.map(sent),
   ];
   for (const name of NUMBERS) {
     const text = settings[name].trim();
