@@ -49,7 +49,8 @@ DRAFTERS = (None, "ngram", "ngram", None, None, "suffix", "suffix", "suffix", No
 LIVE = {
     "state": "ready", "seconds": 0.5, "in_flight": 3, "running": 2, "waiting": 1, "max_num_seqs": 32,
     "blocks_total": 400, "blocks_used": 90, "blocks_cached": 120, "steps": 20, "rows": 70, "prompt_tokens": 12,
-    "generated_tokens": 40, "prefix_queried_tokens": 100, "prefix_hit_tokens": 64, "preemptions": 1, "tokens": {"ngram": 30, "none": 10},
+    "generated_tokens": 40, "prefix_queried_tokens": 100, "prefix_hit_tokens": 64, "preemptions": 1,
+    "tokens": {"ngram": 30, "none": 10},
     "chosen": {"ngram": 30, "none": 10}, "drafted_at": {"ngram": [20, 10, 5]}, "accepted_at": {"ngram": [15, 5, 1]},
     "predicted_goodput": 90.0, "predicted_plain_goodput": 45.0,
     "phases": {"draft": 0.01, "forward": 0.4, "sample": 0.03},
