@@ -26,6 +26,7 @@ AttentionName = Literal["auto", "flash4", "flash2", "triton", "native", "torch"]
 QuantizationName = Literal["auto", "none", "fp8"]
 CacheDType = Literal["auto", "bfloat16", "int8", "fp8"]
 LoadFormat = Literal["auto", "dummy"]
+SchedulingPolicy = Literal["fair", "priority", "fcfs"]
 ModelImpl = Literal["auto", "pilotfish", "transformers"]
 
 
@@ -131,6 +132,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_prefill_ms: Annotated[float, Meta(ge=0)] = 80.0
     """Maximum milliseconds that reading prompts may add to a step of sequences that decode, as predicted from the steps
     before: prefill chunks are as large as that allows. 0: no bound but max_batch_tokens."""
+    scheduling_policy: SchedulingPolicy = "fair"
+    """Which sequences run where there are more than max_num_seqs. fair: equal shares for tenants, by weight and tokens,
+    and within a tenant by the requests' priority, and equal shares for its users; priority: by priority alone; fcfs:
+    first come, first served."""
     block_size: NotNegative = 0
     """Tokens in a block of the KV cache; 0: the attention backend's own choice."""
     kv_cache_dtype: CacheDType = "auto"

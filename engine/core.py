@@ -41,6 +41,7 @@ from pilotfish.engine.sampling.logit_spans import LogitSpan
 from pilotfish.engine.sampling.logprobs import token_logprobs
 from pilotfish.engine.scheduler import PlannedSpan, Scheduler, StepPlan
 from pilotfish.engine.sequence import Sequence
+from pilotfish.engine.shares import Shares
 from pilotfish.engine.speculation.control.candidates import Choice
 from pilotfish.engine.speculation.drafters.feature_router import KeptRows
 from pilotfish.engine.speculation.speculator import StepDrafts
@@ -113,12 +114,20 @@ class EngineCore:
         self.info: EngineInfo = msgspec.structs.replace(self.engine.info, memory=self._memory.read_all())
         self._device = torch.device(self.info.device)
         limits = with_step_limits(config, gpu_memory(self._device))
-        self._scheduler = Scheduler(self.engine.pool, limits.max_num_seqs, limits.max_batch_tokens, self.engine.pace)
+        self._scheduler = Scheduler(
+            self.engine.pool,
+            limits.max_num_seqs,
+            limits.max_batch_tokens,
+            self.engine.pace,
+            Shares(config.scheduling_policy),
+        )
         self._adapters = dict(self.engine.loaded)
         """Numbers of the adapters that requests may name."""
         self._leaving: set[int] = set()
         """Numbers of those that were unloaded while sequences had them."""
         self._sequences: dict[str, Sequence] = {}
+        self._deadlines: dict[str, float] = {}
+        """When requests end at the latest, of those that say so."""
         self._ended: list[Delta] = []  # to be reported with the next step's deltas
         self._compiling: dict[Sequence, Future[LLMatcher]] = {}
         """Sequences that wait for their grammars, in the order in which they came."""
@@ -153,6 +162,8 @@ class EngineCore:
             stops=frozenset((*params.stop_token_ids, *(() if goes_on else self.info.eos_token_ids))),
         )
         self._sequences[request.id] = sequence
+        if request.deadline:
+            self._deadlines[request.id] = request.deadline
         if params.constrained and not self._restrict(sequence):
             return
         self._scheduler.add(sequence)
@@ -190,6 +201,12 @@ class EngineCore:
         """End a request now, if it has not ended; its last delta comes with the next step's."""
         if (sequence := self._sequences.get(request_id)) is not None:
             self._ended.append(self._end(sequence, "abort"))
+
+    def _end_overdue(self) -> None:
+        """End the requests whose deadlines have passed."""
+        now = time.monotonic()
+        for request_id in [request_id for request_id, deadline in self._deadlines.items() if deadline <= now]:
+            self._ended.append(self._end(self._sequences[request_id], "timeout"))
 
     def change_adapter(self, name: str, folder: str | None) -> None:
         """Load a low-rank adapter from a folder, or unload it (None): sequences that have it go on to their ends.
@@ -240,8 +257,11 @@ class EngineCore:
         engine goes on. (Of a sharded model the other ranks wait in the middle of the pass: then the engine ends.)"""
         engine = self.engine
         seconds: dict[str, float] = {}
+        if self._deadlines:
+            self._end_overdue()
         if self._compiling:
             self._take_compiled()
+        self._scheduler.arrange()
         decoding, drafts = self._scheduler.decoding(), NO_DRAFTS
         with _phase(seconds, "draft"), Attempt() as drafting:
             drafts = engine.speculator.draft(decoding, self._scheduler.prompt_rows())
@@ -274,7 +294,8 @@ class EngineCore:
         # And with them the memory that they take.
         step = replace(step, tap=None, logits=None, drawn=None, masks=None, how=Ways("", {}))
         self._give_up([planned.sequence for planned in step.plan.spans], problem)
-        return replace(step, plan=StepPlan(preemptions=step.plan.preemptions), drafts=NO_DRAFTS)
+        plan = StepPlan(preemptions=step.plan.preemptions, pauses=step.plan.pauses)
+        return replace(step, plan=plan, drafts=NO_DRAFTS)
 
     def _give_up(self, sequences: Iterable[Sequence], problem: str) -> None:
         """End those of `sequences` that are running: the device's memory did not suffice for their step."""
@@ -467,6 +488,7 @@ class EngineCore:
         tokens, reason, stop_token = self._until_stop(sequence, verdict.tokens)
         sequence.tokens.extend(tokens)
         sequence.computed = len(sequence.tokens) - 1
+        self._scheduler.shares.served(sequence, len(tokens))
         problem = None
         if sequence.grammar is not None:
             sequence.grammar.advance(tokens)
@@ -516,6 +538,7 @@ class EngineCore:
     ) -> Delta:
         """Release all that the sequence holds, and return its last delta. `problem`: what an error says."""
         del self._sequences[sequence.id]
+        self._deadlines.pop(sequence.id, None)
         if self._compiling.pop(sequence, None) is None:
             self._scheduler.remove(sequence)
         self.engine.speculator.release(sequence)

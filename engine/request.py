@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -10,7 +11,7 @@ from pilotfish.engine.memory.usage import RankMemory
 from pilotfish.engine.params import MAX_SEED, SamplingParams
 from pilotfish.errors import ParameterError, shown
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +32,15 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Requests share cached prefixes only with those that have the same salt."""
     session: str | None = None
     """The client's name for the session that it is part of; only passed on."""
+    tenant: str = ""
+    """Who it is for: tenants have equal shares of the engine, multiplied by their weights, and within a tenant its
+    users."""
+    weight: float = 1.0
+    user: str = ""
+    priority: int = 0
+    """Of a tenant's requests, those with lower numbers go first."""
+    deadline: float = 0.0
+    """time.monotonic() at which it ends, complete or not; 0: never."""
     arrival: float = 0.0
     """time.monotonic() when the client's request came in (one clock for all processes of a machine)."""
 
@@ -118,6 +128,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 def check_request(request: Request, info: EngineInfo) -> None:
     """Raise ParameterError for a request that this engine can never serve."""
     request.params.check()
+    if not 0 < request.weight < math.inf:
+        raise ParameterError("weight", f"weight is {request.weight!r}, but must be a positive number")
     length, limit = len(request.prompt_ids), info.max_model_len
     if length == 0:
         raise ParameterError("prompt", "the prompt has no tokens, but must have at least one")

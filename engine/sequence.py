@@ -34,6 +34,13 @@ class Sequence:
     accepted: int = 0
     steps: int = 0
     preemptions: int = 0
+    number: int = 0
+    """Its place in the order of arrival."""
+    place: int = 0
+    """Its place in the order in which sequences run (see `engine.shares`), lower ones first; `turn` and `user_turn` are
+    how many its tenant and its user have up to it, the former divided by the tenant's weight."""
+    turn: float = 0.0
+    user_turn: int = 0
     scheduled: float = 0.0
     first_token: float = 0.0
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)

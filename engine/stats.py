@@ -58,6 +58,9 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     predicted (a step without decoding, or an engine without the controller)."""
     predicted_plain_goodput: float = 0.0
     preemptions: int = 0
+    """Sequences that lost their blocks to one that comes before them."""
+    pauses: int = 0
+    """Sequences that wait, with their blocks, for one that comes before them."""
     prefix_queried_tokens: int = 0
     """Prompt tokens of sequences admitted in this step, and those of them that were in the prefix cache."""
     prefix_hit_tokens: int = 0
@@ -125,6 +128,7 @@ def step_stats(
         accepted_at=accepted_at,
         step_tokens={name: tuple(counts) for name, counts in step_tokens.items()},
         preemptions=plan.preemptions,
+        pauses=plan.pauses,
         prefix_queried_tokens=sum(len(sequence.request.prompt_ids) for sequence in plan.admitted),
         prefix_hit_tokens=sum(sequence.cached_prompt_tokens for sequence in plan.admitted),
         passed=how.passed,

@@ -70,6 +70,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_queue: NotNegative = 256
     """Maximum number of waiting sequences, in addition to the max_num_seqs that run; more are refused with status
     429."""
+    max_queue_ms: Annotated[float, Meta(ge=0)] = 0.0
+    """Maximum milliseconds that a request may probably wait before it runs, as estimated from the requests before:
+    those that would wait longer are refused with status 429 at once. 0: no limit."""
+    max_queue_tokens: NotNegative = 0
+    """Maximum number of tokens that the prompts and answers of all requests in flight may come to, counting max_tokens
+    for an answer; more are refused with status 429. 0: no limit."""
     max_body_bytes: Positive = 8 * 2**20
     """Maximum size of a request body; larger ones are refused with status 413."""
     max_bodies_bytes: Positive = 256 * 2**20

@@ -136,6 +136,33 @@ def queue_full(in_flight: int, limit: int, retry_after: float) -> ApiError:
     )
 
 
+def queue_too_long(wait: float, most: float, retry_after: float) -> ApiError:
+    """`wait`: the seconds that the request would probably wait, where it may wait for `most`."""
+    return ApiError(
+        429,
+        f"The request would probably wait for {wait:.1f} s, but may wait for {most:g} s. Try again later.",
+        type="rate_limit_error",
+        code="queue_too_long",
+        retry_after=retry_after,
+    )
+
+
+def tokens_full(in_flight: int, tokens: int, limit: int, retry_after: float) -> ApiError:
+    return ApiError(
+        429,
+        f"The request may come to {tokens} tokens of prompt and answer, but those in flight have {in_flight} of at "
+        f"most {limit}. Try again later, or with a smaller max_tokens.",
+        type="rate_limit_error",
+        code="tokens_full",
+        retry_after=retry_after,
+    )
+
+
+def timed_out() -> ApiError:
+    message = "The request's timeout passed before its answer was complete."
+    return ApiError(504, message, type="timeout_error", code="timeout")
+
+
 def bodies_full(message: str, retry_after: float | None = None) -> ApiError:
     return ApiError(429, message, type="rate_limit_error", code="bodies_full", retry_after=retry_after)
 
@@ -240,6 +267,8 @@ def _validation_error(error: RequestValidationError) -> ApiError:
             return bad_parameter(param, f"Missing required parameter: '{param}'.", "missing_required_parameter")
         case "greater_than_equal":
             return bad_parameter(param, f"{param} is {shown(value)}, but must be at least {context['ge']}")
+        case "greater_than":
+            return bad_parameter(param, f"{param} is {shown(value)}, but must be more than {context['gt']:g}")
         case "less_than_equal":
             return bad_parameter(param, f"{param} is {shown(value)}, but must be at most {context['le']}")
         case "too_short":

@@ -52,7 +52,8 @@ _STEP_TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 17, 25, 33)
 _STEP_COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "Prompt tokens computed (not those from the prefix cache)."),
     "generated_tokens": ("generated_tokens", "Tokens generated."),
-    "preemptions": ("preemptions", "Sequences that lost their memory to an older one for a while."),
+    "preemptions": ("preemptions", "Sequences that lost their memory to one that comes before them for a while."),
+    "pauses": ("pauses", "Sequences that waited, with their memory, for one that comes before them."),
     "prefix_queried_tokens": ("prefix_cache_queried_tokens", "Prompt tokens looked up in the prefix cache."),
     "prefix_hit_tokens": ("prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache."),
     "constrained_rows": ("constrained_rows", "Rows whose token a grammar or a budget of reasoning restricted."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from typing import Annotated
@@ -13,7 +14,7 @@ from pilotfish import __version__
 from pilotfish.engine.process.supervisor import SupervisedEngine
 from pilotfish.engine.request import EngineInfo
 from pilotfish.errors import ParameterError
-from pilotfish.server.admission import Gate
+from pilotfish.server.admission import Gate, Limits
 from pilotfish.server.config import ServerConfig
 from pilotfish.server.errors import (
     ContextLengthError,
@@ -106,6 +107,20 @@ class Service:
         self.reclaimer.close()
         self.responses.close()
         self._rendering.close()
+
+    def limits(self, info: EngineInfo, deadline: float) -> Limits:
+        """Return what may be in flight for a request to be admitted, which may wait at most until its `deadline`, in
+        time.monotonic() seconds; 0: it has none."""
+        wait = self.config.max_queue_ms / 1000 or math.inf
+        if deadline:
+            wait = min(wait, deadline - time.monotonic())
+        return Limits(
+            sequences=info.max_num_seqs + self.config.max_queue,
+            running=info.max_num_seqs,
+            tokens=self.config.max_queue_tokens,
+            wait=wait,
+            fair=self.engine.config.scheduling_policy == "fair",
+        )
 
     @property
     def stuck(self) -> bool:

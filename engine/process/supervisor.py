@@ -75,8 +75,8 @@ class SupervisedEngine:
     def __init__(
         self,
         config: EngineConfig,
-        policy: RestartPolicy = RestartPolicy(),  # noqa: B008 - it cannot change
-        events: EngineEvents = EngineEvents(),  # noqa: B008
+        policy: RestartPolicy = RestartPolicy(),
+        events: EngineEvents = EngineEvents(),
         *,
         logs: Logs = Logs(),  # noqa: B008
         command: Sequence[str] = ENGINE_COMMAND,

@@ -39,6 +39,8 @@ class RequestFacts:
     """time.monotonic() seconds."""
     tenant: str = ""
     """Whose request it is (see `server.tenants`); "" if all are of one tenant."""
+    weight: float = 1.0
+    """The tenant's, for its share of the engine."""
     body_bytes: int = 0
     """Bytes of the body that were read, decompressed."""
     ignored: tuple[str, ...] = ()

@@ -24,6 +24,7 @@ from starlette.responses import Response
 from pilotfish.engine.params import Thinking
 from pilotfish.engine.request import EngineInfo, check_request, fan_out
 from pilotfish.engine.request import Request as EngineRequest
+from pilotfish.server.admission import Flow
 from pilotfish.server.encoding import ErrorBody, json_response
 from pilotfish.server.errors import ErrorForm, bad_parameter, openai_error
 from pilotfish.server.generation.answer import Answer
@@ -136,8 +137,10 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
             param = "n" if spec.answers > 1 else endpoint.prompt_param
             message = f"the request asks for {spec.sequences} answers, but may ask for at most {MAX_SEQUENCES}"
             raise bad_parameter(param, message)
-        limit = info.max_num_seqs + service.config.max_queue
-        at_once = admission.enter_context(service.gate.admit(spec.sequences, limit))
+        who = Flow(facts.tenant, spec.user or _address(request), facts.weight)
+        admitted = admission.enter_context(
+            service.gate.admit(spec.sequences, service.limits(info, _deadline(spec, facts)), who)
+        )
         if spec.bad_words:
             words = await service.word_tokens(spec.bad_words)
             spec = replace(spec, params=msgspec.structs.replace(spec.params, bad_words=words))
@@ -148,7 +151,8 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
             name = identity if spec.prompts == 1 else f"{identity}-{i}"
             if i:
                 await asyncio.sleep(0)  # thousands of short texts are as much work as a long one
-            asked = await _ask(service, info, spec, endpoint.prompt_param, prompt, name, facts)
+            asked = await _ask(service, info, spec, endpoint.prompt_param, prompt, name, facts, who)
+            admitted.claim((len(asked.prompt_ids) + asked.params.max_tokens) * spec.answers)
             seed = service.engine.draw_seed() if asked.params.seed is None else asked.params.seed
             for one in fan_out(asked, spec.answers, seed):
                 shown = frozenset[int]() if parser is None else service.format.shown
@@ -171,7 +175,7 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
         facts.generation = GenerationFacts(
             identity, endpoint.operation, spec, answers, await _prompts(service, answers)
         )
-        pieces = follow_all(service.engine, answers, service.metrics, at_once)
+        pieces = follow_all(service.engine, answers, service.metrics, admitted.at_once)
         if spec.stream:
             chunks, end = endpoint.chunks(reply), endpoint.end_of_stream
             return EventStream(chunks, pieces, admission.pop_all(), end, endpoint.ping)
@@ -217,7 +221,14 @@ def _restricted(spec: GenerationSpec, grammar: Grammar | None, thinking: Thinkin
 
 
 async def _ask(
-    service: Service, info: EngineInfo, spec: GenerationSpec, param: str, prompt: Prompt, name: str, facts: RequestFacts
+    service: Service,
+    info: EngineInfo,
+    spec: GenerationSpec,
+    param: str,
+    prompt: Prompt,
+    name: str,
+    facts: RequestFacts,
+    who: Flow,
 ) -> EngineRequest:
     """Make and check the engine's request for one prompt, which the client sent as `param`."""
     if isinstance(prompt, str):
@@ -234,10 +245,24 @@ async def _ask(
         prediction_ids=await service.encode(spec.prediction, "prediction", False) if spec.prediction else (),
         adapter=service.adapter_of(spec.model),
         salt=prefix_salt(facts.tenant, spec.cache_salt),
+        tenant=who.tenant,
+        weight=who.weight,
+        user=who.user,
+        priority=spec.priority,
+        deadline=_deadline(spec, facts),
         arrival=facts.arrival,
     )
     check_request(asked, info)
     return asked
+
+
+def _deadline(spec: GenerationSpec, facts: RequestFacts) -> float:
+    return 0.0 if spec.timeout is None else facts.arrival + spec.timeout
+
+
+def _address(request: Request) -> str:
+    """Return the client's address, which stands for a user."""
+    return "" if request.client is None else request.client.host
 
 
 def _text(

@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 from pilotfish.engine.process.supervisor import SupervisedEngine
 from pilotfish.errors import EngineDeadError
-from pilotfish.server.errors import SERVER_ERROR, ApiError, cut_short
+from pilotfish.server.errors import SERVER_ERROR, ApiError, cut_short, timed_out
 from pilotfish.server.generation.answer import Answer
 from pilotfish.server.metrics import Metrics, Outcome
 from pilotfish.text.detokenizer import Piece
@@ -28,8 +28,8 @@ def follow_all(engine: SupervisedEngine, answers: Sequence[Answer], metrics: Met
 
 async def follow(engine: SupervisedEngine, answer: Answer, metrics: Metrics) -> Pieces:
     """Yield the pieces of one answer; the last has a finish_reason. The request has left the engine by then, and also
-    if the generator is closed or cancelled. Raises the errors of `SupervisedEngine.generate`, and ApiError for a request
-    that the engine gave up.
+    if the generator is closed or cancelled. Raises the errors of `SupervisedEngine.generate`, and ApiError for a
+    request that the engine gave up.
     """
     outcome: Outcome = "error"
     last = None
@@ -40,6 +40,8 @@ async def follow(engine: SupervisedEngine, answer: Answer, metrics: Metrics) -> 
                     case "abort":
                         outcome = "abort"
                         raise cut_short()
+                    case "timeout":
+                        raise timed_out()
                     case "error":
                         message = delta.error or "The engine could not finish this request."
                         raise ApiError(500, message, type=SERVER_ERROR, code="engine_error")

@@ -14,7 +14,7 @@ from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import EngineInfo
 from pilotfish.errors import ParameterError
 from pilotfish.server.errors import bad_parameter
-from pilotfish.server.protocol.common import GenerationRequest
+from pilotfish.server.protocol.common import GenerationRequest, SchedulingFields
 from pilotfish.server.protocol.output import output_of
 from pilotfish.text.grammar.output_format import OutputFormat
 
@@ -52,6 +52,11 @@ class GenerationSpec:
     provenance: bool = False
     """Say of each token where it came from."""
     cache_salt: str | None = None
+    user: str | None = None
+    """Whose request it is among those of its tenant; None: its address says so."""
+    priority: int = 0
+    timeout: float | None = None
+    """Seconds from the request's arrival after which it ends, complete or not."""
     speculation: str | None = None
     prediction: str | None = None
     output: OutputFormat | None = None
@@ -101,6 +106,7 @@ def spec_of(
         "skip_special_tokens": body.skip_special_tokens is not False,
         "provenance": bool(body.include_provenance),
         "cache_salt": body.cache_salt,
+        **scheduling_of(body, body.user or body.safety_identifier),
         "speculation": body.speculation,
         "prediction": body.prediction,
         "output": output_of(body),
@@ -115,6 +121,11 @@ def spec_of(
             "out, or ask for 1",
         )
     return spec
+
+
+def scheduling_of(body: SchedulingFields, user: str | None) -> dict[str, Any]:
+    """Return the fields of a spec that say when a request runs."""
+    return {"user": user or None, "priority": body.priority or 0, "timeout": body.timeout}
 
 
 def fit(spec: GenerationSpec, prompt_tokens: int, info: EngineInfo) -> SamplingParams:

@@ -18,6 +18,8 @@ from pilotfish.server.protocol.foreign import FOREIGN, Foreign
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1000
+MAX_PRIORITY = 2**31 - 1
+MAX_TIMEOUT = 7 * 86400
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_LENGTH = 200
 
@@ -140,7 +142,16 @@ class StreamOptions(ApiModel):
     """Accepted without effect: OpenAI pads chunks to hide their length."""
 
 
-class GenerationRequest(ApiModel):
+class SchedulingFields(ApiModel):
+    """When a request runs, and for how long."""
+
+    priority: Annotated[int | None, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = None
+    """Of the requests of a tenant, those with lower numbers go first, as in vLLM; 0 by default."""
+    timeout: Annotated[float | None, Field(gt=0, le=MAX_TIMEOUT)] = None
+    """Seconds from its arrival after which the request ends, complete or not, and gives its memory back."""
+
+
+class GenerationRequest(SchedulingFields):
     """The fields that completions and chat share. null stands for the default."""
 
     model: str
@@ -159,6 +170,7 @@ class GenerationRequest(ApiModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    """Users of a tenant have equal shares of the engine; without it, client addresses have."""
 
     # OpenAI's fields that have no effect here.
     metadata: dict[str, Any] | None = None
@@ -169,6 +181,7 @@ class GenerationRequest(ApiModel):
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     safety_identifier: str | None = None
+    """Stands for user, if there is none."""
 
     # Extensions, named as in other servers of open models.
     top_k: int | None = None

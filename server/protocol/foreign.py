@@ -116,7 +116,7 @@ FOREIGN: Mapping[str, Foreign] = {
 
 INERT = frozenset({
     "cache_prompt", "conversation_id", "id_slot", "include_reasoning", "keep_alive", "kv_transfer_params",
-    "metadata", "models", "parallel_tool_calls", "priority", "prompt_cache_key", "prompt_cache_options",
+    "metadata", "models", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options",
     "prompt_cache_retention", "prompt_logprobs", "provider", "request_id", "return_token_ids",
     "return_tokens_as_token_ids", "rid", "route", "safety_identifier", "separate_reasoning", "service_tier",
     "session_id", "store", "stream_interval", "timings_per_token", "top_logprobs", "transforms", "verbosity",

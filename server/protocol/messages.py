@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, TypeAdapter
 
 from pilotfish.errors import shown
-from pilotfish.server.protocol.common import ApiModel, Stops, unsupported, wrong
+from pilotfish.server.protocol.common import ApiModel, SchedulingFields, Stops, unsupported, wrong
 from pilotfish.server.protocol.foreign import Foreign
 from pilotfish.server.protocol.messages_foreign import MESSAGES_FOREIGN
 from pilotfish.server.protocol.tools import MAX_TOOLS, FunctionName, ObjectSchema
@@ -162,7 +162,7 @@ class OutputConfigParam(ApiModel):
     format: JsonFormatParam | None = None
 
 
-class ConversationRequest(ApiModel):
+class ConversationRequest(SchedulingFields):
     """What both endpoints take. null stands for the default."""
 
     foreign: ClassVar[Mapping[str, Foreign]] = MESSAGES_FOREIGN
@@ -182,10 +182,12 @@ class ConversationRequest(ApiModel):
     output_format: JsonFormatParam | None = None
     """The older place of output_config.format."""
 
+    metadata: Any = None
+    """`user_id` in it is the user, as `user` is for OpenAI's endpoints."""
+
     # Anthropic's fields that have no effect here.
     cache_control: Any = None
     context_management: Any = None
-    metadata: Any = None
     service_tier: Any = None
     speed: Any = None
     inference_geo: Any = None
@@ -206,6 +208,12 @@ class ConversationRequest(ApiModel):
     """Prefixes are found only by requests of the same tenant with the same salt."""
     speculation: str | None = None
     """Pilotfish's own: "auto", "off" or a drafter; null: the server's default. Never changes the text."""
+
+    @property
+    def user(self) -> str | None:
+        """The user in the metadata."""
+        user = self.metadata.get("user_id") if isinstance(self.metadata, dict) else None
+        return user if isinstance(user, str) else None
 
 
 class MessagesRequest(ConversationRequest):

@@ -8,7 +8,7 @@ from pydantic import Field, PlainValidator, PrivateAttr
 
 from pilotfish.errors import shown
 from pilotfish.server.protocol.chat import MAX_TOP_LOGPROBS, Budget
-from pilotfish.server.protocol.common import ApiModel, Unsupported, only, wrong
+from pilotfish.server.protocol.common import ApiModel, SchedulingFields, Unsupported, only, wrong
 
 
 def _input(value: Any) -> str | list[dict[str, Any]]:
@@ -45,7 +45,7 @@ class TextParam(ApiModel):
     verbosity: Annotated[Any, only("medium", otherwise='must be "medium" or left out')] = None
 
 
-class ResponsesRequest(ApiModel):
+class ResponsesRequest(SchedulingFields):
     model: str
     input: Annotated[Any, PlainValidator(_input, json_schema_input_type=str | list[dict[str, Any]])]
     instructions: str | None = None

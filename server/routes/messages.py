@@ -16,7 +16,7 @@ from pilotfish.server.generation.answer import Answer
 from pilotfish.server.generation.events import event
 from pilotfish.server.generation.facts import facts_of
 from pilotfish.server.generation.flow import Endpoint, Reply
-from pilotfish.server.generation.spec import GenerationSpec
+from pilotfish.server.generation.spec import GenerationSpec, scheduling_of
 from pilotfish.server.messages.blocks import BlockEvents, content_of
 from pilotfish.server.messages.conversation import conversation_of
 from pilotfish.server.messages.errors import anthropic_error
@@ -70,6 +70,7 @@ class Messages(Endpoint[MessagesRequest]):
             stream=bool(body.stream),
             stop=body.stop_sequences,
             cache_salt=body.cache_salt,
+            **scheduling_of(body, body.user),
             speculation=body.speculation,
             output=_output(body),
         )

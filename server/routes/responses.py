@@ -16,7 +16,7 @@ from pilotfish.server.generation.answer import Answer
 from pilotfish.server.generation.facts import facts_of
 from pilotfish.server.generation.flow import Endpoint, Reply
 from pilotfish.server.generation.logprobs import chat_logprobs
-from pilotfish.server.generation.spec import GenerationSpec
+from pilotfish.server.generation.spec import GenerationSpec, scheduling_of
 from pilotfish.server.prompting.conversation import Conversation
 from pilotfish.server.protocol import responses_out as out
 from pilotfish.server.protocol.chat import TokenLogprob
@@ -59,6 +59,7 @@ class Responses(Endpoint[ResponsesRequest]):
             max_tokens_param="max_output_tokens",
             stream=bool(body.stream),
             cache_salt=body.cache_salt,
+            **scheduling_of(body, body.user or body.safety_identifier),
             speculation=body.speculation,
             output=output_of(body),
         )

@@ -1,6 +1,7 @@
 """Promise 2: speculation never changes the text. Whoever drafts, however much, in whatever company: the same tokens."""
 
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 
 from pilotfish.engine.draft import shortened
 from pilotfish.engine.llm import LLM
+from pilotfish.engine.params import SamplingParams
+from pilotfish.engine.request import Request
 from pilotfish.engine.speculation.control.candidates import Choice, UpcomingStep
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 from tests.support.native import BOTH
@@ -111,6 +114,60 @@ def test_preemption(
     assert texts(got) == vanilla(name)
     assert sum(stats_of(completion).preemptions for completion in got) > 0
     assert llm.core.engine.pool.available == llm.info.num_blocks
+
+
+@pytest.mark.parametrize(
+    ("kernels", "name", "drafter", "blocks"),
+    pairwise(BOTH[:1], ("greedy", "sampled", "penalties", "schema"), DRAFTERS, (200, 14)),
+    indirect=["kernels"],
+)
+def test_users_that_take_turns(
+    name: str,
+    drafter: str,
+    blocks: int,
+    make: Callable[..., LLM],
+    draft: Path,
+    head: Path,
+    vanilla: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """More users than places, who pause each other every few tokens, with memory for all of them, or for few."""
+    monkeypatch.setattr("pilotfish.engine.shares.QUANTUM", 3.0)
+    waited: list[int] = []
+    llm = make(
+        drafter=portfolio(draft, head),
+        kv_cache_memory=blocks * 2 * 5 * 16 * 2 * 16 * 4,
+        max_num_seqs=3,
+        prefix_caching=False,
+        on_stats=lambda stats: waited.append(stats.pauses if blocks == 200 else stats.preemptions),
+    )
+    requests = [
+        Request(id=str(i), prompt_ids=tuple(prompt), params=PARAMS[name], speculation=drafter, user=str(i))
+        for i, prompt in enumerate(prompts(8))
+    ]
+    tokens: dict[str, list[int]] = {request.id: [] for request in requests}
+    reasons: dict[str, str] = {}
+    for delta in llm.stream(requests):
+        tokens[delta.request_id] += delta.token_ids
+        if delta.finish_reason is not None:
+            reasons[delta.request_id] = delta.finish_reason
+    assert [(tokens[request.id], reasons[request.id]) for request in requests] == vanilla(name)
+    assert sum(waited) > 0
+    assert llm.core.engine.pool.available == llm.info.num_blocks
+
+
+def test_a_request_ends_at_its_deadline(make: Callable[..., LLM]) -> None:
+    """Wherever it is, and its blocks are free then."""
+    llm = make(max_num_seqs=1)
+    now = time.monotonic()
+    endless = SamplingParams(max_tokens=10**6, ignore_eos=True)
+    ids = tuple(prompts(1)[0])
+    requests = [Request(id="running", prompt_ids=ids, params=endless, deadline=now + 0.3)]
+    requests += [Request(id="waiting", prompt_ids=ids, params=endless, deadline=now + 0.1)]
+    requests += [Request(id="fine", prompt_ids=ids, params=GREEDY, deadline=now + 1000)]
+    ends = [(d.request_id, d.finish_reason) for d in llm.stream(requests) if d.finish_reason is not None]
+    assert ends == [("waiting", "timeout"), ("running", "timeout"), ("fine", "length")]
+    assert llm.core.engine.pool.used == 0
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from anthropic.types import ErrorResponse
 
 from pilotfish.engine.request import Request
 from pilotfish.errors import EngineDeadError
+from pilotfish.server.admission import Limits
 from pilotfish.server.config import ServerConfig
 from tests.support.scripted_app import ScriptedApp
 from tests.support.scripted_engine import INFO, Script, say
@@ -124,7 +125,7 @@ async def test_an_engine_that_is_loading_or_dead(state: str, kind: str, retry: b
 
 async def test_a_full_queue() -> None:
     app = served(max_queue=0)
-    with app.app.state.service.gate.admit(2, 2):
+    with app.app.state.service.gate.admit(2, Limits(2)):
         response = await app.http.post(PATH, json=ASKED)
     check(response, 429, "rate_limit_error")
     assert int(response.headers["retry-after-ms"]) > 0
