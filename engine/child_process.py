@@ -37,9 +37,10 @@ def environment() -> dict[str, str]:
 
 
 def ignore_signals() -> None:
-    """Ignore SIGINT and SIGTERM. Ctrl-C reaches every process of the terminal, and a service manager's SIGTERM every
-    process of the service; both are the server's to act on: it drains, and then stops its engine."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Ignore SIGINT, SIGTERM and SIGHUP. Ctrl-C and the end of a terminal reach every process of it, and a service
+    manager's SIGTERM every process of the service; all are the server's to act on: it drains, and then stops its
+    engine."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -21,6 +21,7 @@ from pilotfish.server.encoding import ErrorBody, describe, returns
 from pilotfish.server.generation.events import ClientGoneError, until_disconnect
 from pilotfish.server.generation.facts import facts_of
 from pilotfish.server.generation.flow import Endpoint, generate
+from pilotfish.server.keys import KeyRing
 from pilotfish.server.metrics import Metrics
 from pilotfish.server.middleware import BodyLimit, RequestContext, install_handlers
 from pilotfish.server.paths import TidyPaths
@@ -71,6 +72,7 @@ def create_app(
 
     app = FastAPI(title="Pilotfish", version=__version__, lifespan=lifespan)
     app.router.route_class = BodyRoute
+    ring = app.state.keys = KeyRing(config.api_key, config.api_key_file)
     app.state.service = Service(engine, tokenizer, config, stats, names)
     routers = [module.router for module in (messages, models, adapters, responses, tokenization, health, metrics)]
     if config.page:
@@ -91,7 +93,7 @@ def create_app(
     )
     app.add_middleware(Decompress, limit=config.max_body_bytes)
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
-    app.add_middleware(Authentication, keys=config.all_keys(), tenant_header=config.tenant_header)
+    app.add_middleware(Authentication, ring=ring, tenant_header=config.tenant_header)
     app.add_middleware(HeadAsGet)
     by_path = {endpoint.path: endpoint for endpoint in endpoints}
     recent = app.state.recent = RecentRequests() if config.page else None

@@ -8,6 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pilotfish.server.errors import ApiError
 from pilotfish.server.generation.facts import facts_of
+from pilotfish.server.keys import KeyRing
 from pilotfish.server.tenants import MAX_TENANT_LENGTH, ApiKey, find_key, tenant_of
 
 OPEN_PATHS = frozenset({
@@ -20,12 +21,12 @@ PAGE_PREFIX = "/page/"
 
 
 class Authentication:
-    """Refuses requests without one of `keys` with status 401, before the body is read, and records the tenant of the
-    others. With no keys configured, every request is accepted. `tenant_header` may name tenants, too."""
+    """Refuses requests without one of the keys of `ring` with status 401, before the body is read, and records the
+    tenant of the others. With no keys configured, every request is accepted. `tenant_header` may name tenants, too."""
 
-    def __init__(self, app: ASGIApp, keys: tuple[ApiKey, ...], tenant_header: str | None = None) -> None:
+    def __init__(self, app: ASGIApp, ring: KeyRing, tenant_header: str | None = None) -> None:
         self._app = app
-        self._keys = keys
+        self._ring = ring
         self._tenant_header = tenant_header
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -33,8 +34,8 @@ class Authentication:
             return await self._app(scope, receive, send)
         headers, facts = Headers(scope=scope), facts_of(scope)
         try:
-            key = self._key(headers) if self._keys else None
-            facts.tenant = tenant_of(key, self._named(headers))
+            key = self._key(headers) if self._ring.keys else None
+            facts.tenant, facts.key = tenant_of(key, self._named(headers)), key
         except ApiError as refusal:
             response = facts.error_response(refusal)
             if refusal.status == 401:
@@ -49,7 +50,7 @@ class Authentication:
         if not given:
             message = "You didn't provide an API key: send it as the header 'Authorization: Bearer KEY'."
             raise ApiError(401, message, code="invalid_api_key")
-        if (key := find_key(self._keys, given.encode("latin-1", errors="replace"))) is None:
+        if (key := find_key(self._ring.keys, given.encode("latin-1", errors="replace"))) is None:
             raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
         return key
 

@@ -5,7 +5,6 @@ The engine's settings are in `engine.config`.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -14,7 +13,7 @@ from msgspec import Meta
 from pilotfish.engine.config import NotNegative, Positive
 from pilotfish.errors import ConfigError
 from pilotfish.logs import LogFormat, LogLevel
-from pilotfish.server.tenants import ApiKey, parse_key
+from pilotfish.server.keys import KeyRing
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
@@ -38,7 +37,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """API key that clients must send as "Authorization: Bearer KEY", given as KEY or NAME=KEY, where NAME is the tenant
     whose key it is. Repeatable; the environment variable PILOTFISH_API_KEY adds another."""
     api_key_file: str | None = None
-    """File with more API keys, one per line, as KEY or NAME=KEY."""
+    """File with more API keys, one per line, as KEY or NAME=KEY, the latter perhaps followed by its tenant's limits,
+    such as weight=2 max_sequences=16 requests_per_minute=60 tokens_per_minute=100000. SIGHUP reads it again."""
     tenant_header: str | None = None
     """Header that names the tenant of requests whose API key has no name, such as X-Tenant. Only for a server behind a
     gateway that sets it. Tenants do not share prefixes or stored responses."""
@@ -115,19 +115,5 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(f"grafana_url is {self.grafana_url!r}, but must begin with http:// or https://")
         if self.tenant_header is not None and not _HEADER_NAME.fullmatch(self.tenant_header):
             raise ConfigError(f"tenant_header is {self.tenant_header!r}, but must be a header's name, such as X-Tenant")
-        self.all_keys()
+        KeyRing(self.api_key, self.api_key_file)
         return self
-
-    def all_keys(self) -> tuple[ApiKey, ...]:
-        """Return all API keys, including those in api_key_file, which is read now. Raises ConfigError for a file that
-        cannot be read, or has no keys: an empty file must not open the server to everyone."""
-        if self.api_key_file is None:
-            return tuple(map(parse_key, self.api_key))
-        try:
-            text = Path(self.api_key_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the keys in api_key_file {self.api_key_file}: {error}") from error
-        keys = tuple(line.strip() for line in text.splitlines() if line.strip())
-        if not keys:
-            raise ConfigError(f"api_key_file {self.api_key_file} has no keys: it must have one per line")
-        return tuple(map(parse_key, (*self.api_key, *keys)))

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
+OVER_LIMIT = "rate_limit_exceeded"
 
 LONGEST_MESSAGE = 1000
 LONGEST_PARAM = 200
@@ -155,6 +156,17 @@ def tokens_full(in_flight: int, tokens: int, limit: int, retry_after: float) -> 
         type="rate_limit_error",
         code="tokens_full",
         retry_after=retry_after,
+    )
+
+
+def over_limit(limit: str, said: str, retry_after: float) -> ApiError:
+    """`limit`: the name of a tenant's limit that is used up; `said`: how."""
+    return ApiError(
+        429,
+        f"The limit {limit} of this API key's tenant is reached: {said}. Try again later.",
+        type="rate_limit_error",
+        code=OVER_LIMIT,
+        retry_after=max(0.1, retry_after),
     )
 
 

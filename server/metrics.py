@@ -34,6 +34,8 @@ Outcome = Literal["stop", "length", "abort", "error", "refused"]
 
 PHASES = ("plan", "draft", "forward", "sample", "commit")
 NO_DRAFTER = "none"
+MAX_TENANTS, OTHER_TENANTS = 100, "other"
+"""Number of tenants with a label of their own, and the label of those beyond it."""
 POSITIONS = 16
 """Number of draft positions with a label of their own; later ones share one."""
 
@@ -133,6 +135,14 @@ class Metrics:
             ("outcome",),
         )
         self._outcomes = {outcome: requests.labels(outcome) for outcome in get_args(Outcome)}
+        self._tenant_requests = counter(
+            "tenant_requests", "Requests by the name of their API key: served, and refused by its limits.",
+            ("tenant", "outcome"),
+        )  # fmt: skip
+        self._tenant_tokens = counter(
+            "tenant_tokens", "Tokens of prompts and answers by the name of their API key.", ("tenant", "kind")
+        )
+        self._tenants: set[str] = set()
         self._first_token = histogram(
             "time_to_first_token_seconds", "From a request's arrival to an answer's first token (TTFT).",
             buckets=_SECONDS,
@@ -258,6 +268,26 @@ class Metrics:
     def refused(self) -> None:
         """Count a request that was answered with an error instead of being given to the engine."""
         self._outcomes["refused"].inc()
+
+    def tenant_used(self, name: str | None, prompt: int, generated: int) -> None:
+        """Count a request that was served with an API key of this name."""
+        if name is None:
+            return
+        label = self._tenant(name)
+        self._tenant_requests.labels(label, "served").inc()
+        self._tenant_tokens.labels(label, "prompt").inc(prompt)
+        self._tenant_tokens.labels(label, "generated").inc(generated)
+
+    def tenant_limited(self, name: str | None) -> None:
+        """Count a request that was refused by the limits of its API key's tenant."""
+        if name is not None:
+            self._tenant_requests.labels(self._tenant(name), "limited").inc()
+
+    def _tenant(self, name: str) -> str:
+        """Return the label of a tenant: names are the operator's, but a file of keys may have thousands."""
+        if len(self._tenants) < MAX_TENANTS:
+            self._tenants.add(name)
+        return name if name in self._tenants else OTHER_TENANTS
 
     def responded(self, route: str, status: int) -> None:
         """Count an HTTP response. `route` is a route of the application, or "other"."""

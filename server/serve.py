@@ -142,6 +142,8 @@ class _Run:
     async def _serve(self, tokenizer: Tokenizer, listener: socket.socket) -> None:
         app = create_app(self._engine, tokenizer, self._config, self._metrics, self._names, self._tracing)
         self._gate = app.state.service.gate
+        if self._config.api_key_file is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, app.state.keys.reload)
         uvicorn_config = uvicorn.Config(
             app,
             log_config=None,

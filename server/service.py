@@ -30,6 +30,7 @@ from pilotfish.server.offload import Offload, Tokenizing, TooLongError
 from pilotfish.server.prompting.conversation import Conversation
 from pilotfish.server.prompting.grammars import Grammars
 from pilotfish.server.prompting.rendering import Rendered, Renderer
+from pilotfish.server.quotas import Quotas
 from pilotfish.server.responses.store import ResponseStore
 from pilotfish.text.detokenizer import Vocabulary
 from pilotfish.text.formats.message_format import MessageFormat
@@ -70,6 +71,7 @@ class Service:
         self.metrics = metrics
         self._names = names
         self.gate = Gate()
+        self.quotas = Quotas()
         self.created = int(time.time())
         self._fingerprint = ""
 

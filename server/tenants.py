@@ -11,6 +11,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
 
 SALT_SIZE = 16
 """Bytes of a prefix salt."""
@@ -21,12 +25,28 @@ _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})=(?=.*[^=])(.+)")
 """NAME=KEY. A "=" at the end is base64's filling, and belongs to a key without a name."""
 
 
+class KeyLimits(msgspec.Struct, frozen=True):
+    """What the tenant of a key may use; 0: as much as it likes."""
+
+    weight: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+    """Its share of the engine, relative to the others'."""
+    max_sequences: Annotated[int, Meta(ge=0)] = 0
+    """Sequences in flight."""
+    requests_per_minute: Annotated[float, Meta(ge=0)] = 0.0
+    tokens_per_minute: Annotated[float, Meta(ge=0)] = 0.0
+    """Tokens of prompts and answers."""
+
+
+NO_LIMITS = KeyLimits()
+
+
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key that clients may send, with the name that the operator gave it, if any."""
+    """A key that clients may send, with the name that the operator gave it, if any, and its limits."""
 
     key: str
     name: str | None = None
+    limits: KeyLimits = NO_LIMITS
 
     @property
     def digest(self) -> str:
@@ -34,8 +54,8 @@ class ApiKey:
         return f"key:{sha256(self.key.encode()).hexdigest()[:16]}"
 
     def matches(self, given: bytes) -> bool:
-        """Compare in constant time."""
-        return hmac.compare_digest(given, self.key.encode())
+        """Compare in constant time, whatever the lengths are: the hash of what was given with that of the key."""
+        return hmac.compare_digest(given, sha256(self.key.encode()).digest())
 
 
 def parse_key(text: str) -> ApiKey:
@@ -47,7 +67,8 @@ def parse_key(text: str) -> ApiKey:
 
 def find_key(keys: Iterable[ApiKey], given: bytes) -> ApiKey | None:
     """Return the key that a client sent. All are compared, whichever matches, so that timing reveals nothing."""
-    found = [key for key in keys if key.matches(given)]
+    digest = sha256(given).digest()
+    found = [key for key in keys if key.matches(digest)]
     return found[0] if found else None
 
 

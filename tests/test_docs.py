@@ -61,6 +61,7 @@ def used_metrics() -> Metrics:
     drafted |= {"drafted_at": {"ngram": (1,)}, "accepted_at": {"ngram": (1,)}}
     metrics.step(StepStats(**counts, **blocks, **drafted, passed="captured", drawn_rows={"pass": 1}))
     metrics.responded("/v1/models", 200)
+    metrics.tenant_used("alice", 1, 1)
     return metrics
 
 

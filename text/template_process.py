@@ -159,7 +159,7 @@ class TemplateProcess:
 
 def main() -> None:
     """Answer requests until standard input ends, as it does with the server."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the server's to act on
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the server's to act on
         signal.signal(number, signal.SIG_IGN)
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -1,7 +1,7 @@
 """The engine process: one EngineCore behind two sockets, for `messages` to and from `client`, which starts it.
 
 `python -m pilotfish.engine.process.main` is started with an `EngineTask` (see `engine.child_process`), and ends with
-its parent. It ignores SIGINT and SIGTERM, on which its parent acts. If a model is sharded over ranks, this process is
+its parent. It ignores SIGINT, SIGTERM and SIGHUP, on which its parent acts. If a model is sharded over ranks, this process is
 rank 0 and starts the others of its host.
 """
 

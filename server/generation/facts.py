@@ -12,6 +12,7 @@ from starlette.types import Scope
 from pilotfish.server.errors import ApiError, ErrorForm, as_api_error, openai_error
 from pilotfish.server.generation.answer import Answer
 from pilotfish.server.generation.spec import GenerationSpec
+from pilotfish.server.tenants import ApiKey
 
 _KEY = "facts"
 
@@ -39,8 +40,8 @@ class RequestFacts:
     """time.monotonic() seconds."""
     tenant: str = ""
     """Whose request it is (see `server.tenants`); "" if all are of one tenant."""
-    weight: float = 1.0
-    """The tenant's, for its share of the engine."""
+    key: ApiKey | None = None
+    """The API key that was sent, where one is needed."""
     body_bytes: int = 0
     """Bytes of the body that were read, decompressed."""
     ignored: tuple[str, ...] = ()

@@ -9,8 +9,8 @@ import asyncio
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, aclosing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -26,7 +26,7 @@ from pilotfish.engine.request import EngineInfo, check_request, fan_out
 from pilotfish.engine.request import Request as EngineRequest
 from pilotfish.server.admission import Flow
 from pilotfish.server.encoding import ErrorBody, json_response
-from pilotfish.server.errors import ErrorForm, bad_parameter, openai_error
+from pilotfish.server.errors import OVER_LIMIT, ApiError, ErrorForm, bad_parameter, openai_error
 from pilotfish.server.generation.answer import Answer
 from pilotfish.server.generation.events import DONE, Chunks, ClientGoneError, EventStream, until_disconnect
 from pilotfish.server.generation.facts import GenerationFacts, RequestFacts, facts_of
@@ -38,6 +38,7 @@ from pilotfish.server.prompting.conversation import Conversation
 from pilotfish.server.protocol.common import ApiModel, Prompt
 from pilotfish.server.protocol.unknown import unknown_fields
 from pilotfish.server.protocol.usage import Timings, Usage
+from pilotfish.server.quotas import Quota
 from pilotfish.server.service import Service, check_length
 from pilotfish.server.tenants import prefix_salt
 from pilotfish.text.detokenizer import AnswerText, Detokenizer, Piece, Vocabulary
@@ -137,14 +138,15 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
             param = "n" if spec.answers > 1 else endpoint.prompt_param
             message = f"the request asks for {spec.sequences} answers, but may ask for at most {MAX_SEQUENCES}"
             raise bad_parameter(param, message)
-        who = Flow(facts.tenant, spec.user or _address(request), facts.weight)
+        quota = admission.enter_context(_quota(service, facts, spec.sequences, answers := list[Answer]()))
+        weight = 1.0 if facts.key is None else facts.key.limits.weight
+        who = Flow(facts.tenant, spec.user or _address(request), weight)
         admitted = admission.enter_context(
             service.gate.admit(spec.sequences, service.limits(info, _deadline(spec, facts)), who)
         )
         if spec.bad_words:
             words = await service.word_tokens(spec.bad_words)
             spec = replace(spec, params=msgspec.structs.replace(spec.params, bad_words=words))
-        answers: list[Answer] = []
         await endpoint.recall(body, service, facts.tenant)
         spec, prompts, parser = await _prepare(service, info, spec, await endpoint.prompts(body, service))
         for i, prompt in enumerate(prompts):
@@ -152,7 +154,9 @@ async def generate(endpoint: Endpoint[Body], body: Body, request: Request, servi
             if i:
                 await asyncio.sleep(0)  # thousands of short texts are as much work as a long one
             asked = await _ask(service, info, spec, endpoint.prompt_param, prompt, name, facts, who)
-            admitted.claim((len(asked.prompt_ids) + asked.params.max_tokens) * spec.answers)
+            tokens = (len(asked.prompt_ids) + asked.params.max_tokens) * spec.answers
+            admitted.claim(tokens)
+            quota.claim(tokens)
             seed = service.engine.draw_seed() if asked.params.seed is None else asked.params.seed
             for one in fan_out(asked, spec.answers, seed):
                 shown = frozenset[int]() if parser is None else service.format.shown
@@ -254,6 +258,26 @@ async def _ask(
     )
     check_request(asked, info)
     return asked
+
+
+@contextmanager
+def _quota(service: Service, facts: RequestFacts, sequences: int, answers: Sequence[Answer]) -> Iterator[Quota]:
+    """Admit a request by its tenant's limits, and count what its answers have come to at the end."""
+    name = None if facts.key is None else facts.key.name
+    try:
+        with service.quotas.admit(facts.key, sequences) as quota:
+            try:
+                yield quota
+            finally:
+                begun = [answer for answer in answers if answer.outcome is not None]
+                prompt, generated = sum(len(a.request.prompt_ids) for a in begun), sum(a.tokens for a in begun)
+                quota.used = prompt + generated
+                if begun:
+                    service.metrics.tenant_used(name, prompt, generated)
+    except ApiError as error:
+        if error.code == OVER_LIMIT:
+            service.metrics.tenant_limited(name)
+        raise
 
 
 def _deadline(spec: GenerationSpec, facts: RequestFacts) -> float:

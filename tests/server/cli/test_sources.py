@@ -17,6 +17,7 @@ from pilotfish.server.cli import main as cli
 from pilotfish.server.cli.settings import Setting, settings_of
 from pilotfish.server.cli.sources import CONFIGS, PREFIX, ServeSettings, as_yaml, read
 from pilotfish.server.config import ServerConfig
+from pilotfish.server.keys import KeyRing
 
 SETTINGS = {setting.name: setting for config in CONFIGS for setting in settings_of(config)}
 
@@ -132,7 +133,12 @@ def test_keys_come_from_a_file(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("first\n\n  second \n")
     got = read({"api_key": ["flag"]}, {"PILOTFISH_API_KEY_FILE": str(keys), "PILOTFISH_API_KEY": "variable"})
-    assert [key.key for key in got.server.all_keys()] == ["flag", "variable", "first", "second"]
+    assert [key.key for key in KeyRing(got.server.api_key, got.server.api_key_file).keys] == [
+        "flag",
+        "variable",
+        "first",
+        "second",
+    ]
     keys.write_text("\n \n")
     with pytest.raises(ConfigError, match="has no keys"):
         read({"api_key_file": str(keys)}, {})
