@@ -67,6 +67,7 @@ def load_library() -> ctypes.CDLL | None:
         "write_cache": (c_int64, c_void_p, c_void_p, c_int64, *(c_void_p,) * 3, c_int64, c_int64, c_int64, c_int64),
         "attend": (c_int, POINTER(AttentionArguments)),
         "decode": (c_int, c_void_p, c_int64, c_void_p),
+        "experts": (c_int, c_void_p),
         "low_rank": (c_int, *(c_void_p,) * 4, c_int64, c_int64),
     }
     for name, arguments in signatures.items():
@@ -241,6 +242,10 @@ class NativeKernels:
 
     def attend(self, arguments: AttentionArguments) -> None:
         self._library.pilotfish_attend(self.level, ctypes.byref(arguments))
+
+    def experts(self, arguments: ctypes.Structure) -> None:
+        """Compute a layer's experts (experts.h)."""
+        self._library.pilotfish_experts(self.level, ctypes.byref(arguments))
 
     def decoder_space(self, size: int, heads: int, kv_heads: int, head_dim: int, gated_size: int) -> int:
         """Return the floats per row that `decode` needs beside the hidden states."""

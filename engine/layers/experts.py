@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from pilotfish.engine.kernels.native import NativeKernels
 from pilotfish.engine.kernels.protocol import Kernels, PreparedLinear
 from pilotfish.engine.layers.decoder import DenseMlp, Linears
+from pilotfish.engine.layers.native_experts import NativeExperts
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +39,16 @@ class ExpertMlp:
     shared_gate: PreparedLinear | None = None  # (1, hidden_size): a row's factor of `shared`, before a sigmoid
     chosen_only: bool = False  # the router's softmax is over a row's experts alone
     clamp: float | None = None  # see `gated`
+    native: NativeExperts | None = None  # the same experts for the native kernels, where these know them
 
     def forward(self, linears: Linears, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """See `Mlp.forward`."""
         kernels = linears.kernels
         probs, chosen = self.route(kernels.linear(x, self.router))
-        y = self._summed(kernels, x, probs, chosen)
+        if self.native is not None and isinstance(kernels, NativeKernels):
+            y = self.native.forward(kernels, x, probs, chosen)
+        else:
+            y = self._summed(kernels, x, probs, chosen)
         if self.shared is not None:
             gate_up = linears.apply("shared_gate_up", x, self.shared.gate_up)
             z = linears.apply("shared_down", kernels.silu_mul(gate_up), self.shared.down)

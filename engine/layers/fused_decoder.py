@@ -102,7 +102,7 @@ class FusedDecoder:
         self._caches = caches
 
 
-class _Weight(ctypes.Structure):
+class Weight(ctypes.Structure):
     """`struct weight` of decoder.h; the structures below have the names of theirs there, too."""
 
     _fields_ = (
@@ -115,7 +115,7 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("input_norm", "mlp_norm", "q_norm", "k_norm")),
         *((name, c_void_p) for name in ("attention_post_norm", "mlp_post_norm", "cos_sin", "keys", "values")),
-        *((name, _Weight) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, Weight) for name in ("qkv", "output", "gate_up", "down")),
         ("window", c_int64),
         *((name, c_void_p) for name in ("qkv_change", "output_change", "gate_up_change", "down_change")),
     )
@@ -142,10 +142,10 @@ def _layer(layer: DecoderLayer) -> _Layer:
         attention_post_norm=address(layer.attention_post_norm),
         mlp_post_norm=address(layer.mlp_post_norm),
         cos_sin=address(layer.cos_sin),
-        qkv=_weight(layer.qkv),
-        output=_weight(layer.output),
-        gate_up=_weight(mlp.gate_up),
-        down=_weight(mlp.down),
+        qkv=weight_of(layer.qkv),
+        output=weight_of(layer.output),
+        gate_up=weight_of(mlp.gate_up),
+        down=weight_of(mlp.down),
         window=layer.attention.window or 0,
     )
 
@@ -155,9 +155,10 @@ def _dense(mlp: Mlp) -> DenseMlp:
     return mlp
 
 
-def _weight(prepared: PreparedLinear) -> _Weight:
+def weight_of(prepared: PreparedLinear) -> Weight:
+    """Return a matrix as decoder.h reads it. The caller keeps the matrix."""
     assert isinstance(prepared, NativeLinear)
-    return _Weight(
+    return Weight(
         packed=prepared.packed.data_ptr(),
         scale=address(prepared.scale),
         bias=address(prepared.bias),

@@ -100,6 +100,7 @@ def expert_mlp(
     """The second half of a layer; `prefix` is that of its tensors within the layer."""
     from pilotfish.engine.layers.decoder import DenseMlp
     from pilotfish.engine.layers.experts import Expert, ExpertMlp
+    from pilotfish.engine.layers.native_experts import NativeExperts
 
     assert config.experts is not None
     here = {i for i in range(config.experts.count) if weights.has(f"{prefix}experts.{i}.gate_up")}
@@ -109,12 +110,15 @@ def expert_mlp(
         shared_gate = weights.linear(f"{prefix}shared_expert_gate")
         path = f"{prefix}shared_expert."
         shared = DenseMlp(weights.linear(f"{path}gate_up_proj"), weights.linear(f"{path}down_proj"), "silu")
+    experts = [
+        Expert(weights.linear(f"{path}gate_up"), weights.linear(path + down)) if i in here else None
+        for i, path in enumerate(paths)
+    ]
+    pairs = [None if expert is None else (expert.gate_up, expert.down) for expert in experts]
     return ExpertMlp(
         router=weights.linear(prefix + router),
-        experts=[
-            Expert(weights.linear(f"{path}gate_up"), weights.linear(path + down)) if i in here else None
-            for i, path in enumerate(paths)
-        ],
+        experts=experts,
+        native=NativeExperts.of(pairs) if config.experts.clamp is None else None,
         per_token=config.experts.per_token,
         normalized=config.experts.normalized,
         shared=shared,

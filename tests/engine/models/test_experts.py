@@ -19,7 +19,11 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from pilotfish.checkpoints.catalog import resolve
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.execution.batch import Span
+from pilotfish.engine.kernels.native import NativeKernels
+from pilotfish.engine.layers.communicator import ALONE
+from pilotfish.engine.layers.decoder import Linears
 from pilotfish.engine.layers.experts import ExpertMlp
+from pilotfish.engine.layers.native_experts import NativeExperts
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.models.checkpoint import iter_weights, read_config
 from pilotfish.engine.models.layout import Layout, what_does_not_divide
@@ -279,3 +283,27 @@ def test_passes_that_are_timed_take_different_experts(tiny: Tiny) -> None:
     (span,) = runner.trial(12)
     assert len(set(span.token_ids)) == 12
     assert all(0 <= token < 512 for token in span.token_ids)
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen2_moe", "mixtral"])
+def test_one_call_for_all_experts_gives_the_bits_of_one_by_one(tiny: Tiny, kind: str) -> None:
+    """At any number of rows; the first rank of two has half of the experts, and adds nothing for the others."""
+    runner = runner_of(str(tiny(kind)), "native")
+    kernels = NativeKernels()
+    before = kernels.threads
+    kernels.set_threads(3)
+    mlp = runner.model.decoder.layers[0].mlp
+    assert isinstance(mlp, ExpertMlp)
+    assert mlp.native is not None
+    half = [expert if i % 2 else None for i, expert in enumerate(mlp.experts)]
+    halved = NativeExperts.of([None if each is None else (each.gate_up, each.down) for each in half])
+    sharded = replace(mlp, experts=half, native=halved)
+    generator = torch.Generator().manual_seed(1)
+    linears = Linears(kernels, ALONE)
+    for rows in (1, 2, 7, 40):
+        x = torch.randn(rows, runner.model.config.hidden_size, generator=generator)
+        for each in (mlp, sharded):
+            one_by_one = replace(each, native=None)
+            assert torch.equal(each.forward(linears, x, None), one_by_one.forward(linears, x, None))
+    kernels.set_threads(before)
