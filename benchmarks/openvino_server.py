@@ -16,8 +16,10 @@ fields are ignored. It is for measuring on this machine: there are no keys, and 
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import queue
+import re
 import threading
 import time
 import uuid
@@ -128,47 +130,50 @@ class Continuous:
                     running.remove(each)
 
 
-INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+BYTE_TOKEN = re.compile(rb"<0x([0-9A-F]{2})>")
 
 
 class Detokenizer:
-    """Tokens as text. Each token's own is computed once, at the start: a call of OpenVINO's tokenizer takes a
-    hundredth of a pass, and threads that the pass needs."""
+    """Tokens as text. The bytes of each are found once, at the start: a call of OpenVINO's tokenizer takes a hundredth
+    of a pass, and threads that the pass needs."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        entries: dict[bytes, int] = tokenizer.get_vocab()
+        vocabulary = [b""] * (1 + max(entries.values()))
+        for spelled, token in entries.items():
+            vocabulary[token] = spelled
         before = int(tokenizer.encode("a", add_special_tokens=False).input_ids.data[0][-1])  # or a space would be lost
-        count = len(tokenizer.get_vocab())
-        self._alone: list[str] = []
-        for start in range(0, count, 1024):
-            texts = tokenizer.decode([[before, token] for token in range(start, min(count, start + 1024))])
-            self._alone += (text[1:] for text in texts)
+        self._bytes: list[bytes] = []
+        for start in range(0, len(vocabulary), 1024):
+            some = vocabulary[start : start + 1024]
+            texts = tokenizer.decode([[before, start + i] for i in range(len(some))])
+            self._bytes += (_bytes_of(each, text[1:]) for each, text in zip(some, texts, strict=True))
 
     def begin(self) -> TextPieces:
-        return TextPieces(self)
+        return TextPieces(self._bytes)
 
-    def text(self, ids: list[int]) -> str:
-        pieces = [self._alone[token] for token in ids]
-        if any(INCOMPLETE in piece for piece in pieces):
-            return str(self._tokenizer.decode(ids))
-        return "".join(pieces)
+
+def _bytes_of(spelled: bytes, text: str) -> bytes:
+    """The bytes of a token with this entry in the vocabulary and this text, which lacks incomplete characters, and is
+    empty for special tokens."""
+    if byte := BYTE_TOKEN.fullmatch(spelled):
+        return bytes.fromhex(byte[1].decode())
+    try:
+        spelled.decode()
+    except UnicodeDecodeError:
+        return spelled
+    return text.encode()
 
 
 class TextPieces:
     """An answer's tokens as text, in pieces that are whole characters."""
 
-    def __init__(self, detokenizer: Detokenizer) -> None:
-        self._detokenizer = detokenizer
-        self._held: list[int] = []
-        """Tokens that end within a character."""
+    def __init__(self, bytes_of: list[bytes]) -> None:
+        self._bytes_of = bytes_of
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: list[int], last: bool = False) -> str:
-        self._held += ids
-        text = self._detokenizer.text(self._held)
-        if text.endswith(INCOMPLETE) and not last:
-            return ""
-        self._held = []
-        return text
+        return self._decoder.decode(b"".join(self._bytes_of[each] for each in ids), final=last)
 
 
 def generation_config(body: dict[str, Any], lookup: dict[str, int]) -> Any:
