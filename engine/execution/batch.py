@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
@@ -72,8 +72,11 @@ class HostBatch:
         return self.layout.shape
 
     def to(self, device: torch.device) -> FlatBatch:
-        """The same on `device`, by a single copy."""
-        arrays = self.layout.on_device(to_device(self.buffer, device))
+        """The same on `device`, by a single copy; on the CPU it is the same memory."""
+        if device.type == "cpu":
+            arrays = self.arrays.as_tensors()
+        else:
+            arrays = self.layout.on_device(to_device(self.buffer, device))
         batch = FlatBatch.of(arrays, self.query_lens, self.contexts, self.block_size)
         if not self.adapted:
             return batch
@@ -125,6 +128,10 @@ class FlatBatch:
         return FlatBatch(batch.arrays, replace(batch.attention, block_tables=block_tables, exact=False))
 
 
+FEW_ROWS = 32
+"""Rows that are packed one by one."""
+
+
 def pack(spans: Seq[Span], block_size: int, ahead: int = 0) -> HostBatch:
     """Pack the spans' rows, one after the other. Block tables have the blocks of so many tokens `ahead`, too, as far as
     the spans have them."""
@@ -137,32 +144,69 @@ def pack(spans: Seq[Span], block_size: int, ahead: int = 0) -> HostBatch:
     layout = BatchLayout(shape)
     buffer = np.zeros(layout.size, dtype=np.uint8)
     arrays = layout.on_host(buffer)
-    ends = arrays.cu_query_lens[1:]
     arrays.token_ids[:] = np.fromiter(chain.from_iterable([span.token_ids for span in spans]), np.int64, shape.rows)
-    np.cumsum(lengths, out=ends)
     arrays.context_lens[:] = contexts
-    np.cumsum(arrays.context_lens, out=arrays.cu_context_lens[1:])
     for table, span, context in zip(arrays.block_tables, spans, contexts, strict=True):
         there = span.blocks[: -(-(context + ahead) // block_size)]
         table[: len(there)] = there
-    # Row r of the batch is position r - end + context of its sequence.
-    rows = np.arange(shape.rows)
-    arrays.positions[:] = rows + np.repeat(arrays.context_lens - ends, lengths)
-    blocks, offsets = np.divmod(arrays.positions, block_size)
-    span_of_row = np.repeat(np.arange(shape.spans), lengths)
+    fill = _fill_few if shape.rows <= FEW_ROWS else _fill_many
+    fill(arrays, spans, lengths, contexts, wanted, block_size)
     if any(span.adapter for span in spans):
         arrays.adapters[:] = np.repeat([span.adapter for span in spans], lengths)
-    arrays.slots[:] = arrays.block_tables[span_of_row, blocks] * np.int64(block_size) + offsets
-    if shape.wanted == shape.rows:
-        arrays.logit_rows[:] = rows
-    else:
-        arrays.logit_rows[:] = np.arange(shape.wanted) + np.repeat(ends - np.cumsum(wanted), wanted)
     if any(span.draw is not None for span in spans):
         draws = [span.draw or _ANY for span in spans for _ in range(span.logit_rows)]
         # A row predicts the position after its own.
         arrays.draw_keys[:] = row_keys([draw.seed for draw in draws], arrays.positions[arrays.logit_rows] + 1)
         arrays.temperatures[:] = [draw.temperature for draw in draws]
     return HostBatch(layout, buffer, arrays, lengths, contexts, block_size)
+
+
+def _fill_few(
+    arrays: BatchArrays[np.ndarray],
+    spans: Seq[Span],
+    lengths: list[int],
+    contexts: list[int],
+    wanted: list[int],
+    block_size: int,
+) -> None:
+    """As `_fill_many`, row by row: on the CPU a pass has emptied the caches, so that each of numpy's operations comes
+    from memory again, and takes longer than these."""
+    ends = list(accumulate(lengths))
+    arrays.cu_query_lens[1:] = ends
+    arrays.cu_context_lens[1:] = list(accumulate(contexts))
+    positions = [range(span.start, context) for span, context in zip(spans, contexts, strict=True)]
+    arrays.positions[:] = list(chain.from_iterable(positions))
+    arrays.slots[:] = [
+        span.blocks[position // block_size] * block_size + position % block_size
+        for span, own in zip(spans, positions, strict=True)
+        for position in own
+    ]
+    arrays.logit_rows[:] = [row for end, count in zip(ends, wanted, strict=True) for row in range(end - count, end)]
+
+
+def _fill_many(
+    arrays: BatchArrays[np.ndarray],
+    spans: Seq[Span],
+    lengths: list[int],
+    contexts: list[int],
+    wanted: list[int],
+    block_size: int,
+) -> None:
+    """Fill the running sums, and what follows for each row from its place in its span."""
+    count, ends = sum(lengths), arrays.cu_query_lens[1:]
+    np.cumsum(lengths, out=ends)
+    np.cumsum(contexts, out=arrays.cu_context_lens[1:])
+    # Row r of the batch is position r - end + context of its sequence.
+    rows = np.arange(count)
+    arrays.positions[:] = rows + np.repeat(arrays.context_lens - ends, lengths)
+    blocks, offsets = np.divmod(arrays.positions, block_size)
+    span_of_row = np.repeat(np.arange(len(spans)), lengths)
+    arrays.slots[:] = arrays.block_tables[span_of_row, blocks] * np.int64(block_size) + offsets
+    drawing = sum(wanted)
+    if drawing == count:
+        arrays.logit_rows[:] = rows
+    else:
+        arrays.logit_rows[:] = np.arange(drawing) + np.repeat(ends - np.cumsum(wanted), wanted)
 
 
 def flatten(spans: Seq[Span], block_size: int, device: torch.device) -> FlatBatch:

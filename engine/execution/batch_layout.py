@@ -60,6 +60,10 @@ class BatchArrays(Generic[A]):
     block_tables: Annotated[A, np.int32, "spans", "max_blocks"]
     """Entries past a span's context are blocks of anybody's, and never read."""
 
+    def as_tensors(self: BatchArrays[np.ndarray]) -> BatchArrays[torch.Tensor]:
+        """The same memory as tensors on the CPU."""
+        return BatchArrays(*[torch.from_numpy(getattr(self, name)) for name in _FIELDS])
+
 
 _FIELDS = {
     name: (np.dtype(dtype), sizes)

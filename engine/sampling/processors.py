@@ -84,10 +84,16 @@ def spread(adjusted: torch.Tensor, supports: list[Support]) -> torch.Tensor:
     return adjusted
 
 
-@torch.inference_mode()
 def adjust(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] = ()) -> torch.Tensor:
     """Apply logit_bias, penalties, allowed_token_ids, bad_words, min_tokens, grammar and thinking; see `process`. Costs
     nothing for spans that use none of them."""
+    if not any(span.sequence.params.alters_logits for span in spans):
+        return logits
+    with torch.inference_mode():
+        return _adjusted(logits, spans, eos_token_ids)
+
+
+def _adjusted(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int]) -> torch.Tensor:
     end = 0
     for span in spans:
         start, end = end, end + span.rows

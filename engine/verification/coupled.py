@@ -11,6 +11,10 @@ from pilotfish.engine.sampling.logit_spans import LogitSpan, rows_of
 from pilotfish.engine.sampling.sampler import argmax, choose
 from pilotfish.engine.verification.verifier import DraftedRow, Verdict, agreed, lazily, verdicts
 
+AT_ONCE = 16
+"""Rows of greedy answers whose likeliest tokens are found in one call on the CPU, though some may not be needed:
+looking through a row takes less time than another call."""
+
 
 class CoupledVerifier:
     """A drafted token is accepted while it is the very token that the target draws at its position.
@@ -34,9 +38,9 @@ class CoupledVerifier:
     def _draw(
         self, logits: torch.Tensor, spans: list[LogitSpan], drafts: list[Draft], starts: list[int]
     ) -> list[list[int]]:
-        if not self._sync_free:
-            return lazily(logits, spans, drafts, starts, _choose)
         greedy = all(span.sequence.params.greedy for span in spans)
+        if not self._sync_free and not (greedy and len(logits) <= AT_ONCE):
+            return lazily(logits, spans, drafts, starts, _choose)
         return agreed(argmax(logits) if greedy else choose(logits, rows_of(spans)), drafts, starts)
 
 

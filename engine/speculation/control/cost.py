@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence as Seq
+from itertools import accumulate
 
 import numpy as np
 
@@ -50,6 +51,7 @@ class RowCost:
         # The log of speed; at speed 1, the logs of a context token's seconds and of those at each point.
         self._state = np.zeros(0)
         self._doubt = np.zeros((0, 0))  # covariance of the state
+        self._diagonal = self._drift = np.zeros(0)  # a view of its diagonal, and what that grows by
         self._table: list[float] = []  # seconds of 0, 1, 2, ... rows without context; reset when the state changes
         self._token = 0.0  # seconds of a token of context, with `_table`
         self._observed = 0
@@ -74,17 +76,18 @@ class RowCost:
         if not self._rows:
             self._begin(_points(max(KNOTS, *passes)), [passes[0]], [math.log(seconds / len(passes))], 0.0)
         entries, slopes, predicted = self._linear(passes, context)
-        state, doubt = self._state, self._doubt
-        diagonal = doubt.reshape(-1)[:: len(state) + 1]
-        diagonal += SHAPE_DRIFT**2
-        diagonal[0] += SPEED_DRIFT**2
-        diagonal[1] += CONTEXT_DRIFT**2
-        reach = doubt[:, entries] @ slopes
-        variance = float(slopes @ reach[entries]) + noise**2
+        # A step's pass has emptied the caches, so that what counts is how little code this runs: few operations of few
+        # kinds, rather than the library's products.
+        doubt = self._doubt
+        self._diagonal += self._drift
+        reach = doubt[0] * slopes[0]
+        for entry, slope in zip(entries[1:], slopes[1:], strict=True):
+            reach += doubt[entry] * slope
+        variance = sum([slope * reach.item(entry) for entry, slope in zip(entries, slopes, strict=True)]) + noise**2
         most = OUTLIER * math.sqrt(variance)
         error = min(most, max(-most, math.log(max(seconds, 1e-9) / predicted)))
-        state += reach * (error / variance)
-        doubt -= np.outer(reach, reach / variance)
+        self._state += reach * (error / variance)
+        doubt -= reach[:, None] * (reach * (1 / variance))
         self._table = []
         self._observed += 1
         for rows in passes:
@@ -116,9 +119,9 @@ class RowCost:
 
     def uncertainty(self, rows: int, others: int, context: int = 0) -> float:
         """Return the relative standard deviation of the ratio of passes of `rows` and of `others` rows."""
-        entries, slopes, _ = self._linear((rows,), context)
-        more, other, _ = self._linear((others,), context)
-        entries, slopes = [*entries, *more], np.concatenate([slopes, -other])
+        entries, ours, _ = self._linear((rows,), context)
+        more, theirs, _ = self._linear((others,), context)
+        entries, slopes = [*entries, *more], np.array([*ours, *(-slope for slope in theirs)])
         return math.sqrt(max(0.0, float(slopes @ self._doubt[np.ix_(entries, entries)] @ slopes)))
 
     def _begin(self, points: list[int], rows: list[int], logs: list[float], context_token: float) -> None:
@@ -141,10 +144,14 @@ class RowCost:
         self._doubt[0, 0] = NOISE**2
         self._doubt[1, 1] = CONTEXT_DOUBT**2
         self._doubt[_FIRST:, _FIRST:] = doubt
+        self._diagonal = self._doubt.reshape(-1)[:: len(self._state) + 1]
+        self._drift = np.full(len(self._state), SHAPE_DRIFT**2)
+        self._drift[:_FIRST] += SPEED_DRIFT**2, CONTEXT_DRIFT**2
 
-    def _linear(self, passes: Seq[int], context: int) -> tuple[list[int], np.ndarray, float]:
+    def _linear(self, passes: Seq[int], context: int) -> tuple[list[int], list[float], float]:
         """Return the state entries that the seconds depend on, the derivatives of their logarithm, and the seconds."""
-        parts: dict[int, float] = {1: context * math.exp(self._state[1])}
+        value = self._state.item
+        parts: dict[int, float] = {1: context * math.exp(value(1))}
         for rows in passes:
             high = min(bisect_left(self._rows, rows), len(self._rows) - 1)
             low = max(0, high - 1)
@@ -152,14 +159,13 @@ class RowCost:
             share = 1.0 if not span else min(1.0, (rows - self._rows[low]) / span)
             for point, weight in ((low, 1 - share), (high, share)):
                 if weight > 0:
-                    parts[_FIRST + point] = parts.get(_FIRST + point, 0.0) + weight * math.exp(
-                        self._state[_FIRST + point]
-                    )
+                    part = weight * math.exp(value(_FIRST + point))
+                    parts[_FIRST + point] = parts.get(_FIRST + point, 0.0) + part
         total = sum(parts.values())
-        slopes = np.array([1.0, *(part / total for part in parts.values())])
-        predicted = total * math.exp(self._state[0])
+        slopes = [1.0, *[part / total for part in parts.values()]]
+        predicted = total * math.exp(value(0))
         if max(passes) > self._rows[-1]:  # they count as the last point, but take longer
-            predicted = sum(self.predict(rows) for rows in passes) + parts[1] * math.exp(self._state[0])
+            predicted = sum(self.predict(rows) for rows in passes) + parts[1] * math.exp(value(0))
         return [0, *parts], slopes, predicted
 
     def _nearest(self, rows: int) -> int:
@@ -167,8 +173,8 @@ class RowCost:
 
     def _table_to(self, last: int) -> list[float]:
         if len(self._table) <= last:
-            speed = math.exp(self._state[0])
-            self._token = math.exp(self._state[1]) * speed
+            speed = math.exp(self._state.item(0))
+            self._token = math.exp(self._state.item(1)) * speed
             self._table = self._tabulate(max(last, LEAST_TABLE), speed)
         return self._table
 
@@ -176,12 +182,16 @@ class RowCost:
         """Return the seconds of 0, 1, ... `last` rows at this speed."""
         points = self._rows
         # More rows never take less time: a point above a later one is lowered to it.
-        shape: list[float] = (speed * np.minimum.accumulate(np.exp(self._state[: _FIRST - 1 : -1]))[::-1]).tolist()
+        logs: list[float] = self._state.tolist()[: _FIRST - 1 : -1]
+        shape = [speed * math.exp(least) for least in accumulate(logs, min)][::-1]
         table = shape[:1] * (points[0] + 1)
         for at in range(1, len(points)):
             if len(table) > last:
                 return table
             low, count = shape[at - 1], points[at] - points[at - 1]
+            if count == 1:
+                table.append(shape[at])
+                continue
             step = (shape[at] - low) / count
             table += [low + step * part for part in range(1, count + 1)]
         half = bisect_left(points, points[-1] / 2)
