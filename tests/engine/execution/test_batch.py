@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pilotfish.engine.execution import batch
 from pilotfish.engine.execution.batch import Span, pack
+from pilotfish.engine.execution.batch_layout import BatchArrays
 
 BLOCK = 16
 
@@ -48,6 +49,8 @@ def test_on_the_cpu_it_is_the_same_memory() -> None:
     host = pack([Span([1, 2, 3], 5, [4, 2], 1)], BLOCK)
     arrays = host.to(torch.device("cpu")).arrays
     other = host.layout.on_device(torch.from_numpy(host.buffer))
+    names = BatchArrays.__dataclass_fields__
+    assert len({getattr(other, name).untyped_storage().data_ptr() for name in names}) == 1  # so one copy takes it
     for name in ("token_ids", "positions", "slots", "cu_query_lens", "block_tables", "temperatures", "logit_rows"):
         ours, theirs = getattr(arrays, name), getattr(other, name)
         assert ours.dtype == theirs.dtype
