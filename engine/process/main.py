@@ -1,8 +1,8 @@
 """The engine process: one EngineCore behind two sockets, for `messages` to and from `client`, which starts it.
 
 `python -m pilotfish.engine.process.main` is started with an `EngineTask` (see `engine.child_process`), and ends with
-its parent. It ignores SIGINT, SIGTERM and SIGHUP, on which its parent acts. If a model is sharded over ranks, this process is
-rank 0 and starts the others of its host.
+its parent. It ignores SIGINT, SIGTERM and SIGHUP, on which its parent acts. If a model is sharded over ranks, this
+process is rank 0 and starts the others of its host.
 """
 
 from __future__ import annotations
