@@ -13,6 +13,10 @@ import numpy as np
 from soak_load import Seen
 
 
+LEAST_SAMPLES = 600
+"""Seconds of one process, from which a slope of its memory says something."""
+
+
 class Sample(NamedTuple):
     """Memory in bytes, at a time in seconds since the start."""
 
@@ -54,7 +58,7 @@ class Report:
         if what == "engine" and samples:
             pid = statistics.mode(sample.engine_pid for sample in samples)
             samples = [sample for sample in samples if sample.engine_pid == pid]
-        if len(samples) < 60:
+        if len(samples) < LEAST_SAMPLES:
             return None
         values = [getattr(sample, what) / 1e6 for sample in samples]
         return float(np.polyfit([sample.seconds / 3600 for sample in samples], values, 1)[0])

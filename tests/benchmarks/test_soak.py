@@ -118,8 +118,8 @@ def test_a_report_is_right_only_if_nothing_is_wrong_lost_or_left() -> None:
 
 
 def test_the_slope_of_memory_is_that_of_one_process_after_the_warm_up() -> None:
-    samples = [Sample(s, 1, 100_000_000, 10**9 if s < 25 else 10**9 + 1000 * int(s - 25), 9) for s in range(100)]
-    samples += [Sample(s, 2, 100_000_000, 1, 9) for s in range(100, 120)]
-    report = Report(Seen(), 100.0, 1, samples=list(samples))
+    samples = [Sample(s, 1, 100_000_000, 10**9 if s < 25 else 10**9 + 1000 * int(s - 25), 9) for s in range(1000)]
+    samples += [Sample(s, 2, 100_000_000, 1, 9) for s in range(1000, 1200)]
+    report = Report(Seen(), 100.0, 1, samples=samples)
     assert report.slope("engine", 0.25) == pytest.approx(3.6)
     assert report.slope("server", 0.25) == pytest.approx(0.0, abs=1e-6)
