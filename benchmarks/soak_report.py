@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from soak_load import Seen
 
-
 LEAST_SAMPLES = 600
 """Seconds of one process, from which a slope of its memory says something."""
 
