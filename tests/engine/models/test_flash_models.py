@@ -16,6 +16,7 @@ from pilotfish.engine.execution.loader import load_model
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.params import SamplingParams
 from pilotfish.errors import ConfigError, ModelError
+from tests.support.pairwise import pairwise
 from tests.support.parity import KernelsName, in_pieces, logits_of, runner_of
 from tests.support.tiny import KINDS, build_model, make_tiny
 
@@ -34,18 +35,18 @@ def references(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["torch", *GPUS])
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_equal_transformers_in_bfloat16(tiny: Tiny, flash_attn, kind: str, backend: str) -> None:
+@pytest.mark.parametrize(("kind", "backend", "ends"), pairwise(KINDS, ("torch", *GPUS), (CHUNKED, DECODED)))
+def test_logits_equal_transformers_in_bfloat16(
+    tiny: Tiny, flash_attn, kind: str, backend: str, ends: tuple[int, ...]
+) -> None:
     """Every backend is as near to the float32 model as transformers' own bfloat16 is, or nearly so."""
     flash = flash_attn(GPUS.get(backend, (9, 0)))
     exact, theirs = references(kind)
     bound = 1.5 * (theirs - exact).square().mean().sqrt()
     assert bound < 0.05 * exact.std()
     runner = runner_of(str(tiny(kind)), "torch", dtype="bfloat16", attention_backend=backend)
-    for ends in (CHUNKED, DECODED):
-        found = in_pieces(runner, PROMPT, ends).float()
-        assert (found - exact).square().mean().sqrt() <= bound
+    found = in_pieces(runner, PROMPT, ends).float()
+    assert (found - exact).square().mean().sqrt() <= bound
     assert bool(flash.calls) == (backend != "torch")
 
 
