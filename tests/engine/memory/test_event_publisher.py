@@ -57,7 +57,7 @@ class Subscriber:
     def replay(self, first: int) -> list[tuple[int, bytes]]:
         """The messages from `first` on."""
         self._replay.send_multipart([b"", first.to_bytes(8, "big")])
-        found = []
+        found: list[tuple[int, bytes]] = []
         while True:
             assert self._replay.poll(WAIT_MS)
             empty, _topic, number, data = self._replay.recv_multipart()
@@ -102,7 +102,7 @@ def events() -> list[Any]:
     return recorded.take()
 
 
-def check(batch: Any, stored: type, removed: type, cleared: type) -> None:
+def check(batch: Any, stored: type[Any], removed: type[Any], cleared: type[Any]) -> None:
     """Check the batch of `events`, decoded to these types."""
     first, second, third, last = batch.events
     assert (batch.ts, batch.data_parallel_rank) == (12.5, 0)
@@ -142,7 +142,7 @@ def test_vllms_own_structs_read_the_events(monkeypatch: pytest.MonkeyPatch, tmp_
     assert VLLM_WHEEL is not None
     source = tmp_path / "kv_events.py"
     source.write_bytes(zipfile.ZipFile(VLLM_WHEEL).read("vllm/distributed/kv_events.py"))
-    needed = {
+    needed: dict[str, dict[str, Any]] = {
         "vllm.config.kv_events": {"KVEventsConfig": object},
         "vllm.logger": {"init_logger": lambda name: None},
         "vllm.utils.network_utils": dict.fromkeys(
@@ -213,7 +213,7 @@ def test_an_address_that_cannot_be_bound_is_named() -> None:
         with pytest.raises(ConfigError, match="kv_events_endpoint is"):
             EventPublisher(endpoint)
     with publishing() as (publisher, _):
-        taken = publisher._published.last_endpoint.decode().rstrip("\0")
+        taken = publisher._published.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         with pytest.raises(ConfigError, match=r"kv_events_replay_endpoint is .*in use"):
             EventPublisher(f"tcp://127.0.0.1:{free_port()}", taken)
 
