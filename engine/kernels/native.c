@@ -17,6 +17,7 @@
 #include "threads.h"
 
 #define PANEL 16      /* columns of a packed panel */
+#define VNNI 4        /* a flag of a level: blocks are multiplied by the instructions for it */
 #define ROW_BLOCK 96  /* rows of a block: 96 rows of 1536 floats are 576 KiB, within a second-level cache */
 #define INT8_WIDE 4   /* panels of int8 weights that one thread takes at a time */
 #define PREFETCH 128  /* steps of k, 64 bytes each, that memory is asked ahead: about its latency times its bandwidth */
@@ -28,7 +29,7 @@
 struct linear {
   const float *x, *packed, *bias, *residual;
   float *out;
-  int64_t rows, columns, in;
+  int64_t rows, columns, in, stride; /* stride: of out and residual */
 };
 
 struct linear_int8 {
@@ -68,6 +69,8 @@ struct mask {
 #include "attention.h"
 
 #include "low_rank.h"
+
+#include "blocks.h"
 
 #define JOIN_(a, b) a##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -119,7 +122,8 @@ static int best_level(void) {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return 2;
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
 }
-#define PICK(level, kernel) ((level) == 2 ? JOIN(kernel, _avx512) : (level) == 1 ? JOIN(kernel, _avx2) : JOIN(kernel, _default))
+#define PICK(level, kernel) \
+  (((level) & 3) == 2 ? JOIN(kernel, _avx512) : ((level) & 3) == 1 ? JOIN(kernel, _avx2) : JOIN(kernel, _default))
 #else
 static int best_level(void) { return 0; }
 #define PICK(level, kernel) JOIN(kernel, _default)
@@ -133,6 +137,12 @@ EXPORT int64_t pilotfish_panel(void) { return PANEL; }
 /* Returns how many threads there are: fewer than asked for where the system has no more. */
 EXPORT int pilotfish_set_threads(int threads) { return set_threads(threads); }
 EXPORT int pilotfish_threads(void) { return pool.threads; }
+
+/* What matters there is unrolled by hand, and -O3 takes six times as long to compile it. */
+#pragma GCC push_options
+#pragma GCC optimize("O2")
+#include "blocks_levels.h"
+#pragma GCC pop_options
 
 struct pack {
   const float *weight;
@@ -169,7 +179,7 @@ EXPORT void pilotfish_linear(int level, const float *x, const float *packed, con
   for (int64_t row = 0; row < rows; row += ROW_BLOCK) {
     const int64_t height = rows - row < ROW_BLOCK ? rows - row : ROW_BLOCK;
     const struct linear a = {x + row * in, packed, bias, residual ? residual + row * columns : 0, out + row * columns,
-                             height, columns, in};
+                             height, columns, in, columns};
     parallel_for((columns + PANEL - 1) / PANEL, height * columns * in, PICK(level, linear), &a);
   }
 }

@@ -137,7 +137,7 @@ TARGET static void NAME(linear)(const void *arguments, int64_t begin, int64_t en
       if (tiles == 1 && n > 1) next = panel + PANEL * PREFETCH;
       if (tiles > 1 && t < 2) next = panel + PANEL * in + t * (PANEL / 2) * in;
       NAME(tile)((int)n, a->x + row * in, in, panel, a->bias ? a->bias + p * PANEL : 0,
-                 a->residual ? a->residual + row * columns + p * PANEL : 0, a->out + row * columns + p * PANEL, columns,
+                 a->residual ? a->residual + row * a->stride + p * PANEL : 0, a->out + row * a->stride + p * PANEL, a->stride,
                  left < PANEL ? (int)left : PANEL, next, tiles > 1);
       row += n;
     }
