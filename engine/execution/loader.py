@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from msgspec import structs
@@ -15,19 +16,22 @@ from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.device import give_back_memory
 from pilotfish.engine.execution.platform import Platform, check_draft, choose_platform, choose_quantization
 from pilotfish.engine.layers.communicator import ALONE, Communicator
-from pilotfish.engine.models.checkpoint import iter_weights, read_config
+from pilotfish.engine.models.checkpoint import iter_blocks, iter_weights, read_config
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.decoder_model import CausalModel, DecoderModel
 from pilotfish.engine.models.eagle3 import SharedWeights
 from pilotfish.engine.models.layout import Layout, check_divides
 from pilotfish.engine.models.registry import is_known, tensors_of
 from pilotfish.engine.models.tensors import EMBEDDING, HEAD
+from pilotfish.engine.weights.blocks import Blocks
 from pilotfish.engine.weights.dummy import iter_weights as dummy_weights
 from pilotfish.engine.weights.quantization import SCALE, dequantized, quantized
 from pilotfish.engine.weights.tensors import Part, whole
 from pilotfish.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+W = TypeVar("W", bound=torch.Tensor | Blocks)
 
 
 def load_model(
@@ -122,23 +126,29 @@ def _weights(
     config: EngineConfig,
     parts: Mapping[str, Part],
     progress: Progress,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """These parts of a model's tensors, in the dtypes that they are computed with."""
+) -> Iterator[tuple[str, torch.Tensor | Blocks]]:
+    """These parts of a model's tensors, in the forms that they are computed with."""
     device, dtype = platform.device, platform.dtype
     dummy = config.load_format == "dummy"
     tensors = tensors_of(shape)
     stored, wanted = shape.quantization, choose_quantization(config, shape, platform.needs.capability)
 
-    def read() -> Iterator[tuple[str, torch.Tensor]]:
+    def reported(found: Iterable[tuple[str, W]]) -> Iterator[tuple[str, W]]:
         done = 0
-        if dummy:
-            found = dummy_weights(tensors, dtype, device, parts)
-        else:
-            found = iter_weights(files, shape, dtype, parts, device)
         for item in found:
             yield item
             done += not item[0].endswith(SCALE)
             progress(f"loading {files.name}", done / len(parts))
+
+    if platform.in_blocks and files.format == "gguf" and not dummy:
+        return reported(iter_blocks(files, shape, dtype, parts))
+
+    def read() -> Iterator[tuple[str, torch.Tensor]]:
+        if dummy:
+            found = dummy_weights(tensors, dtype, device, parts)
+        else:
+            found = iter_weights(files, shape, dtype, parts, device)
+        return reported(found)
 
     weights = read()
     if stored is not None and not dummy and (wanted is None or wanted.scheme != stored.scheme):
@@ -165,6 +175,10 @@ def load_shared(
     with torch.inference_mode():
         weights = dict(_weights(files, target.config, platform, config, parts, progress))
         for name in names:
-            scale = weights.get(name + SCALE)
-            prepared[name] = platform.kernels.prepare_linear(weights[name].to(platform.device), None, scale)
+            weight, scale = weights[name], weights.get(name + SCALE)
+            if isinstance(weight, Blocks):
+                prepared[name] = platform.kernels.prepare_blocks([weight])
+            else:
+                assert not isinstance(scale, Blocks)
+                prepared[name] = platform.kernels.prepare_linear(weight.to(platform.device), None, scale)
     return SharedWeights(prepared.get(EMBEDDING, shared.embedding), prepared.get(head_name, shared.head))

@@ -39,6 +39,8 @@ class Platform:
     attention: AttentionBackend
     needs: AttentionNeeds
     """What the attention backend was chosen for, with the resulting block size."""
+    in_blocks: bool = False
+    """Whether matrices of GGUF files stay in the quantized blocks that they are stored in."""
     code: str = ""
     """Whose code computes the target, if not the engine's."""
 
@@ -99,13 +101,25 @@ def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) ->
     if config.kernels == "triton" or (config.kernels == "auto" and device.type == "cuda"):
         kernels = _triton_kernels(needs, model, ranks)
     platform = Platform(
-        device, dtype, kernels, attention, replace(needs, block_size=config.block_size or attention.block_size)
+        device,
+        dtype,
+        kernels,
+        attention,
+        replace(needs, block_size=config.block_size or attention.block_size),
+        in_blocks=_in_blocks(config, model, native),
     )
     logger.info(
         "kernels: %s; attention: %s, blocks of %d tokens in %s",
         *(kernels.name, attention.name, platform.block_size, str(needs.cache_dtype).removeprefix("torch.")),
     )
     return platform
+
+
+def _in_blocks(config: EngineConfig, model: ModelConfig, kernels: NativeKernels | None) -> bool:
+    """Whether matrices of GGUF files stay in blocks. Below AVX2 they would be computed with more slowly than float32;
+    a layer's experts are computed in one call, which knows no blocks."""
+    wanted = (config.dtype, config.quantization) == ("auto", "auto")
+    return wanted and kernels is not None and kernels.level > 0 and model.experts is None
 
 
 def _why_not_triton(device: torch.device) -> str | None:

@@ -7,6 +7,8 @@ struct weight {
   const void *packed; /* of pilotfish_pack, or with a scale of pilotfish_pack_int8 */
   const float *scale, *bias;
   int64_t columns, in;
+  const struct part *parts; /* of a matrix in parts, which has nothing packed above */
+  int64_t count;
 };
 
 struct layer {
@@ -24,6 +26,7 @@ struct step {
   float *hidden;      /* rows x size: of the last layer, afterwards */
   const float *input; /* rows x qkv.in: what attention reads instead of the hidden states' norm; or 0 */
   float *space;       /* pilotfish_space() floats a row */
+  struct activation *activations; /* space for a row's quantized activations: of the widest input */
   float *scratch;     /* as struct attention's, as are the fields from here to scale */
   const int32_t *cu_query_lens, *context_lens, *block_tables;
   const int64_t *positions, *slots;
@@ -33,15 +36,19 @@ struct step {
   float scale, eps;
 };
 
-static void apply(int level, const struct weight *w, const float *x, const float *residual, float *out, int64_t rows) {
-  if (w->scale) pilotfish_linear_int8(level, x, w->packed, w->scale, w->bias, residual, out, rows, w->columns, w->in);
+/* activations: space for as many rows of quantized activations, if the matrix is in parts */
+static void apply(int level, const struct weight *w, const float *x, const float *residual, float *out, int64_t rows,
+                  struct activation *activations) {
+  if (w->count)
+    pilotfish_linear_parts(level, x, w->parts, w->count, w->bias, residual, out, rows, w->columns, w->in, activations);
+  else if (w->scale) pilotfish_linear_int8(level, x, w->packed, w->scale, w->bias, residual, out, rows, w->columns, w->in);
   else pilotfish_linear(level, x, w->packed, w->bias, residual, out, rows, w->columns, w->in);
 }
 
 /* out = w . x, and what adapters change in it */
 static void adapt(int level, const struct step *s, const struct weight *w, const struct low_rank_linear *l, const float *x,
                   float *out) {
-  apply(level, w, x, 0, out, s->rows);
+  apply(level, w, x, 0, out, s->rows, s->activations);
   if (s->adapted && l) pilotfish_low_rank(level, l, s->adapted, x, out, w->in, w->columns);
 }
 
@@ -49,7 +56,7 @@ static void adapt(int level, const struct step *s, const struct weight *w, const
 static void add(int level, const struct step *s, const struct weight *w, const struct low_rank_linear *l, const float *x,
                 const float *post_norm, float *change, float *normed) {
   if (!post_norm && !(s->adapted && l)) {
-    apply(level, w, x, s->hidden, s->hidden, s->rows);
+    apply(level, w, x, s->hidden, s->hidden, s->rows, s->activations);
     return;
   }
   adapt(level, s, w, l, x, change);

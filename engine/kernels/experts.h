@@ -58,9 +58,9 @@ EXPORT void pilotfish_experts(int level, const struct experts *s) {
       memset(results + begin * size, 0, rows * size * sizeof(float));
       continue;
     }
-    apply(level, &expert->gate_up, grouped + begin * size, 0, gate_up, rows);
+    apply(level, &expert->gate_up, grouped + begin * size, 0, gate_up, rows, 0);
     pilotfish_silu_mul(level, gate_up, gated, rows, s->inner);
-    apply(level, &expert->down, gated, 0, results + begin * size, rows);
+    apply(level, &expert->down, gated, 0, results + begin * size, rows, 0);
   }
   parallel_for(s->rows, pairs * size, sum_experts, s);
 }

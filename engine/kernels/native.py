@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from collections.abc import Sequence as Seq
 from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -20,10 +21,16 @@ from typing import Any
 import torch
 
 from pilotfish.engine.kernels.memory import Arena
+from pilotfish.engine.weights.blocks import Blocks, joined
 from pilotfish.errors import ConfigError
 
 VECTOR = 16
 """Floats in the widest vector register: sizes of norms, gates and heads must be multiples of it."""
+
+GROUP = 32
+"""GROUP of blocks.h."""
+ACTIVATION_FLOATS = 12
+"""The size of blocks.h's `struct activation`, in floats."""
 
 
 CACHE_FORMS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -49,9 +56,9 @@ def load_library() -> ctypes.CDLL | None:
     if spec is None or spec.origin is None:
         return None
     library = ctypes.CDLL(spec.origin)
-    for name in ("panel", "space", "attention_scratch", "max_tile"):
+    for name in ("panel", "attention_scratch", "max_tile"):
         getattr(library, f"pilotfish_{name}").restype = c_int64
-    library.pilotfish_space.argtypes = library.pilotfish_attention_scratch.argtypes = (c_int64,) * 5
+    library.pilotfish_attention_scratch.argtypes = (c_int64,) * 5
     library.pilotfish_max_tile.argtypes = (c_int,)
     signatures = {
         "pack": (c_void_p, c_void_p, c_int64, c_int64),
@@ -59,6 +66,8 @@ def load_library() -> ctypes.CDLL | None:
         "linear": (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64),
         "pack_int8": (c_void_p, c_void_p, c_int64, c_int64),
         "linear_int8": (c_int, *(c_void_p,) * 6, c_int64, c_int64, c_int64),
+        "unpack_blocks": (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64),
+        "linear_parts": (c_int, c_void_p, c_void_p, c_int64, *(c_void_p,) * 3, c_int64, c_int64, c_int64, c_void_p),
         "rms_norm": (c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_float),
         "silu_mul": (c_int, c_void_p, c_void_p, c_int64, c_int64),
         "gelu_mul": (c_int, c_void_p, c_void_p, c_int64, c_int64),
@@ -75,6 +84,14 @@ def load_library() -> ctypes.CDLL | None:
         if function is None:
             raise ConfigError(f"{spec.origin} was compiled from older sources: install the package again")
         function.argtypes, function.restype = arguments, None
+    counts = {
+        "space": (c_int64,) * 5,
+        "block_bytes": (c_int64,) * 3,
+        "pack_blocks": (c_void_p, c_void_p, c_int64, c_int64, c_int64),
+    }
+    for name, arguments in counts.items():
+        function = getattr(library, f"pilotfish_{name}")
+        function.argtypes, function.restype = arguments, c_int64
     return library
 
 
@@ -87,15 +104,33 @@ class NativeLinear:
     out_features: int
 
 
+class Part(ctypes.Structure):
+    """`struct part` of blocks.h."""
+
+    _fields_ = (("packed", c_void_p), ("kind", c_int64), ("first", c_int64), ("columns", c_int64))
+
+
+@dataclass(frozen=True, slots=True)
+class NativeBlocks:
+    """A matrix in parts, of which some are in quantized blocks."""
+
+    parts: ctypes.Array[Part]
+    packed: tuple[torch.Tensor, ...]  # what the parts point to
+    bias: torch.Tensor | None
+    in_features: int
+    out_features: int
+
+
 class NativeKernels:
     """Kernels in float32 on the CPU. Raises RuntimeError where the library was not built.
 
     level: the instruction set: 0 the compiler's default, 1 AVX2, 2 AVX-512; None: the best that the processor has.
+    vnni: whether quantized blocks are multiplied by the instructions for it; None: where the processor has them.
     """
 
     name = "native"
 
-    def __init__(self, level: int | None = None) -> None:
+    def __init__(self, level: int | None = None, vnni: bool | None = None) -> None:
         library = load_library()
         if library is None:
             raise RuntimeError(
@@ -110,6 +145,10 @@ class NativeKernels:
         self.level = best if level is None else level
         self.max_tile = int(library.pilotfish_max_tile(self.level))
         """Rows that are computed together."""
+        self.vnni = bool(library.pilotfish_vnni(self.level)) if vnni is None else vnni
+        if vnni and not library.pilotfish_vnni(self.level):
+            raise ValueError(f"this processor has no VNNI at level {self.level}")
+        self._blocks_level = self.level | (library.pilotfish_vnni(self.level) if self.vnni else 0)
 
     def prepare_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
@@ -126,10 +165,56 @@ class NativeKernels:
         bias = None if bias is None else _checked(bias).contiguous()
         return NativeLinear(packed, scale, bias, in_features, out_features)
 
-    def linear(self, x: torch.Tensor, weight: NativeLinear, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def prepare_blocks(self, parts: Seq[torch.Tensor | Blocks], bias: torch.Tensor | None = None) -> NativeBlocks:
+        found = joined(parts, self.panel)
+        packed, described, first = [], [], 0
+        for part in found:
+            rows, columns = part.shape
+            if isinstance(part, Blocks):
+                data = self._packed_blocks(part)
+            else:
+                data = self._arena.zeros((-(-rows // self.panel), columns, self.panel), torch.float32)
+                self._library.pilotfish_pack(_checked(part).contiguous().data_ptr(), data.data_ptr(), rows, columns)
+            packed.append(data)
+            described.append(Part(data.data_ptr(), part.kind if isinstance(part, Blocks) else 0, first, rows))
+            first += rows
+        array = (Part * len(described))(*described)
+        bias = None if bias is None else _checked(bias).contiguous()
+        return NativeBlocks(array, tuple(packed), bias, found[0].shape[1], first)
+
+    def _packed_blocks(self, blocks: Blocks) -> torch.Tensor:
+        rows, columns = blocks.shape
+        size = self._library.pilotfish_block_bytes(blocks.kind, rows, columns)
+        if not size:
+            raise ValueError(f"tensor {blocks.name!r} is {blocks.kind.name}, which the kernels do not compute with")
+        data = self._arena.zeros((size,), torch.uint8)
+        stored = blocks.rows.contiguous()
+        if self._library.pilotfish_pack_blocks(stored.data_ptr(), data.data_ptr(), blocks.kind, rows, columns):
+            raise ValueError(f"tensor {blocks.name!r} has a block whose scale is not a finite number")
+        return data
+
+    def linear(
+        self, x: torch.Tensor, weight: NativeLinear | NativeBlocks, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
         x = x.contiguous()
         residual = None if residual is None else residual.contiguous()
         out = torch.empty(len(x), weight.out_features)
+        if isinstance(weight, NativeBlocks):
+            space = torch.empty(len(x), ACTIVATION_FLOATS * (weight.in_features // GROUP))
+            self._library.pilotfish_linear_parts(
+                self._blocks_level,
+                address(x),
+                ctypes.addressof(weight.parts),
+                len(weight.parts),
+                address(weight.bias),
+                address(residual),
+                out.data_ptr(),
+                len(x),
+                weight.out_features,
+                weight.in_features,
+                space.data_ptr(),
+            )
+            return out
         scale = () if weight.scale is None else (address(weight.scale),)
         function = self._library.pilotfish_linear_int8 if scale else self._library.pilotfish_linear
         function(
@@ -146,7 +231,14 @@ class NativeKernels:
         )
         return out
 
-    def embed(self, ids: torch.Tensor, weight: NativeLinear) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor, weight: NativeLinear | NativeBlocks) -> torch.Tensor:
+        if isinstance(weight, NativeBlocks):
+            (part,) = weight.parts
+            out = torch.empty(len(ids), weight.in_features)
+            self._library.pilotfish_unpack_blocks(
+                part.packed, part.kind, ids.data_ptr(), out.data_ptr(), len(ids), weight.in_features
+            )
+            return out
         if weight.scale is not None:
             raise ValueError("an int8 matrix cannot be embedded from")
         out = torch.empty(len(ids), weight.in_features)
@@ -253,7 +345,7 @@ class NativeKernels:
 
     def decode(self, layers: Any, count: int, step: ctypes.Structure) -> None:
         """Run `count` layers of the fused decoder (decoder.h); `layers` is the address of the first."""
-        self._library.pilotfish_decode(self.level, layers, count, ctypes.byref(step))
+        self._library.pilotfish_decode(self._blocks_level, layers, count, ctypes.byref(step))
 
 
 def mask_logits(logits: torch.Tensor, words: torch.Tensor, level: int | None = None) -> bool:

@@ -6,9 +6,12 @@ Attention over the paged cache has an interface of its own, `engine.layers.atten
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import Protocol, TypeVar
 
 import torch
+
+from pilotfish.engine.weights.blocks import Blocks
 
 
 class PreparedLinear(Protocol):
@@ -39,6 +42,12 @@ class Kernels(Protocol[Prepared]):
         fp8 matrix is multiplied in fp8 (see `engine.kernels.fp8`), an int8 one stays in int8 where the kernels support
         it. A matrix in fp8, or kept in int8, cannot be embedded from. Raises ValueError for unsupported weights.
         """
+        ...
+
+    def prepare_blocks(self, parts: Seq[torch.Tensor | Blocks], bias: torch.Tensor | None = None) -> Prepared:
+        """As `prepare_linear`, of a matrix whose rows are those of the parts one after the other, in quantized blocks
+        or in float32. Raises ValueError for kernels that do not compute with blocks, and for a scale that is not
+        finite."""
         ...
 
     def linear(self, x: torch.Tensor, weight: Prepared, residual: torch.Tensor | None = None) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 from pilotfish.engine.kernels import paged
 from pilotfish.engine.kernels.fp8 import Fp8Linear, fp8_linear, prepare_fp8
+from pilotfish.engine.weights.blocks import Blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,9 @@ class TorchKernels:
                 return prepare_fp8(weight, bias, scale)
             weight = (weight.float() * scale).to(torch.float32 if bias is None else bias.dtype)
         return TorchLinear(weight.contiguous(), None if bias is None else bias.contiguous())
+
+    def prepare_blocks(self, parts: Seq[torch.Tensor | Blocks], bias: torch.Tensor | None = None) -> TorchLinear:
+        raise ValueError("torch's operators do not compute with quantized blocks: use dtype float32")
 
     def linear(
         self, x: torch.Tensor, weight: TorchLinear | Fp8Linear, residual: torch.Tensor | None = None

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
 
-from pilotfish.engine.kernels.native import NativeKernels, NativeLinear
+from pilotfish.engine.kernels.native import NativeBlocks, NativeKernels, NativeLinear
 from pilotfish.engine.kernels.protocol import Kernels
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers.attention.backend import AttentionBackend
@@ -101,7 +101,7 @@ def _why_not(layer: DecoderLayer, first: DecoderLayer) -> str | None:
     if not isinstance(layer.mlp, DenseMlp):
         return f"has an MLP that is not dense ({type(layer.mlp).__name__})"
     for weight in (layer.qkv, layer.output, layer.mlp.gate_up, layer.mlp.down):
-        if not isinstance(weight, NativeLinear):
+        if not isinstance(weight, NativeLinear | NativeBlocks):
             return f"has a linear of another kind ({type(weight).__name__})"
     if (layer.q_norm is None) != (layer.k_norm is None):
         return "has a norm of query or key alone"

@@ -12,7 +12,15 @@ from ctypes import c_float, c_int64, c_void_p
 
 import torch
 
-from pilotfish.engine.kernels.native import CACHE_FORMS, NativeKernels, NativeLinear, address
+from pilotfish.engine.kernels.native import (
+    ACTIVATION_FLOATS,
+    CACHE_FORMS,
+    GROUP,
+    NativeBlocks,
+    NativeKernels,
+    NativeLinear,
+    address,
+)
 from pilotfish.engine.kernels.protocol import PreparedLinear
 from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
 from pilotfish.engine.layers.decoder import DecoderLayer, DenseMlp, LayerShape, Mlp, Tap, run_sections
@@ -38,6 +46,8 @@ class FusedDecoder:
         mlps = [_dense(layer.mlp) for layer in layers]
         self._gelu, self._scale = mlps[0].gate == "gelu", layers[0].attention.scale
         size, gated = layers[0].output.out_features, max(mlp.down.in_features for mlp in mlps)
+        inputs = [weight.in_features for layer in layers for weight in _weights(layer) if _in_blocks(weight)]
+        self._activations = ACTIVATION_FLOATS * (max(inputs, default=0) // GROUP)
         self._space = kernels.decoder_space(size, shape.heads, shape.kv_heads, shape.head_dim, gated)
 
     def forward(
@@ -56,7 +66,7 @@ class FusedDecoder:
         shape = self.shape
         dtype = caches[0].keys.dtype
         scratch = self._kernels.attention_scratch(rows, max(batch.contexts), shape.heads, shape.head_dim, dtype)
-        space = torch.empty(rows, self._space)
+        space, activations = torch.empty(rows, self._space), torch.empty(rows, self._activations)
         adapted = None
         if batch.adapters:
             assert self._adapters is not None
@@ -65,6 +75,7 @@ class FusedDecoder:
             hidden=hidden.data_ptr(),
             input=address(given),
             space=space.data_ptr(),
+            activations=activations.data_ptr(),
             scratch=scratch.data_ptr(),
             cu_query_lens=batch.cu_query_lens.data_ptr(),
             context_lens=batch.context_lens.data_ptr(),
@@ -108,6 +119,8 @@ class Weight(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("packed", "scale", "bias")),
         *((name, c_int64) for name in ("columns", "in_features")),
+        ("parts", c_void_p),
+        ("count", c_int64),
     )
 
 
@@ -123,7 +136,7 @@ class _Layer(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("hidden", "input", "space", "scratch", "cu_query_lens")),
+        *((name, c_void_p) for name in ("hidden", "input", "space", "activations", "scratch", "cu_query_lens")),
         *((name, c_void_p) for name in ("context_lens", "block_tables", "positions", "slots")),
         *((name, c_int64) for name in ("rows", "size", "heads", "kv_heads", "dim", "spans", "max_blocks")),
         *((name, c_int64) for name in ("block_size", "form", "gelu")),
@@ -150,6 +163,15 @@ def _layer(layer: DecoderLayer) -> _Layer:
     )
 
 
+def _weights(layer: DecoderLayer) -> tuple[PreparedLinear, ...]:
+    mlp = _dense(layer.mlp)
+    return layer.qkv, layer.output, mlp.gate_up, mlp.down
+
+
+def _in_blocks(weight: PreparedLinear) -> bool:
+    return isinstance(weight, NativeBlocks)
+
+
 def _dense(mlp: Mlp) -> DenseMlp:
     assert isinstance(mlp, DenseMlp)
     return mlp
@@ -157,6 +179,14 @@ def _dense(mlp: Mlp) -> DenseMlp:
 
 def weight_of(prepared: PreparedLinear) -> Weight:
     """Return a matrix as decoder.h reads it. The caller keeps the matrix."""
+    if isinstance(prepared, NativeBlocks):
+        return Weight(
+            bias=address(prepared.bias),
+            columns=prepared.out_features,
+            in_features=prepared.in_features,
+            parts=ctypes.addressof(prepared.parts),
+            count=len(prepared.parts),
+        )
     assert isinstance(prepared, NativeLinear)
     return Weight(
         packed=prepared.packed.data_ptr(),

@@ -17,6 +17,7 @@ from pilotfish.checkpoints.values import Values
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.registry import family_of, find_family, tensors_of
 from pilotfish.engine.models.tensors import HEAD
+from pilotfish.engine.weights.blocks import Blocks
 from pilotfish.engine.weights.quantization import read_quantization
 from pilotfish.engine.weights.tensors import Part, whole_parts
 from pilotfish.errors import ModelError
@@ -90,3 +91,13 @@ def iter_weights(
         name_of=name_of,
         quantization=config.quantization,
     )
+
+
+def iter_blocks(
+    files: ModelFiles, config: ModelConfig, dtype: torch.dtype, parts: Mapping[str, Part]
+) -> Iterator[tuple[str, torch.Tensor | Blocks]]:
+    """As `iter_weights`, of a GGUF file, with matrices in the blocks that they are stored in where kernels compute with
+    these."""
+    from pilotfish.engine.weights import gguf
+
+    return gguf.iter_stored(files.path, tensors_of(config), dtype, parts, in_blocks=True)

@@ -23,6 +23,7 @@ from pilotfish.engine.models.layout import Layout
 from pilotfish.engine.models.registry import family_of
 from pilotfish.engine.models.rope import cos_sin_table
 from pilotfish.engine.models.weight_store import LayerWeights, WeightStore
+from pilotfish.engine.weights.blocks import Blocks
 
 
 class CausalModel(Protocol):
@@ -64,7 +65,7 @@ class DecoderModel:
         config: ModelConfig,
         kernels: Kernels[Any],
         attention: AttentionBackend,
-        weights: Iterable[tuple[str, torch.Tensor]],
+        weights: Iterable[tuple[str, torch.Tensor | Blocks]],
         max_positions: int,
         device: torch.device,
         comm: Communicator = ALONE,

@@ -10,6 +10,7 @@ import torch
 
 from pilotfish.engine.kernels.protocol import Kernels, PreparedLinear
 from pilotfish.engine.models.rope import rotated_first
+from pilotfish.engine.weights.blocks import Blocks
 from pilotfish.engine.weights.quantization import SCALE, scheme_of
 from pilotfish.engine.weights.tensors import Tensor
 from pilotfish.errors import ModelError
@@ -28,27 +29,41 @@ class WeightStore:
         self.dtype = torch.get_default_dtype()
         """The dtype of the norms, and so of all plain weights, once one has been added."""
         self._norms: dict[str, torch.Tensor] = {}
-        self._parts: dict[str, torch.Tensor] = {}  # of matrices and biases, and scales, that are not laid out yet
+        self._parts: dict[
+            str, torch.Tensor | Blocks
+        ] = {}  # of matrices and biases, and scales, that are not laid out yet
         self._linears: dict[str, PreparedLinear] = {}
         self._names: dict[str, list[str]] = {}  # of the tensors that each matrix is made of
         for name, tensor in tensors.items():
             if tensor.linear is not None:
                 self._names.setdefault(tensor.linear, []).append(name)
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
+    def add(self, name: str, tensor: torch.Tensor | Blocks) -> None:
         """Add a tensor under its declared name, or its scales; in any order."""
-        declared, tensor = self._declared[name.removesuffix(SCALE)], tensor.to(self._device)
+        declared = self._declared[name.removesuffix(SCALE)]
+        if isinstance(tensor, Blocks):
+            self._add(name, tensor.mapped(lambda rows: self._arranged(declared, rows)))
+        else:
+            self._add(name, self._arranged(declared, tensor.to(self._device)))
+
+    def _arranged(self, declared: Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows in the engine's order, with as many as are needed."""
         if declared.turned is not None:
             tensor = _turned(tensor, *declared.turned)
+        if declared.linear is not None and declared.axes[0] == "vocabulary" and self._padded_rows:
+            tensor = _padded(tensor, self._padded_rows)
+        return tensor
+
+    def _add(self, name: str, tensor: torch.Tensor | Blocks) -> None:
+        declared = self._declared[name.removesuffix(SCALE)]
         if declared.linear is None:
+            assert isinstance(tensor, torch.Tensor)
             self._norms[name], self.dtype = tensor, tensor.dtype
             return
-        if declared.axes[0] == "vocabulary" and self._padded_rows:
-            tensor = _padded(tensor, self._padded_rows)
         self._parts[name] = tensor
         names = self._names[declared.linear]
         weights = [each for each in names if self._declared[each].kind == "weight"]
-        scales = [each + SCALE for each in weights if each in self._parts and scheme_of(self._parts[each].dtype)]
+        scales = [each + SCALE for each in weights if each in self._parts and _has_scales(self._parts[each])]
         if not all(each in self._parts for each in (*names, *scales)):
             return
         if scales and len(scales) < len(weights):
@@ -56,15 +71,20 @@ class WeightStore:
                 f"of the model's {declared.linear!r} only {', '.join(scales)} are quantized, but not the rest"
             )
         biases = [each for each in names if each not in weights]
-        weight, bias, scale = (self._joined(each) for each in (weights, biases, scales))
-        assert weight is not None
+        bias = self._joined(biases)
         try:
+            if any(isinstance(self._parts[each], Blocks) for each in weights):
+                parts = [self._parts.pop(each) for each in weights]
+                self._linears[declared.linear] = self._kernels.prepare_blocks(parts, bias)
+                return
+            weight, scale = self._joined(weights), self._joined(scales)
+            assert weight is not None
             self._linears[declared.linear] = self._kernels.prepare_linear(weight, bias, scale)
         except ValueError as error:
             raise ModelError(f"the model's {declared.linear!r} cannot be computed with: {error}") from error
 
     def _joined(self, names: list[str]) -> torch.Tensor | None:
-        parts = [self._parts.pop(name) for name in names]
+        parts = [part for name in names if isinstance(part := self._parts.pop(name), torch.Tensor)]
         return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
 
     def norm(self, name: str) -> torch.Tensor:
@@ -108,6 +128,11 @@ class LayerWeights:
     def vector(self, name: str) -> torch.Tensor:
         """A vector that is neither a norm nor a bias."""
         return self.store.norm(self.prefix + name)
+
+
+def _has_scales(weight: torch.Tensor | Blocks) -> bool:
+    """Whether scales follow the weight."""
+    return isinstance(weight, torch.Tensor) and scheme_of(weight.dtype) is not None
 
 
 def _turned(tensor: torch.Tensor, head_dim: int, rotated: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Tensors of GGUF files, dequantized under Hugging Face's names.
+"""Tensors of GGUF files under Hugging Face's names: dequantized, or matrices in the blocks that they are stored in.
 
 Tensor names are those of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; `checkpoints.gguf_header` finds the
 tensors, the gguf package dequantizes them. torch is imported only to make tensors of the values.
@@ -17,6 +17,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 
 from pilotfish.checkpoints.gguf_header import StoredTensor, read_header
+from pilotfish.engine.weights.blocks import KINDS, Blocks
 from pilotfish.engine.weights.tensors import Part, Tensor, check_names, check_shape, rows_of, shape_of
 from pilotfish.errors import ModelError
 
@@ -36,6 +37,16 @@ def iter_weights(
 
     Only wanted rows are read, and of these only the blocks that hold a wanted column are dequantized.
     """
+    for name, tensor in iter_stored(path, tensors, dtype, parts, in_blocks=False):
+        assert not isinstance(tensor, Blocks)
+        yield name, tensor
+
+
+def iter_stored(
+    path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, parts: Mapping[str, Part], in_blocks: bool
+) -> Iterator[tuple[str, torch.Tensor | Blocks]]:
+    """As `iter_weights`; in_blocks: matrices of the kinds in `blocks.KINDS` are left as they are. Raises ModelError for
+    a part of such a matrix that does not begin and end with a block."""
     import torch
 
     names = {tensor.gguf: name for name, tensor in tensors.items() if not tensor.gguf_stored}
@@ -53,7 +64,13 @@ def iter_weights(
         check_shape(path, found[name].name, found[name].shape, tensor.shape)
     with path.open("rb") as file:
         for name, part in parts.items():
-            tensor, values = tensors[name], torch.from_numpy(read_array(path, file, found[name], part))
+            tensor, stored = tensors[name], found[name]
+            if in_blocks and stored.kind in KINDS and tensor.linear is not None and len(part) == 2:
+                blocks = Blocks(stored.name, stored.kind, torch.from_numpy(_read_blocks(path, file, stored, part)))
+                size = tensor.paired_rows
+                yield name, replace(blocks, rows=_unpaired(blocks.rows, size)) if size else blocks
+                continue
+            values = torch.from_numpy(read_array(path, file, stored, part))
             if tensor.paired_rows:
                 values = _unpaired(values, tensor.paired_rows)
             if tensor.norm_offset:
@@ -96,6 +113,22 @@ def read_array(path: Path, file: BinaryIO, stored: StoredTensor, part: Part) -> 
     skipped = columns.start - first * block
     values = _dequantized(path, stored, raw, (last - first) * block)
     return values[:, skipped : skipped + columns.stop - columns.start].reshape(shape_of(part))
+
+
+def _read_blocks(path: Path, file: BinaryIO, stored: StoredTensor, part: Part) -> np.ndarray:
+    """Read a part of a matrix as it is stored: (rows, bytes) uint8."""
+    values, size = GGML_QUANT_SIZES[stored.kind]
+    rows, columns = part
+    if columns.start % values or columns.stop % values:
+        raise ModelError(
+            f"{path}: tensor {stored.name!r} is {stored.kind.name}, in blocks of {values} columns, which columns "
+            f"{columns.start} to {columns.stop} of this rank do not divide into: use fewer ranks, or dtype float32"
+        )
+    row_bytes = stored.size // stored.shape[0]
+    file.seek(stored.offset + rows.start * row_bytes)
+    count = rows.stop - rows.start
+    raw = np.fromfile(file, dtype=np.uint8, count=count * row_bytes).reshape(count, row_bytes)
+    return np.ascontiguousarray(raw[:, columns.start // values * size : columns.stop // values * size])
 
 
 def _derived(name: str) -> bool:

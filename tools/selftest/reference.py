@@ -7,10 +7,12 @@ import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import gguf
 import numpy as np
 import torch
 
 from pilotfish.engine.layers.attention.backend import AttentionBatch, AttentionParams, LayerCache
+from pilotfish.engine.weights.blocks import Blocks
 from pilotfish.engine.weights.fp8 import LARGEST
 
 
@@ -49,6 +51,13 @@ class ReferenceKernels:
         if scale is not None:
             wide = wide * scale.to(self.dtype)
         return ReferenceLinear(wide, None if bias is None else bias.to(self.dtype), weight.dtype == torch.float8_e4m3fn)
+
+    def prepare_blocks(self, parts: Seq[torch.Tensor | Blocks], bias: torch.Tensor | None = None) -> ReferenceLinear:
+        wide = [
+            torch.from_numpy(gguf.dequantize(part.rows.numpy(), part.kind)) if isinstance(part, Blocks) else part
+            for part in parts
+        ]
+        return self.prepare_linear(torch.cat(wide), bias)
 
     def linear(self, x: torch.Tensor, weight: ReferenceLinear, residual: torch.Tensor | None = None) -> torch.Tensor:
         x = x.to(self.dtype)
