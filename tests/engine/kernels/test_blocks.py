@@ -118,7 +118,7 @@ def test_all_ways_with_the_same_registers_of_floats_agree(kind: Kind) -> None:
 
 def test_a_matrix_of_many_kinds() -> None:
     """Neighbours of one kind are joined where panels allow it, and rows of float32 may lie between."""
-    parts = [
+    parts: list[torch.Tensor | Blocks] = [
         random_blocks(Kind.Q5_0, 32, 256),
         random_blocks(Kind.Q5_0, 20, 256, 1),
         random_blocks(Kind.Q5_0, 16, 256, 2),
