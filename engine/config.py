@@ -69,7 +69,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Model to serve: a name from the built-in catalogue, a Hugging Face folder, a .gguf file, or a name on the Hugging
     Face hub (org/name)."""
     dtype: DType = "auto"
-    """Data type of the weights and the KV cache. auto: float32 on the CPU, the checkpoint's own on a GPU."""
+    """Data type of the weights and the KV cache. auto: float32 on the CPU, where matrices of a GGUF
+    file stay in its quantized blocks; the checkpoint's own on a GPU."""
     device: DeviceName = "auto"
     """Device to run on. auto: CUDA if the machine has a GPU, and an error if torch cannot use it; else the CPU."""
     kernels: KernelsName = "auto"

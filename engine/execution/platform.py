@@ -106,7 +106,7 @@ def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) ->
         kernels,
         attention,
         replace(needs, block_size=config.block_size or attention.block_size),
-        in_blocks=_in_blocks(config, model, native),
+        in_blocks=_in_blocks(config, model, native, ranks),
     )
     logger.info(
         "kernels: %s; attention: %s, blocks of %d tokens in %s",
@@ -115,11 +115,12 @@ def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) ->
     return platform
 
 
-def _in_blocks(config: EngineConfig, model: ModelConfig, kernels: NativeKernels | None) -> bool:
-    """Whether matrices of GGUF files stay in blocks. Below AVX2 they would be computed with more slowly than float32;
-    a layer's experts are computed in one call, which knows no blocks."""
+def _in_blocks(config: EngineConfig, model: ModelConfig, kernels: NativeKernels | None, ranks: int) -> bool:
+    """Whether matrices of GGUF files stay in blocks. Below AVX2 they would be computed with more slowly than float32; a
+    layer's experts are computed in one call, which knows no blocks; and in float32 a sharded model says what the whole
+    one says, while activations that are rounded to 8 bits can fall to another side in sums of another order."""
     wanted = (config.dtype, config.quantization) == ("auto", "auto")
-    return wanted and kernels is not None and kernels.level > 0 and model.experts is None
+    return wanted and kernels is not None and kernels.level > 0 and model.experts is None and ranks == 1
 
 
 def _why_not_triton(device: torch.device) -> str | None:

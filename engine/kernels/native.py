@@ -285,13 +285,15 @@ class NativeKernels:
     def write_cache(
         self,
         key: torch.Tensor,  # (rows, kv_heads, head_dim)
-        value: torch.Tensor,  # (rows, kv_heads, head_dim), of the same row stride
+        value: torch.Tensor,  # (rows, kv_heads, head_dim)
         keys: torch.Tensor,
         values: torch.Tensor,
         slots: torch.Tensor,  # (rows,) int64
         block_size: int,
     ) -> None:
         """Write each row's key and value to its slot of the caches, laid out as `NativeAttention.allocate` does."""
+        if key.stride(0) != value.stride(0):  # the kernel would read past the end of one
+            key, value = key.contiguous(), value.contiguous()
         self._library.pilotfish_write_cache(
             CACHE_FORMS[keys.dtype],
             key.data_ptr(),
