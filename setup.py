@@ -14,7 +14,15 @@ setup(
                 f"engine/kernels/{name}.h"
                 for name in (
                     *("attention", "attention_calls", "attention_target", "blocks", "blocks_levels", "blocks_target"),
-                    *("decoder", "experts", "low_rank", "low_rank_target", "native_target", "threads"),
+                    *(
+                        "blocks_undefine",
+                        "decoder",
+                        "experts",
+                        "low_rank",
+                        "low_rank_target",
+                        "native_target",
+                        "threads",
+                    ),
                 )
             ],
             # No -ffast-math: the kernels promise one order of operations. -Wno-psabi: vectors never cross a call.

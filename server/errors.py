@@ -127,46 +127,42 @@ def cut_short() -> ApiError:
     return stopping("The server is stopping and ended this answer before it was complete.")
 
 
+def _too_many(message: str, code: str, retry_after: float) -> ApiError:
+    return ApiError(429, message, type="rate_limit_error", code=code, retry_after=retry_after)
+
+
 def queue_full(in_flight: int, limit: int, retry_after: float) -> ApiError:
-    return ApiError(
-        429,
+    return _too_many(
         f"The queue is full: {in_flight} of at most {limit} sequences are in flight. Try again later.",
-        type="rate_limit_error",
-        code="queue_full",
-        retry_after=retry_after,
+        "queue_full",
+        retry_after,
     )
 
 
 def queue_too_long(wait: float, most: float, retry_after: float) -> ApiError:
     """`wait`: the seconds that the request would probably wait, where it may wait for `most`."""
-    return ApiError(
-        429,
+    return _too_many(
         f"The request would probably wait for {wait:.1f} s, but may wait for {most:g} s. Try again later.",
-        type="rate_limit_error",
-        code="queue_too_long",
-        retry_after=retry_after,
+        "queue_too_long",
+        retry_after,
     )
 
 
 def tokens_full(in_flight: int, tokens: int, limit: int, retry_after: float) -> ApiError:
-    return ApiError(
-        429,
+    return _too_many(
         f"The request may come to {tokens} tokens of prompt and answer, but those in flight have {in_flight} of at "
         f"most {limit}. Try again later, or with a smaller max_tokens.",
-        type="rate_limit_error",
-        code="tokens_full",
-        retry_after=retry_after,
+        "tokens_full",
+        retry_after,
     )
 
 
 def over_limit(limit: str, said: str, retry_after: float) -> ApiError:
     """`limit`: the name of a tenant's limit that is used up; `said`: how."""
-    return ApiError(
-        429,
+    return _too_many(
         f"The limit {limit} of this API key's tenant is reached: {said}. Try again later.",
-        type="rate_limit_error",
-        code=OVER_LIMIT,
-        retry_after=max(0.1, retry_after),
+        OVER_LIMIT,
+        max(0.1, retry_after),
     )
 
 

@@ -176,9 +176,7 @@ def load_shared(
         weights = dict(_weights(files, target.config, platform, config, parts, progress))
         for name in names:
             weight, scale = weights[name], weights.get(name + SCALE)
-            if isinstance(weight, Blocks):
-                prepared[name] = platform.kernels.prepare_blocks([weight])
-            else:
-                assert not isinstance(scale, Blocks)
-                prepared[name] = platform.kernels.prepare_linear(weight.to(platform.device), None, scale)
+            assert not isinstance(weight, Blocks), "a sharded model has none"
+            assert not isinstance(scale, Blocks)
+            prepared[name] = platform.kernels.prepare_linear(weight.to(platform.device), None, scale)
     return SharedWeights(prepared.get(EMBEDDING, shared.embedding), prepared.get(head_name, shared.head))

@@ -33,30 +33,13 @@ static inline bytes16 dot_plain(bytes16 sum, bytes16 codes, const int8_t *x) {
 #define STEPS_OF_PAIRS(f) 8
 #define SIGNED_BYTES 0
 #define DOT(f, sum, pairs, codes, x, last) ((void)(pairs), (void)(last), sum = dot_plain(sum, codes, x))
-#define LOAD_HALVES(p)                                                                                                  \
+#define LOAD_FLOAT16(p)                                                                                                  \
   ((VEC){half_to_float(half_at(p)), half_to_float(half_at((p) + 2)), half_to_float(half_at((p) + 4)), half_to_float(half_at((p) + 6))})
 #define LOAD_INT8(p) ((VEC){(p)[0], (p)[1], (p)[2], (p)[3]})
 #define LOAD_UINT8(p) ((VEC){(p)[0], (p)[1], (p)[2], (p)[3]})
 #include "blocks_target.h"
 
-#undef SUFFIX
-#undef TARGET
-#undef LANES
-#undef BLOCK_ROWS
-#undef BYTES
-#undef ZERO
-#undef LOAD_CODES
-#undef AND
-#undef OR
-#undef SHIFT_LEFT
-#undef SHIFT_RIGHT
-#undef OR_BIT_4
-#undef STEPS_OF_PAIRS
-#undef SIGNED_BYTES
-#undef DOT
-#undef LOAD_HALVES
-#undef LOAD_INT8
-#undef LOAD_UINT8
+#include "blocks_undefine.h"
 
 #if defined(__x86_64__)
 
@@ -71,7 +54,7 @@ static inline bytes16 dot_plain(bytes16 sum, bytes16 codes, const int8_t *x) {
 #define SHIFT_LEFT(v, n) _mm256_slli_epi16(v, n) /* what comes from the next byte is masked afterwards */
 #define SHIFT_RIGHT(v, n) _mm256_srli_epi16(v, n)
 #define OR_BIT_4(codes, p) or_bit_4_avx2(codes, p)
-#define LOAD_HALVES(p) ((VEC)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
+#define LOAD_FLOAT16(p) ((VEC)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
 #define LOAD_INT8(p) ((VEC)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p)))))
 #define LOAD_UINT8(p) ((VEC)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p)))))
 
@@ -122,22 +105,10 @@ INLINE __attribute__((target("avx2,fma,f16c"))) __m256i or_bit_4_avx2(__m256i co
 #define DOT(f, sum, pairs, codes, x, last) \
   ((void)(pairs), (void)(last), sum = _mm256_dpbusd_avx_epi32(sum, codes, _mm256_set1_epi32(*(const int32_t *)(x))))
 #include "blocks_target.h"
-#undef SUFFIX
-#undef TARGET
-#undef LANES
-#undef BLOCK_ROWS
-#undef BYTES
-#undef ZERO
-#undef LOAD_CODES
-#undef AND
-#undef OR
-#undef SHIFT_LEFT
-#undef SHIFT_RIGHT
-#undef OR_BIT_4
-#undef DOT
-#undef LOAD_HALVES
-#undef LOAD_INT8
-#undef LOAD_UINT8
+#include "blocks_undefine.h"
+
+#define STEPS_OF_PAIRS(f) 8
+#define SIGNED_BYTES 0
 
 #define SUFFIX _blocks_avx512_vnni
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vnni,fma")))
@@ -153,12 +124,11 @@ INLINE __attribute__((target("avx2,fma,f16c"))) __m256i or_bit_4_avx2(__m256i co
 #define OR_BIT_4(codes, p) _mm512_or_si512(codes, _mm512_maskz_set1_epi8(*(const uint64_t *)(p), 16))
 #define DOT(f, sum, pairs, codes, x, last) \
   ((void)(pairs), (void)(last), sum = _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(*(const int32_t *)(x))))
-#define LOAD_HALVES(p) ((VEC)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
+#define LOAD_FLOAT16(p) ((VEC)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
 #define LOAD_INT8(p) ((VEC)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p)))))
 #define LOAD_UINT8(p) ((VEC)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p)))))
 #include "blocks_target.h"
-#undef SUFFIX
-#undef TARGET
+#include "blocks_undefine.h"
 
 /* Whether the processor multiplies bytes in one instruction, at this level. */
 static int has_vnni(int level) {

@@ -1,4 +1,4 @@
-/* Products with matrices of quantized blocks, once for each way to multiply bytes: blocks.c.h includes this file several
+/* Products with matrices of quantized blocks, once for each way to multiply bytes: blocks_levels.h includes this file several
  * times with
  *
  *   NAME(x), TARGET, LANES  as in native_target.h
@@ -9,7 +9,7 @@
  *                           sums of 16 bits that some processors have: they are added up when `last`
  *   STEPS_OF_PAIRS(f)       so many steps before that, lest they overflow
  *   SIGNED_BYTES            whether 8-bit codes are multiplied as signed numbers: then there is no offset to take away
- *   LOAD_HALVES, LOAD_INT8, LOAD_UINT8  LANES numbers as floats
+ *   LOAD_FLOAT16, LOAD_INT8, LOAD_UINT8  LANES numbers as floats
  *
  * Rows share the codes in registers. A row's float32 sums run over the groups in order, by the same operations in every
  * tile, and for every way to multiply.
@@ -58,8 +58,8 @@ INLINE TARGET void NAME(block_tile)(const struct linear_blocks *a, const struct 
     UNROLL for (int r = 0; r < rows; r++) out[r] = (VEC){0};
     for (int64_t g = 0; g < groups; g++, group += GROUP_BYTES(f)) {
       if (f.scales >= SUPER && g % SUPER_GROUPS == 0) {
-        super_scale = LOAD_HALVES(group + 2 * h * LANES);
-        if (f.scales == SUPER) super_minimum = LOAD_HALVES(group + 2 * PANEL + 2 * h * LANES);
+        super_scale = LOAD_FLOAT16(group + 2 * h * LANES);
+        if (f.scales == SUPER) super_minimum = LOAD_FLOAT16(group + 2 * PANEL + 2 * h * LANES);
         group += SUPER_BYTES(f);
       }
       const uint8_t *scales = group + CODE_BYTES(f);
@@ -87,8 +87,8 @@ INLINE TARGET void NAME(block_tile)(const struct linear_blocks *a, const struct 
         scale = super_scale * LOAD_UINT8(scales + h * LANES);
         minimum = -super_minimum * LOAD_UINT8(scales + PANEL + h * LANES);
       } else {
-        scale = LOAD_HALVES(scales + 2 * h * LANES);
-        if (f.scales == MINIMA) minimum = LOAD_HALVES(scales + 2 * PANEL + 2 * h * LANES);
+        scale = LOAD_FLOAT16(scales + 2 * h * LANES);
+        if (f.scales == MINIMA) minimum = LOAD_FLOAT16(scales + 2 * PANEL + 2 * h * LANES);
       }
       UNROLL for (int r = 0; r < rows; r++) {
         const struct activation *each = x + r * groups + g;

@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from gguf import GGMLQuantizationType as Kind
 
 from pilotfish.engine.kernels.memory import Arena
 from pilotfish.engine.weights.blocks import Blocks, joined
@@ -169,14 +170,13 @@ class NativeKernels:
         found = joined(parts, self.panel)
         packed, described, first = [], [], 0
         for part in found:
-            rows, columns = part.shape
+            rows = part.shape[0]
             if isinstance(part, Blocks):
-                data = self._packed_blocks(part)
+                kind, data = int(part.kind), self._packed_blocks(part)
             else:
-                data = self._arena.zeros((-(-rows // self.panel), columns, self.panel), torch.float32)
-                self._library.pilotfish_pack(_checked(part).contiguous().data_ptr(), data.data_ptr(), rows, columns)
+                kind, data = int(Kind.F32), self.prepare_linear(part).packed
             packed.append(data)
-            described.append(Part(data.data_ptr(), part.kind if isinstance(part, Blocks) else 0, first, rows))
+            described.append(Part(data.data_ptr(), kind, first, rows))
             first += rows
         array = (Part * len(described))(*described)
         bias = None if bias is None else _checked(bias).contiguous()

@@ -46,7 +46,9 @@ class FusedDecoder:
         mlps = [_dense(layer.mlp) for layer in layers]
         self._gelu, self._scale = mlps[0].gate == "gelu", layers[0].attention.scale
         size, gated = layers[0].output.out_features, max(mlp.down.in_features for mlp in mlps)
-        inputs = [weight.in_features for layer in layers for weight in _weights(layer) if _in_blocks(weight)]
+        inputs = [
+            weight.in_features for layer in layers for weight in _weights(layer) if isinstance(weight, NativeBlocks)
+        ]
         self._activations = ACTIVATION_FLOATS * (max(inputs, default=0) // GROUP)
         self._space = kernels.decoder_space(size, shape.heads, shape.kv_heads, shape.head_dim, gated)
 
@@ -166,10 +168,6 @@ def _layer(layer: DecoderLayer) -> _Layer:
 def _weights(layer: DecoderLayer) -> tuple[PreparedLinear, ...]:
     mlp = _dense(layer.mlp)
     return layer.qkv, layer.output, mlp.gate_up, mlp.down
-
-
-def _in_blocks(weight: PreparedLinear) -> bool:
-    return isinstance(weight, NativeBlocks)
 
 
 def _dense(mlp: Mlp) -> DenseMlp:

@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from pilotfish.checkpoints.gguf_header import StoredTensor, read_header
 from pilotfish.engine.weights.blocks import KINDS, Blocks
-from pilotfish.engine.weights.tensors import Part, Tensor, check_names, check_shape, rows_of, shape_of
+from pilotfish.engine.weights.tensors import Part, Tensor, check_names, check_shape, rows_of, shape_of, whole
 from pilotfish.errors import ModelError
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def iter_weights(
 def iter_stored(
     path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, parts: Mapping[str, Part], in_blocks: bool
 ) -> Iterator[tuple[str, torch.Tensor | Blocks]]:
-    """As `iter_weights`; in_blocks: matrices of the kinds in `blocks.KINDS` are left as they are. Raises ModelError for
-    a part of such a matrix that does not begin and end with a block."""
+    """As `iter_weights`; in_blocks: matrices of the kinds in `blocks.KINDS` are left as they are; `parts` has these
+    whole."""
     import torch
 
     names = {tensor.gguf: name for name, tensor in tensors.items() if not tensor.gguf_stored}
@@ -66,7 +66,9 @@ def iter_stored(
         for name, part in parts.items():
             tensor, stored = tensors[name], found[name]
             if in_blocks and stored.kind in KINDS and tensor.linear is not None and len(part) == 2:
-                blocks = Blocks(stored.name, stored.kind, torch.from_numpy(_read_blocks(path, file, stored, part)))
+                assert part == whole(stored.shape)
+                rows = torch.from_numpy(_read_rows(file, stored, stored.shape[0], part[0]))
+                blocks = Blocks(stored.name, stored.kind, rows)
                 size = tensor.paired_rows
                 yield name, replace(blocks, rows=_unpaired(blocks.rows, size)) if size else blocks
                 continue
@@ -104,31 +106,19 @@ def read_array(path: Path, file: BinaryIO, stored: StoredTensor, part: Part) -> 
     else:
         rows, columns = part
         height = stored.shape[0]
-    row_bytes = stored.size // height
-    file.seek(stored.offset + rows.start * row_bytes)
-    count = rows.stop - rows.start
-    raw = np.fromfile(file, dtype=np.uint8, count=count * row_bytes).reshape(count, row_bytes)
     first, last = columns.start // block, -(-columns.stop // block)
-    raw = raw[:, first * size : last * size]
-    skipped = columns.start - first * block
+    raw = _read_rows(file, stored, height, rows)[:, first * size : last * size]
     values = _dequantized(path, stored, raw, (last - first) * block)
+    skipped = columns.start - first * block
     return values[:, skipped : skipped + columns.stop - columns.start].reshape(shape_of(part))
 
 
-def _read_blocks(path: Path, file: BinaryIO, stored: StoredTensor, part: Part) -> np.ndarray:
-    """Read a part of a matrix as it is stored: (rows, bytes) uint8."""
-    values, size = GGML_QUANT_SIZES[stored.kind]
-    rows, columns = part
-    if columns.start % values or columns.stop % values:
-        raise ModelError(
-            f"{path}: tensor {stored.name!r} is {stored.kind.name}, in blocks of {values} columns, which columns "
-            f"{columns.start} to {columns.stop} of this rank do not divide into: use fewer ranks, or dtype float32"
-        )
-    row_bytes = stored.size // stored.shape[0]
+def _read_rows(file: BinaryIO, stored: StoredTensor, height: int, rows: slice) -> np.ndarray:
+    """Read rows of a tensor that has `height` of them, as they are stored: (rows, bytes) uint8."""
+    row_bytes = stored.size // height
     file.seek(stored.offset + rows.start * row_bytes)
     count = rows.stop - rows.start
-    raw = np.fromfile(file, dtype=np.uint8, count=count * row_bytes).reshape(count, row_bytes)
-    return np.ascontiguousarray(raw[:, columns.start // values * size : columns.stop // values * size])
+    return np.fromfile(file, dtype=np.uint8, count=count * row_bytes).reshape(count, row_bytes)
 
 
 def _derived(name: str) -> bool:

@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -30,15 +28,6 @@ pytestmark = pytest.mark.process
 
 FAKE_ENGINE = SUPPORT / "fake_engine.py"
 ENDLESS = 1_000_000
-
-
-@pytest.fixture
-def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder in which engines make their socket folders."""
-    folder = tempfile.mkdtemp(prefix="pf-")  # pytest's own tmp_path can be too long for a socket
-    monkeypatch.setattr(tempfile, "tempdir", folder)
-    yield Path(folder)
-    shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -4,10 +4,8 @@ all others hear of it. With a core that only counts (fake_engine.py)."""
 from __future__ import annotations
 
 import asyncio
-import shutil
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import psutil
@@ -27,15 +25,6 @@ ENDLESS = 1_000_000
 HANG_SECONDS = 60.0
 
 Make = Callable[..., Awaitable[SupervisedEngine]]
-
-
-@pytest.fixture
-def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder in which engines make their socket folders."""
-    folder = tempfile.mkdtemp(prefix="pf-")  # pytest's own tmp_path can be too long for a socket
-    monkeypatch.setattr(tempfile, "tempdir", folder)
-    yield Path(folder)
-    shutil.rmtree(folder)
 
 
 @pytest.fixture

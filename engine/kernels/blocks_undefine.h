@@ -1,0 +1,19 @@
+/* Undefines what blocks_levels.h defines for a level. */
+#undef SUFFIX
+#undef TARGET
+#undef LANES
+#undef BLOCK_ROWS
+#undef BYTES
+#undef ZERO
+#undef LOAD_CODES
+#undef AND
+#undef OR
+#undef SHIFT_LEFT
+#undef SHIFT_RIGHT
+#undef OR_BIT_4
+#undef STEPS_OF_PAIRS
+#undef SIGNED_BYTES
+#undef DOT
+#undef LOAD_FLOAT16
+#undef LOAD_INT8
+#undef LOAD_UINT8
