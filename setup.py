@@ -3,6 +3,8 @@
 Where there is no C compiler the build goes on without them, and the engine runs on torch's operators instead.
 """
 
+from glob import glob
+
 from setuptools import Extension, setup
 
 setup(
@@ -10,21 +12,7 @@ setup(
         Extension(
             "pilotfish.engine.kernels._native",
             sources=["engine/kernels/native.c"],
-            depends=[
-                f"engine/kernels/{name}.h"
-                for name in (
-                    *("attention", "attention_calls", "attention_target", "blocks", "blocks_levels", "blocks_target"),
-                    *(
-                        "blocks_undefine",
-                        "decoder",
-                        "experts",
-                        "low_rank",
-                        "low_rank_target",
-                        "native_target",
-                        "threads",
-                    ),
-                )
-            ],
+            depends=sorted(glob("engine/kernels/*.h")),
             # No -ffast-math: the kernels promise one order of operations. -Wno-psabi: vectors never cross a call.
             extra_compile_args=["-O3", "-std=gnu11", "-fvisibility=hidden", "-Wno-psabi", "-pthread"],
             extra_link_args=["-pthread", "-lm"],
