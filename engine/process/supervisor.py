@@ -20,7 +20,7 @@ from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.process.client import ENGINE_COMMAND, AsyncEngine
 from pilotfish.engine.request import Delta, EngineInfo, Request, check_request
 from pilotfish.engine.stats import StepStats
-from pilotfish.errors import EngineDeadError, EngineNotReadyError, EngineRestartingError, ParameterError, PilotfishError
+from pilotfish.errors import EngineDeadError, EngineNotReadyError, EngineRestartingError, PilotfishError
 from pilotfish.logs import Logs
 
 logger = logging.getLogger(__name__)
@@ -312,5 +312,5 @@ class SupervisedEngine:
                     await engine.change_adapter(name, folder)
             except EngineDeadError:
                 raise
-            except (ParameterError, PilotfishError) as error:
+            except PilotfishError as error:
                 logger.error("the adapter %r could not be loaded again: %s", name, error)
