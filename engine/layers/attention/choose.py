@@ -10,9 +10,10 @@ import torch
 from pilotfish.engine.kernels.native import CACHE_FORMS, VECTOR, NativeKernels, load_library
 from pilotfish.engine.layers.attention.backend import AttentionBackend
 from pilotfish.engine.layers.attention.cache import FP8
-from pilotfish.engine.layers.attention.flash import load_flash2, load_flash4
+from pilotfish.engine.layers.attention.flash import Flash4Attention, load_flash2, load_flash4
 from pilotfish.engine.layers.attention.native import NativeAttention
 from pilotfish.engine.layers.attention.torch import TorchAttention
+from pilotfish.engine.layers.attention.unsplit import UnsplitAttention
 from pilotfish.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,8 @@ def _try(name: str, needs: AttentionNeeds, kernels: NativeKernels | None) -> Att
         match name:
             case "flash4":
                 assert needs.capability is not None
-                return load_flash4(needs.capability)
+                flash4 = load_flash4(needs.capability)
+                return flash4 if flash4.splits else _divided(flash4, needs)
             case "flash2":
                 return load_flash2()
             case "triton":
@@ -108,6 +110,20 @@ def _try(name: str, needs: AttentionNeeds, kernels: NativeKernels | None) -> Att
     except ImportError as error:
         return str(error)
     return TorchAttention()
+
+
+def _divided(flash4: Flash4Attention, needs: AttentionNeeds) -> AttentionBackend:
+    """Leave passes that would keep few multiprocessors busy to the Triton kernels, where they can run."""
+    if why_not("triton", needs):
+        return flash4
+    try:
+        from pilotfish.engine.layers.attention.triton import load_triton
+
+        triton = load_triton(needs.device)
+    except ImportError as error:
+        logger.info("attention: flash4 alone, which does not split long contexts here, since %s", error)
+        return flash4
+    return UnsplitAttention(flash4, triton, triton.processors)
 
 
 def _why_not_flash4(needs: AttentionNeeds) -> str | None:

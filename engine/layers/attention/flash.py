@@ -117,6 +117,7 @@ class Flash4Attention:
 
     def __init__(self, varlen: Function, split: bool) -> None:
         self._varlen = varlen
+        self.splits = split
         self._num_splits = 0 if split else 1  # 0: as many as its heuristic finds best
 
     allocate = staticmethod(allocate_paged)

@@ -68,7 +68,7 @@ class TritonAttention:
     capturable = True
 
     def __init__(self, processors: int) -> None:
-        self._processors = processors
+        self.processors = processors
 
     allocate = staticmethod(allocate_paged)
 
@@ -98,7 +98,7 @@ class TritonAttention:
         room = rows * heads * splits * (dim + 2) * 4
         divided = 1
         if seen > tiling.split and room <= MOST_PARTS:
-            divided = min(split_count(seen, tiling.split) + 1, -(-PROGRAMS * self._processors // (tiles * kv_heads)))
+            divided = min(split_count(seen, tiling.split) + 1, -(-PROGRAMS * self.processors // (tiles * kv_heads)))
         parts = stats = ranges = out  # stand in for tensors that nothing reads
         if divided > 1:
             parts = torch.empty(rows * heads * splits * dim, dtype=torch.float32, device=query.device)

@@ -8,6 +8,7 @@ import itertools
 import os
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from pilotfish.engine.layers.attention.backend import AttentionParams
 from pilotfish.engine.layers.attention.choose import AttentionNeeds, choose_attention, why_not
 from pilotfish.engine.layers.attention.flash import Flash2Attention, Flash4Attention, load_flash2, load_flash4
 from pilotfish.engine.layers.attention.torch import TorchAttention
+from pilotfish.engine.layers.attention.unsplit import SHORT, UnsplitAttention
 from pilotfish.errors import ConfigError
 from tests.support.flash_attn_standin import REQUIRED, SIGNATURES, Refused, modules
 
@@ -346,3 +348,44 @@ def test_an_old_package_is_refused_at_the_start(monkeypatch):
     monkeypatch.delattr(sys.modules["flash_attn"], "flash_attn_with_kvcache")
     with pytest.raises(ImportError, match="has no flash_attn_with_kvcache"):
         load_flash2()
+
+
+class Recorded:
+    """A backend that notes which of its batches it was given."""
+
+    def __init__(self, backend):
+        self.name, self.block_size, self.allocate = backend.name, backend.block_size, backend.allocate
+        self._backend, self.batches = backend, []
+
+    def attend(self, query, key, value, cache, batch, params):
+        self.batches.append(batch)
+        return self._backend.attend(query, key, value, cache, batch, params)
+
+
+@settings(max_examples=25)
+@given(batch=batches(), processors=st.integers(1, 12))
+def test_what_does_not_split_is_given_what_keeps_the_gpu_busy(batch, processors):
+    whole, divided = Recorded(flash4(HOPPER)), Recorded(TorchAttention())
+    backend = UnsplitAttention(whole, divided, processors)
+    assert (backend.name, backend.block_size) == ("flash4", 128)
+    found = attend(backend, 128, batch)
+    tolerance = 0.04 if batch["dtype"] == torch.bfloat16 else 0.005
+    torch.testing.assert_close(found.float(), attend(TorchAttention(), 16, batch).float(), rtol=0, atol=tolerance)
+    for flat in whole.batches:
+        assert max(flat.query_lens) > SHORT or len(flat.query_lens) * batch["kv_heads"] >= processors
+    for flat in divided.batches:
+        assert max(flat.query_lens) <= SHORT
+        assert len(flat.query_lens) * batch["kv_heads"] < processors
+
+
+def test_on_hopper_flash4_goes_with_the_triton_kernels(monkeypatch):
+    triton = Recorded(TorchAttention())
+    triton.processors = 132
+    stand_in = SimpleNamespace(load_triton=lambda device: triton)
+    monkeypatch.setitem(sys.modules, "pilotfish.engine.layers.attention.triton", stand_in)
+    for capability, kind in ((HOPPER, UnsplitAttention), (B200, Flash4Attention)):
+        for name, module in modules(capability).items():
+            monkeypatch.setitem(sys.modules, name, module)
+        assert type(choose_attention("flash4", replace(NEEDS, capability=capability), None)) is kind
+    monkeypatch.setitem(sys.modules, "pilotfish.engine.layers.attention.triton", None)  # importing it fails
+    assert type(choose_attention("flash4", NEEDS, None)) is Flash4Attention
