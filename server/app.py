@@ -25,6 +25,7 @@ from pilotfish.server.keys import KeyRing
 from pilotfish.server.metrics import Metrics
 from pilotfish.server.middleware import BodyLimit, RequestContext, install_handlers
 from pilotfish.server.paths import TidyPaths
+from pilotfish.server.protocol.loads import Loads
 from pilotfish.server.protocol.messages_out import TokenCount
 from pilotfish.server.protocol.models import Model, ModelList
 from pilotfish.server.protocol.responses_out import DeletedResponse, InputItems
@@ -32,7 +33,9 @@ from pilotfish.server.protocol.tokenization import Detokenized, Tokenized, Token
 from pilotfish.server.routes import (
     ENDPOINTS,
     adapters,
+    draining,
     health,
+    loads,
     messages,
     metrics,
     models,
@@ -73,8 +76,11 @@ def create_app(
     app = FastAPI(title="Pilotfish", version=__version__, lifespan=lifespan)
     app.router.route_class = BodyRoute
     ring = app.state.keys = KeyRing(config.api_key, config.api_key_file)
-    app.state.service = Service(engine, tokenizer, config, stats, names)
-    routers = [module.router for module in (messages, models, adapters, responses, tokenization, health, metrics)]
+    service = app.state.service = Service(engine, tokenizer, config, stats, names)
+    routers = [
+        module.router
+        for module in (messages, models, loads, adapters, responses, tokenization, health, draining, metrics)
+    ]
     if config.page:
         routers.append(page.router)
     for endpoint in endpoints:
@@ -82,8 +88,8 @@ def create_app(
     for router in routers:
         app.include_router(router)
     own = [type_ for endpoint in endpoints for type_ in (endpoint.response_type, endpoint.error_type)]
-    others = (TokenCount, Model, ModelList, Tokenized, Detokenized, TokenizerInfo)
-    describe(app, [*own, *others, DeletedResponse, InputItems, ErrorBody, health.Status])
+    others = (TokenCount, Model, ModelList, Loads, Tokenized, Detokenized, TokenizerInfo)
+    describe(app, [*own, *others, DeletedResponse, InputItems, ErrorBody, health.Status, draining.Draining])
     every = [route for router in (app, *routers) for route in router.routes]
     paths = [route.path for route in every if isinstance(route, Route) and "{" not in route.path]
     install_handlers(app, paths)
@@ -97,7 +103,10 @@ def create_app(
     app.add_middleware(HeadAsGet)
     by_path = {endpoint.path: endpoint for endpoint in endpoints}
     recent = app.state.recent = RecentRequests() if config.page else None
-    app.add_middleware(RequestContext, metrics=stats, routes=paths, endpoints=by_path, tracing=tracing, recent=recent)
+    app.add_middleware(
+        RequestContext, metrics=stats, routes=paths, endpoints=by_path, tracing=tracing, recent=recent,
+        draining=lambda: service.draining,
+    )  # fmt: skip
     if config.cors_origins != NO_ORIGINS:
         app.add_middleware(CrossOrigin, origins=config.cors_origins)
     app.add_middleware(TidyPaths, paths=paths)

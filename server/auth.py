@@ -12,7 +12,7 @@ from pilotfish.server.keys import KeyRing
 from pilotfish.server.tenants import MAX_TENANT_LENGTH, ApiKey, find_key, tenant_of
 
 OPEN_PATHS = frozenset({
-    "/health", "/ready", "/metrics", "/version",
+    "/health", "/health_generate", "/ready", "/metrics", "/version",
     "/", "/page/app.js", "/page/app.css", "/page/licenses.txt",
 })  # fmt: skip
 """Paths that need no key: load balancers and Prometheus request them, and browsers the page, which asks for the key."""

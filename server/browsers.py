@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pilotfish.server.errors import ApiError
 
 SHARED_PREFIX = "/v1/"
 SHARED_PATHS = frozenset({
-    "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/ready", "/version", "/metrics", "/openapi.json",
+    "/tokenize", "/detokenize", "/tokenizer_info", "/health", "/health_generate", "/ready", "/version", "/metrics",
+    "/openapi.json",
 })  # fmt: skip
 """With those below SHARED_PREFIX, the paths that pages of other origins may use: none that change the server."""
 
@@ -17,7 +22,14 @@ OWN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 """Paths below SHARED_PREFIX that change the server."""
 
 _METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")
-_EXPOSED = ("x-request-id", "request-id", "warning", "retry-after", "retry-after-ms")
+_EXPOSED = ("x-request-id", "request-id", "x-session-id", "warning", "retry-after", "retry-after-ms")
+
+
+def check_own_origin(request: Request, what: str) -> None:
+    """Raise ApiError 403 for a page of another origin, which may not do `what`."""
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise ApiError(403, f"Pages of other origins cannot {what}.", code="other_origin")
 
 
 class CrossOrigin:

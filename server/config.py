@@ -83,6 +83,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     body of max_body_bytes is accepted."""
     strict_requests: bool = False
     """Refuse requests with fields that are not known, instead of ignoring these with a warning."""
+    vllm_metrics: bool = False
+    """Give out the metrics that vLLM has, too, also by vLLM's names (vllm:num_requests_running, ...), for routers and
+    benchmarks that know no others."""
+    drain_endpoint: bool = False
+    """Let clients take this server out of a balancer's rotation and back, by POST and DELETE of /drain."""
     drain_timeout: Annotated[float, Meta(ge=0)] = 30.0
     """Seconds that running requests have to finish after SIGTERM or Ctrl-C; those that remain end with an error."""
     engine_restarts: NotNegative = 5

@@ -29,6 +29,7 @@ from pilotfish import __version__
 from pilotfish.engine.memory.usage import RankMemory
 from pilotfish.engine.request import EngineInfo
 from pilotfish.engine.stats import StepStats
+from pilotfish.server.vllm_names import VllmNames
 
 Outcome = Literal["stop", "length", "abort", "error", "refused"]
 
@@ -72,14 +73,17 @@ _STEP_GAUGES = {
 
 
 class Metrics:
-    """All metrics, in a registry of their own."""
+    """All metrics, in a registry of their own. `vllm_model`: the model's name for clients, with which those that vLLM
+    has, too, are also given out by its names once the model is loaded."""
 
-    def __init__(self) -> None:
+    def __init__(self, vllm_model: str | None = None) -> None:
         registry = self.registry = CollectorRegistry()
         disable_created_metrics()  # Prometheus makes no use of counters' creation times
         ProcessCollector(registry=registry)
         self.last_step = 0.0
         """time.monotonic() of the last report of a step."""
+        self.now: StepStats | None = None
+        """The last step of this engine."""
         self.watchers: list[Callable[[StepStats], None]] = []
         """Called with each step, too."""
         self._model = ""
@@ -91,7 +95,9 @@ class Metrics:
         Info("build", "Versions of Pilotfish, Python and torch.", **own).info(versions)
 
         self._info = Info("engine", "The model that is served and how it runs.", **own)
+        self._cache_config = Info("cache_config", "The KV cache's blocks, with vLLM's labels.", **own)
         self._up = gauge("engine_up", "1 while the engine takes requests.")
+        self._draining = gauge("draining", "1 while /ready sends balancers away, at the request of POST /drain.")
         self._restarts = counter("engine_restarts", "Times that the engine died and was started again.")
         self._replays = counter(
             "requests_replayed", "Answers that had not begun when the engine died, and were begun anew by the next."
@@ -102,6 +108,7 @@ class Metrics:
         )
         self._max_sequences = gauge("sequences_max", "Maximum number of sequences that run at once.")
         self._blocks_free = gauge("kv_blocks_free", "KV-cache blocks with nothing in them.")
+        self._usage = gauge("kv_cache_usage_ratio", "Share of the KV-cache blocks that sequences hold, from 0 to 1.")
         self._steps = counter("engine_steps", "Steps of the engine.")
         self._passes = counter(
             "passes",
@@ -167,13 +174,16 @@ class Metrics:
         )
         self._prompt_length = histogram("request_prompt_tokens", "Tokens of an answer's prompt.", buckets=_TOKENS)
         self._answer_length = histogram("request_generated_tokens", "Tokens of an answer.", buckets=_TOKENS)
+        self._vllm = None if vllm_model is None else VllmNames(registry.collect, vllm_model)
 
     def ready(self, info: EngineInfo) -> None:
         """Record that the engine takes requests, and its info."""
         named = {"model": info.model, "dtype": info.dtype, "device": info.device, "kernels": info.kernels}
         numbers = {"max_model_len": info.max_model_len, "tensor_parallel_size": info.tensor_parallel_size}
         self._info.info(named | {"drafter": info.default_drafter} | {name: str(n) for name, n in numbers.items()})
+        self._cache_config.info({"block_size": str(info.block_size), "num_gpu_blocks": str(info.num_blocks)})
         self._model = info.model
+        self.now = None
         self.last_step = time.monotonic()  # what waits for a new engine has not been stuck before
         self._up.set(1)
         self._load.set(info.load_seconds)
@@ -188,6 +198,7 @@ class Metrics:
     def step(self, stats: StepStats) -> None:
         """Count one step of the engine."""
         self.last_step = time.monotonic()
+        self.now = stats
         self._steps.inc()
         if stats.passed:
             self._passes.labels(stats.passed).inc()
@@ -198,6 +209,7 @@ class Metrics:
         for field, gauge in self._step_gauges.items():
             gauge.set(getattr(stats, field))
         self._blocks_free.set(stats.blocks_total - stats.blocks_used - stats.blocks_cached)
+        self._usage.set(stats.blocks_used / max(1, stats.blocks_total))
         if stats.sequences:
             self._sequences.observe(stats.sequences)
             self._rows.observe(stats.rows)
@@ -208,6 +220,10 @@ class Metrics:
         self._speculation.step(stats)
         for watch in self.watchers:
             watch(stats)
+
+    def draining(self, on: bool) -> None:
+        """Record whether balancers are sent away."""
+        self._draining.set(on)
 
     def engine_stopping(self) -> None:
         """Record that the engine takes no more requests."""
@@ -226,7 +242,8 @@ class Metrics:
         """Record that the engine has ended and holds no memory any more."""
         self._up.set(0)
         self._memory.clear()
-        for gauge in (self._blocks_free, *self._step_gauges.values()):
+        self.now = None
+        for gauge in (self._blocks_free, self._usage, *self._step_gauges.values()):
             gauge.set(0)
 
     def _note_memory(self, memory: Iterable[RankMemory]) -> None:
@@ -295,7 +312,8 @@ class Metrics:
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+        own = generate_latest(self.registry)
+        return own if self._vllm is None or not self._model else own + generate_latest(self._vllm)
 
 
 class _Speculation:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -35,6 +35,7 @@ CLIENT_GONE = 499
 WARNED_NAMES = 8
 WARNED_LENGTH = 64
 OTHER_ROUTE = "other"
+SESSION_HEADER = "x-session-id"
 MODELS_PATH = "/v1/models"
 MODEL_ROUTE = f"{MODELS_PATH}/{{id}}"
 
@@ -42,7 +43,8 @@ MODEL_ROUTE = f"{MODELS_PATH}/{{id}}"
 class RequestContext:
     """Gives each request its facts, with an id (the client's x-request-id, if valid) that the response repeats; answers
     unexpected exceptions with status 500; counts, logs and traces each response. `routes` are the application's paths,
-    `endpoints` the endpoints that generate text, by path. Outside of it are only CORS and the tidying of paths.
+    `endpoints` the endpoints that generate text, by path. While it is `draining`, connections are closed after their
+    answers, so that clients come to another replica. Outside of it are only CORS and the tidying of paths.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class RequestContext:
         endpoints: Mapping[str, Endpoint[Any]],
         tracing: Tracing | None = None,
         recent: RecentRequests | None = None,
+        draining: Callable[[], bool] = bool,
     ) -> None:
         self._app = app
         self._metrics = metrics
@@ -60,11 +63,13 @@ class RequestContext:
         self._endpoints = endpoints
         self._tracing = tracing
         self._recent = recent
+        self._draining = draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        facts = RequestFacts(_request_id(Headers(scope=scope)))
+        given = Headers(scope=scope)
+        facts = RequestFacts(_sane(given, "x-request-id") or f"req-{uuid.uuid4().hex}", _sane(given, SESSION_HEADER))
         facts.error_form = self._error_form(scope["path"])
         facts.put_into(scope)
         status = 0
@@ -75,6 +80,10 @@ class RequestContext:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = headers["request-id"] = facts.request_id  # OpenAI's name, and Anthropic's
+                if facts.session is not None:
+                    headers[SESSION_HEADER] = facts.session
+                if self._draining():
+                    headers["connection"] = "close"
                 if facts.ignored:
                     headers["warning"] = _warning(facts.ignored)
             await send(message)
@@ -172,6 +181,7 @@ def _warning(ignored: tuple[str, ...]) -> str:
     return '299 - "{}"'.format(text.replace("\\", "\\\\").replace('"', '\\"'))
 
 
-def _request_id(headers: Headers) -> str:
-    own = headers.get("x-request-id", "")
-    return own if _SANE_ID.fullmatch(own) else f"req-{uuid.uuid4().hex}"
+def _sane(headers: Headers, name: str) -> str | None:
+    """Return a header's value if it is an id that may be repeated in headers and logs."""
+    own = headers.get(name, "")
+    return own if _SANE_ID.fullmatch(own) else None

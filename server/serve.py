@@ -98,7 +98,7 @@ class _Run:
         self._names = config.served_model_name or (files.name,)
         self._chat_template = chat_template
         self._tracing = tracing
-        self._metrics = Metrics()
+        self._metrics = Metrics(self._names[0] if config.vllm_metrics else None)
         events = EngineEvents(
             stats=self._metrics.step,
             loading=console.progress,

@@ -27,10 +27,12 @@ from pilotfish.server.errors import (
 from pilotfish.server.memory import Reclaimer
 from pilotfish.server.metrics import Metrics
 from pilotfish.server.offload import Offload, Tokenizing, TooLongError
+from pilotfish.server.probe import GenerationProbe
 from pilotfish.server.prompting.conversation import Conversation
 from pilotfish.server.prompting.grammars import Grammars
 from pilotfish.server.prompting.rendering import Rendered, Renderer
 from pilotfish.server.quotas import Quotas
+from pilotfish.server.recent_steps import RecentSteps
 from pilotfish.server.responses.store import ResponseStore
 from pilotfish.text.detokenizer import Vocabulary
 from pilotfish.text.formats.message_format import MessageFormat
@@ -69,6 +71,11 @@ class Service:
         )
         self.config = config
         self.metrics = metrics
+        self.recent = RecentSteps()
+        metrics.watchers.append(self.recent.step)
+        self.draining = False
+        """Whether /ready says no, so that balancers send nothing more; what comes all the same is served."""
+        self.probe = GenerationProbe(engine, metrics)
         self._names = names
         self.gate = Gate()
         self.quotas = Quotas()
@@ -123,6 +130,11 @@ class Service:
             wait=wait,
             fair=self.engine.config.scheduling_policy == "fair",
         )
+
+    def drain(self, on: bool) -> None:
+        """Say by /ready that balancers should send nothing more, or that they may again."""
+        self.draining = on
+        self.metrics.draining(on)
 
     @property
     def stuck(self) -> bool:

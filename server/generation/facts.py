@@ -36,6 +36,8 @@ class RequestFacts:
     """Facts about one request, which `RequestContext` stores in the scope's state."""
 
     request_id: str
+    session: str | None = None
+    """The client's name for the session that the request is part of, from its header."""
     arrival: float = field(default_factory=time.monotonic)
     """time.monotonic() seconds."""
     tenant: str = ""

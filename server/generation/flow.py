@@ -249,6 +249,7 @@ async def _ask(
         prediction_ids=await service.encode(spec.prediction, "prediction", False) if spec.prediction else (),
         adapter=service.adapter_of(spec.model),
         salt=prefix_salt(facts.tenant, spec.cache_salt),
+        session=facts.session,
         tenant=who.tenant,
         weight=who.weight,
         user=who.user,

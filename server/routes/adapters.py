@@ -3,13 +3,12 @@ pages of other origins."""
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pilotfish.errors import ParameterError
 from pilotfish.server.bodies import BodyRoute
+from pilotfish.server.browsers import check_own_origin
 from pilotfish.server.encoding import json_response, returns
 from pilotfish.server.errors import ApiError, bad_parameter
 from pilotfish.server.generation.facts import facts_of
@@ -39,9 +38,7 @@ async def _changed(
 ) -> Response:
     service.ready()
     facts_of(request.scope).ignored = unknown_fields(body, service.config.strict_requests)
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-        raise ApiError(403, "Pages of other origins cannot change adapters.", code="other_origin")
+    check_own_origin(request, "change adapters")
     if not service.engine.config.lora_updates:
         raise ApiError(403, "Adapters cannot be changed: start the server with --lora-updates.", code="not_allowed")
     name = body.lora_name

@@ -1,4 +1,4 @@
-"""GET /health, /ready and /version, for probes and operators. No API key is needed."""
+"""GET /health, /health_generate, /ready and /version, for probes and operators. No API key is needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ router = APIRouter()
 
 class Status(msgspec.Struct):
     status: str
-    """A word, such as "alive", "ready", "model_loading" or "dead"."""
+    """A word, such as "alive", "ready", "draining", "model_loading" or "dead"."""
     reason: str | UnsetType = UNSET
     """Only if the status of HTTP is 503."""
 
@@ -45,15 +45,34 @@ async def ready(service: ServiceDependency) -> Response:
     try:
         service.ready()
     except ApiError as error:
-        return _status(503, error.code or "unavailable", error.message, error.retry_headers)
+        return _unavailable(error)
+    if service.draining:
+        return _status(503, "draining", "An operator has taken this server out of rotation, by POST /drain.")
     if service.stuck:
         return _status(503, "stuck", "There are requests in flight, but the engine makes no steps.")
     return _status(200, "ready")
 
 
+@router.get("/health_generate", **_ANSWERS)
+async def health_generate(service: ServiceDependency) -> Response:
+    """Return 200 once the engine has generated a token, for this probe or anybody else; 503 if it generates none for 20
+    seconds, or cannot."""
+    try:
+        info = service.ready()
+    except ApiError as error:
+        return _unavailable(error)
+    if not await service.probe.generates(info):
+        return _status(503, "stuck", "The engine has generated no token.")
+    return _status(200, "generates")
+
+
 @router.get("/version")
 async def version() -> dict[str, str]:
     return {"version": __version__}
+
+
+def _unavailable(error: ApiError) -> Response:
+    return _status(503, error.code or "unavailable", error.message, error.retry_headers)
 
 
 def _status(status: int, word: str, reason: str | None = None, headers: Mapping[str, str] | None = None) -> Response:

@@ -32,6 +32,7 @@ def log_request(scope: Scope, status: int, seconds: float, trace_id: str | None 
         trace_id=trace_id,
         client=client[0] if client else None,
         tenant=facts.tenant or None,
+        session=facts.session,
         method=scope["method"],
         path=path,
         status=status,

@@ -115,6 +115,8 @@ def _http_attributes(scope: Scope, route: str, status: int) -> dict[str, Any]:
         "http.response.status_code": status,
         "pilotfish.request_id": facts_of(scope).request_id,
     }
+    if (session := facts_of(scope).session) is not None:
+        attributes["session.id"] = session
     if scope.get("client"):
         attributes["client.address"] = scope["client"][0]
     return attributes

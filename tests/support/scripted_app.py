@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,6 +66,11 @@ class ScriptedApp:
     async def chat(self, **body: Any) -> httpx.Response:
         messages = [{"role": "user", "content": "a"}]
         return await self.http.post("/v1/chat/completions", json={"model": "tiny", "messages": messages, **body})
+
+    async def until_asked(self, count: int = 1) -> None:
+        """Wait until the engine has been given so many requests."""
+        while len(self.engine.requests) < count:  # noqa: ASYNC110 - the engine has no event for it
+            await asyncio.sleep(0)
 
     def metric(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
