@@ -6,30 +6,48 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pilotfish.checkpoints.values import is_id
 from pilotfish.errors import ModelError
+
+LARGEST = 2**22
+"""Bytes of a file. Configurations have a few thousand; decoded, a file can take thirty times its size."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON file whose top level is an object. Raises ModelError for any other file."""
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise ModelError(f"{path} has {size} bytes, but may have {LARGEST}")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ModelError(f"{path} has lists or objects that are nested too deep") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} has {type(value).__name__} at its top, but must have an object")
     return value
 
 
 def eos_token_ids(folder: Path) -> tuple[int, ...]:
-    """Returns the ids of the tokens that end a text: generation_config.json's if it has any, else config.json's."""
+    """Returns the ids of the tokens that end a text: generation_config.json's if it has any, else config.json's. Raises
+    ModelError for what are no ids."""
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            ids = read_json(folder / name).get("eos_token_id")
+        path = folder / name
+        if path.is_file():
+            ids = read_json(path).get("eos_token_id")
             if ids is not None:
-                return tuple(ids) if isinstance(ids, list) else (ids,)
+                return checked_ids(path, ids)
     return ()
+
+
+def checked_ids(path: Path, found: Any) -> tuple[int, ...]:
+    """The ids that `eos_token_id` gives, one or several. Raises ModelError for anything else."""
+    ids = found if isinstance(found, list) else [found]
+    if not all(map(is_id, ids)):
+        raise ModelError(f"{path}: eos_token_id is {found!r:.200}, but must be a token's id or a list of them")
+    return tuple(ids)
 
 
 EAGLE3_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3Speculator", "Eagle3DraftModel")
@@ -37,6 +55,9 @@ EAGLE3_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3Speculator", "Eagle3Dra
 
 def is_eagle3(folder: Path) -> bool:
     """Returns whether a folder's config.json is an EAGLE-3 head's. Raises ModelError if there is none to be read."""
-    raw = read_json(folder / "config.json")
-    named = any(name in EAGLE3_ARCHITECTURES for name in raw.get("architectures") or ())
-    return named or raw.get("speculators_model_type") == "eagle3"
+    path = folder / "config.json"
+    raw = read_json(path)
+    named = raw.get("architectures")
+    if not isinstance(named, list | None):
+        raise ModelError(f"{path}: architectures is {named!r:.200}, but must be a list of names")
+    return any(name in EAGLE3_ARCHITECTURES for name in named or ()) or raw.get("speculators_model_type") == "eagle3"

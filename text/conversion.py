@@ -83,10 +83,10 @@ def convert(source: Path, folder: Path) -> None:
     from pilotfish.checkpoints.gguf_header import eos_token_ids, read_header
 
     tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name, local_files_only=True)
-    metadata = read_header(source).metadata
-    _add_special_tokens(tokenizer, metadata)
+    header = read_header(source)
+    _add_special_tokens(tokenizer, header.metadata)
     tokenizer.save_pretrained(str(folder))
-    ending = {"eos_token_id": list(eos_token_ids(metadata))}
+    ending = {"eos_token_id": list(eos_token_ids(header))}
     (folder / "generation_config.json").write_text(json.dumps(ending))
 
 

@@ -28,6 +28,9 @@ from pilotfish.text.conversion import tokenizer_folder
 from pilotfish.text.length_bound import LengthBound, byte_alphabet
 from pilotfish.text.template_process import TemplateLimitError, TemplateProcesses
 
+LARGEST_VOCABULARY = 2**24
+LONGEST_TEMPLATE = 2**20
+"""Characters. Those of the largest published templates are 30,000."""
 _SLICE = 2**17
 """Characters in which special tokens are looked for at a time."""
 _MANY_IDS = 2**15
@@ -250,13 +253,31 @@ def load_tokenizer(files: ModelFiles) -> Tokenizer:
     transformers_logging.set_verbosity_error()
     try:
         inner = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # malformed files raise any kind of exception, including Rust's
+        tokenizer = Tokenizer(inner, eos_token_ids(folder))
+        _check(tokenizer)
+    except ModelError:
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # malformed files raise any kind of exception; a panic of Rust's is not an Exception
         raise ModelError(f"cannot read the tokenizer of {files.name!r} in {folder}: {error}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    tokenizer = Tokenizer(inner, eos_token_ids(folder))
     tokenizer.folder = folder
     return tokenizer
+
+
+def _check(tokenizer: Tokenizer) -> None:
+    """Raise ValueError for what transformers lets pass, but nothing that follows can be done with."""
+    template, size = tokenizer.chat_template, tokenizer.vocab_size
+    if size > LARGEST_VOCABULARY:
+        raise ValueError(f"its largest token id is {size - 1}, but may be {LARGEST_VOCABULARY - 1}")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"its chat_template is {template!r:.80}, but must be a text")
+    if template is not None and len(template) > LONGEST_TEMPLATE:
+        raise ValueError(f"its chat_template has {len(template)} characters, but may have {LONGEST_TEMPLATE}")
+    tokenizer.token_bytes(size - 1)
+    tokenizer.decode(tokenizer.encode("a"))
 
 
 def _ids(encoding: Encoding) -> list[int]:

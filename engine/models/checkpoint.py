@@ -15,6 +15,7 @@ from pilotfish.checkpoints.gguf_header import read_header
 from pilotfish.checkpoints.huggingface import is_eagle3, read_json
 from pilotfish.checkpoints.values import Values
 from pilotfish.engine.models.config import ModelConfig
+from pilotfish.engine.models.plausible import check_config, readable
 from pilotfish.engine.models.registry import family_of, find_family, tensors_of
 from pilotfish.engine.models.tensors import HEAD
 from pilotfish.engine.weights.blocks import Blocks
@@ -28,11 +29,12 @@ if TYPE_CHECKING:
 
 def read_config(files: ModelFiles) -> ModelConfig:
     """The model's shape. Raises ModelError for files that cannot be read or a model that the engine does not know."""
-    if files.format == "gguf":
-        header = read_header(files.path)
-        family = find_family(header.architecture, f"{files.path}: the architecture", "gguf_architectures")
-        return family.read_gguf(header)
-    return read_hf_config(files.path)
+    if files.format != "gguf":
+        return read_hf_config(files.path)
+    header = read_header(files.path)
+    family = find_family(header.architecture, f"{files.path}: the architecture", "gguf_architectures")
+    with readable(files.path):
+        return check_config(files.path, family.read_gguf(header))
 
 
 def read_hf_config(folder: Path) -> ModelConfig:
@@ -42,9 +44,12 @@ def read_hf_config(folder: Path) -> ModelConfig:
     if is_eagle3(folder):
         raise ModelError(f"{folder} is an EAGLE-3 head, which drafts for a model and is not one by itself")
     family = find_family(raw.get("model_type"), f"{path}: model_type", "model_types")
-    if (raw.get("quantization_config") or {}).get("quant_method") in family.own_quantization:
-        return family.read_hf(Values(path, raw))
-    return replace(family.read_hf(Values(path, raw)), quantization=read_quantization(path, raw))
+    values = Values(path, raw)
+    with readable(path):
+        config = check_config(path, family.read_hf(values))
+        if values.within("quantization_config").get("quant_method") in family.own_quantization:
+            return config
+        return replace(config, quantization=read_quantization(path, raw))
 
 
 def iter_weights(

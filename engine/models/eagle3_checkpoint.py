@@ -16,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pilotfish.checkpoints.huggingface import read_json
-from pilotfish.checkpoints.values import Values
+from pilotfish.checkpoints.safetensors_header import check_file
+from pilotfish.checkpoints.values import Values, is_id
 from pilotfish.engine.models import llama
 from pilotfish.engine.models.config import Eagle3Config, ModelConfig
+from pilotfish.engine.models.plausible import check_config, readable
 from pilotfish.engine.models.tensors import attention, gated_mlp, linear, norm
 from pilotfish.engine.weights.quantization import SCALE, dequantized, scheme_of
 from pilotfish.engine.weights.tensors import Tensor, by_name, check_names, check_shape
@@ -42,20 +44,23 @@ def read_config(folder: Path) -> Eagle3Config:
     """The head's shape. Raises ModelError for a head that the engine does not know."""
     path = folder / "config.json"
     raw = read_json(path)
-    layer: dict[str, Any] = raw.get("transformer_layer_config") or raw
+    values = Values(path, raw)
+    layer = values.within("transformer_layer_config").raw or raw
     if raw.get("norm_before_fc"):
         raise ModelError(f"{path}: norm_before_fc is set, but the engine knows EAGLE-3 heads without it")
     if (layers := layer.get("num_hidden_layers", 1)) != 1:
         raise ModelError(f"{path}: num_hidden_layers is {layers}, but the engine knows EAGLE-3 heads with 1")
-    decoder = llama.read_hf(Values(path, {"model_type": "llama", **layer, "num_hidden_layers": 1}))
-    extra = raw.get("eagle_config") or {}
-    ids = raw.get("eagle_aux_hidden_state_layer_ids") or extra.get("eagle_aux_hidden_state_layer_ids") or ()
-    if ids and len(ids) != 3:
-        raise ModelError(f"{path}: eagle_aux_hidden_state_layer_ids is {ids!r}, but must name three layers")
+    shape = {"model_type": "llama", **layer, "num_hidden_layers": 1}
+    with readable(path):
+        decoder = check_config(path, llama.read_hf(Values(path, shape)))
+    extra, name = values.within("eagle_config").raw, "eagle_aux_hidden_state_layer_ids"
+    ids = raw.get(name) or extra.get(name) or ()
+    if ids and not (isinstance(ids, list) and len(ids) == 3 and all(map(is_id, ids))):
+        raise ModelError(f"{path}: {name} is {ids!r:.200}, but must name three layers")
     return Eagle3Config(
         decoder=decoder,
-        draft_vocab_size=raw.get("draft_vocab_size") or decoder.vocab_size,
-        target_hidden_size=raw.get("target_hidden_size") or decoder.hidden_size,
+        draft_vocab_size=values.size("draft_vocab_size", decoder.vocab_size),
+        target_hidden_size=values.size("target_hidden_size", decoder.hidden_size),
         feature_layers=tuple(ids),
         norm_before_residual=bool(raw.get("norm_before_residual", False)),
     )
@@ -143,10 +148,10 @@ def read_weights(folder: Path, config: Eagle3Config, dtype: torch.dtype) -> dict
 def _target_ids(folder: Path, config: Eagle3Config, offsets: torch.Tensor) -> torch.Tensor:
     import torch
 
-    if offsets.shape != (config.draft_vocab_size,):
+    if offsets.is_floating_point() or offsets.shape != (config.draft_vocab_size,):
         raise ModelError(
-            f"{folder}: tensor 'd2t' has shape {tuple(offsets.shape)}, but draft_vocab_size is "
-            f"{config.draft_vocab_size}"
+            f"{folder}: tensor 'd2t' is {offsets.dtype} of shape {tuple(offsets.shape)}, but must have an "
+            f"integer for each of draft_vocab_size, {config.draft_vocab_size}"
         )
     ids = torch.arange(config.draft_vocab_size) + offsets.long()
     if int(ids.min()) < 0 or int(ids.max()) >= config.decoder.vocab_size:
@@ -164,6 +169,7 @@ def _load(folder: Path) -> dict[str, torch.Tensor]:
 
     try:
         if (folder / SAFETENSORS).is_file():
+            check_file(folder / SAFETENSORS)
             return load_file(str(folder / SAFETENSORS))
         if (folder / PICKLED).is_file():
             loaded: dict[str, torch.Tensor] = torch.load(folder / PICKLED, map_location="cpu", weights_only=True)

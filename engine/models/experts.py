@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pilotfish.checkpoints.gguf_header import Header
 from pilotfish.checkpoints.values import Values
 from pilotfish.engine.models.config import ExpertConfig, ModelConfig
+from pilotfish.engine.models.plausible import MOST_LAYERS
 from pilotfish.engine.models.tensors import gated_mlp, linear
 from pilotfish.engine.weights.tensors import Tensor
 
@@ -21,9 +22,9 @@ GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 
 def hf_experts(values: Values, **special: Any) -> ExpertConfig:
     """The experts that a config.json describes in Qwen's words, but for `special` fields."""
-    layers = values.size("num_hidden_layers")
+    layers = values.size("num_hidden_layers", most=MOST_LAYERS)
     count = values.size("num_experts" if values.get("num_local_experts") is None else "num_local_experts")
-    step, dense = values.size("decoder_sparse_step", 1), values.get("mlp_only_layers") or ()
+    step, dense = values.size("decoder_sparse_step", 1), frozenset(map(int, values.numbers("mlp_only_layers", ())))
     fields: dict[str, Any] = {
         "count": count,
         "per_token": values.size("num_experts_per_tok"),
@@ -41,7 +42,7 @@ def gguf_experts(header: Header, **special: Any) -> ExpertConfig:
     fields: dict[str, Any] = {
         "count": values.size("expert_count"),
         "per_token": values.size("expert_used_count"),
-        "size": values.size("expert_feed_forward_length", values.get("feed_forward_length")),
+        "size": values.size("expert_feed_forward_length", values.optional_size("feed_forward_length")),
         "normalized": True,
     }
     return ExpertConfig(**fields | special)

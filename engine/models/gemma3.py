@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pilotfish.checkpoints.gguf_header import Header
-from pilotfish.checkpoints.huggingface import eos_token_ids
+from pilotfish.checkpoints.huggingface import checked_ids, eos_token_ids
 from pilotfish.checkpoints.values import Values
 from pilotfish.engine.models import family
 from pilotfish.engine.models.config import ModelConfig, RopeConfig
 from pilotfish.engine.models.family import Family
+from pilotfish.engine.models.plausible import MOST_LAYERS
 from pilotfish.engine.models.readers import gguf_config, hf_config, hf_rope
 from pilotfish.engine.models.tensors import attention, embedding, final, gated_mlp, norm
 from pilotfish.engine.weights.tensors import Tensor
@@ -104,25 +105,24 @@ def layer(
 def read_hf(values: Values) -> ModelConfig:
     """Read a text model, or the text part of one that also reads images. Published files leave out many fields."""
     raw = dict(_DEFAULTS)
-    for part in (values.raw, values.get("text_config") or {}):
+    for part in (values.raw, values.within("text_config").raw):
         raw.update((name, value) for name, value in part.items() if value is not None)
     text = Values(values.path, raw)
     for name, wanted in _FIXED.items():
         if (value := text.get(name, wanted)) != wanted:
             raise text.error(f"{name} is {value!r}, but the engine knows Gemma 3 with {wanted!r}")
-    layers, biased = text.size("num_hidden_layers"), bool(text.get("attention_bias", False))
-    every = text.get("sliding_window_pattern", text.get("_sliding_window_pattern", 6))
-    kinds = text.get("layer_types") or [
+    layers, biased = text.size("num_hidden_layers", most=MOST_LAYERS), bool(text.get("attention_bias", False))
+    every = text.size("sliding_window_pattern", text.size("_sliding_window_pattern", 6))
+    kinds = text.texts("layer_types") or [
         "sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)
     ]
     if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
         raise text.error(
-            f"layer_types is {kinds!r}, but must be 'sliding_attention' or 'full_attention' for {layers} layers"
+            f"layer_types is {kinds!r:.200}, but must be 'sliding_attention' or 'full_attention' for {layers} layers"
         )
-    ropes = text.get("rope_parameters") or {}
+    ropes = text.within("rope_parameters")
     rope = {"rope_theta": text.get("rope_theta"), "rope_scaling": text.get("rope_scaling")}
     local_rope = {"rope_theta": text.get("rope_local_base_freq")}
-    eos = text.get("eos_token_id")
     return hf_config(
         text,
         architecture="gemma3",
@@ -133,25 +133,25 @@ def read_hf(values: Values) -> ModelConfig:
         qk_norm=True,
         sliding_window=text.size("sliding_window"),
         sliding_layers=tuple(kind == "sliding_attention" for kind in kinds),
-        attention_scale=float(text.get("query_pre_attn_scalar")) ** -0.5,
+        attention_scale=text.positive("query_pre_attn_scalar") ** -0.5,
         sandwich_norms=True,
-        eos_token_ids=eos_token_ids(text.path.parent) or (tuple(eos) if isinstance(eos, list) else (eos,)),
+        eos_token_ids=eos_token_ids(text.path.parent) or checked_ids(text.path, text.get("eos_token_id")),
     )
 
 
 def read_gguf(header: Header) -> ModelConfig:
     """Values that files leave out have the defaults of llama.cpp's src/models/gemma3.cpp."""
     values = header.values
-    if (cap := values.get("final_logit_softcapping", 0.0)) != 0.0:
+    if (cap := values.number("final_logit_softcapping", 0.0)) != 0.0:
         raise values.error(f"gemma3.final_logit_softcapping is {cap}, but the engine knows Gemma 3 without")
-    layers = values.size("block_count")
+    layers = values.size("block_count", most=MOST_LAYERS)
     pattern = values.get("attention.sliding_window_pattern", 6)
-    if values.get("attention.sliding_window", 0) == 0:
+    if values.optional_size("attention.sliding_window") is None:
         sliding = (False,) * layers
-    elif isinstance(pattern, int):  # the last of every so many layers sees everything
+    elif isinstance(pattern, int) and pattern >= 0:  # the last of every so many layers sees everything
         sliding = tuple(pattern == 0 or (i + 1) % pattern != 0 for i in range(layers))
     else:
-        sliding = tuple(map(bool, pattern))
+        sliding = tuple(map(bool, values.numbers("attention.sliding_window_pattern")))
     if len(sliding) != layers:
         raise values.error(f"sliding_window_pattern has {len(sliding)} layers, but the model {layers}")
     # Only the 27B model, recognised by its number of layers, does not scale by the size of a head.
@@ -159,7 +159,7 @@ def read_gguf(header: Header) -> ModelConfig:
     return gguf_config(
         header,
         sliding_layers=sliding,
-        local_rope=RopeConfig(theta=float(values.get("rope.freq_base_swa", 10000.0))),
+        local_rope=RopeConfig(theta=values.positive("rope.freq_base_swa", 10000.0)),
         attention_scale=scale,
         sandwich_norms=True,
     )

@@ -13,6 +13,7 @@ from pilotfish.checkpoints.values import Values
 from pilotfish.engine.models.config import ExpertConfig, ModelConfig
 from pilotfish.engine.models.experts import expert_mlp, expert_tensors, gguf_experts
 from pilotfish.engine.models.family import Family
+from pilotfish.engine.models.plausible import MOST_LAYERS
 from pilotfish.engine.models.readers import gguf_config, hf_config
 from pilotfish.engine.models.tensors import attention, embedding, final, norm
 from pilotfish.engine.weights.tensors import Part, Tensor
@@ -78,15 +79,15 @@ def read_hf(values: Values) -> ModelConfig:
     for name, known in (("hidden_act", "silu"), ("swiglu_alpha", 1.702)):
         if (value := values.get(name, known)) != known:
             raise values.error(f"{name} is {value!r}, but the engine knows gpt-oss with {known!r}")
-    layers, biased = values.size("num_hidden_layers"), bool(values.get("attention_bias"))
-    kinds = values.get("layer_types") or ["sliding_attention", "full_attention"] * layers
+    layers, biased = values.size("num_hidden_layers", most=MOST_LAYERS), bool(values.get("attention_bias"))
+    kinds = values.texts("layer_types") or ["sliding_attention", "full_attention"] * layers
     experts = ExpertConfig(
         count=values.size("num_local_experts"),
         per_token=values.size("num_experts_per_tok"),
         size=values.size("intermediate_size"),
         normalized=True,
         biased=True,
-        clamp=float(values.get("swiglu_limit")),
+        clamp=values.positive("swiglu_limit"),
     )
     return hf_config(
         values,
@@ -104,7 +105,7 @@ def read_gguf(header: Header) -> ModelConfig:
     return gguf_config(
         header,
         sliding_window=values.size("attention.sliding_window"),
-        sliding_layers=tuple(i % 2 == 0 for i in range(values.size("block_count"))),
+        sliding_layers=tuple(i % 2 == 0 for i in range(values.size("block_count", most=MOST_LAYERS))),
         attention_sinks=True,
         experts=gguf_experts(header, biased=True, clamp=7.0),
     )

@@ -38,10 +38,10 @@ def read_hf(values: Values) -> ModelConfig:
         qkv_bias=biased,
         output_bias=biased,
         mlp_bias=bool(values.get("mlp_bias", False)),
-        embedding_scale=float(values.get("embedding_multiplier", 1.0)),
-        attention_scale=float(values.get("attention_multiplier", 1.0)),
-        residual_scale=float(values.get("residual_multiplier", 1.0)),
-        logit_divisor=float(values.get("logits_scaling", 1.0)),
+        embedding_scale=values.positive("embedding_multiplier", 1.0),
+        attention_scale=values.positive("attention_multiplier", 1.0),
+        residual_scale=values.positive("residual_multiplier", 1.0),
+        logit_divisor=values.positive("logits_scaling", 1.0),
     )
 
 
@@ -49,10 +49,10 @@ def read_gguf(header: Header) -> ModelConfig:
     values = header.values
     return gguf_config(
         header,
-        embedding_scale=float(values.get("embedding_scale", 1.0)),
-        attention_scale=values.get("attention.scale"),
-        residual_scale=float(values.get("residual_scale", 1.0)),
-        logit_divisor=float(values.get("logit_scale", 1.0)),
+        embedding_scale=values.positive("embedding_scale", 1.0),
+        attention_scale=values.optional_number("attention.scale"),
+        residual_scale=values.positive("residual_scale", 1.0),
+        logit_divisor=values.positive("logit_scale", 1.0),
     )
 
 

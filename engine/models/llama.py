@@ -14,6 +14,7 @@ from pilotfish.checkpoints.values import Values
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.experts import gguf_experts
 from pilotfish.engine.models.family import Family
+from pilotfish.engine.models.plausible import MOST_LAYERS
 from pilotfish.engine.models.readers import gguf_config, hf_config
 from pilotfish.engine.models.tensors import attention, embedding, final, gated_mlp, norm
 from pilotfish.engine.weights.tensors import Tensor
@@ -85,26 +86,27 @@ def read_hf(values: Values) -> ModelConfig:
 
 def _sliding_window(values: Values) -> int | None:
     """The model's sliding window: Mistral's is for all layers, Qwen's only used if use_sliding_window is set."""
-    kind, window = values.get("model_type"), values.get("sliding_window")
-    kinds = set(values.get("layer_types") or ())
+    kind, window = values.get("model_type"), values.optional_size("sliding_window")
+    kinds = set(values.texts("layer_types"))
     if kind == "llama" or window is None:
         return None
     if kind in ("qwen2", "qwen3"):
         if not values.get("use_sliding_window", False):
             return None
         if not kinds:
-            first, layers = values.get("max_window_layers", 28), values.size("num_hidden_layers")
+            first = values.number("max_window_layers", 28)
+            layers = values.size("num_hidden_layers", most=MOST_LAYERS)
             kinds = {"full_attention" if i < first else "sliding_attention" for i in range(layers)}
     if kinds == {"full_attention"}:
         return None
     if len(kinds) > 1:
         raise values.error("some layers have a sliding window and some have none, which the engine does not know")
-    return int(window)
+    return window
 
 
 def read_gguf(header: Header) -> ModelConfig:
     """Mixtral is a "llama" in this format."""
-    if not header.values.get("expert_count", 0):
+    if header.values.optional_size("expert_count") is None:
         return gguf_config(header)
     return replace(gguf_config(header, experts=gguf_experts(header)), architecture="mixtral")
 

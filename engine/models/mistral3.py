@@ -31,9 +31,9 @@ _VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
 def read_hf(values: Values) -> ModelConfig:
-    text = values.get("text_config") or {}
+    inner = values.within("text_config").raw
     outer = {name: value for name in ("dtype", "torch_dtype") if (value := values.get(name)) is not None}
-    text = Values(values.path, _DEFAULTS | outer | {name: value for name, value in text.items() if value is not None})
+    text = Values(values.path, _DEFAULTS | outer | {name: value for name, value in inner.items() if value is not None})
     if (kind := text.get("model_type")) != "mistral":
         raise values.error(f"text_config.model_type is {kind!r}, but must be 'mistral'")
     return replace(llama.read_hf(text), architecture="mistral3")

@@ -67,7 +67,7 @@ def read_hf(values: Values) -> ModelConfig:
         size=values.size("intermediate_size"),
         normalized=True,
     )
-    return hf_config(values, sliding_window=values.get("sliding_window"), experts=experts)
+    return hf_config(values, sliding_window=values.optional_size("sliding_window"), experts=experts)
 
 
 FAMILY = Family(

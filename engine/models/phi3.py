@@ -38,11 +38,11 @@ def read_hf(values: Values) -> ModelConfig:
     values = Values(values.path, raw)
     if (activation := values.get("hidden_act", "silu")) != "silu":
         raise values.error(f"hidden_act is {activation!r}, but the engine knows 'silu'")
-    return hf_config(values, sliding_window=values.get("sliding_window"))
+    return hf_config(values, sliding_window=values.optional_size("sliding_window"))
 
 
 def read_gguf(header: Header) -> ModelConfig:
-    return gguf_config(header, sliding_window=header.values.get("attention.sliding_window") or None)
+    return gguf_config(header, sliding_window=header.values.optional_size("attention.sliding_window"))
 
 
 FAMILY = Family(

@@ -76,7 +76,7 @@ def read_hf(values: Values) -> ModelConfig:
     if (activation := values.get("hidden_act", "silu")) != "silu":
         raise values.error(f"hidden_act is {activation!r}, but the engine knows 'silu'")
     biased = bool(values.get("attention_bias", False))
-    window = values.get("sliding_window") if values.get("use_sliding_window", False) else None
+    window = values.optional_size("sliding_window") if values.get("use_sliding_window", False) else None
     return hf_config(
         values,
         qkv_bias=biased,

@@ -12,6 +12,7 @@ from pilotfish.checkpoints import gguf_header, huggingface
 from pilotfish.checkpoints.gguf_header import Header
 from pilotfish.checkpoints.values import Values
 from pilotfish.engine.models.config import ModelConfig, RopeConfig
+from pilotfish.engine.models.plausible import LARGEST_HEAD, MOST_LAYERS
 from pilotfish.engine.weights.gguf import ROPE_FACTORS, read_array
 from pilotfish.engine.weights.tensors import whole
 
@@ -21,23 +22,24 @@ def hf_config(values: Values, **special: Any) -> ModelConfig:
     a model that the engine does not know, and for a file that lacks a value."""
     hidden, heads = values.size("hidden_size"), values.size("num_attention_heads")
     dtype = values.get("dtype") or values.get("torch_dtype")  # transformers 4 wrote torch_dtype
+    layers = values.size("num_hidden_layers", most=MOST_LAYERS)
     rope = special.get("rope") or hf_rope(values)
     fields: dict[str, Any] = {
         "architecture": values.get("model_type"),
         "vocab_size": values.size("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": values.size("intermediate_size"),
-        "num_layers": values.size("num_hidden_layers"),
+        "num_layers": layers,
         "num_heads": heads,
         "num_kv_heads": values.size("num_key_value_heads", heads),
         "head_dim": values.size("head_dim", hidden // heads),
         "max_position": _max_position(values, rope),
-        "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
+        "rms_norm_eps": values.positive("rms_norm_eps", 1e-6),
         "rope": rope,
         "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
         "eos_token_ids": huggingface.eos_token_ids(values.path.parent),
-        "bos_token_id": values.get("bos_token_id"),
-        "dtype": dtype if dtype in ("float32", "bfloat16", "float16") else "float32",
+        "bos_token_id": values.id("bos_token_id"),
+        "dtype": str(dtype) if dtype in ("float32", "bfloat16", "float16") else "float32",
     }
     return ModelConfig(**fields | special)
 
@@ -66,19 +68,22 @@ _ROPE_FIELDS: Mapping[str, Mapping[str, str]] = {
 
 def hf_rope(values: Values) -> RopeConfig:
     """Reads rope_parameters as transformers 5 writes them, or rope_theta and rope_scaling as version 4 did."""
-    old = {"rope_theta": values.get("rope_theta"), **(values.get("rope_scaling") or {})}
-    found = values.get("rope_parameters") or old
-    theta = float(found.get("rope_theta") or values.get("rope_theta") or 10000.0)
+    found = values.within("rope_parameters")
+    if not found.raw:
+        found = Values(values.path, {"rope_theta": values.get("rope_theta"), **values.within("rope_scaling").raw})
+    theta = found.positive("rope_theta", values.positive("rope_theta", 10000.0))
     kind = found.get("rope_type", found.get("type", "default"))
-    kind = {"su": "longrope"}.get(kind, kind)  # longrope's old name
-    if kind not in _ROPE_FIELDS:
+    kind = "longrope" if kind == "su" else kind  # longrope's old name
+    if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
         raise values.error(f"rope_type is {kind!r}, but the engine knows {', '.join(map(repr, _ROPE_FIELDS))}")
     fields = _ROPE_FIELDS[kind]
-    if missing := [name for name in fields.values() if name not in found]:
+    if missing := [name for name in fields.values() if found.get(name) is None]:
         raise values.error(f"rope scaling of type {kind!r} lacks {', '.join(map(repr, missing))}")
-    read: dict[str, Any] = {field: found[name] for field, name in fields.items()}
-    read = {field: tuple(value) if isinstance(value, list) else float(value) for field, value in read.items()}
-    share = float(found.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0)
+    read: dict[str, Any] = {
+        field: found.numbers(name) if isinstance(found.get(name), list) else found.number(name)
+        for field, name in fields.items()
+    }
+    share = found.number("partial_rotary_factor", values.number("partial_rotary_factor", 1.0))
     if kind in ("yarn", "longrope"):
         read |= _stretch(values, found, kind)
     elif kind == "dynamic":
@@ -88,26 +93,25 @@ def hf_rope(values: Values) -> RopeConfig:
     return RopeConfig(theta=theta, kind=kind, share=share, **read)
 
 
-def _stretch(values: Values, found: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def _stretch(values: Values, found: Values, kind: str) -> dict[str, Any]:
     """The fields of YaRN and longrope, whose defaults follow from one another."""
     longest = values.size("max_position_embeddings")
-    original = (
-        values.get("original_max_position_embeddings") or found.get("original_max_position_embeddings") or longest
-    )
-    factor = float(found.get("factor") or longest / original)
-    scale = found.get("attention_factor")
+    name = "original_max_position_embeddings"
+    original = values.size(name, found.size(name, longest))
+    factor = found.positive("factor", longest / original)
+    scale = found.optional_number("attention_factor")
     if kind == "longrope":
-        scale = scale or (math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0)
-        return {"original_max_position": original, "factor": factor, "attention_factor": float(scale)}
-    top, all_dims = found.get("mscale"), found.get("mscale_all_dim")
+        scale = scale or (math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0)
+        return {"original_max_position": original, "factor": factor, "attention_factor": scale}
+    top, all_dims = found.optional_number("mscale"), found.optional_number("mscale_all_dim")
     if scale is None:
         scale = yarn_scale(factor, top) / yarn_scale(factor, all_dims) if top and all_dims else yarn_scale(factor)
     return {
         "original_max_position": original,
         "factor": factor,
-        "attention_factor": float(scale),
-        "beta_fast": float(found.get("beta_fast") or 32),
-        "beta_slow": float(found.get("beta_slow") or 1),
+        "attention_factor": scale,
+        "beta_fast": found.positive("beta_fast", 32),
+        "beta_slow": found.positive("beta_slow", 1),
         "truncate": bool(found.get("truncate", True)),
     }
 
@@ -121,14 +125,14 @@ def gguf_config(header: Header, **special: Any) -> ModelConfig:
     """The ModelConfig that a GGUF file's metadata and tensors describe, with the family's `special` fields. Raises
     ModelError for a model that the engine does not know, and for a file that lacks a value."""
     values, tensors = header.values, header.tensors
-    if (experts := values.get("expert_count", 0)) and "experts" not in special:
+    if (experts := values.optional_size("expert_count")) and "experts" not in special:
         raise values.error(f"the model is a mixture of {experts} experts, but the engine knows dense ones only")
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise values.error("it lacks tensor 'token_embd.weight', or it is not a matrix")
     hidden, heads = values.size("embedding_length"), values.size("attention.head_count")
-    head_dim = values.get("attention.key_length", hidden // heads)
-    if (size := values.get("attention.value_length", head_dim)) != head_dim:
+    head_dim = values.size("attention.key_length", hidden // heads)
+    if (size := values.size("attention.value_length", head_dim)) != head_dim:
         raise values.error(
             f"{values.prefix}attention.value_length is {size}, but the engine needs that of a head's keys, {head_dim}"
         )
@@ -137,21 +141,21 @@ def gguf_config(header: Header, **special: Any) -> ModelConfig:
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "intermediate_size": values.size("feed_forward_length", values.get("expert_feed_forward_length")),
-        "num_layers": values.size("block_count"),
+        "num_layers": values.size("block_count", most=MOST_LAYERS),
         "num_heads": heads,
         "num_kv_heads": values.size("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position": values.size("context_length"),
-        "rms_norm_eps": values.get("attention.layer_norm_rms_epsilon", 1e-5),
+        "rms_norm_eps": values.positive("attention.layer_norm_rms_epsilon", 1e-5),
         "rope": gguf_rope(header),
         "tie_embeddings": "output.weight" not in tensors,
         "qkv_bias": "blk.0.attn_q.bias" in tensors,
         "output_bias": "blk.0.attn_output.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
         "qk_norm": "blk.0.attn_q_norm.weight" in tensors,
-        "sliding_window": values.get("attention.sliding_window"),
-        "eos_token_ids": gguf_header.eos_token_ids(header.metadata),
-        "bos_token_id": header.metadata.get("tokenizer.ggml.bos_token_id"),
+        "sliding_window": values.optional_size("attention.sliding_window"),
+        "eos_token_ids": gguf_header.eos_token_ids(header),
+        "bos_token_id": Values(header.path, header.metadata).id("tokenizer.ggml.bos_token_id"),
         "dtype": gguf_dtype(header),
     }
     return ModelConfig(**fields | special)
@@ -159,22 +163,22 @@ def gguf_config(header: Header, **special: Any) -> ModelConfig:
 
 def gguf_rope(header: Header) -> RopeConfig:
     values = header.values
-    theta = float(values.get("rope.freq_base", 10000.0))
+    theta = values.positive("rope.freq_base", 10000.0)
     kind = values.get("rope.scaling.type", "none")
-    factor = float(values.get("rope.scaling.factor", values.get("rope.scale_linear", 1.0)))
+    factor = values.positive("rope.scaling.factor", values.positive("rope.scale_linear", 1.0))
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise values.error(
             f"rope.scaling.type is {kind!r}, but the engine knows 'none', 'linear', 'yarn' and 'longrope'"
         )
-    head_dim = values.get(
+    head_dim = values.size(
         "attention.key_length", values.size("embedding_length") // values.size("attention.head_count")
     )
-    share = values.get("rope.dimension_count", head_dim) / head_dim
+    share = values.size("rope.dimension_count", head_dim) / head_dim
     factors = {name: _gguf_factors(header, name) for name in ROPE_FACTORS}
     short, long = factors["rope_factors_short.weight"], factors["rope_factors_long.weight"]
-    original = values.get("rope.scaling.original_context_length", values.get("context_length"))
+    original = values.size("rope.scaling.original_context_length", values.get("context_length"))
     if short is not None and long is not None:
-        attention_factor = float(values.get("rope.scaling.attn_factor", 1.0))
+        attention_factor = values.positive("rope.scaling.attn_factor", 1.0)
         return RopeConfig(
             theta=theta,
             kind="longrope",
@@ -185,7 +189,7 @@ def gguf_rope(header: Header) -> RopeConfig:
             long_factors=long,
         )
     if kind == "yarn":
-        attention_factor = float(values.get("rope.scaling.attn_factor", 1.0)) * yarn_scale(factor)
+        attention_factor = values.positive("rope.scaling.attn_factor", 1.0) * yarn_scale(factor)
         return RopeConfig(
             theta=theta,
             kind="yarn",
@@ -193,8 +197,8 @@ def gguf_rope(header: Header) -> RopeConfig:
             factor=factor,
             original_max_position=original,
             attention_factor=attention_factor,
-            beta_fast=float(values.get("rope.scaling.yarn_beta_fast", 32.0)),
-            beta_slow=float(values.get("rope.scaling.yarn_beta_slow", 1.0)),
+            beta_fast=values.positive("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=values.positive("rope.scaling.yarn_beta_slow", 1.0),
         )
     scaled = factor != 1.0 and (kind == "linear" or "rope.scaling.type" not in header.metadata)
     return RopeConfig(
@@ -210,6 +214,8 @@ def _gguf_factors(header: Header, name: str) -> tuple[float, ...] | None:
     stored = header.tensors.get(name)
     if stored is None:
         return None
+    if len(stored.shape) != 1 or stored.shape[0] > LARGEST_HEAD:
+        raise header.values.error(f"tensor {name!r} has shape {stored.shape}, but must be a factor for each frequency")
     with header.path.open("rb") as file:
         return tuple(read_array(header.path, file, stored, whole(stored.shape)).tolist())
 

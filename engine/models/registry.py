@@ -51,7 +51,7 @@ def find_family(name: Any, what: str, *named_by: NamedBy) -> Family:
         if any(name in getattr(family, kind) for kind in named_by):
             return family
     known = dict.fromkeys(each for family in FAMILIES for kind in named_by for each in getattr(family, kind))
-    raise ModelError(f"{what} is {name!r}, but the engine knows {', '.join(known)}")
+    raise ModelError(f"{what} is {name!r:.200}, but the engine knows {', '.join(known)}")
 
 
 def is_known(model_type: Any) -> bool:

@@ -9,6 +9,7 @@ from pilotfish.checkpoints.values import Values
 from pilotfish.engine.models import llama
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.family import Family
+from pilotfish.engine.models.plausible import MOST_LAYERS
 from pilotfish.engine.models.readers import gguf_config, hf_config
 
 _DEFAULTS: dict[str, Any] = {
@@ -24,10 +25,12 @@ def read_hf(values: Values) -> ModelConfig:
     values = Values(values.path, _DEFAULTS | dict(values.raw))
     if (activation := values.get("hidden_act", "silu")) != "silu":
         raise values.error(f"hidden_act is {activation!r}, but the engine knows 'silu'")
-    layers, every = values.size("num_hidden_layers"), values.size("no_rope_layer_interval")
-    rotated = values.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(layers)]  # 1: it has one
-    window = values.get("sliding_window") if values.get("use_sliding_window", False) else None
-    kinds = values.get("layer_types") or ["full_attention" if has else "sliding_attention" for has in rotated]
+    layers, every = values.size("num_hidden_layers", most=MOST_LAYERS), values.size("no_rope_layer_interval")
+    rotated = values.numbers("no_rope_layers", ()) or [
+        int((i + 1) % every != 0) for i in range(layers)
+    ]  # 1: it has one
+    window = values.optional_size("sliding_window") if values.get("use_sliding_window", False) else None
+    kinds = values.texts("layer_types") or ["full_attention" if has else "sliding_attention" for has in rotated]
     biased = bool(values.get("attention_bias", False))
     return hf_config(
         values,
@@ -42,7 +45,7 @@ def read_hf(values: Values) -> ModelConfig:
 
 def read_gguf(header: Header) -> ModelConfig:
     """Files do not name the layers: every fourth has no rotary embedding in llama.cpp's src/models/smollm3.cpp."""
-    return gguf_config(header, unrotated_layers=tuple(range(3, header.values.size("block_count"), 4)))
+    return gguf_config(header, unrotated_layers=tuple(range(3, header.values.size("block_count", most=MOST_LAYERS), 4)))
 
 
 FAMILY = Family(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pilotfish.checkpoints.huggingface import eos_token_ids, read_json
 from pilotfish.engine.models.config import ModelConfig, RopeConfig
+from pilotfish.engine.models.plausible import check_config, readable
 from pilotfish.engine.models.registry import FAMILIES
 from pilotfish.errors import ModelError
 
@@ -23,23 +24,30 @@ def read_config(folder: Path) -> ModelConfig:
     names; `TransformersModel` corrects them. Raises ModelError, which says what is missing."""
     raw = read_json(folder / "config.json")
     kind = raw.get("model_type")
+    if not isinstance(kind, str):
+        raise ModelError(f"{folder / 'config.json'}: model_type is {kind!r:.200}, but must be a name")
     try:
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # it holds the file's values against types with errors of any kind
         if _class_of(kind) is None:
-            raise ModelError(
-                why_not(str(kind), f"the installed transformers ({_version()}) does not have it")
-            ) from error
+            raise ModelError(why_not(kind, f"the installed transformers ({_version()}) does not have it")) from error
         raise ModelError(f"transformers cannot read {folder}: {error}") from error
-    if reason := _missing(kind, config):
-        raise ModelError(why_not(str(kind), reason))
+    with readable(folder / "config.json"):
+        reason = _missing(kind, config)
+    if reason:
+        raise ModelError(why_not(kind, reason))
     if raw.get("quantization_config"):
-        raise ModelError(why_not(str(kind), "its weights are quantized, which only the engine's own families read"))
+        raise ModelError(why_not(kind, "its weights are quantized, which only the engine's own families read"))
+    with readable(folder / "config.json"):
+        return check_config(folder / "config.json", _config(folder, kind, config))
+
+
+def _config(folder: Path, kind: str, config: PreTrainedConfig) -> ModelConfig:
     heads = config.num_attention_heads
     return ModelConfig(
-        architecture=str(kind),
+        architecture=kind,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,

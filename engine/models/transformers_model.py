@@ -244,7 +244,7 @@ def load(folder: Path, config: ModelConfig, dtype: torch.dtype, dummy: bool) -> 
                 torch.manual_seed(0)
                 model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(theirs, dtype=dtype)
             return model
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"transformers cannot load {folder}: {error}") from error
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pilotfish.checkpoints.safetensors_header import check_file
 from pilotfish.engine.weights import safetensors
 from pilotfish.engine.weights.tensors import Part, Tensor
 from pilotfish.errors import ModelError
@@ -56,6 +57,7 @@ class _Stored:
     def open(folder: Path, stack: ExitStack) -> _Stored:
         files: dict[str, Any] = {}
         for path in safetensors.shards(folder):
+            check_file(path)
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as error:

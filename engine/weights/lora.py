@@ -17,10 +17,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pilotfish.checkpoints.huggingface import read_json
+from pilotfish.checkpoints.patterns import module_pattern
+from pilotfish.checkpoints.safetensors_header import check_file
+from pilotfish.checkpoints.values import Values
 from pilotfish.engine.weights.tensors import Tensor, rows_of
 from pilotfish.errors import ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MOST_PATTERNS = 64
+LONGEST_NAME = 512
 _PREFIX = "base_model.model."
 _ABSENT: Mapping[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
@@ -55,16 +60,20 @@ def read_adapter(
         raise ModelError(f"{path}: peft_type is {config.get('peft_type')!r}, but the engine knows 'LORA'")
     for name, known in _ABSENT.items():
         if (value := config.get(name)) not in known:
-            raise ModelError(f"{path}: {name} is {value!r}, but the engine knows adapters with {known[0]!r} only")
+            raise ModelError(f"{path}: {name} is {value!r:.200}, but the engine knows adapters with {known[0]!r} only")
+    check_file(folder / WEIGHTS)
     try:
         stored = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read {folder / WEIGHTS}: {error}") from error
+    scales = _Scales.of(Values(path, config))
     found: dict[str, LowRank] = {}
     parted = rows_of(tensors.values(), lambda tensor: tensor.stored)
     for module in _modules(stored, folder):
         a, b = (stored[f"{_PREFIX}{module}.lora_{letter}.weight"].float() for letter in "AB")
-        b = b * _scale(config, module, len(a))
+        if a.dim() != 2 or b.dim() != 2 or not len(a):
+            raise ModelError(f"{folder}: the adapter's matrices for {module!r} are no matrices, or empty")
+        b = b * scales.scale(module, len(a))
         parts = _parts(declared_name(f"{module}.weight"), tensors, parted)
         if not parts or not all(part.quantizable and part.expert is None for part, _ in parts):
             raise ModelError(f"{folder}: the adapter changes {module!r}, but the engine adapts layers' dense matrices")
@@ -89,6 +98,8 @@ def _parts(
 def _modules(stored: Iterable[str], folder: Path) -> list[str]:
     """The modules that the adapter changes. Raises ModelError for tensors that are something else."""
     names = set(stored)
+    if long := [name for name in names if len(name) > LONGEST_NAME]:
+        raise ModelError(f"{folder}: the adapter has a tensor with a name of {len(long[0])} characters")
     modules = {match[1] for name in names if (match := re.fullmatch(rf"{_PREFIX}(.+)\.lora_A\.weight", name))}
     others = names - {f"{_PREFIX}{module}.lora_{letter}.weight" for module in modules for letter in "AB"}
     if others or len(names) != 2 * len(modules):
@@ -97,18 +108,47 @@ def _modules(stored: Iterable[str], folder: Path) -> list[str]:
     return sorted(modules)
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / rank, or alpha / sqrt(rank) of a rank-stabilized adapter (arXiv 2312.03732)."""
-    alpha = _own(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    declared = _own(config.get("rank_pattern"), module, config.get("r", 8))
-    if declared != rank:
-        raise ModelError(f"{CONFIG} gives {module!r} the rank {declared}, but its matrices have {rank}")
-    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+@dataclass(frozen=True, slots=True)
+class _Scales:
+    """What adapter_config.json says of ranks and scales."""
+
+    alpha: float
+    rank: float
+    alphas: Mapping[str, float]
+    ranks: Mapping[str, float]
+    stabilized: bool
+
+    @staticmethod
+    def of(values: Values) -> _Scales:
+        alphas, ranks = (_patterns(values, name) for name in ("alpha_pattern", "rank_pattern"))
+        alpha, rank = values.number("lora_alpha", 8), values.size("r", 8)
+        return _Scales(alpha, rank, alphas, ranks, bool(values.get("use_rslora")))
+
+    def scale(self, module: str, rank: int) -> float:
+        """alpha / rank, or alpha / sqrt(rank) of a rank-stabilized adapter (arXiv 2312.03732). Raises ModelError unless
+        matrices of this rank are the module's."""
+        declared = _own(self.ranks, module, self.rank)
+        if declared != rank:
+            raise ModelError(f"{CONFIG} gives {module!r} the rank {declared:g}, but its matrices have {rank}")
+        return _own(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.stabilized else rank)
 
 
-def _own(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def _own(patterns: Mapping[str, float], module: str, default: float) -> float:
     """The value of the first pattern that matches the end of the module's name, as PEFT matches it."""
-    for pattern, value in (patterns or {}).items():
+    for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
+
+
+def _patterns(values: Values, name: str) -> Mapping[str, float]:
+    """The numbers that adapter_config.json gives to modules by patterns of their names. Raises ModelError."""
+    found = values.within(name)
+    if len(found.raw) > MOST_PATTERNS:
+        raise values.error(f"{name} has {len(found.raw)} patterns, but may have {MOST_PATTERNS}")
+    for pattern in found.raw:
+        try:
+            module_pattern(pattern)
+        except ValueError as error:
+            raise values.error(f"{name}: {error}") from error
+    return {pattern: found.positive(pattern) for pattern in found.raw}

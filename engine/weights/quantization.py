@@ -6,12 +6,12 @@ In a sequence of tensors a quantized matrix is followed by its scales, under the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pilotfish.checkpoints.patterns import module_pattern
 from pilotfish.engine.weights import fp8, int8
 from pilotfish.engine.weights.scheme import Scheme
 from pilotfish.engine.weights.tensors import Tensor
@@ -46,7 +46,7 @@ class Quantization:
 def _names(pattern: str, module: str) -> bool:
     """Whether the pattern matches the module: it is a name or a part of its path, or "re:" and a regular expression."""
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
+        return module_pattern(pattern[3:]).match(module) is not None
     return f".{pattern}." in f".{module}."
 
 
@@ -96,6 +96,7 @@ def read_quantization(path: Path, raw: Mapping[str, Any]) -> Quantization | None
         for scheme in SCHEMES.values():
             modules = scheme.modules_left(found)
             if modules is not None:
+                _check_patterns(modules)
                 return Quantization(scheme.name, modules)
         what = _described(found)
     except ValueError as error:
@@ -104,6 +105,15 @@ def read_quantization(path: Path, raw: Mapping[str, Any]) -> Quantization | None
     raise ModelError(
         f"{path}: the weights are quantized ({what}), but the engine knows {known}, plain weights, and GGUF files"
     )
+
+
+def _check_patterns(modules: tuple[Any, ...]) -> None:
+    """Raise ValueError unless these are names, or patterns that can be matched."""
+    for each in modules:
+        if not isinstance(each, str):
+            raise ValueError(f"modules that are not quantized are named by {each!r:.80}")
+        if each.startswith("re:"):
+            module_pattern(each[3:])
 
 
 def _described(found: Mapping[str, Any]) -> str:

@@ -1,15 +1,14 @@
 """Weights of a Hugging Face folder: one model.safetensors, or several with model.safetensors.index.json.
 
-safetensors checks the files; tensors are read here, by pread instead of from its mapping: exactly the bytes of a slice,
-into memory that is freed as soon as they are on their device. (A mapping's pages count as this process's memory until
-the file is closed, and a page fault reads its surroundings, too: all of a row of which a few columns are wanted.)
+`checkpoints.safetensors_header` finds the tensors; they are read here, by pread instead of from a mapping: exactly the
+bytes of a slice, into memory that is freed as soon as they are on their device. (A mapping's pages count as this
+process's memory until the file is closed, and a page fault reads its surroundings, too: all of a row of which a few
+columns are wanted.)
 """
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -19,15 +18,18 @@ from itertools import islice
 from math import prod
 from pathlib import Path
 
+import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 
+from pilotfish.checkpoints.safetensors_header import read_header
 from pilotfish.engine.weights.quantization import SCALE, SCHEMES, Quantization, scheme_of
 from pilotfish.engine.weights.read_ahead import Job, read_ahead
 from pilotfish.engine.weights.tensors import Part, Tensor, check_names, check_shape, rows_of, shape_of
 from pilotfish.errors import ModelError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LARGEST_INDEX = 2**25
+"""Bytes. That of a model with 60,000 tensors has a fifth of it."""
 
 THREADS = 4
 """Threads that read."""
@@ -240,14 +242,25 @@ def _read_exactly(stored: Stored, memory: memoryview, offset: int) -> None:
         memory, offset = memory[count:], offset + count
 
 
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
 def shards(folder: Path) -> list[Path]:
-    """The folder's weight files. An index decides if there is one, as other files may lie beside its own."""
+    """The folder's weight files. An index decides if there is one, as other files may lie beside its own. Raises
+    ModelError for an index that is none, or that names files elsewhere."""
     index = folder / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if (size := index.stat().st_size) > LARGEST_INDEX:
+                raise ModelError(f"{index} has {size} bytes, but may have {LARGEST_INDEX}")
+            names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
+        except (OSError, ValueError, RecursionError) as error:
             raise ModelError(f"cannot read {index}: {error}") from error
+        if strange := [name for name in names if Path(name).name != name or "\0" in name]:
+            raise ModelError(f"{index}: weight_map names {strange[0]!r:.200}, but must name files of the folder itself")
+        if not names:
+            raise ModelError(f"{index}: weight_map names no files")
         return [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -256,18 +269,12 @@ def shards(folder: Path) -> list[Path]:
 
 def _open(path: Path, stack: ExitStack) -> list[Stored]:
     """The tensors of a file, which stays open until `stack` is closed."""
+    header = read_header(path)
     try:
-        with safe_open(path, framework="numpy"):  # checks that the header describes the file
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(os.close, file)
-        (length,) = struct.unpack("<Q", os.pread(file, 8, 0))
-        header = json.loads(os.pread(file, length, 8))
-    except (OSError, SafetensorError) as error:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
         raise ModelError(f"cannot read {path}: {error}") from error
-    header.pop("__metadata__", None)
-    if unknown := {entry["dtype"] for entry in header.values()} - _DTYPES.keys():
+    stack.callback(os.close, file)
+    if unknown := {each.dtype for each in header} - _DTYPES.keys():
         raise ModelError(f"{path} has tensors of {', '.join(sorted(unknown))}, which the engine does not know")
-    return [
-        Stored(path, file, name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-    ]
+    return [Stored(path, file, each.name, _DTYPES[each.dtype], each.shape, each.offset) for each in header]
