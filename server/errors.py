@@ -28,6 +28,20 @@ OVER_LIMIT = "rate_limit_exceeded"
 LONGEST_MESSAGE = 1000
 LONGEST_PARAM = 200
 
+WANTED = {
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+}
+"""What a value must be, in JSON's words, by pydantic's name of what is wrong."""
+
 
 class ApiError(Exception):
     """An error response. `retry_after` is in seconds, from 0 up."""
@@ -252,6 +266,8 @@ def _unreadable(cause: BaseException) -> ApiError:
             reason = "it is not UTF-8"
         case RecursionError():
             reason = "it is nested too deeply"
+        case ValueError():  # the only other that `json` raises: an integer that Python refuses to read
+            reason = "it has an integer of thousands of digits"
         case _:
             reason = str(cause)
     return ApiError(400, f"The request's body is not valid JSON: {reason}.", code="invalid_json")
@@ -287,8 +303,9 @@ def _validation_error(error: RequestValidationError) -> ApiError:
             return bad_parameter(param, f"{param} {first['msg']}", "unsupported_parameter")
         case "invalid_parameter":
             return bad_parameter(param, f"{param} {first['msg']}")
-    wanted = first["msg"].removeprefix("Input ")
-    return bad_parameter(param, f"{param} is {shown(value)}, but {wanted}", "invalid_type")
+    wanted = f"must be {WANTED[kind]}" if kind in WANTED else first["msg"].removeprefix("Input ")
+    given = "null" if value is None else shown(value)
+    return bad_parameter(param, f"{param} is {given}, but {wanted}", "invalid_type")
 
 
 def _shortened(text: str, length: int) -> str:

@@ -4,8 +4,8 @@ turns it into the engine's SamplingParams for a prompt of a given length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from msgspec.structs import replace
@@ -28,8 +28,8 @@ class GenerationSpec:
     """The parameters as sent: not checked yet, and without max_tokens."""
     max_tokens: int | None = None
     """None, or -1 as llama.cpp's clients have it: as many as fit into the context after the prompt."""
-    max_tokens_param: str = "max_tokens"
-    """The client's name for max_tokens."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """The client's names for parameters that it knows by others than the engine."""
     stream: bool = False
     prompts: int = 1
     answers: int = 1
@@ -89,6 +89,8 @@ def spec_of(
     ):
         message = "repeat_penalty and repetition_penalty mean the same: give one of them"
         raise bad_parameter("repeat_penalty", message)
+    if body.repeat_penalty is not None and body.repetition_penalty is None:
+        own["names"] = {**own.get("names", {}), "repetition_penalty": "repeat_penalty"}
     params = SamplingParams(
         **given,
         logprobs=logprobs,
@@ -143,9 +145,9 @@ def fit(spec: GenerationSpec, prompt_tokens: int, info: EngineInfo) -> SamplingP
     try:
         params.check()
     except ParameterError as error:
-        if error.param != "max_tokens":
-            raise
-        message = error.message.replace("max_tokens", spec.max_tokens_param, 1)
-        raise ParameterError(spec.max_tokens_param, message) from error
+        message = error.message
+        for ours, theirs in spec.names.items():
+            message = message.replace(ours, theirs, 1)
+        raise ParameterError(spec.names.get(error.param, error.param), message) from error
     limit = min(params.max_tokens, room)
     return replace(params, max_tokens=limit, min_tokens=min(params.min_tokens, limit))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PlainValidator, PrivateAttr
 
 from pilotfish.errors import shown
 from pilotfish.server.protocol.chat import MAX_TOP_LOGPROBS, Budget
 from pilotfish.server.protocol.common import ApiModel, SchedulingFields, Unsupported, only, wrong
+from pilotfish.server.protocol.foreign import Foreign
+from pilotfish.server.protocol.responses_foreign import RESPONSES_FOREIGN
 
 
 def _input(value: Any) -> str | list[dict[str, Any]]:
@@ -46,6 +49,8 @@ class TextParam(ApiModel):
 
 
 class ResponsesRequest(SchedulingFields):
+    foreign: ClassVar[Mapping[str, Foreign]] = RESPONSES_FOREIGN
+
     model: str
     input: Annotated[Any, PlainValidator(_input, json_schema_input_type=str | list[dict[str, Any]])]
     instructions: str | None = None

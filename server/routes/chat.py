@@ -45,7 +45,7 @@ class Chat(Endpoint[ChatRequest]):
         spec = spec_of(
             body,
             max_tokens=body.max_tokens if newer is None else newer,
-            max_tokens_param="max_tokens" if newer is None else "max_completion_tokens",
+            names={} if newer is None else {"max_tokens": "max_completion_tokens"},
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         )
         if body.top_logprobs and not body.logprobs:

@@ -56,7 +56,7 @@ class Responses(Endpoint[ResponsesRequest]):
             model=body.model,
             params=SamplingParams(**given, logprobs=logprobs),
             max_tokens=body.max_output_tokens,
-            max_tokens_param="max_output_tokens",
+            names={"max_tokens": "max_output_tokens"},
             stream=bool(body.stream),
             cache_salt=body.cache_salt,
             **scheduling_of(body, body.user or body.safety_identifier),

@@ -93,7 +93,7 @@ class Stories(Endpoint[StoryRequest]):
             model=body.model,
             params=SamplingParams(),
             max_tokens=body.max_words,
-            max_tokens_param="max_words",
+            names={"max_tokens": "max_words"},
             answers=body.endings,
             stream=body.stream,
         )

@@ -105,6 +105,24 @@ def test_other_names_are_taken_for_themselves(type_: type[ApiModel]) -> None:
     assert unknown_fields(type_.model_construct(None, **fields), strict=False) == tuple(names)
 
 
+GENERATING: list[type[ApiModel]] = [endpoint.request_type for endpoint in ENDPOINTS]
+
+
+@pytest.mark.parametrize("type_", GENERATING)
+def test_what_alters_the_text_at_another_endpoint_is_never_ignored(type_: type[ApiModel]) -> None:
+    """A field of one endpoint is a field of each other, or refused there, or known to alter no text."""
+    names = {name for other in GENERATING for name in other.model_fields} - type_.model_fields.keys()
+    assert names - type_.foreign.keys() - INERT == set()
+    for name in names & type_.foreign.keys():
+        if type_.foreign[name].always_neutral:
+            continue
+        body = type_.model_construct(None, **{**dict.fromkeys(type_.model_fields), name: object()})
+        with pytest.raises(ApiError) as caught:
+            unknown_fields(body, strict=False)
+        assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
+    assert INERT.isdisjoint(type_.foreign)
+
+
 @pytest.mark.parametrize("name", sorted(FOREIGN.keys() - CompletionRequest.model_fields.keys()))
 def test_what_would_alter_the_text_is_refused_unless_it_asks_for_nothing(name: str) -> None:
     foreign = FOREIGN[name]
@@ -185,6 +203,9 @@ async def test_repeat_penalty_is_repetition_penalty(served: ScriptedApp) -> None
     assert served.engine.requests[0].params.repetition_penalty == 1.3
     assert (await served.complete(repeat_penalty=1.3, repetition_penalty=1.3)).status_code == 200
     assert (await served.complete(repeat_penalty=1.3, repetition_penalty=1.2)).status_code == 400
+    error = (await served.complete(repeat_penalty=-1)).json()["error"]
+    assert error["param"] == "repeat_penalty"
+    assert error["message"].startswith("repeat_penalty is -1")
 
 
 @pytest.mark.parametrize(
@@ -238,6 +259,25 @@ async def test_an_extreme_value_is_never_an_internal_error_and_never_quoted_whol
         error = response.json()["error"]
         assert error["param"], error
         assert len(error["message"]) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model", None, "model is null, but must be a string"),
+        ("stream", 1, "stream is 1, but must be true or false"),
+        ("max_tokens", 1.5, "max_tokens is 1.5, but must be an integer"),
+        ("temperature", "0.7", "temperature is '0.7', but must be a number"),
+        ("stop_token_ids", {}, "stop_token_ids is {}, but must be a list"),
+        ("metadata", [], "metadata is [], but must be an object"),
+        ("stream_options", "x", "stream_options is 'x', but must be an object"),
+    ],
+)
+async def test_a_wrong_type_is_told_in_the_words_of_json(
+    served: ScriptedApp, name: str, value: Any, message: str
+) -> None:
+    error = (await served.complete(**{name: value})).json()["error"]
+    assert (error["message"], error["param"], error["code"]) == (message, name, "invalid_type")
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
