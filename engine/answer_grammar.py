@@ -52,7 +52,10 @@ class AnswerGrammar:
             self.matcher.advance(tokens)
         for token in tokens:
             self._thought = self._think(self._thought, token)
-        self._planned = self._forced = None
+        self._planned = None
+        known, count = self._forced, len(tokens)
+        goes_on = known is not None and len(known) > count and known[:count] == list(tokens)
+        self._forced = known[count:] if known is not None and goes_on else None  # else every step would look for it
 
     def masks(self, draft: Sequence[int], rows: int) -> np.ndarray:
         """Return what may be drawn in the last `rows` rows along `draft`: (rows, words) int32, bit i of word w for

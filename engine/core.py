@@ -19,7 +19,6 @@ from pathlib import Path
 
 import msgspec
 import torch
-from llguidance import LLMatcher
 
 from pilotfish.checkpoints.catalog import Progress
 from pilotfish.engine.answer_grammar import AnswerGrammar, plan_masks
@@ -48,6 +47,7 @@ from pilotfish.engine.speculation.speculator import StepDrafts
 from pilotfish.engine.stats import PASS, Committed, StepStats, Ways, request_stats, step_stats
 from pilotfish.engine.verification.verifier import Verdict, drawn_verdicts
 from pilotfish.errors import ModelError, ParameterError
+from pilotfish.text.grammar.matcher import CompiledGrammar
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class EngineCore:
         self._deadlines: dict[str, float] = {}
         """When requests end at the latest, of those that say so."""
         self._ended: list[Delta] = []  # to be reported with the next step's deltas
-        self._compiling: dict[Sequence, Future[LLMatcher]] = {}
+        self._compiling: dict[Sequence, Future[CompiledGrammar]] = {}
         """Sequences that wait for their grammars, in the order in which they came."""
         self.engine.publish_cache()
         self._masking = ThreadPoolExecutor(1, thread_name_prefix="masks")

@@ -91,6 +91,50 @@ def test_what_is_forced_is_drafted_and_right(llm: LLM) -> None:
     assert sum(one.steps for one in stats) < sum(stats_of(completion).steps for completion in plain)
 
 
+@pytest.mark.parametrize("forced", ["at once", "after a choice"])
+def test_a_grammar_that_forces_tens_of_thousands_of_tokens_holds_nobody_up(
+    llm: LLM, vocabulary: LLTokenizer, forced: str
+) -> None:
+    """It goes on without drafts of them, and does not run into the limits of the grammar's compiler."""
+    many = {"type": "array", "items": {"const": 1}, "minItems": 100_000}
+    schema = (
+        many if forced == "at once" else {"type": "array", "prefixItems": [{"enum": ["a", "b"]}, many], "minItems": 2}
+    )
+    grammar = compose.json_value(schema)
+    matcher = matcher_of(vocabulary, grammar)
+    while matcher.forced():
+        matcher.advance(matcher.forced()[:1])
+    if forced != "at once":
+        allowed = np.unpackbits(matcher.masks((), 1).view(np.uint8), bitorder="little").nonzero()[0]
+        matcher.advance(allowed[:1].tolist())
+    assert matcher.forced() == []
+    assert matcher.problem == ""
+    params = msgspec.structs.replace(SAMPLED, grammar=grammar, max_tokens=100)
+    plain, drafted = (llm.generate(prompts(2), params, speculation=way) for way in ("off", "grammar"))
+    assert [completion.finish_reason for completion in drafted] == ["length", "length"]
+    assert texts(drafted) == texts(plain)
+
+
+def test_what_is_forced_is_looked_for_once(vocabulary: LLTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of forced tokens is drafted from step by step."""
+    matcher = matcher_of(vocabulary, compose.choice(["a text that is forced to its end"]))
+    answer, asked = AnswerGrammar(matcher, None, VOCAB_SIZE), list[list[int]]()
+    look = matcher.forced
+
+    def counted() -> list[int]:
+        asked.append(look())
+        return asked[-1]
+
+    monkeypatch.setattr(matcher, "forced", counted)
+    run = answer.forced(1000)
+    assert len(run) > 8
+    answer.advance(run[:3])
+    assert answer.forced(2) == run[3:5]
+    answer.advance(run[3:4])
+    assert answer.forced(1000) == run[4:]
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("conflict", ["allowed_token_ids", "bad_words", "min_tokens", "bias"])
 def test_a_grammar_goes_before_what_else_is_forbidden(llm: LLM, tokenizer: Tokenizer, conflict: str) -> None:
     """Where both leave nothing, the grammar holds alone: the answer still matches, and ends."""

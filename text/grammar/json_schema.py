@@ -24,6 +24,7 @@ from urllib.parse import unquote
 
 from pilotfish.errors import ParameterError
 from pilotfish.text.grammar.compose import ascii_digits
+from pilotfish.text.grammar.numbers import narrow
 from pilotfish.text.grammar.overlap import disjoint
 
 MAX_SCHEMA_BYTES = 512 * 1024
@@ -31,6 +32,8 @@ MAX_DEPTH = 50
 """Schemas within schemas, counted from the outermost."""
 MAX_NODES = 20_000
 MAX_WHITESPACE = 32
+MAX_VALUE_BYTES = 16 * 1024
+"""Of a value in `enum` or `const`, as JSON."""
 
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _ANNOTATIONS = frozenset({
@@ -108,6 +111,7 @@ def prepare(
     walk = _Walk(schema, place)
     root = walk.visit(schema, place, 0, False)
     walk.prove_one_ofs()
+    walk.narrow_numbers()
     return PreparedSchema(complete(root.schema, walk.definitions, options), root, walk.definitions, options)
 
 
@@ -154,6 +158,7 @@ class _Walk:
         self._nodes: dict[tuple[int, bool], tuple[str, Node]] = {}  # definitions, by the identity of their schema
         self._count = 0
         self.one_ofs: list[dict[str, Any]] = []
+        self._bounded: list[Node] = []
         self._base = root.get("$id", root.get("id", "")) if isinstance(root, dict) else ""
 
     def visit(self, schema: Any, place: str, depth: int, open: bool) -> Node:
@@ -178,6 +183,8 @@ class _Walk:
                 keyword(sub, key, value)
         _infer_type(node.schema)
         _close(node.schema, open)
+        if node.schema.keys() & set(_BOUNDS):
+            self._bounded.append(node)
         return node
 
     def refer(self, reference: Any, place: str, depth: int, open: bool) -> tuple[str, Node]:
@@ -229,6 +236,12 @@ class _Walk:
             pairs = ((one, other) for i, one in enumerate(branches) for other in branches[:i])
             if "anyOf" not in schema and all(disjoint(one, other, self.definitions) for one, other in pairs):
                 schema["anyOf"] = schema.pop("oneOf")
+
+    def narrow_numbers(self) -> None:
+        """Write the bounds of numbers so that they are enforced; after `prove_one_ofs`, which needs them as sent."""
+        for node in self._bounded:
+            if (problem := narrow(node.schema)) is not None:
+                raise _unsupported(f"{node.place}.{problem[0]}", problem[1])
 
     def _named_properties(self, schema: dict[str, Any], place: str) -> dict[str, Any]:
         """Return a schema without propertyNames, if they can be said otherwise: pydantic's dict[Literal[...], ...]."""
@@ -317,11 +330,20 @@ def _required(sub: _Sub, key: str, value: Any) -> None:
 def _enum(sub: _Sub, key: str, value: Any) -> None:
     if not isinstance(value, list) or not value:
         raise sub.wrong(key, f"is {_shown(value)}, but must be a list of at least one value")
+    for i, one in enumerate(value):
+        _check_value(sub, f"{key}[{i}]", one)
     sub.put(key, value)
 
 
 def _const(sub: _Sub, key: str, value: Any) -> None:
+    _check_value(sub, key, value)
     sub.put(key, value)
+
+
+def _check_value(sub: _Sub, key: str, value: Any) -> None:
+    """Raise ParameterError for a value of a length that stalls whoever asks what a grammar forces."""
+    if isinstance(value, str | list | dict) and (size := len(json.dumps(value))) > MAX_VALUE_BYTES:
+        raise sub.wrong(key, f"has {size} bytes of JSON, but a value may have at most {MAX_VALUE_BYTES}")
 
 
 def _pattern(sub: _Sub, key: str, value: Any) -> None:

@@ -9,6 +9,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -25,17 +26,36 @@ KEPT = 64
 """Compiled grammars that are kept for further requests."""
 MOST_THREADS = 8
 """Threads that compute masks: each takes tens of microseconds."""
+MOST_FORCED = 2048
+"""Tokens that are forced in a row, of which no more are looked for: finding tens of thousands takes half a second."""
 _UNFINISHED = re.compile(rb"(?:[\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})\Z")
 """A first byte of UTF-8, with fewer bytes behind it than it announces."""
 EVERYTHING = -1
 """The word of a mask that allows all of its 32 tokens."""
 
 
+@dataclass(slots=True)
+class CompiledGrammar:
+    """A compiled grammar, at the beginning of an answer."""
+
+    start: LLMatcher
+    forces_much: bool = False
+    """Somewhere it forces so many tokens that it is not asked any more which."""
+
+    def forced(self, place: LLMatcher) -> tuple[list[int], LLMatcher]:
+        """Return the tokens that must come next at a place in an answer, and the place after them."""
+        ahead = place.deep_copy()  # in a microsecond; the limits that it runs into are its own
+        tokens: list[int] = ahead.compute_ff_tokens()
+        self.forces_much = self.forces_much or len(tokens) > MOST_FORCED or ahead.is_error()
+        return ([] if ahead.is_error() else tokens[:MOST_FORCED]), ahead
+
+
 class Matcher:
     """The place of one answer in a grammar. Tokens are consumed, and can be taken back."""
 
-    def __init__(self, inner: LLMatcher, vocabulary: LLTokenizer, unfinished: np.ndarray) -> None:
-        self._inner = inner
+    def __init__(self, compiled: CompiledGrammar, vocabulary: LLTokenizer, unfinished: np.ndarray) -> None:
+        self._compiled = compiled
+        self._inner = compiled.start.deep_copy()
         self.unfinished = unfinished
         """The tokens that end within a character which they begin, as a mask: (words,) int32."""
         self._ends = frozenset(vocabulary.eos_tokens)
@@ -82,14 +102,14 @@ class Matcher:
         return end + accepting
 
     def forced(self) -> list[int]:
-        """Return the tokens that must come next; the last one may end the answer."""
-        inner = self._inner
-        tokens: list[int] = inner.compute_ff_tokens()
-        count = inner.try_consume_tokens(tokens) if tokens else 0
-        if count == len(tokens) and self._ends and inner.is_stopped() and not inner.is_error():
+        """Return the tokens that must come next; the last one may end the answer. None of a grammar that has forced
+        more than MOST_FORCED in a row."""
+        if self._compiled.forces_much:
+            return []
+        tokens, ahead = self._compiled.forced(self._inner)
+        count = ahead.try_consume_tokens(tokens) if tokens else 0
+        if count == len(tokens) and self._ends and ahead.is_stopped() and not ahead.is_error():
             tokens = [*tokens, min(self._ends)]
-        if count:
-            inner.rollback(count)
         return tokens
 
     @property
@@ -136,12 +156,12 @@ class Compiler:
         self._load = load
         self._vocabulary: LLTokenizer | None = None
         self._unfinished = np.zeros(0, dtype=np.int32)
-        self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._kept: OrderedDict[str, CompiledGrammar] = OrderedDict()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="grammar")
         self.executor = LLExecutor(max(1, min(MOST_THREADS, (os.cpu_count() or 2) // 2)))
         """Computes masks of several matchers in parallel."""
 
-    def start(self, grammar: Grammar) -> Matcher | Future[LLMatcher]:
+    def start(self, grammar: Grammar) -> Matcher | Future[CompiledGrammar]:
         """Return a matcher at the beginning of an answer, or where the grammar is new, a future for `finish`."""
         known = self._kept.get(grammar.source)
         if known is None:
@@ -149,7 +169,7 @@ class Compiler:
         self._kept.move_to_end(grammar.source)
         return self._matcher(known)
 
-    def finish(self, grammar: Grammar, compiled: Future[LLMatcher]) -> Matcher:
+    def finish(self, grammar: Grammar, compiled: Future[CompiledGrammar]) -> Matcher:
         """Return the matcher of a future that is done. Raises ParameterError for a grammar that does not compile, and
         ModelError without a vocabulary for it."""
         fresh = compiled.result()
@@ -161,18 +181,20 @@ class Compiler:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _matcher(self, compiled: LLMatcher) -> Matcher:
+    def _matcher(self, compiled: CompiledGrammar) -> Matcher:
         assert self._vocabulary is not None
-        return Matcher(compiled.deep_copy(), self._vocabulary, self._unfinished)
+        return Matcher(compiled, self._vocabulary, self._unfinished)
 
-    def _compile(self, source: str) -> LLMatcher:
+    def _compile(self, source: str) -> CompiledGrammar:
         if self._vocabulary is None:
             vocabulary = self._load()
             self._unfinished, self._vocabulary = unfinished_tokens(vocabulary), vocabulary
         matcher = LLMatcher(self._vocabulary, source, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise ParameterError("grammar", f"the grammar cannot be compiled: {matcher.get_error()}")
-        return matcher
+        compiled = CompiledGrammar(matcher)
+        compiled.forced(matcher)  # the first time takes longest
+        return compiled
 
 
 def unfinished_tokens(vocabulary: LLTokenizer) -> np.ndarray:

@@ -18,6 +18,7 @@ from pilotfish.text.grammar.json_schema import prepare
 from pilotfish.text.grammar.structural_tag import structural_tag
 
 MAX_CHOICES = 10_000
+MAX_CHOICE_LENGTH = 16 * 1024
 MAX_PATTERN_LENGTH = 100_000
 
 Kind = Literal["json_schema", "regex", "choice", "grammar", "structural_tag"]
@@ -94,4 +95,7 @@ def choice(texts: Any, place: str) -> Grammar:
         raise ParameterError(place, f"{place} must be a list of strings, none of them empty")
     if len(texts) > MAX_CHOICES:
         raise ParameterError(place, f"{place} has {len(texts)} strings, but may have at most {MAX_CHOICES}")
+    if (longest := max(map(len, texts))) > MAX_CHOICE_LENGTH:
+        message = f"{place} has a string of {longest} characters, but each may have at most {MAX_CHOICE_LENGTH}"
+        raise ParameterError(place, message)
     return compose.choice(texts)

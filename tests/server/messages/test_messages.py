@@ -246,8 +246,16 @@ async def test_pings_come_while_nothing_else_does(monkeypatch: pytest.MonkeyPatc
     go = asyncio.Event()
     app = ScriptedApp(lambda request: [go, *say(request, [5], [6])], tokenizer=tokenizer)
     app.engine.info = msgspec.structs.replace(INFO, max_model_len=1024)
-    asyncio.get_running_loop().call_later(0.1, go.set)
-    kinds = [event["type"] for event in await streamed(app)]
+
+    async def after_a_while() -> None:
+        for _ in range(8):  # one after the other, so that the pings between them come on a busy machine, too
+            await asyncio.sleep(0.02)
+        go.set()
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(after_a_while())
+        stream = tasks.create_task(streamed(app))
+    kinds = [event["type"] for event in stream.result()]
     begin = kinds.index("content_block_start")
     assert kinds[:3] == ["message_start", "ping", "ping"]
     assert set(kinds[1:begin]) == {"ping"}

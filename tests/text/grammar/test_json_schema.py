@@ -141,7 +141,7 @@ def test_every_answer_validates(name: str) -> None:
         ({"enum": []}, ".enum", "at least one"),
         ({"enum": [float("nan")]}, "", "not valid JSON"),
         ({"const": "\ud800"}, "", "not valid JSON"),
-        ({"minimum": 10**400}, "", "out of range"),
+        ({"minimum": 10**400}, ".minimum", "cannot be enforced"),
         ({"multipleOf": 0}, ".multipleOf", "greater than 0"),
         ({"properties": 5}, ".properties", "a schema for each name"),
         ({"required": "a"}, ".required", "property names"),
