@@ -10,10 +10,11 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pilotfish.engine.kernels.protocol import Gate
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.sampling.device_sampler import draw_keyed
 from pilotfish.engine.sampling.noise import row_key
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROWS = 3
+FEW, MANY, ONE = slice(0, ROWS), slice(0, 64), slice(1, 2)
+"""Rows of products."""
 BOUNDS = {torch.float32: 64.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 """Largest difference, in units in the last place of a number, or of its row's root mean square if that is larger. The
 order of a norm's sum may move a number over the edge between two; numbers of 16 bits are rounded up to three times."""
@@ -53,9 +56,11 @@ def checked_triton(
     """The Triton kernels without those that fail here; torch's if there is no Triton, or nothing of it is left. `fp8`:
     whether the device computes in it."""
     try:
+        from pilotfish.engine.kernels.few import can_multiply
         from pilotfish.engine.kernels.triton import FUSED, TritonKernels
 
-        kernels = TritonKernels()
+        dependent, few = False, device if can_multiply(device) else None
+        kernels = TritonKernels(dependent=dependent, few=few)
     except Exception as error:  # also what a broken installation raises
         logger.warning("kernels: torch's operators, since Triton cannot be used (%s)", _short(error))
         return TorchKernels()
@@ -64,7 +69,7 @@ def checked_triton(
         if name not in failed and (reason := why_not(mine, its)):
             failed.add(name)
             logger.warning("kernels: torch's operators in the place of Triton's %r, %s", name, reason)
-    return TorchKernels() if failed >= set(FUSED) else TritonKernels(failed)
+    return TorchKernels() if failed >= set(FUSED) else TritonKernels(failed, dependent, few)
 
 
 def why_not(mine: Callable[[], Results], its: Callable[[], Results]) -> str | None:
@@ -146,6 +151,8 @@ def _trials(
     yield "gate", lambda: (kernels.gelu_mul(gate_up),), lambda: (plain.gelu_mul(gate_up),)
     for wide in (hidden, gate_up) if fp8 else ():
         yield "quantize", partial(_scaled, triton.quantized, wide), partial(_scaled, quantize, wide)
+    if "few" in kernels.used:
+        yield from _products(kernels, device, dtype, sizes, fp8)
     yield "race", lambda: (triton.race(logits, keys, temperatures),), lambda: (draw_keyed(logits, keys, temperatures),)
 
 
@@ -154,3 +161,36 @@ def _scaled(by: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], x: 
     the next one of fp8."""
     numbers, scale = by(x)
     return scale.half(), (numbers.float() * scale).square().sum(1).to(torch.bfloat16)
+
+
+def _products(
+    kernels: TritonKernels, device: torch.device, dtype: torch.dtype, sizes: Sizes, fp8: bool
+) -> Iterator[Trial]:
+    """Of the products with few rows: their numbers, and whether a row has the same bits alone and among others."""
+    plain, generator = TorchKernels(), torch.Generator(device).manual_seed(0)
+    attended, hidden, inner = sizes.heads * sizes.head_dim, sizes.hidden, sizes.intermediate
+    shapes: list[tuple[int, int, Gate | None]]
+    shapes = [(attended + 2 * sizes.kv_heads * sizes.head_dim, hidden, None), (hidden, attended, None)]
+    shapes += [(2 * inner, hidden, "silu"), (hidden, inner, None)]
+    for outputs, depth, gate in shapes:
+        x, weight = (torch.randn(rows, depth, generator=generator, device=device) for rows in (MANY.stop, outputs))
+        weight.mul_(depth**-0.5)
+        prepared = [plain.prepare_linear(weight.to(dtype))]
+        if fp8 and not outputs % 16 and not depth % 16:
+            stored, scale = quantize(weight)
+            prepared.append(plain.prepare_linear(stored, None, scale))
+        del weight
+        for linear in prepared:
+            of = partial(_product, linear, gate, x.to(dtype))
+            yield "few", partial(of, kernels, FEW), partial(of, plain, FEW)
+            yield "few", partial(_bits, of, kernels, MANY), partial(_bits, of, kernels, ONE)
+
+
+def _product(linear: Any, gate: Gate | None, x: torch.Tensor, by: TorchKernels, rows: slice) -> Results:
+    return (by.linear(x[rows], linear) if gate is None else by.gated_linear(x[rows], linear, gate),)
+
+
+def _bits(of: Callable[[TorchKernels, slice], Results], by: TorchKernels, rows: slice) -> Results:
+    """The bits of row 1's result, as whole numbers."""
+    (result,) = of(by, rows)
+    return (result[1 - rows.start].view(torch.int16 if result.itemsize == 2 else torch.int32),)

@@ -22,6 +22,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from pilotfish.engine.kernels.memory import Arena
+from pilotfish.engine.kernels.protocol import Gate
 from pilotfish.engine.weights.blocks import Blocks, joined
 from pilotfish.errors import ConfigError
 
@@ -230,6 +231,10 @@ class NativeKernels:
             weight.in_features,
         )
         return out
+
+    def gated_linear(self, x: torch.Tensor, weight: NativeLinear | NativeBlocks, gate: Gate) -> torch.Tensor:
+        gate_up = self.linear(x, weight)
+        return self.silu_mul(gate_up) if gate == "silu" else self.gelu_mul(gate_up)
 
     def embed(self, ids: torch.Tensor, weight: NativeLinear | NativeBlocks) -> torch.Tensor:
         if isinstance(weight, NativeBlocks):

@@ -7,11 +7,14 @@ Attention over the paged cache has an interface of its own, `engine.layers.atten
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 
 from pilotfish.engine.weights.blocks import Blocks
+
+Gate = Literal["silu", "gelu"]
+"""The activation of a gated MLP: SiLU, or GELU by its tanh approximation."""
 
 
 class PreparedLinear(Protocol):
@@ -52,6 +55,10 @@ class Kernels(Protocol[Prepared]):
 
     def linear(self, x: torch.Tensor, weight: Prepared, residual: torch.Tensor | None = None) -> torch.Tensor:
         """x @ weight.T + bias + residual: (rows, in_features) -> (rows, out_features)."""
+        ...
+
+    def gated_linear(self, x: torch.Tensor, weight: Prepared, gate: Gate) -> torch.Tensor:
+        """`silu_mul` or `gelu_mul` of linear(x, weight): (rows, in_features) -> (rows, out_features / 2)."""
         ...
 
     def embed(self, ids: torch.Tensor, weight: Prepared) -> torch.Tensor:

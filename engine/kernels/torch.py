@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from pilotfish.engine.kernels import paged
 from pilotfish.engine.kernels.fp8 import Fp8Linear, fp8_linear, prepare_fp8
+from pilotfish.engine.kernels.protocol import Gate
 from pilotfish.engine.weights.blocks import Blocks
 
 
@@ -52,6 +53,10 @@ class TorchKernels:
     ) -> torch.Tensor:
         y = fp8_linear(x, weight) if isinstance(weight, Fp8Linear) else F.linear(x, weight.weight, weight.bias)
         return y if residual is None else y.add_(residual)
+
+    def gated_linear(self, x: torch.Tensor, weight: TorchLinear | Fp8Linear, gate: Gate) -> torch.Tensor:
+        gate_up = self.linear(x, weight)
+        return self.silu_mul(gate_up) if gate == "silu" else self.gelu_mul(gate_up)
 
     def embed(self, ids: torch.Tensor, weight: TorchLinear | Fp8Linear) -> torch.Tensor:
         if isinstance(weight, Fp8Linear):

@@ -1,4 +1,5 @@
-"""Triton kernels for the operators on rows between a layer's matrix products; the products are torch's.
+"""Triton kernels for the operators on rows between a layer's matrix products, and on Hopper for products with few rows
+(`kernels.few`); other products are torch's.
 
 One launch each where torch's operators take up to ten, and a row's result has the same bits among any number of rows
 (see `triton_rows`). torch's CUDA builds bring Triton. `check` compares each with torch's operators before it is used;
@@ -7,20 +8,28 @@ those that fail there are `without`, and computed by torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import triton
 
 from pilotfish.engine.kernels import triton_rows
+from pilotfish.engine.kernels.dependent import options
+from pilotfish.engine.kernels.few import FewRows
 from pilotfish.engine.kernels.fp8 import Fp8Linear, multiply
+from pilotfish.engine.kernels.protocol import Gate
 from pilotfish.engine.kernels.torch import TorchKernels, TorchLinear
+from pilotfish.engine.weights.fp8 import quantize
 
 FUSED = ("rms_norm", "add_norm", "rotate", "gate", "quantize", "race")
-"""The kernels that can be left out, by name."""
+"""The kernels that can be left out, by name; so can "few", where there is that."""
 
 WIDEST = 1 << 15
 """Longest row of a norm: a program holds all of it."""
+
+Launch = Mapping[str, Any]
+PLAIN: Launch = options(False)
 
 _PIECE = 1024
 """Columns of the vocabulary that a program looks at."""
@@ -31,26 +40,47 @@ _WINDOW = 4096
 class TritonKernels(TorchKernels):
     fuses = True
 
-    def __init__(self, without: Iterable[str] = ()) -> None:
-        """`without`: names of FUSED that torch's operators compute."""
-        self.used = frozenset(FUSED) - frozenset(without)
+    def __init__(self, without: Iterable[str] = (), dependent: bool = False, few: torch.device | None = None) -> None:
+        """without: names of kernels that torch has to stand for; dependent: whether kernels are launched before the
+        one in front of them ends (`kernels.dependent`); few: the device, if products with few rows are to be computed
+        by `kernels.few` there."""
+        missing = frozenset(without)
+        self._launch = options(dependent)
+        self._few = FewRows(few, self._launch) if few is not None and "few" not in missing else None
+        self.used = frozenset(FUSED) - missing | ({"few"} if self._few is not None else set())
         self.draws = "race" in self.used
         # What is missing shows in the log and in the metric of the engine's kernels.
-        self.name = "triton" + "".join(f"-{name}" for name in sorted(frozenset(FUSED) - self.used))
+        self.name = "triton" + "".join(f"-{name}" for name in sorted(missing))
 
     def linear(
         self, x: torch.Tensor, weight: TorchLinear | Fp8Linear, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if not isinstance(weight, Fp8Linear) or "quantize" not in self.used:
-            return super().linear(x, weight, residual)
-        y = multiply(*quantized(x), weight, x.dtype)
+        y = self._few_rows(x, weight, None)
+        if y is None:
+            if not isinstance(weight, Fp8Linear) or "quantize" not in self.used:
+                return super().linear(x, weight, residual)
+            y = multiply(*quantized(x, self._launch), weight, x.dtype)
         return y if residual is None else y.add_(residual)
+
+    def gated_linear(self, x: torch.Tensor, weight: TorchLinear | Fp8Linear, gate: Gate) -> torch.Tensor:
+        y = self._few_rows(x, weight, gate)
+        return super().gated_linear(x, weight, gate) if y is None else y
+
+    def _few_rows(self, x: torch.Tensor, weight: TorchLinear | Fp8Linear, gate: Gate | None) -> torch.Tensor | None:
+        """The linear by the kernel for few rows; None: it does not take these."""
+        few = self._few
+        if few is None or (tiling := few.takes(x, weight.weight, gate)) is None:
+            return None
+        if isinstance(weight, TorchLinear):
+            return few.linear(x, weight, tiling, gate) if weight.weight.dtype == x.dtype else None
+        scaled = quantized(x, self._launch) if "quantize" in self.used else quantize(x)
+        return few.fp8_linear(scaled, weight, tiling, gate, x.dtype)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         if "rms_norm" not in self.used or x.shape[-1] > WIDEST:
             return super().rms_norm(x, weight, eps)
         if x.dim() == 2:
-            return _add_norm(x, None, None, weight, eps)[1]
+            return _add_norm(x, None, None, weight, eps, self._launch)[1]
         rows, heads, size = x.shape
         x = _by_rows(x)
         out = x.new_empty(rows, heads, size)
@@ -61,6 +91,7 @@ class TritonKernels(TorchKernels):
                 BLOCK=block,
                 num_warps=_warps(block),
                 enable_fp_fusion=False,
+                **self._launch,
             )
         return out
 
@@ -74,12 +105,12 @@ class TritonKernels(TorchKernels):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if "add_norm" not in self.used or hidden.shape[-1] > WIDEST:
             return super().add_norm(hidden, change, post_weight, weight, eps)
-        return _add_norm(hidden, change, post_weight, weight, eps)
+        return _add_norm(hidden, change, post_weight, weight, eps, self._launch)
 
     def rotate_(self, x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor) -> None:
         if "rotate" not in self.used or x.stride(-1) != 1:
             return super().rotate_(x, positions, cos_sin)
-        _rotate(x, x.shape[1], 0, None, positions, cos_sin, 0.0, None)
+        _rotate(x, x.shape[1], 0, None, positions, cos_sin, 0.0, None, self._launch)
 
     def rotate_and_write(
         self,
@@ -95,14 +126,14 @@ class TritonKernels(TorchKernels):
         if "rotate" not in self.used or not qkv.is_contiguous():
             return super().rotate_and_write(qkv, kv_heads, norms, positions, cos_sin, eps, cache, slots)
         heads = qkv.shape[1] - 2 * kv_heads
-        _rotate(qkv, heads, kv_heads, norms, positions, cos_sin, eps, (*cache, slots))
+        _rotate(qkv, heads, kv_heads, norms, positions, cos_sin, eps, (*cache, slots), self._launch)
         return qkv[:, :heads]
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return _gated(gate_up, gelu=False) if "gate" in self.used else super().silu_mul(gate_up)
+        return _gated(gate_up, False, self._launch) if "gate" in self.used else super().silu_mul(gate_up)
 
     def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return _gated(gate_up, gelu=True) if "gate" in self.used else super().gelu_mul(gate_up)
+        return _gated(gate_up, True, self._launch) if "gate" in self.used else super().gelu_mul(gate_up)
 
 
 def _by_rows(x: torch.Tensor) -> torch.Tensor:
@@ -121,6 +152,7 @@ def _add_norm(
     post_weight: torch.Tensor | None,
     weight: torch.Tensor | None,
     eps: float,
+    launch: Launch,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, size = hidden.shape
     hidden = _by_rows(hidden)
@@ -147,6 +179,7 @@ def _add_norm(
             BLOCK=block,
             num_warps=_warps(block),
             enable_fp_fusion=False,
+            **launch,
         )
     return total, normed
 
@@ -160,6 +193,7 @@ def _rotate(
     cos_sin: torch.Tensor,
     eps: float,
     written: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    launch: Launch,
 ) -> None:
     rows, every, dim = qkv.shape
     q_norm, k_norm = norms if norms is not None else (cos_sin, cos_sin)
@@ -176,10 +210,11 @@ def _rotate(
             WRITTEN=written is not None,
             num_warps=1,
             enable_fp_fusion=False,
+            **launch,
         )
 
 
-def _gated(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
+def _gated(gate_up: torch.Tensor, gelu: bool, launch: Launch) -> torch.Tensor:
     rows, double = gate_up.shape
     size = double // 2
     gate_up = _by_rows(gate_up)
@@ -192,11 +227,12 @@ def _gated(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
             BLOCK=block,
             num_warps=4,
             enable_fp_fusion=False,
+            **launch,
         )
     return out
 
 
-def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantized(x: torch.Tensor, launch: Launch = PLAIN) -> tuple[torch.Tensor, torch.Tensor]:
     """`engine.weights.fp8.quantize` in one launch: (rows, size) -> float8_e4m3fn, and scales (rows, 1) float32."""
     rows, size = x.shape
     x = _by_rows(x)
@@ -208,11 +244,14 @@ def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             BLOCK=min(_WINDOW, triton.next_power_of_2(size)),
             num_warps=8,
             enable_fp_fusion=False,
+            **launch,
         )
     return out, scales
 
 
-def race(logits: torch.Tensor, keys: torch.Tensor, temperatures: torch.Tensor | None = None) -> torch.Tensor:
+def race(
+    logits: torch.Tensor, keys: torch.Tensor, temperatures: torch.Tensor | None = None, launch: Launch = PLAIN
+) -> torch.Tensor:
     """Draw a token of each row, argmax(logit - log E), with the noise of `sampling.noise`: logits (rows, vocab), -inf
     for what may not be drawn; keys (rows,) int64, the rows' -> (rows,) int64.
 
@@ -231,7 +270,7 @@ def race(logits: torch.Tensor, keys: torch.Tensor, temperatures: torch.Tensor | 
     if temperatures is not None:
         highest = torch.empty_like(scores)
         triton_rows.highest_of_pieces[(rows, pieces)](
-            logits, highest, logits.stride(0), vocab, PIECE=_PIECE, num_warps=4
+            logits, highest, logits.stride(0), vocab, PIECE=_PIECE, num_warps=4, **launch
         )
     power = triton.next_power_of_2(pieces)
     triton_rows.race_pieces[(rows, pieces)](
@@ -242,6 +281,7 @@ def race(logits: torch.Tensor, keys: torch.Tensor, temperatures: torch.Tensor | 
         SCALED=temperatures is not None,
         num_warps=4,
         enable_fp_fusion=False,
+        **launch,
     )
-    triton_rows.finish_race[(rows,)](scores, columns, tokens, pieces, PIECES=power, num_warps=1)
+    triton_rows.finish_race[(rows,)](scores, columns, tokens, pieces, PIECES=power, num_warps=1, **launch)
     return tokens

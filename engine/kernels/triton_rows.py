@@ -14,9 +14,19 @@ import os
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Whether the kernels run in Triton's interpreter, which has not CUDA's functions, and rounds towards zero."""
+
+
+@triton.jit
+def follow(DEPENDENT: tl.constexpr):
+    """If the kernel is launched before the one in front of it ends (CUDA's programmatic dependent launch): let the next
+    one be launched, and wait for all that was launched before to end."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit
@@ -83,7 +93,9 @@ def add_norm_rows(
     POST: tl.constexpr,  # whether the change is normed
     NORMED: tl.constexpr,  # whether `normed` is wanted
     BLOCK: tl.constexpr,  # size, up to a power of two
+    DEPENDENT: tl.constexpr,  # see `follow`
 ):
+    follow(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < size
@@ -110,7 +122,9 @@ def norm_heads(
     size,
     eps,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,  # see `follow`
 ):
+    follow(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     at = tl.arange(0, BLOCK)
@@ -140,7 +154,9 @@ def rotate_heads(
     WHOLE: tl.constexpr,  # DIM, up to a power of two
     NORMED: tl.constexpr,  # whether queries and keys are normed first
     WRITTEN: tl.constexpr,  # whether keys and values go to the cache; else `qkv` has heads to rotate alone
+    DEPENDENT: tl.constexpr,  # see `follow`
 ):
+    follow(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     kind = qkv.dtype.element_ty
@@ -182,20 +198,8 @@ def rotate_heads(
 
 
 @triton.jit
-def gate_rows(
-    gate_up,  # (rows, 2 * size), gate first
-    out,  # (rows, size)
-    row_stride,
-    size,
-    GELU: tl.constexpr,  # GELU by its tanh approximation, or SiLU
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    kind = out.dtype.element_ty
-    x = tl.load(gate_up + row * row_stride + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * row_stride + size + at, mask=inside, other=0.0).to(tl.float32)
+def activation(x, GELU: tl.constexpr):
+    """GELU by its tanh approximation, or SiLU, of float32."""
     if GELU:
         inner = 0.7978845608028654 * (x + 0.044715 * (x * x * x))
         if not INTERPRETED:
@@ -204,12 +208,33 @@ def gate_rows(
             shrunk = tl.exp(-2.0 * tl.abs(inner))
             tanh = (1.0 - shrunk) / (1.0 + shrunk)
             tanh = tl.where(inner < 0.0, -tanh, tanh)
-        gate = 0.5 * x * (1.0 + tanh)
+        result = 0.5 * x * (1.0 + tanh)
     elif not INTERPRETED:
-        gate = tl.div_rn(x, 1.0 + libdevice.exp(-x))
+        result = tl.div_rn(x, 1.0 + libdevice.exp(-x))
     else:
-        gate = x / (1.0 + tl.exp(tl.minimum(-x, 88.0)))
-    tl.store(out + row * size + at, rounded(rounded(gate, kind).to(tl.float32) * up, kind), mask=inside)
+        result = x / (1.0 + tl.exp(tl.minimum(-x, 88.0)))
+    return result
+
+
+@triton.jit
+def gate_rows(
+    gate_up,  # (rows, 2 * size), gate first
+    out,  # (rows, size)
+    row_stride,
+    size,
+    GELU: tl.constexpr,  # GELU by its tanh approximation, or SiLU
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,  # see `follow`
+):
+    follow(DEPENDENT)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    kind = out.dtype.element_ty
+    x = tl.load(gate_up + row * row_stride + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * row_stride + size + at, mask=inside, other=0.0).to(tl.float32)
+    opened = rounded(activation(x, GELU), kind).to(tl.float32)
+    tl.store(out + row * size + at, rounded(opened * up, kind), mask=inside)
 
 
 @triton.jit
@@ -220,8 +245,10 @@ def quantize_rows(
     row_stride,
     size,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,  # see `follow`
 ):
     """`weights.fp8.quantize`, to the bit of torch's operators on the CPU."""
+    follow(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), tl.float32)
@@ -263,7 +290,9 @@ def highest_of_pieces(
     row_stride,
     vocab,
     PIECE: tl.constexpr,  # columns of a piece
+    DEPENDENT: tl.constexpr,  # see `follow`
 ):
+    follow(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     at = piece * PIECE + tl.arange(0, PIECE)
@@ -284,7 +313,9 @@ def race_pieces(
     PIECE: tl.constexpr,
     PIECES: tl.constexpr,  # pieces, up to a power of two
     SCALED: tl.constexpr,  # whether logits are to be scaled: (logit - highest) / temperature
+    DEPENDENT: tl.constexpr,  # see `follow`
 ):
+    follow(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     pieces = tl.num_programs(1)
@@ -315,7 +346,9 @@ def finish_race(
     tokens,  # (rows,) int64
     pieces,
     PIECES: tl.constexpr,
+    DEPENDENT: tl.constexpr,  # see `follow`
 ):
+    follow(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     each = tl.arange(0, PIECES)
     there = each < pieces

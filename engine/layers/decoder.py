@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from pilotfish.engine.kernels.protocol import Kernels, PreparedLinear
+from pilotfish.engine.kernels.protocol import Gate, Kernels, PreparedLinear
 from pilotfish.engine.layers.attention.backend import AttentionBatch, AttentionParams, LayerCache
 from pilotfish.engine.layers.communicator import Communicator
-
-Gate = Literal["silu", "gelu"]
-"""The activation of a gated MLP: SiLU, or GELU by its tanh approximation."""
 
 
 class Adapter(Protocol):
@@ -91,9 +88,12 @@ class DenseMlp:
     gate: Gate
 
     def forward(self, linears: Linears, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        gate_up = linears.apply("gate_up", x, self.gate_up)
         kernels = linears.kernels
-        gated = kernels.silu_mul(gate_up) if self.gate == "silu" else kernels.gelu_mul(gate_up)
+        if linears.adapter is None:
+            gated = kernels.gated_linear(x, self.gate_up, self.gate)
+        else:  # which changes what the activation is applied to
+            gate_up = linears.apply("gate_up", x, self.gate_up)
+            gated = kernels.silu_mul(gate_up) if self.gate == "silu" else kernels.gelu_mul(gate_up)
         return linears.summed("down", gated, self.down, residual)
 
 

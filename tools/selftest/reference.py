@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import torch
 
+from pilotfish.engine.kernels.protocol import Gate
 from pilotfish.engine.layers.attention.backend import AttentionBatch, AttentionParams, LayerCache
 from pilotfish.engine.weights.blocks import Blocks
 from pilotfish.engine.weights.fp8 import LARGEST
@@ -70,6 +71,10 @@ class ReferenceKernels:
         if weight.bias is not None:
             y = y + weight.bias
         return y if residual is None else y + residual.to(self.dtype)
+
+    def gated_linear(self, x: torch.Tensor, weight: ReferenceLinear, gate: Gate) -> torch.Tensor:
+        gate_up = self.linear(x, weight)
+        return self.silu_mul(gate_up) if gate == "silu" else self.gelu_mul(gate_up)
 
     def embed(self, ids: torch.Tensor, weight: ReferenceLinear) -> torch.Tensor:
         return weight.weight[ids]

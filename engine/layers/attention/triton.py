@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from pilotfish.engine.kernels.dependent import may_depend, options
 from pilotfish.engine.layers.attention.backend import AttentionBatch, AttentionParams, LayerCache
 from pilotfish.engine.layers.attention.cache import allocate_paged, write
 from pilotfish.engine.layers.attention.triton_kernels import attend_spans, sum_parts
@@ -61,14 +62,15 @@ def long_tiling(group: int, padded: int, itemsize: int) -> Tiling:
 
 
 class TritonAttention:
-    """processors: multiprocessors of the device, over which long contexts are divided."""
+    """processors: multiprocessors of the device, over which long contexts are divided; dependent: whether kernels are
+    launched before the one in front of them ends (`kernels.dependent`)."""
 
     name = "triton"
     block_size = 64
     capturable = True
 
-    def __init__(self, processors: int) -> None:
-        self.processors = processors
+    def __init__(self, processors: int, dependent: bool = False) -> None:
+        self.processors, self._launch = processors, options(dependent)
 
     allocate = staticmethod(allocate_paged)
 
@@ -147,6 +149,7 @@ class TritonAttention:
                 WIDEN=INTERPRETED,
                 num_warps=tiling.warps,
                 num_stages=tiling.stages,
+                **self._launch,
             )
 
         launch(tiling, tiles, divided, several, "parts" if divided > 1 else "fold", 1, SHORT)
@@ -167,6 +170,7 @@ class TritonAttention:
                 SINKS=params.sinks is not None,
                 AT_ONCE=8,
                 num_warps=1,
+                **self._launch,
             )
         return out
 
@@ -183,4 +187,4 @@ def load_triton(device: torch.device) -> TritonAttention:
     processors = 1
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return TritonAttention(processors)
+    return TritonAttention(processors, may_depend(device))

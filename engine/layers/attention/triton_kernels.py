@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pilotfish.engine.kernels.triton_rows import follow
+
 OCTAVES = tl.constexpr(16)
 """Most doublings of the context after the first 32 splits."""
 
@@ -85,7 +87,9 @@ def attend_spans(
     SHORTEST: tl.constexpr,  # lengths of the spans that this launch computes
     LONGEST: tl.constexpr,
     WIDEN: tl.constexpr,  # whether products take their factors as float32: Triton's interpreter knows no bfloat16
+    DEPENDENT: tl.constexpr,  # see `triton_rows.follow`
 ):
+    follow(DEPENDENT)
     ROWS: tl.constexpr = TILE // GROUP
     KV_HEADS: tl.constexpr = HEADS // GROUP
     tile = tl.program_id(0)
@@ -226,8 +230,10 @@ def sum_parts(
     PADDED: tl.constexpr,
     SINKS: tl.constexpr,
     AT_ONCE: tl.constexpr,  # splits whose loads are under way together
+    DEPENDENT: tl.constexpr,  # see `triton_rows.follow`
 ):
     """Fold a row's splits in ascending order: a program for each row and head."""
+    follow(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     first = tl.maximum(tl.load(ranges + row * 2), 0)

@@ -48,7 +48,7 @@ def does_not_compile(*_: object) -> torch.Tensor:
     [(wrong_by_a_little, r"'gate', whose numbers differ .* by up to \d+"), (does_not_compile, "C compiler")],
 )
 def test_one_that_fails_is_torchs(monkeypatch, caplog, broken, says: str) -> None:
-    monkeypatch.setattr(triton, "_gated", lambda gate_up, gelu: broken(gate_up))
+    monkeypatch.setattr(triton, "_gated", lambda gate_up, gelu, launch: broken(gate_up))
     kernels = checked_triton(CPU, torch.bfloat16, torch.bfloat16, SIZES, fp8=False)
     assert isinstance(kernels, triton.TritonKernels)
     assert kernels.used == set(triton.FUSED) - {"gate"}
@@ -76,3 +76,21 @@ def test_without_a_gpu_they_are_refused(tiny, monkeypatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ConfigError, match=r"kernels is 'triton', but .* NVIDIA GPUs, not on cpu"):
         choose_platform(EngineConfig(model="m", device="cpu", kernels="triton"), shape)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_products_with_few_rows(monkeypatch, caplog, broken: bool) -> None:
+    """On a device that they are for they are compared, too: numbers, and a row's bits beside other rows."""
+    few = pytest.importorskip("pilotfish.engine.kernels.few")
+    monkeypatch.setattr(few, "can_multiply", lambda device: True)
+    monkeypatch.setattr(few, "SMALLEST", 0)
+    multiply = few.multiply
+    if broken:  # for several rows alone
+        monkeypatch.setattr(few, "multiply", lambda x, *rest, **named: multiply(x, *rest, **named) * (1 + len(x) // 64))
+    kernels = checked_triton(CPU, torch.bfloat16, torch.bfloat16, SIZES, fp8=True)
+    assert isinstance(kernels, triton.TritonKernels)
+    assert kernels.name == ("triton-few" if broken else "triton")
+    assert ("few" in kernels.used) == (not broken)
+    assert [each.getMessage() for each in caplog.records if "'few', whose numbers differ" in each.getMessage()] or (
+        not broken
+    )
