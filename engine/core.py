@@ -34,7 +34,7 @@ from pilotfish.engine.memory.cache_events import CacheOrigin
 from pilotfish.engine.memory.usage import MemoryMeter
 from pilotfish.engine.models.features import FeatureTap
 from pilotfish.engine.params import MAX_SEED
-from pilotfish.engine.request import Delta, EngineInfo, FinishReason, Request, check_request, drafters_of
+from pilotfish.engine.request import GRAMMAR_LIMIT, Delta, EngineInfo, FinishReason, Request, check_request, drafters_of
 from pilotfish.engine.sampling.device_sampler import why_not_keyed
 from pilotfish.engine.sampling.logit_spans import LogitSpan
 from pilotfish.engine.sampling.logprobs import token_logprobs
@@ -492,8 +492,8 @@ class EngineCore:
         problem = None
         if sequence.grammar is not None:
             sequence.grammar.advance(tokens)
-            if reason is None and (problem := sequence.grammar.problem or None):
-                reason = "error"
+            if reason is None and (limit := sequence.grammar.problem):
+                reason, problem = "error", f"{GRAMMAR_LIMIT}: {limit}"
         if reason is not None:
             sequence.blocks.commit(sequence.tokens, sequence.computed)  # else in `settle`
         sequence.steps += 1

@@ -11,6 +11,8 @@ from pilotfish.engine.memory.usage import RankMemory
 from pilotfish.engine.params import MAX_SEED, SamplingParams
 from pilotfish.errors import ParameterError, shown
 
+GRAMMAR_LIMIT = "The answer's grammar cannot be followed any further"
+"""How the error of an answer begins whose grammar has run into a limit."""
 FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from pilotfish.engine.process.supervisor import SupervisedEngine
+from pilotfish.engine.request import GRAMMAR_LIMIT
 from pilotfish.errors import EngineDeadError
 from pilotfish.server.errors import SERVER_ERROR, ApiError, cut_short, timed_out
 from pilotfish.server.generation.answer import Answer
@@ -44,6 +45,8 @@ async def follow(engine: SupervisedEngine, answer: Answer, metrics: Metrics) -> 
                         raise timed_out()
                     case "error":
                         message = delta.error or "The engine could not finish this request."
+                        if message.startswith(GRAMMAR_LIMIT):  # what the client has sent is too large
+                            raise ApiError(400, message, code="grammar_too_large")
                         raise ApiError(500, message, type=SERVER_ERROR, code="engine_error")
                 piece = answer.take(delta, metrics)
                 if piece.finish_reason is not None:

@@ -14,7 +14,7 @@ import httpx
 import msgspec
 import pytest
 
-from pilotfish.engine.request import Delta, Request, TokenLogprobs
+from pilotfish.engine.request import GRAMMAR_LIMIT, Delta, Request, TokenLogprobs
 from pilotfish.errors import EngineDeadError
 from pilotfish.logs import JsonFormatter
 from pilotfish.server.config import ServerConfig
@@ -465,3 +465,14 @@ async def test_tokenizer_info_names_the_special_tokens(serving: Any, tokenizer: 
         assert (info["bos_token"], info["eos_token"], info["pad_token"]) == ("<|im_start|>", "<|im_end|>", None)
         assert info["chat_template"] == tokenizer.chat_template
         assert info["model_max_length"] == INFO.max_model_len
+
+
+async def test_a_grammar_that_cannot_be_followed_further_is_the_clients_error() -> None:
+    """Not the server's: it is the grammar that is too large, and the next request may have another."""
+    limit = f"{GRAMMAR_LIMIT}: too many items"
+    served = ScriptedApp(
+        lambda request: [Delta(request_id=request.id, token_ids=(), finish_reason="error", error=limit)]
+    )
+    response = await served.complete()
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["message"]) == (400, "grammar_too_large", limit)

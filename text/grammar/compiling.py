@@ -18,6 +18,10 @@ _SAID = {
     "oneOf constraints": "its alternatives of oneOf may overlap, which a grammar cannot rule out: use anyOf",
 }
 """llguidance's messages, by how they begin, that clients would not understand."""
+SLOW_SECONDS = 0.05
+"""Of a processor's time for a mask, where most take tens of microseconds."""
+MOST_FORCED_AT_FIRST = 16 * 1024
+"""Tokens with which all answers begin. Of those that come later `matcher.MOST_FORCED` is what is looked for."""
 SEARCH_SECONDS = 1.0
 """How long to look for the part of a schema that is at fault."""
 
@@ -56,12 +60,26 @@ def _problem(grammar: Grammar, tokenizer: LLTokenizer) -> str | None:
     """Return what is wrong with a grammar, to follow the parameter's name, or None."""
     matcher = LLMatcher(tokenizer, grammar.source, log_level=0, limits=LIMITS)
     if not matcher.is_error() and not matcher.is_accepting():
-        matcher.compute_bitmask()
+        forced = matcher.compute_ff_tokens()
+        if len(forced) > MOST_FORCED_AT_FIRST or (matcher.is_error() and "ff_tokens" in matcher.get_error()):
+            return f"is too large: all answers would begin with the same {MOST_FORCED_AT_FIRST} tokens and more"
+        if not matcher.is_error() and _is_slow(matcher):
+            return "takes too long to follow: each token would hold up others"
         if matcher.is_stopped() and not matcher.is_error():
             return "allows no text at all"
     if not matcher.is_error():
         return None
     return f"cannot be compiled: {_message(matcher.get_error())}"
+
+
+def _is_slow(matcher: LLMatcher) -> bool:
+    """Compute a mask, and say whether it takes long each time: the first one makes the lexer."""
+    for _ in range(2):
+        started = time.thread_time()
+        matcher.compute_bitmask()
+        if time.thread_time() - started < SLOW_SECONDS:
+            return False
+    return True
 
 
 def _message(error: str) -> str:

@@ -24,6 +24,7 @@ from urllib.parse import unquote
 
 from pilotfish.errors import ParameterError
 from pilotfish.text.grammar.compose import ascii_digits
+from pilotfish.text.grammar.effort import too_hard
 from pilotfish.text.grammar.numbers import narrow
 from pilotfish.text.grammar.overlap import disjoint
 
@@ -112,6 +113,7 @@ def prepare(
     root = walk.visit(schema, place, 0, False)
     walk.prove_one_ofs()
     walk.narrow_numbers()
+    walk.refuse_the_hard()
     return PreparedSchema(complete(root.schema, walk.definitions, options), root, walk.definitions, options)
 
 
@@ -158,7 +160,7 @@ class _Walk:
         self._nodes: dict[tuple[int, bool], tuple[str, Node]] = {}  # definitions, by the identity of their schema
         self._count = 0
         self.one_ofs: list[dict[str, Any]] = []
-        self._bounded: list[Node] = []
+        self._objects: list[Node] = []  # all nodes whose schemas are objects
         self._base = root.get("$id", root.get("id", "")) if isinstance(root, dict) else ""
 
     def visit(self, schema: Any, place: str, depth: int, open: bool) -> Node:
@@ -183,8 +185,7 @@ class _Walk:
                 keyword(sub, key, value)
         _infer_type(node.schema)
         _close(node.schema, open)
-        if node.schema.keys() & set(_BOUNDS):
-            self._bounded.append(node)
+        self._objects.append(node)
         return node
 
     def refer(self, reference: Any, place: str, depth: int, open: bool) -> tuple[str, Node]:
@@ -239,9 +240,15 @@ class _Walk:
 
     def narrow_numbers(self) -> None:
         """Write the bounds of numbers so that they are enforced; after `prove_one_ofs`, which needs them as sent."""
-        for node in self._bounded:
+        for node in self._objects:
             if (problem := narrow(node.schema)) is not None:
                 raise _unsupported(f"{node.place}.{problem[0]}", problem[1])
+
+    def refuse_the_hard(self) -> None:
+        """Raise ParameterError for a schema that would take too long to compile."""
+        found = too_hard([node.schema for node in self._objects], self.definitions)
+        if found is not None:
+            raise _unsupported(self._objects[found[0]].place, found[1])
 
     def _named_properties(self, schema: dict[str, Any], place: str) -> dict[str, Any]:
         """Return a schema without propertyNames, if they can be said otherwise: pydantic's dict[Literal[...], ...]."""

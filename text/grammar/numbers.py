@@ -7,6 +7,9 @@ same numbers or fewer, never others.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from decimal import Decimal
 from typing import Any
 
 from pilotfish.errors import shown
@@ -17,6 +20,12 @@ STEP = 1e-9
 """How far from an exclusive bound numbers begin, beside which there is no other bound."""
 PARTS = 1000
 """Which part of the distance to the other bound it is at most."""
+
+MOST_REMAINDERS = 200_000
+"""Of a multipleOf, in units of its last digit: it is followed by an automaton of the remainders."""
+MOST_ODD_REMAINDERS = 10_000
+"""Of its part without factors 2 and 5, which take no time."""
+MOST_DIGITS = 30
 
 _LOW, _HIGH = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 _EXCLUSIVE = (_LOW[1], _HIGH[1])
@@ -49,3 +58,19 @@ def narrow(schema: dict[str, Any]) -> tuple[str, str] | None:
         known = schema.get(inclusive)
         schema[inclusive] = inner if known is None else (max if sign > 0 else min)(known, inner)
     return None
+
+
+def feasible(multiples: Iterable[Decimal]) -> bool:
+    """Whether the automaton of the numbers that are multiples of all of these is made in less than a second."""
+    numbers = list(multiples)
+    if not numbers:
+        return True
+    unit = min(int(number.as_tuple().exponent) for number in numbers)
+    if unit < -MOST_DIGITS or max(number.adjusted() for number in numbers) > MOST_DIGITS:
+        return True  # llguidance refuses it
+    common = math.lcm(*(int(number.scaleb(-unit)) for number in numbers))
+    odd = common
+    for factor in (2, 5):
+        while odd % factor == 0:
+            odd //= factor
+    return odd == 1 or (odd <= MOST_ODD_REMAINDERS and common <= MOST_REMAINDERS)

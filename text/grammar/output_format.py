@@ -98,4 +98,4 @@ def choice(texts: Any, place: str) -> Grammar:
     if (longest := max(map(len, texts))) > MAX_CHOICE_LENGTH:
         message = f"{place} has a string of {longest} characters, but each may have at most {MAX_CHOICE_LENGTH}"
         raise ParameterError(place, message)
-    return compose.choice(texts)
+    return compose.choice(list(dict.fromkeys(texts)))

@@ -146,6 +146,12 @@ def test_every_answer_validates(name: str) -> None:
         ({"properties": 5}, ".properties", "a schema for each name"),
         ({"required": "a"}, ".required", "property names"),
         ({"enum": ["x" * 600_000]}, "", "at most"),
+        ({"items": {"enum": [1, "x" * 20_000]}}, ".items.enum[1]", "at most 16384"),
+        ({"const": {"a": "x" * 20_000}}, ".const", "at most 16384"),
+        ({"type": "array", "items": {"const": 1}, "minItems": 10**6}, "", "too large"),
+        ({"items": {"multipleOf": 999_999}}, ".items", "too large a multipleOf"),  # these three take minutes
+        ({"items": {"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}}, ".items", "multipleOf, or too many"),
+        ({"items": {"allOf": [{"pattern": f"a.*b{i}"} for i in range(50)]}}, ".items", "more than 16 patterns"),
     ],
 )
 def test_errors_name_their_place(schema: Any, place: str, says: str) -> None:
