@@ -10,8 +10,8 @@ Both ends are here: `TemplateProcess`, for the server, and `main`, for the proce
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import pickle
 import resource
 import select
 import signal
@@ -21,6 +21,8 @@ import sys
 import threading
 import time
 from typing import Any, BinaryIO
+
+import msgspec
 
 START_SECONDS = 60.0
 """Until a process is ready, which takes one second on an idle machine."""
@@ -37,6 +39,7 @@ LARGE = 2**16
 _LENGTH = struct.Struct("<q")
 _READ = 2**20
 _READY, _DONE, _REFUSED, _TOO_LARGE = b"r", b"d", b"e", b"m"
+_MESSAGEPACK, _JSON = b"p", b"j"
 
 
 class TemplateError(Exception):
@@ -56,7 +59,7 @@ class TemplateProcesses:
 
     def render(self, template: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
         """Return the text. Blocks its thread, but no other. Raises TemplateError and TemplateLimitError."""
-        asked = pickle.dumps((template, messages, variables))
+        asked = packed((template, messages, variables))
         return (self._short if len(asked) < LARGE else self._long).render(asked)
 
     def start(self) -> None:
@@ -83,7 +86,7 @@ class TemplateProcess:
             self._started()
 
     def render(self, asked: bytes) -> str:
-        """Return the text of a pickled (template, messages, variables)."""
+        """Return the text of a (template, messages, variables), `packed`."""
         with self._turn:
             process = self._started()
             allowed = self._seconds + len(asked) * SECONDS_PER_BYTE
@@ -157,6 +160,21 @@ class TemplateProcess:
         return bytes(data[_LENGTH.size : _LENGTH.size + 1]), data[_LENGTH.size + 1 :].decode("utf-8", "surrogatepass")
 
 
+def packed(asked: tuple[str, list[dict[str, Any]], dict[str, Any]]) -> bytes:
+    """Return plain values as MessagePack, or as JSON if there are lone surrogates or integers of more than 64 bits
+    among them, both of which clients can send. Raises TypeError for what is no plain value."""
+    try:
+        return _MESSAGEPACK + msgspec.msgpack.encode(asked)
+    except (UnicodeEncodeError, OverflowError):
+        return _JSON + json.dumps(asked).encode()
+
+
+def unpacked(data: bytes) -> Any:
+    """Return what was `packed`, tuples as lists."""
+    form, content = data[:1], memoryview(data)[1:]
+    return msgspec.msgpack.decode(content) if form == _MESSAGEPACK else json.loads(bytes(content))
+
+
 def main() -> None:
     """Answer requests until standard input ends, as it does with the server."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the server's to act on
@@ -168,7 +186,7 @@ def main() -> None:
     _send(target, _READY, "")
     while head := source.read(_LENGTH.size):
         try:
-            template, messages, variables = pickle.loads(source.read(*_LENGTH.unpack(head)))
+            template, messages, variables = unpacked(source.read(*_LENGTH.unpack(head)))
             rendered: Any = render_jinja_template([messages], chat_template=template, **variables)
             kind, text = _DONE, str(rendered[0][0])
             if len(text.encode("utf-8", "surrogatepass")) > MOST_TEXT:

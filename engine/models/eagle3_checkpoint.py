@@ -163,17 +163,17 @@ def _target_ids(folder: Path, config: Eagle3Config, offsets: torch.Tensor) -> to
 
 
 def _load(folder: Path) -> dict[str, torch.Tensor]:
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+
+    from pilotfish.engine.weights import torch_archive
 
     try:
         if (folder / SAFETENSORS).is_file():
             check_file(folder / SAFETENSORS)
             return load_file(str(folder / SAFETENSORS))
         if (folder / PICKLED).is_file():
-            loaded: dict[str, torch.Tensor] = torch.load(folder / PICKLED, map_location="cpu", weights_only=True)
-            return loaded
+            return torch_archive.load(folder / PICKLED)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ModelError(f"cannot read the weights in {folder}: {error}") from error
     raise ModelError(f"{folder} has neither {SAFETENSORS} nor {PICKLED}")

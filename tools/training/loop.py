@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -12,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from pilotfish.tools.training.batches import Batch, held_out_batches, training_batches
 from pilotfish.tools.training.features import FeatureStore
 from pilotfish.tools.training.settings import TrainSettings
 from pilotfish.tools.training.student import Student, Tally
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT = "checkpoint.safetensors"
 WARM_UP = 30
 """Steps over which the learning rate rises."""
 HELD_OUT = 64
@@ -137,13 +140,16 @@ def _precision(settings: TrainSettings) -> Any:
 
 
 def _save(student: Student, optimizer: torch.optim.Optimizer, state: _State, path: Path) -> None:
-    content = {
-        "student": student.state_dict(),
-        "optimizer": optimizer.state_dict(),
+    found = optimizer.state_dict()
+    tensors = {f"student.{name}": each for name, each in student.state_dict().items()}
+    for number, values in found["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": each for name, each in values.items()}
+    about = {
+        "groups": found["param_groups"],
         "state": [state.step, state.epoch, state.batch, state.loss, state.curve],
     }
     partial = path.with_suffix(".partial")
-    torch.save(content, partial)
+    save_file({name: each.contiguous() for name, each in tensors.items()}, partial, {"about": json.dumps(about)})
     os.replace(partial, path)
 
 
@@ -151,7 +157,17 @@ def _resume(student: Student, optimizer: torch.optim.Optimizer, path: Path) -> _
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         return _State()
-    content = torch.load(path, weights_only=True)
-    student.load_state_dict(content["student"])
-    optimizer.load_state_dict(content["optimizer"])
-    return _State(*content["state"])
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["about"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    weights, states = {}, dict[int, dict[str, torch.Tensor]]()
+    for name, each in tensors.items():
+        owner, _, rest = name.partition(".")
+        if owner == "student":
+            weights[rest] = each
+        else:
+            number, _, key = rest.partition(".")
+            states.setdefault(int(number), {})[key] = each
+    student.load_state_dict(weights)
+    optimizer.load_state_dict({"state": states, "param_groups": about["groups"]})
+    return _State(*about["state"])
