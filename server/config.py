@@ -81,6 +81,13 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_bodies_bytes: Positive = 256 * 2**20
     """Maximum size of the bodies of all requests in flight together; more are refused with status 429. At least one
     body of max_body_bytes is accepted."""
+    max_connections: NotNegative = 0
+    """Maximum number of connections at a time; more are refused with status 503. 0: as many as the limit on open files
+    allows, which is the upper bound in any case."""
+    client_timeout: Annotated[float, Meta(gt=0)] = 30.0
+    """Seconds that a client may take for the head of a request; for its body, in addition to a second for each 16 KiB;
+    and for reading the next part of an answer, when it reads more slowly than the answer comes. Connections of slower
+    clients are closed, their requests end."""
     strict_requests: bool = False
     """Refuse requests with fields that are not known, instead of ignoring these with a warning."""
     vllm_metrics: bool = False

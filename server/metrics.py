@@ -135,6 +135,15 @@ class Metrics:
             "HTTP responses by route and status; 'other' is every path that is no route.",
             ("route", "status"),
         )
+        self._connections = gauge("connections", "Open connections of clients.")
+        self._ended_connections = counter(
+            "connections_ended",
+            "Connections that were refused because there were too many (limit), or closed because the client was too "
+            "slow with a request (head, body) or with reading an answer (answer).",
+            ("reason",),
+        )
+        for reason in ("limit", "head", "body", "answer"):
+            self._ended_connections.labels(reason)
         requests = counter(
             "requests",
             "Answers by how they ended; a stop string is a stop, a client that left an abort. A refused request was "
@@ -309,6 +318,14 @@ class Metrics:
     def responded(self, route: str, status: int) -> None:
         """Count an HTTP response. `route` is a route of the application, or "other"."""
         self._http.labels(route, str(status)).inc()
+
+    def watch_connections(self, count: Callable[[], int]) -> None:
+        """Report as the number of open connections what `count` returns."""
+        self._connections.set_function(count)
+
+    def connection_ended(self, reason: str) -> None:
+        """Count a connection that was refused or closed; `reason`: limit, head, body or answer."""
+        self._ended_connections.labels(reason).inc()
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus' text format."""

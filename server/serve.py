@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -25,8 +26,9 @@ from pilotfish.logs import Logs
 from pilotfish.server.admission import Gate
 from pilotfish.server.app import create_app
 from pilotfish.server.config import ServerConfig
+from pilotfish.server.connections import SEND_BUFFER, ConnectionLimits, most_connections
 from pilotfish.server.console import Console
-from pilotfish.server.http_protocol import NoUpgradeProtocol
+from pilotfish.server.http_protocol import LimitedProtocol
 from pilotfish.server.metrics import Metrics
 from pilotfish.server.telemetry.tracing import Tracing, open_tracing
 from pilotfish.text.tokenizer import Tokenizer, load_tokenizer
@@ -144,11 +146,13 @@ class _Run:
         self._gate = app.state.service.gate
         if self._config.api_key_file is not None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, app.state.keys.reload)
+        most, patience = most_connections(self._config.max_connections), self._config.client_timeout
+        limits = ConnectionLimits(most, patience, KEEP_ALIVE_SECONDS, self._metrics.connection_ended)
         uvicorn_config = uvicorn.Config(
             app,
             log_config=None,
             access_log=False,  # server.telemetry.request_log logs more
-            http=NoUpgradeProtocol,
+            http=partial(LimitedProtocol, limits=limits),  # type: ignore[arg-type]  # it is only called
             ws="none",
             lifespan="on",
             server_header=False,
@@ -157,6 +161,7 @@ class _Run:
             backlog=2048,
         )
         self._server = _Server(uvicorn_config)
+        self._metrics.watch_connections(lambda: len(self._server.server_state.connections) if self._server else 0)
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         announcement = asyncio.create_task(self._announce(url))
@@ -233,6 +238,7 @@ def _bound(config: ServerConfig) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # of each connection
         try:
             listener.bind((config.host, config.port))
         except (OSError, UnicodeError) as error:

@@ -28,15 +28,23 @@ FIXED: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "seed": 5, "extra_bod
 
 class RunningServer:
     """`flags` are those of `pilotfish serve`; what the process says is in `log`. `variables` are added to the
-    environment. `own_group`: it leads a process group, which `signal_group` reaches."""
+    environment. `own_group`: it leads a process group, which `signal_group` reaches. `open_files`: its limit on these;
+    0: that of this process."""
 
     def __init__(
-        self, log: Path, *flags: str, variables: Mapping[str, str] | None = None, own_group: bool = False
+        self,
+        log: Path,
+        *flags: str,
+        variables: Mapping[str, str] | None = None,
+        own_group: bool = False,
+        open_files: int = 0,
     ) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         command = [sys.executable, "-m", "pilotfish.server.cli.main", "serve", "--port", str(port), *flags]
+        if open_files:
+            command = ["prlimit", f"--nofile={open_files}:{open_files}", *command]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command,
