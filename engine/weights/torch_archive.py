@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickletools
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -127,7 +127,8 @@ def _interpreted(pickle: bytes) -> dict[str, _Tensor]:
         del stack[at:]
         return items
 
-    for operation, argument, _ in pickletools.genops(pickle):
+    operations: Iterable[tuple[Any, Any, Any]] = pickletools.genops(pickle)
+    for operation, argument, _ in operations:
         if len(stack) > DEEPEST:
             raise ValueError("its pickle is nested too deep")
         match operation.name:
@@ -143,9 +144,7 @@ def _interpreted(pickle: bytes) -> dict[str, _Tensor]:
                 stack.append(tuple(marked()))
             case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
                 at = len(stack) - _TUPLES[name]
-                items = tuple(stack[at:])
-                del stack[at:]
-                stack.append(items)
+                stack[at:] = [tuple(stack[at:])]
             case "NONE" | "NEWTRUE" | "NEWFALSE" as name:
                 stack.append(_CONSTANTS[name])
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINUNICODE" | "SHORT_BINUNICODE":
