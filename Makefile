@@ -3,6 +3,7 @@
 # make test-fast  the tests that start no process, need no download and are quick: within a minute
 # make test-fuzz  ten thousand requests with any values, of which none may give a 500
 # make test-clients  client libraries of Python and Node against a real server
+# make test-replicas  real routers and orchestrators over several servers
 # make check   linter, formatter, type checker, imports between rooms, and the docs site in strict mode
 # make web     build the page's files in server/page/ from web/; needs Node 20
 # make docs    build the docs site into site/
@@ -15,8 +16,9 @@ SOURCES := pyproject.toml setup.py $(wildcard engine/kernels/*.[ch])
 
 CLIENTS := .venv-clients
 CLIENTS_NODE := tests/clients/node
+REPLICAS := .venv-replicas
 
-.PHONY: serve test test-fast test-fuzz test-clients check format docs web clean
+.PHONY: serve test test-fast test-fuzz test-clients test-replicas check format docs web clean
 
 serve: $(VENV)/.installed
 	@$(BIN)/pilotfish serve $(ARGS)
@@ -32,6 +34,9 @@ test-fuzz: $(VENV)/.installed-dev
 
 test-clients: $(VENV)/.installed-dev $(CLIENTS)/.installed $(CLIENTS_NODE)/node_modules/.installed
 	@$(BIN)/python -m pytest tests/clients -m clients $(ARGS)
+
+test-replicas: $(VENV)/.installed-dev $(REPLICAS)/.installed
+	@$(BIN)/python -m pytest tests/replicas -m replicas $(ARGS)
 
 check: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
@@ -74,6 +79,12 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt
 	@echo "Installing the client libraries of Python in $(CLIENTS)"
 	@$(PYTHON) -m venv $(CLIENTS)
 	@$(CLIENTS)/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	@touch $@
+
+$(REPLICAS)/.installed: tests/replicas/requirements.txt
+	@echo "Installing routers and orchestrators in $(REPLICAS)"
+	@$(PYTHON) -m venv $(REPLICAS)
+	@$(REPLICAS)/bin/python -m pip install --disable-pip-version-check --quiet -r $<
 	@touch $@
 
 $(CLIENTS_NODE)/node_modules/.installed: $(CLIENTS_NODE)/package-lock.json

@@ -36,6 +36,8 @@ WARNED_NAMES = 8
 WARNED_LENGTH = 64
 OTHER_ROUTE = "other"
 SESSION_HEADER = "x-session-id"
+ROUTING_KEY_HEADER = "x-smg-routing-key"
+"""By which smg keeps a session on one replica, and the only name of it that smg passes on."""
 MODELS_PATH = "/v1/models"
 MODEL_ROUTE = f"{MODELS_PATH}/{{id}}"
 
@@ -69,7 +71,8 @@ class RequestContext:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         given = Headers(scope=scope)
-        facts = RequestFacts(_sane(given, "x-request-id") or f"req-{uuid.uuid4().hex}", _sane(given, SESSION_HEADER))
+        session = _sane(given, SESSION_HEADER) or _sane(given, ROUTING_KEY_HEADER)
+        facts = RequestFacts(_sane(given, "x-request-id") or f"req-{uuid.uuid4().hex}", session)
         facts.error_form = self._error_form(scope["path"])
         facts.put_into(scope)
         status = 0

@@ -90,7 +90,7 @@ def render(board: Board) -> dashboard.Dashboard:
         .with_variable(builder.DatasourceVariable("datasource").label("Data source").type("prometheus"))
         .with_variable(
             builder.QueryVariable("instance")
-            .label("Server")
+            .label("Replica")
             .datasource(SOURCE)
             .query("label_values(pilotfish_engine_info, instance)")
             .refresh(dashboard.VariableRefresh.ON_TIME_RANGE_CHANGED)

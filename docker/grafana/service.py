@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from panels import Board, Panel, Query, Row
+from replicas import REPLICAS
 
 NO_REQUESTS = "No requests in this time range"
 NO_ANSWERS = "No answers in this time range"
@@ -351,5 +352,5 @@ BOARD = Board(
     uid="pilotfish-service",
     title="Pilotfish: Service",
     description="Traffic, errors, latencies, tokens, queue and KV cache of Pilotfish's servers.",
-    rows=(NOW, TRAFFIC, LATENCY, ENGINE),
+    rows=(NOW, TRAFFIC, LATENCY, ENGINE, REPLICAS),
 )

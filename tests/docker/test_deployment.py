@@ -44,8 +44,9 @@ def kind_of(document: dict[str, Any]) -> str | None:
     return document.get("kind")
 
 
-def test_dockerfile(tool: Callable[..., str]) -> None:
-    run(tool("hadolint"), "Dockerfile")
+@pytest.mark.parametrize("file", ["Dockerfile", "docker/smg/Dockerfile"])
+def test_dockerfile(file: str, tool: Callable[..., str]) -> None:
+    run(tool("hadolint"), file)
 
 
 def test_the_context_has_what_the_dockerfile_copies() -> None:
@@ -68,7 +69,8 @@ def test_compose(tool: Callable[..., str]) -> None:
 
 def test_compose_mounts_files_that_exist() -> None:
     (compose,) = documents(DOCKER / "compose.yaml")
-    sources = [volume.split(":")[0] for service in compose["services"].values() for volume in service["volumes"]]
+    services = compose["services"].values()
+    sources = [volume.split(":")[0] for service in services for volume in service.get("volumes", ())]
     assert sources
     for source in sources:
         assert (DOCKER / source).exists() if source.startswith(".") else source in compose["volumes"], source
@@ -91,14 +93,20 @@ def test_environment_variables_are_settings() -> None:
     known = {
         f"PILOTFISH_{setting.name.upper()}" for setting in (*settings_of(EngineConfig), *settings_of(ServerConfig))
     }
-    files = [ROOT / "Dockerfile", KUBERNETES / "pilotfish.yaml", DOCKER / "systemd" / "pilotfish.service"]
+    files = [
+        ROOT / "Dockerfile",
+        KUBERNETES / "pilotfish.yaml",
+        KUBERNETES / "several-hosts.yaml",
+        DOCKER / "systemd" / "pilotfish.service",
+    ]
     used = {
         name
         for file in files
         for name in re.findall(r"(?:Environment=|name: |^ +)(PILOTFISH_\w+)", file.read_text(), re.M)
     }
     (compose,) = documents(DOCKER / "compose.yaml")
-    used |= set(compose["x-server"]["environment"]) | set(compose["services"]["pilotfish-gpu"]["environment"])
+    for service in ("pilotfish-gpu", "replica-1"):
+        used |= set(compose["services"][service]["environment"])
     assert len(used) > 5
     assert used <= known | SPECIAL_VARIABLES
 
@@ -195,11 +203,36 @@ def systemd_root(tmp_path: Path) -> Path:
 
 def test_prometheus_scrapes_what_compose_starts() -> None:
     (compose,), (prometheus,) = documents(DOCKER / "compose.yaml"), documents(PROMETHEUS / "prometheus.yml")
-    jobs = {job["job_name"]: job["static_configs"][0]["targets"] for job in prometheus["scrape_configs"]}
-    (target,) = jobs["pilotfish"]
-    name, _, port = target.partition(":")
-    assert name in compose["x-server"]["networks"]["default"]["aliases"]
-    assert compose["x-server"]["ports"][0].endswith(f":{port}")
+    jobs = {job["job_name"]: job.get("dns_sd_configs", ()) for job in prometheus["scrape_configs"]}
+    services = compose["services"]
+    ((servers,), (router,)) = jobs["pilotfish"], jobs["smg"]
+    (alias,) = servers["names"]
+    for name, service in services.items():
+        if name.startswith(("pilotfish-", "replica-")):
+            assert alias in service["networks"]["default"]["aliases"], name
+    assert compose["x-server"]["ports"][0].endswith(f":{servers['port']}")
+    (name,) = router["names"]
+    assert f"--prometheus-port={router['port']}" in services[name]["command"]
+
+
+def test_the_router_of_compose_knows_all_replicas_and_asks_whether_they_are_ready() -> None:
+    (compose,) = documents(DOCKER / "compose.yaml")
+    services = compose["services"]
+    replicas = {name for name, service in services.items() if service.get("profiles") == ["replicas"]} - {"smg"}
+    assert len(replicas) == 3
+    (port,) = (word.removeprefix("--port=") for word in services["smg"]["command"] if word.startswith("--port="))
+    urls = {word for word in services["smg"]["command"] if word.startswith("http://")}
+    assert urls == {f"http://{name}:{port}" for name in replicas}
+    assert "--health-check-endpoint=/ready" in services["smg"]["command"]
+    for name in replicas:
+        assert services[name]["ports"] == []  # smg has the port of this machine
+        assert services[name]["environment"] == {
+            **compose["x-server"]["environment"],
+            "PILOTFISH_DRAIN_ENDPOINT": "true",
+        }
+    (version,) = re.findall("^ARG SMG_VERSION=(.*)$", (DOCKER / "smg" / "Dockerfile").read_text(), re.MULTILINE)
+    assert services["smg"]["image"] == f"pilotfish-smg:{version}"
+    assert f"smg=={version}\n" in (ROOT / "tests" / "replicas" / "requirements.txt").read_text()
 
 
 def test_the_unit_sees_the_card() -> None:

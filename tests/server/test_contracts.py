@@ -136,6 +136,12 @@ def test_a_session_is_passed_on(replica: RunningServer, events: tuple[str, str])
     assert {"chat-17", "chat-19"} <= sessions  # all that the second one sent was known
 
 
+def test_smgs_name_for_a_session_will_do(replica: RunningServer) -> None:
+    headers = {"x-smg-routing-key": "chat-20"}
+    assert replica.http.get("/v1/models", headers=headers).headers["x-session-id"] == "chat-20"
+    assert replica.http.get("/v1/models", headers=headers | {"x-session-id": "b"}).headers["x-session-id"] == "b"
+
+
 @pytest.mark.parametrize("session", ["", "a b", "x" * 129, 'a"b'])
 def test_what_is_no_id_is_not_repeated(replica: RunningServer, session: str) -> None:
     assert "x-session-id" not in replica.http.get("/v1/models", headers={"x-session-id": session}).headers

@@ -44,7 +44,7 @@ class RunningPrometheus:
         configuration["global"] |= {"scrape_interval": each, "scrape_timeout": each, "evaluation_interval": each}
         configuration["rule_files"] = [str(PROMETHEUS / path) for path in configuration["rule_files"]]
         configuration["scrape_configs"] = [
-            job | {"static_configs": [{"targets": [target]}]}
+            {"job_name": job["job_name"], "static_configs": [{"targets": [target]}]}
             for job in configuration["scrape_configs"]
             if job["job_name"] == "pilotfish"
         ]
