@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pilotfish.engine.kernels.dependent import may_depend
 from pilotfish.engine.kernels.protocol import Gate
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.sampling.device_sampler import draw_keyed
@@ -59,7 +60,7 @@ def checked_triton(
         from pilotfish.engine.kernels.few import can_multiply
         from pilotfish.engine.kernels.triton import FUSED, TritonKernels
 
-        dependent, few = False, device if can_multiply(device) else None
+        dependent, few = may_depend(device), device if can_multiply(device) else None
         kernels = TritonKernels(dependent=dependent, few=few)
     except Exception as error:  # also what a broken installation raises
         logger.warning("kernels: torch's operators, since Triton cannot be used (%s)", _short(error))

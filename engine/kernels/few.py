@@ -37,6 +37,10 @@ WANTED = 96
 SHARED = 111 << 10
 """Bytes of shared memory for a program's stages, so that two find room in a multiprocessor."""
 
+FETCHED = 4 << 20
+"""Bytes of a matrix that are asked for before a product waits: what is read while a small kernel in front ends. More
+would be in the way of what is under way."""
+
 SMALLEST = 1 << 20
 """Bytes of the smallest matrix that is taken. Below it, a product takes no longer than its launch."""
 
@@ -70,8 +74,11 @@ class FewRows:
     """Computes linears with up to MOST_ROWS rows on a device, where the tilings know their matrices."""
 
     def __init__(self, device: torch.device, launch: Mapping[str, Any]) -> None:
-        """launch: `dependent.options`."""
-        self._launch = launch
+        """launch: how the kernels around are launched, `dependent.options`."""
+        self._fp8 = launch
+        # In 16 bits programs that settle before the one in front has ended are spread unevenly at times, which costs
+        # more than a launch: the kernel behind it is launched early, and itself is not.
+        self._wide = {**launch, "launch_pdl": False} if launch["DEPENDENT"] else launch
         self._arrived = torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
 
     def takes(self, x: torch.Tensor, weight: torch.Tensor, gate: Gate | None) -> Tiling | None:
@@ -88,7 +95,7 @@ class FewRows:
 
     def linear(self, x: torch.Tensor, weight: TorchLinear, tiling: Tiling, gate: Gate | None) -> torch.Tensor:
         """See `Kernels.linear` and `gated_linear`."""
-        return multiply(by_rows(x), weight.weight, weight.bias, tiling, self._arrived, self._launch, gate=gate)
+        return multiply(by_rows(x), weight.weight, weight.bias, tiling, self._arrived, self._wide, gate=gate)
 
     def fp8_linear(
         self,
@@ -101,12 +108,13 @@ class FewRows:
         """The same of rows in fp8 with scales (rows, 1) float32; the result is in `dtype`."""
         x, scales = quantized
         both = (scales, weight.scale)
-        return multiply(x, weight.weight, weight.bias, tiling, self._arrived, self._launch, both, dtype, gate)
+        return multiply(x, weight.weight, weight.bias, tiling, self._arrived, self._fp8, both, dtype, gate)
 
 
 def by_rows(x: torch.Tensor) -> torch.Tensor:
     """x (rows, depth) itself where the kernel can load its rows."""
-    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    aligned = x.is_contiguous() and x.storage_offset() * x.element_size() % 16 == 0
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def tiling_of(outputs: int, row_bytes: int, itemsize: int, padded: int, gated: bool) -> Tiling:
@@ -118,7 +126,8 @@ def tiling_of(outputs: int, row_bytes: int, itemsize: int, padded: int, gated: b
         splits *= 2
     room = SHARED if tiles * splits > PROCESSORS else 2 * SHARED
     stages = min(5 if step == 256 else 8, room // ((TILE * (2 if gated else 1) + padded) * step))
-    return Tiling(TILE, step // itemsize, splits, 4, stages)
+    fetched = min(FETCHED // (outputs * splits * (2 if gated else 1)), row_bytes // splits) // 16 * 16
+    return Tiling(TILE, step // itemsize, splits, 4, stages, fetched)
 
 
 def padded_rows(rows: int) -> int:
@@ -136,7 +145,7 @@ def multiply(
     bias: torch.Tensor | None,  # (outputs,)
     tiling: Tiling,
     arrived: torch.Tensor,  # (at least the tiles,) int32, of zeros, of nothing else that is computed meanwhile
-    launch: Mapping[str, Any],  # `dependent.options`
+    launch: Mapping[str, Any],  # see `dependent`
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,  # float32, of x's rows and the weight's: both in fp8
     dtype: torch.dtype | None = None,  # of the result; x's by default
     gate: Gate | None = None,

@@ -33,7 +33,7 @@ PLAIN: Launch = options(False)
 
 _PIECE = 1024
 """Columns of the vocabulary that a program looks at."""
-_WINDOW = 4096
+_WINDOW = 16384
 """Columns of a row that a program quantizes at a time."""
 
 
@@ -239,10 +239,12 @@ def quantized(x: torch.Tensor, launch: Launch = PLAIN) -> tuple[torch.Tensor, to
     out = x.new_empty(rows, size, dtype=torch.float8_e4m3fn)
     scales = x.new_empty(rows, 1, dtype=torch.float32)
     if rows:
+        block = min(_WINDOW, triton.next_power_of_2(size))
         triton_rows.quantize_rows[(rows,)](
             *(x, out, scales, x.stride(0), size),
-            BLOCK=min(_WINDOW, triton.next_power_of_2(size)),
-            num_warps=8,
+            WHOLE=size <= block,
+            BLOCK=block,
+            num_warps=max(1, min(16, block // 512)),
             enable_fp_fusion=False,
             **launch,
         )

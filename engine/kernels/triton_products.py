@@ -8,8 +8,9 @@ A row's result has the same bits alone and among any number of rows, and for all
 summed from 0 in steps of 16 numbers (32 in fp8, where sums of 128 are added in float32: the tensor cores of Hopper
 keep fewer bits), within splits that follow from the matrix alone.
 
-With DEPENDENT the kernel is launched before the one in front of it ends (CUDA's programmatic dependent launch): it
-asks for its first weights to be brought to the cache, and then waits for what it reads or overwrites.
+With DEPENDENT the kernel may be launched before the one in front of it ends (CUDA's programmatic dependent launch): it
+asks for its first weights to be brought to the cache, and then waits for what it reads or overwrites. The next kernel
+is launched as its sums end.
 """
 
 from __future__ import annotations
@@ -75,7 +76,6 @@ def multiply_few(
             fetch(start + row * depth + begin, fetched)
             if GATED:
                 fetch(start + (row + outputs) * depth + begin, fetched)
-        gdc_launch_dependents()
         gdc_wait()
     total = tl.zeros((TILE, ROWS), tl.float32)
     up = tl.zeros((TILE, ROWS), tl.float32)
@@ -85,6 +85,9 @@ def multiply_few(
         total = product(left, given, total, SCALED, WIDEN)
         if GATED:
             up = product(weight.load([tile * TILE + outputs, k]), given, up, SCALED, WIDEN)
+    if DEPENDENT:
+        # Not earlier: the next product's programs would settle where this one leaves room, two here and none there.
+        gdc_launch_dependents()
     m = tl.arange(0, ROWS)
     if DIVIDED:
         splits = tl.num_programs(1)

@@ -244,6 +244,7 @@ def quantize_rows(
     scales,  # (rows,) float32
     row_stride,
     size,
+    WHOLE: tl.constexpr,  # whether a block has all of a row
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,  # see `follow`
 ):
@@ -251,17 +252,25 @@ def quantize_rows(
     follow(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
+    inside = at < size
     largest = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, size, BLOCK):
-        given = tl.load(x + row * row_stride + start + at, mask=start + at < size, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(given))
+    if WHOLE:
+        given = tl.load(x + row * row_stride + at, mask=inside, other=0.0).to(tl.float32)
+        largest = tl.abs(given)
+    else:
+        for start in range(0, size, BLOCK):
+            given = tl.load(x + row * row_stride + start + at, mask=start + at < size, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(given))
     scale = tl.div_rn(tl.maximum(tl.max(largest, 0), 1e-12), 448.0)
     tl.store(scales + row, scale)
-    for start in range(0, size, BLOCK):
-        inside = start + at < size
-        given = tl.load(x + row * row_stride + start + at, mask=inside, other=0.0).to(tl.float32)
-        ratio = tl.div_rn(given, tl.zeros((BLOCK,), tl.float32) + scale)
-        tl.store(out + row * size + start + at, as_stored(ratio, tl.float8e4nv), mask=inside)
+    divisor = tl.zeros((BLOCK,), tl.float32) + scale
+    if WHOLE:
+        tl.store(out + row * size + at, as_stored(tl.div_rn(given, divisor), tl.float8e4nv), mask=inside)
+    else:
+        for start in range(0, size, BLOCK):
+            inside = start + at < size
+            given = tl.load(x + row * row_stride + start + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out + row * size + start + at, as_stored(tl.div_rn(given, divisor), tl.float8e4nv), mask=inside)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pilotfish.engine.execution.batch import FlatBatch, Span, pack
-from pilotfish.engine.kernels import triton_rows
+from pilotfish.engine.kernels import triton_products, triton_rows
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers.attention import triton as triton_attention
 from pilotfish.engine.layers.attention.backend import AttentionBackend
@@ -30,6 +30,7 @@ from tests.support.fake_cuda import CUDA
 from tests.support.launches import Launches
 
 triton = pytest.importorskip("pilotfish.engine.kernels.triton")
+few = pytest.importorskip("pilotfish.engine.kernels.few")
 pytestmark = pytest.mark.usefixtures("fake_cuda")
 
 ROWS = ("add_norm_rows", "norm_heads", "rotate_heads", "gate_rows", "quantize_rows")
@@ -50,6 +51,7 @@ def launched(
 ) -> Counter[str]:
     """The launches of a captured pass over 4 sequences, one row each, up to the hidden states."""
     launches = Launches()
+    monkeypatch.setattr(triton_products, "multiply_few", launches.triton("multiply_few"))
     for name in ROWS:
         monkeypatch.setattr(triton_rows, name, launches.triton(name))
     for name in ("attend_spans", "sum_parts"):
@@ -96,6 +98,16 @@ def test_a_layer_launches_few_kernels(monkeypatch, shapes, kind: str, fp8: bool,
     planned = roofline.KERNELS_PER_LAYER + roofline.LAYER_PRODUCTS * roofline.FP8_KERNELS * fp8
     # A window that is shorter than a split of the context needs no sum over parts.
     assert sum(count.values()) == planned - (kind == "gemma3" and backend == "triton"), count
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_products_with_few_rows_have_the_gate(monkeypatch, shapes, fp8: bool) -> None:
+    """On Hopper."""
+    monkeypatch.setattr(few, "SMALLEST", 0)
+    count = of_a_layer(monkeypatch, shapes["llama"], "triton", fp8, triton.TritonKernels(few=CUDA))
+    assert count["multiply_few"] == roofline.LAYER_PRODUCTS
+    assert not count["gate_rows"]
+    assert sum(count.values()) == roofline.KERNELS_PER_LAYER - 1 + roofline.LAYER_PRODUCTS * fp8, count
 
 
 def test_torchs_operators_launch_many(monkeypatch, shapes) -> None:
