@@ -46,7 +46,7 @@ class Assembly:
         draft_comm = comm if config.draft_tensor_parallel_size > 1 else ALONE
         # A rank that computes no draft model need not have its files.
         takes_part = comm.rank == 0 or draft_comm.size > 1
-        self.sources = find(config.drafter, self.files.name, progress) if takes_part else []
+        self.sources = find(config.drafter, self.files.name, progress, config.suffix_memory > 0) if takes_part else []
         if comm.rank == 0:
             check_speculation(config.speculation, self.sources)
         self._drafts: list[LoadedDraft] = [

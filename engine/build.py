@@ -31,7 +31,7 @@ from pilotfish.engine.ranks.leader import Ranks, start_ranks
 from pilotfish.engine.request import EngineInfo
 from pilotfish.engine.speculation.control.calibration import make_controller
 from pilotfish.engine.speculation.drafters.registry import find, make_lookups, parse_entries, priors
-from pilotfish.engine.speculation.speculator import Speculator
+from pilotfish.engine.speculation.speculator import Speculator, lengths_of
 from pilotfish.engine.verification.choose import make_verifier
 from pilotfish.engine.verification.verifier import Verifier
 from pilotfish.errors import ConfigError
@@ -97,7 +97,7 @@ def build(config: EngineConfig, progress: Progress, last_words: LastWords | None
         return _build(config, progress, None)
     # Download and check once here, not in all ranks of this host at the same time.
     files = resolve(config.model, progress, config.load_format != "dummy")
-    find(config.drafter, files.name, progress)
+    find(config.drafter, files.name, progress, config.suffix_memory > 0)
     if by_transformers(config, files):
         size = config.tensor_parallel_size
         raise ConfigError(f"tensor_parallel_size is {size}, but transformers' code computes {files.name}: use 1")
@@ -133,11 +133,10 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
         assembly.runner.run(assembly.runner.trial(rows))
         synchronize(platform.device)
 
-    controller = None
+    lookups, controller = make_lookups(assembly.sources, config), None
     if config.adaptive_drafts:
-        known = priors(assembly.sources)
-        controller = make_controller(config, target.config, try_target, assembly.drafters, known, progress)
-    lookups = make_lookups(assembly.sources, config)
+        known, lengths = priors(assembly.sources), lengths_of(lookups)
+        controller = make_controller(config, target.config, try_target, assembly.drafters, known, lengths, progress)
     speculator = Speculator(lookups, assembly.drafters, config.num_draft_tokens, max_model_len, controller)
     info = EngineInfo(
         model=assembly.files.name,

@@ -43,20 +43,25 @@ LARGE_GPU = 40 * 10**9
 """Bytes of a GPU's memory from which steps are of GPU_ROWS[1] rows by default: the activations of as many then take
 little of it, and such GPUs compute enough not to be held up by them for long."""
 CPU_SEQS, CPU_ROWS = 32, 512
+CPU_DRAFT = 32
+"""Tokens of the longest drafts by suffixes on the CPU, where no graphs are captured for a length."""
 CPU_BACKLOG = 128
 """Rows of a prompt that a drafter reads at a time on the CPU, which `max_prefill_ms` does not bound."""
 GPU_SEQS, GPU_ROWS = 256, (2048, 8192)
 
 
 def with_step_limits(config: EngineConfig, gpu_memory: int | None) -> EngineConfig:
-    """The settings with `max_num_seqs` and `max_batch_tokens`, where they are 0, by device: a pass over many rows costs
-    a GPU little more than one over few. gpu_memory: bytes; None: a CPU."""
-    if config.max_num_seqs and config.max_batch_tokens:
-        return config
+    """The settings with `max_num_seqs`, `max_batch_tokens` and `suffix_draft_tokens`, where they are 0, by device: a
+    pass over many rows costs a GPU little more than one over few. gpu_memory: bytes; None: a CPU."""
     seqs, rows = (CPU_SEQS, CPU_ROWS) if gpu_memory is None else (GPU_SEQS, GPU_ROWS[gpu_memory >= LARGE_GPU])
     max_num_seqs = config.max_num_seqs or min(seqs, config.max_batch_tokens or seqs)
-    max_batch_tokens = config.max_batch_tokens or max(rows, max_num_seqs)
-    return msgspec.structs.replace(config, max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens)
+    return msgspec.structs.replace(
+        config,
+        max_num_seqs=max_num_seqs,
+        max_batch_tokens=config.max_batch_tokens or max(rows, max_num_seqs),
+        suffix_draft_tokens=config.suffix_draft_tokens
+        or (max(CPU_DRAFT, config.num_draft_tokens) if gpu_memory is None else config.num_draft_tokens),
+    )
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -159,9 +164,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Topic of the events; llm-d's router wants kv@ADDRESS@MODEL."""
 
     drafter: tuple[str, ...] = ()
-    """Drafter to load: ngram, suffix, or a draft model or EAGLE-3 head with the target's vocabulary, in the same forms
-    as `model`; NAME=MODEL chooses the name that requests use. Repeatable; without any, the drafters that suit the
-    target."""
+    """Drafter to load: ngram, suffix, suffix-memory, or a draft model or EAGLE-3 head with the target's vocabulary, in
+    the same forms as `model`; NAME=MODEL chooses the name that requests use. Repeatable; without any, the drafters that
+    suit the target."""
     speculation: str = "auto"
     """Default for requests that do not set `speculation`: auto, which chooses among the drafters at every step; none;
     or a drafter's name."""
@@ -174,6 +179,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Length of the longest suffix that the n-gram drafter looks up; then shorter ones, down to `ngram_min`."""
     ngram_min: Positive = 1
     """Length of the shortest suffix that the n-gram drafter looks up."""
+    suffix_memory: NotNegative = 64 << 20
+    """Bytes of past prompts and answers that the drafter suffix-memory keeps, each tenant's and each cache_salt's for
+    itself; 0: none, and no such drafter by default."""
+    suffix_draft_tokens: NotNegative = 0
+    """Maximum number of tokens that suffix and suffix-memory draft for a sequence in one step, where a long match makes
+    them sure; 0: 32 on the CPU, and as num_draft_tokens on a GPU."""
     verification: Verification = "coupled"
     """How drafts are verified. coupled: the same seed gives the same text with any drafter or none; rejection: more
     draft tokens are accepted, but the text of a sampled answer depends on the drafts."""

@@ -21,6 +21,8 @@ class Draft:
     """The drafter's name; "" for no draft."""
     evidence: int = 0
     """Class of the drafter's evidence, below 1000, such as the length of an n-gram match."""
+    classes: tuple[int, ...] = ()
+    """The class of evidence of each token, where they differ; empty if all have `evidence`."""
     confidences: tuple[float, ...] = ()
     """The drafter's own probability of each token; empty if it has none. The controller learns what they are worth."""
 
@@ -35,4 +37,5 @@ def shortened(draft: Draft, length: int) -> Draft:
     if length <= 0:
         return NO_DRAFT
     probs = None if draft.probs is None else draft.probs[:length]
-    return Draft(draft.tokens[:length], probs, draft.drafter, draft.evidence, draft.confidences[:length])
+    classes, confidences = draft.classes[:length], draft.confidences[:length]
+    return Draft(draft.tokens[:length], probs, draft.drafter, draft.evidence, classes, confidences)

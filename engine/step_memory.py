@@ -63,7 +63,7 @@ def try_steps(target: CausalModel, drafts: list[CausalModel], platform: Platform
         )
         runner = ModelRunner(model, caches, size, platform.device)
         runner.run(_spans(config.max_batch_tokens, longest, size, lambda length: 1))
-    verified = min(1 + config.num_draft_tokens, longest)
+    verified = min(1 + max(config.num_draft_tokens, config.suffix_draft_tokens), longest)
     drawn = min(config.max_batch_tokens, config.max_num_seqs * verified)
     spans = _spans(drawn, verified, size, lambda length: length)
     logits = runner.run(spans)

@@ -14,7 +14,7 @@ model = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
 prompt = [504, 338, 282, 260, 314] * 4
 greedy = SamplingParams(temperature=0.0, max_tokens=96, ignore_eos=True)
 
-with LLM(model, kv_cache_memory=64 << 20, prefix_caching=False) as llm:
+with LLM(model, kv_cache_memory=64 << 20, prefix_caching=False, suffix_memory=0) as llm:
     texts = {}
     for name in ("off", *llm.info.drafters, "auto"):
         if name in ("prediction", "grammar"):  # what they draft from, these requests do not have

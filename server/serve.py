@@ -69,7 +69,7 @@ def _hold_ranks(config: EngineConfig, console: Console, weights: bool) -> int:
     """Run a node other than 0, which needs neither HTTP nor a tokenizer."""
     files = resolve(config.model, console.progress, weights)
     if config.draft_tensor_parallel_size > 1:
-        find(config.drafter, files.name, console.progress)
+        find(config.drafter, files.name, console.progress, config.suffix_memory > 0)
     console.line(f"Node {config.node_rank} of {config.nnodes}: holds ranks of {files.name}, node 0 serves it")
     return run_node(config)
 

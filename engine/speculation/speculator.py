@@ -11,7 +11,7 @@ from pilotfish.engine.draft import Draft, shortened
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.control.candidates import Candidate, Choice, UpcomingStep
 from pilotfish.engine.speculation.control.controller import Controller
-from pilotfish.engine.speculation.drafters.drafter import Drafter, DraftRequest, ModelDrafter
+from pilotfish.engine.speculation.drafters.drafter import Drafter, DraftRequest, LongDrafter, ModelDrafter
 from pilotfish.engine.speculation.drafters.feature_router import FeatureRouter
 
 
@@ -34,9 +34,9 @@ class StepDrafts:
 
 
 class Speculator:
-    """Drafts at most `num_draft_tokens` tokens for a sequence, fewer where its answer or context ends sooner, with the
-    drafters and draft lengths that the controller chooses. Without a controller, a sequence takes the whole of its
-    drafters' first proposal, lookup drafters first. `clock` returns seconds.
+    """Drafts at most `num_draft_tokens` tokens for a sequence (a `LongDrafter` more), fewer where its answer or
+    context ends sooner, with the drafters and draft lengths that the controller chooses. Without a controller, a
+    sequence takes the whole of its drafters' first proposal, lookup drafters first. `clock` returns seconds.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Speculator:
         self.features = FeatureRouter(self.model_drafters.values())
         """Passes the target's hidden states to the drafters that read them."""
         self._num_draft_tokens = num_draft_tokens
+        self._lengths = lengths_of(self.lookups.values())
         self._max_model_len = max_model_len
         self._controller = controller
         self._clock = clock
@@ -70,7 +71,7 @@ class Speculator:
             left = min(sequence.params.max_tokens - sequence.output_len, self._max_model_len - len(sequence.tokens)) - 1
             limit = min(self._num_draft_tokens, left)
             if sequence.drafters and limit > 0:
-                candidates.append(Candidate(sequence, limit))
+                candidates.append(Candidate(sequence, limit, left=left))
         if self._controller is None:
             choice, seconds = Choice(self._first_proposals(candidates)), 0.0
         else:
@@ -102,7 +103,7 @@ class Speculator:
             return Choice({}), 0.0
         begun, drafting = self._clock(), 0.0
         for name, drafter in self.lookups.items():
-            _propose(drafter, [each for each in step.candidates if name in each.sequence.drafters])
+            self._propose(drafter, [each for each in step.candidates if name in each.sequence.drafters])
         for candidate in step.candidates:
             for name in candidate.sequence.drafters:
                 if name in self.model_drafters:
@@ -126,17 +127,23 @@ class Speculator:
         for candidate in candidates:
             for name in candidate.sequence.drafters:
                 if name in self.lookups and not candidate.drafts:
-                    _propose(self.lookups[name], [candidate])
+                    self._propose(self.lookups[name], [candidate])
         for name, drafter in self.model_drafters.items():
-            _propose(drafter, [each for each in candidates if name in each.sequence.drafters and not each.drafts])
+            self._propose(drafter, [each for each in candidates if name in each.sequence.drafters and not each.drafts])
         return {candidate.sequence: candidate.drafts[0] for candidate in candidates if candidate.drafts}
 
+    def _propose(self, drafter: Drafter, candidates: list[Candidate]) -> None:
+        if candidates:
+            longest = self._lengths.get(drafter.name, 0)
+            limits = [min(longest, each.left) if longest else each.limit for each in candidates]
+            requests = [DraftRequest(each.sequence, limit) for each, limit in zip(candidates, limits, strict=True)]
+            for candidate, draft in zip(candidates, drafter.propose(requests), strict=True):
+                _add(candidate, draft)
 
-def _propose(drafter: Drafter, candidates: list[Candidate]) -> None:
-    if candidates:
-        drafts = drafter.propose([DraftRequest(each.sequence, each.limit) for each in candidates])
-        for candidate, draft in zip(candidates, drafts, strict=True):
-            _add(candidate, draft)
+
+def lengths_of(lookups: Iterable[Drafter]) -> dict[str, int]:
+    """Return the maximum tokens of the drafts of those that have one of their own, by name."""
+    return {drafter.name: drafter.longest for drafter in lookups if isinstance(drafter, LongDrafter)}
 
 
 def _add(candidate: Candidate, draft: Draft) -> None:

@@ -12,7 +12,7 @@ from pilotfish.server.cli.settings import add_flags, load
 if TYPE_CHECKING:
     from pilotfish.engine.request import EngineInfo
 
-OMITTED = frozenset({"model", "prefix_caching"})
+OMITTED = frozenset({"model", "prefix_caching", "suffix_memory"})
 """Engine settings that the commands choose themselves."""
 
 
@@ -42,8 +42,9 @@ def add_measuring_flags(
 
 
 def engine_config(options: dict[str, Any]) -> EngineConfig:
-    """Make the engine's config, without prefix caching, which would save later arms the work of earlier ones."""
-    return load(EngineConfig, options, {"prefix_caching": False}).check()
+    """Make the engine's config, without prefix caching and without a memory of past answers, which would save later
+    arms the work of earlier ones."""
+    return load(EngineConfig, options, {"prefix_caching": False, "suffix_memory": 0}).check()
 
 
 def title(name: str, info: EngineInfo) -> str:

@@ -41,7 +41,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str, str]] = [
     ({"seed": 2**64}, "seed", "between"),
     ({"suffix": "end"}, "suffix", "not supported"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
-    ({"speculation": "magic"}, "speculation", "'auto', 'off', 'ngram', 'suffix', 'prediction'"),
+    ({"speculation": "magic"}, "speculation", "'auto', 'off', 'ngram', 'suffix', 'suffix-memory', 'prediction'"),
     ({"temprature": 1}, "temprature", "Did you mean temperature?"),
     ({"mirostat": 2}, "mirostat", "not supported"),
     ({"prompt": {"text": "a"}}, "prompt", "list of token ids"),

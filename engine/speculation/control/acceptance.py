@@ -74,11 +74,18 @@ class _Pending:
 
 
 class Acceptance:
-    """`longest`: maximum tokens of a draft. `priors`: by drafter, the rate assumed until some tokens were observed."""
+    """`longest`: maximum tokens of a draft; `lengths`: by drafter, where it is another. `priors`: by drafter, the rate
+    assumed until some tokens were observed."""
 
-    def __init__(self, longest: int = 8, priors: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        longest: int = 8,
+        priors: Mapping[str, float] | None = None,
+        lengths: Mapping[str, int] | None = None,
+    ) -> None:
         self.longest = longest
         self.priors = dict(priors or {})
+        self._lengths = dict(lengths or {})
         self._classes: dict[_Class, _Rates] = {}
         self._own: defaultdict[str, defaultdict[str, _Own]] = defaultdict(lambda: defaultdict(_Own))
         self._pending: dict[str, dict[str, _Pending]] = {}
@@ -90,10 +97,10 @@ class Acceptance:
 
     def survival(self, sequence_id: str, draft: Draft) -> list[float]:
         """Return the probability that the first 1, 2, ... tokens of the draft are all accepted; not increasing."""
-        if not draft.confidences:
+        if not (draft.confidences or draft.classes):
             rates = self._current((draft.drafter, draft.evidence))[: len(draft.tokens)]
         else:
-            rates = [self._current(_confidence(draft, i))[i] for i in range(len(draft.tokens))]
+            rates = [self._current(_class(draft, i))[i] for i in range(len(draft.tokens))]
         return self._survival(sequence_id, draft.drafter, rates)
 
     def at_best(self, drafter: str) -> list[float]:
@@ -159,8 +166,8 @@ class Acceptance:
             if position == len(drafted):
                 return position - start
             right = drafted[position] == token
-            if draft.confidences:
-                rates = self._rates(_confidence(draft, position))
+            if draft.confidences or draft.classes:
+                rates = self._rates(_class(draft, position))
             later = position > 0
             own.expected[later] = own.expected[later] * _KEEP_OWN + rates.rates[position]
             own.accepted[later] = own.accepted[later] * _KEEP_OWN + right
@@ -181,7 +188,8 @@ class Acceptance:
     def _rates(self, key: _Class) -> _Rates:
         rates = self._classes.get(key)
         if rates is None:
-            rates = self._classes[key] = _Rates(key, [0.0] * self.longest, [0.0] * self.longest)
+            length = self._lengths.get(key[0], self.longest)
+            rates = self._classes[key] = _Rates(key, [0.0] * length, [0.0] * length)
             self._resolve(rates)
         return rates
 
@@ -201,5 +209,8 @@ class Acceptance:
         rates.rates, rates.stale = line, False
 
 
-def _confidence(draft: Draft, position: int) -> _Class:
+def _class(draft: Draft, position: int) -> _Class:
+    """The class of a token's own evidence."""
+    if draft.classes:
+        return draft.drafter, draft.classes[position]
     return draft.drafter, _CONFIDENCE + min(CONFIDENCES - 1, int(draft.confidences[position] * CONFIDENCES))

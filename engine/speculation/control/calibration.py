@@ -22,13 +22,15 @@ def make_controller(
     try_target: Callable[[int], object],
     drafters: Sequence[ModelDrafter],
     priors: Mapping[str, float],
+    lengths: Mapping[str, int],
     progress: Callable[[str, float], None],
 ) -> Controller:
     """Make a controller with the pass times of this machine.
 
-    `try_target` runs a pass of the target over the given number of rows; `priors` are the drafters', by name.
+    `try_target` runs a pass of the target over the given number of rows; `priors` are the drafters', by name,
+    and `lengths` their maximum drafts where those are not `num_draft_tokens`.
     """
-    controller = Controller(config.num_draft_tokens, priors)
+    controller = Controller(config.num_draft_tokens, priors, lengths)
     counts = [rows for rows in CALIBRATED if rows <= config.max_batch_tokens]
     progress("measuring", 0.0)
     share = _context_share(target)

@@ -23,6 +23,8 @@ class Candidate:
     """By model-based drafter that may draft for it, the rows that the drafter would have to read first."""
     asked: dict[str, int] = field(default_factory=dict)
     """Tokens that `ask` requests, by drafter."""
+    left: int = 0
+    """Tokens that the answer may still have behind the next one, which bound a `LongDrafter`."""
 
 
 @dataclass(slots=True)

@@ -29,12 +29,18 @@ class Controller:
     """At each step `ask` says which model-based drafters to ask, and `choose` what to verify; the `observe_*` methods
     report the outcome.
 
-    `longest`: maximum tokens of a draft. `priors`: by drafter, the probability that its first token is accepted,
-    assumed until some have been observed. `target` and `drafting` may be calibrated before the first step.
+    `longest`: maximum tokens of a draft; `lengths`: by lookup drafter, where it is another. `priors`: by drafter, the
+    probability that its first token is accepted, assumed until some have been observed. `target` and `drafting` may be
+    calibrated before the first step.
     """
 
-    def __init__(self, longest: int = 8, priors: Mapping[str, float] | None = None) -> None:
-        self.acceptance = Acceptance(longest, priors)
+    def __init__(
+        self,
+        longest: int = 8,
+        priors: Mapping[str, float] | None = None,
+        lengths: Mapping[str, int] | None = None,
+    ) -> None:
+        self.acceptance = Acceptance(longest, priors, lengths)
         self.target = RowCost()
         self.drafting: dict[str, RowCost] = {}
         """Costs of the model-based drafters' passes, by name."""

@@ -56,6 +56,14 @@ class Drafter(Protocol):
         ...
 
 
+@runtime_checkable
+class LongDrafter(Drafter, Protocol):
+    """A lookup drafter whose drafts may be longer than `num_draft_tokens`."""
+
+    longest: int
+    """Their maximum tokens."""
+
+
 class ModelDrafter(Drafter, Protocol):
     """A drafter that computes, in passes over rows. The first pass also reads the new tokens of each sequence, and each
     pass drafts a token for every sequence whose draft still grows."""

@@ -42,6 +42,8 @@ class DrafterKind:
     """Whether every engine loads it without being asked: it costs nothing until a request has what it drafts from."""
     recognise: Callable[[ModelFiles], bool] | None = None
     """Whether a model's files are of this kind. None for a lookup drafter. Raises ModelError for unreadable files."""
+    remembers: bool = False
+    """Whether it needs `EngineConfig.suffix_memory`."""
     sharded: bool = False
     """Whether `draft_tensor_parallel_size` shards it; otherwise rank 0 holds it whole."""
 
@@ -61,6 +63,7 @@ def _is_eagle3(files: ModelFiles) -> bool:
 REGISTRY: tuple[DrafterKind, ...] = (
     DrafterKind("ngram", prior=0.35),
     DrafterKind("suffix", prior=0.35),
+    DrafterKind("suffix-memory", prior=0.5, remembers=True),
     DrafterKind("prediction", prior=0.8, always=True),
     DrafterKind("grammar", prior=0.95, always=True),
     DrafterKind("eagle3", prior=0.5, recognise=_is_eagle3),
@@ -90,10 +93,11 @@ def kind_of(files: ModelFiles) -> DrafterKind:
     return next(kind for kind in REGISTRY if kind.recognise is not None and kind.recognise(files))
 
 
-def default_entries(target_name: str) -> tuple[str, ...]:
-    """Return the default of `EngineConfig.drafter` for a target: all lookup drafters, and the drafts that come with the
-    target."""
-    return (*lookup_names(), *DRAFTS.get(target_name, ()))
+def default_entries(target_name: str, memory: bool = True) -> tuple[str, ...]:
+    """Return the default of `EngineConfig.drafter` for a target: all lookup drafters (without `memory`, those that do
+    not need it), and the drafts that come with the target."""
+    forgetful = {kind.name for kind in REGISTRY if kind.remembers and not memory}
+    return (*(name for name in lookup_names() if name not in forgetful), *DRAFTS.get(target_name, ()))
 
 
 def parse_entries(entries: Sequence[str]) -> list[tuple[str, str]]:
@@ -120,16 +124,18 @@ def parse_entries(entries: Sequence[str]) -> list[tuple[str, str]]:
     return parsed
 
 
-def find(entries: Sequence[str], target_name: str, progress: Progress | None = None) -> list[Source]:
+def find(
+    entries: Sequence[str], target_name: str, progress: Progress | None = None, memory: bool = True
+) -> list[Source]:
     """Return the drafters that `EngineConfig.drafter` names for a target (`default_entries` if it names none), then
-    those that are always loaded.
+    those that are always loaded. `memory`: whether there is any for past texts.
 
     Downloads files that are not on this machine yet. Raises ConfigError for names that are not unique, ModelError for a
     model that cannot be found or read.
     """
     found = []
     lookups = {kind.name: kind for kind in REGISTRY if kind.name in lookup_names()}
-    for name, what in parse_entries(entries or default_entries(target_name)):
+    for name, what in parse_entries(entries or default_entries(target_name, memory)):
         if what in lookups:
             found.append(Source(name, lookups[what]))
         else:

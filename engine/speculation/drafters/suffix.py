@@ -17,7 +17,8 @@ COUNTED = 32
 """Classes of suffixes whose counts a new token updates, longest first. A text that repeats one token has as many as it
 has tokens, which would take quadratic time; there the counts of its shortest suffixes lag behind."""
 STRONGEST = 8
-"""Matches of at least this many tokens are one class of evidence."""
+"""Matches of up to this many tokens are a class of evidence each; longer ones are, by powers of two, up to LONGEST."""
+LONGEST = 64
 
 
 class SuffixDrafter:
@@ -28,12 +29,15 @@ class SuffixDrafter:
     follows the longest suffix there, so a text of period p is continued with period p.
 
     A match of n tokens that was followed c times by its likeliest token gets a draft of 2n + c tokens; its evidence is
-    min(n, 8). Time is amortized O(1) for a token of text, memory proportional to the tokens: at most two states each.
+    n up to 8, then 9 from 16 on, 10 from 32 on, 11 from 64 on. `longest`: maximum tokens of a draft.
+
+    Time is amortized O(1) for a token of text, memory proportional to the tokens: at most two states each.
     """
 
     name = "suffix"
 
-    def __init__(self) -> None:
+    def __init__(self, longest: int = 8) -> None:
+        self.longest = longest
         self._automata: dict[str, _Automaton] = {}
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
@@ -54,11 +58,17 @@ class SuffixDrafter:
             return NO_DRAFT
         matched = automaton.lengths[context]
         length = min(limit, 2 * matched + automaton.followed(context))
-        return Draft(automaton.walk(context, length), None, self.name, min(matched, STRONGEST))
+        return Draft(automaton.walk(context, length), None, self.name, _evidence(matched))
 
 
 def make(config: EngineConfig) -> SuffixDrafter:
-    return SuffixDrafter()
+    return SuffixDrafter(config.suffix_draft_tokens or config.num_draft_tokens)
+
+
+def _evidence(matched: int) -> int:
+    if matched <= STRONGEST:
+        return matched
+    return STRONGEST + min(matched, LONGEST).bit_length() - STRONGEST.bit_length()
 
 
 @dataclass(slots=True)

@@ -80,13 +80,13 @@ def test_a_new_model_based_drafter_is_one_file_and_one_line(
 
 @pytest.mark.usefixtures("toy")
 def test_names_derive_from_the_registry() -> None:
-    assert registry.default_entries("another") == ("ngram", "suffix", "toy")
-    assert registry.default_entries("smollm2-135m")[:3] == ("ngram", "suffix", "toy")
+    assert registry.default_entries("another") == ("ngram", "suffix", "suffix-memory", "toy")
+    assert registry.default_entries("smollm2-135m", memory=False)[:3] == ("ngram", "suffix", "toy")
     with pytest.raises(ConfigError, match="cannot be called 'toy'"):
         registry.parse_entries(["toy=some/model"])
     with pytest.raises(ConfigError, match="'toy' keeps its name"):
         registry.parse_entries(["other=toy"])
-    with pytest.raises(ConfigError, match="give it 'ngram', 'suffix', 'toy' or a model"):
+    with pytest.raises(ConfigError, match="give it 'ngram', 'suffix', 'suffix-memory', 'toy' or a model"):
         registry.parse_entries([""])
     sources = registry.find(["toy", "ngram"], "another")
     assert [source.name for source in sources] == ["toy", "ngram", "prediction", "grammar"]

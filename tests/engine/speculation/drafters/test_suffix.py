@@ -22,6 +22,10 @@ from pilotfish.engine.speculation.drafters.suffix import COUNTED, SuffixDrafter
 TEXT = st.integers(1, 4).flatmap(lambda size: st.lists(st.integers(0, size - 1), min_size=1, max_size=COUNTED))
 
 
+def evidence(matched: int) -> int:
+    return min(matched, 8) + sum(matched >= length for length in (16, 32, 64))
+
+
 def make_sequence(prompt: list[int], identity: str = "a") -> Sequence:
     request = Request(id=identity, prompt_ids=tuple(prompt), params=SamplingParams())
     return Sequence(request=request, seed=0, blocks=BlockTable(BlockPool(1, 16)))
@@ -64,7 +68,7 @@ def search(text: list[int], limit: int) -> tuple[tuple[int, ...], int]:
 def test_drafts_what_a_search_finds(text: list[int], limit: int) -> None:
     draft = propose(SuffixDrafter(), make_sequence(text), limit)
     tokens, matched = search(text, limit)
-    assert (draft.tokens, draft.evidence) == (tokens, min(matched, 8))
+    assert (draft.tokens, draft.evidence) == (tokens, evidence(matched))
     assert draft.drafter == ("suffix" if tokens else "")
 
 
@@ -93,7 +97,7 @@ def test_long_texts_match_their_longest_suffix(size: int, seed: int) -> None:
     text = [rng.randrange(size) for _ in range(200)]
     draft = propose(SuffixDrafter(), make_sequence(text), 1)
     _, matched = search(text, 1)
-    assert draft.evidence == min(matched, 8)
+    assert draft.evidence == evidence(matched)
     assert draft.tokens[0] in followers(text, text[-matched:])
 
 
