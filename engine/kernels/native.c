@@ -70,6 +70,8 @@ struct mask {
 
 #include "low_rank.h"
 
+#include "draw.h"
+
 #include "blocks.h"
 
 #define JOIN_(a, b) a##b
@@ -241,6 +243,7 @@ EXPORT void pilotfish_mask(int level, float *logits, const int32_t *words, int64
 }
 
 #include "attention_calls.h"
+#include "draw_calls.h"
 
 EXPORT int64_t pilotfish_max_tile(int level) { return PICK(level, max_tile); }
 

@@ -80,6 +80,7 @@ def load_library() -> ctypes.CDLL | None:
         "decode": (c_int, c_void_p, c_int64, c_void_p),
         "experts": (c_int, c_void_p),
         "low_rank": (c_int, *(c_void_p,) * 4, c_int64, c_int64),
+        "draw": (c_int, *(c_void_p,) * 4, c_int64, c_int64, *(c_void_p,) * 3),
     }
     for name, arguments in signatures.items():
         function = getattr(library, f"pilotfish_{name}", None)
@@ -89,6 +90,7 @@ def load_library() -> ctypes.CDLL | None:
     counts = {
         "space": (c_int64,) * 5,
         "block_bytes": (c_int64,) * 3,
+        "draw_space": (c_int64,) * 2,
         "pack_blocks": (c_void_p, c_void_p, c_int64, c_int64, c_int64),
     }
     for name, arguments in counts.items():

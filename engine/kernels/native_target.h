@@ -302,6 +302,7 @@ TARGET static void NAME(rotate)(const void *arguments, int64_t begin, int64_t en
 }
 
 #include "attention_target.h"
+#include "draw_target.h"
 
 #undef VEC
 #undef IVEC

@@ -178,9 +178,14 @@ def is_restricted(params: SamplingParams, vocab: int) -> bool:
     return 0 < params.top_k < vocab or params.top_p < 1.0 or params.min_p > 0.0 or params.typical_p < 1.0
 
 
+def temperature_of(params: SamplingParams) -> float:
+    """Return a sampled request's temperature, as it is computed with: not 0."""
+    return max(params.temperature, _TINY)
+
+
 def temperatures_of(params: Seq[SamplingParams]) -> np.ndarray:
     """Return the temperatures, (rows, 1) float32, none of them 0."""
-    return np.array([[max(p.temperature, _TINY)] for p in params], dtype=np.float32)
+    return np.array([[temperature_of(p)] for p in params], dtype=np.float32)
 
 
 def limits_of(params: Seq[SamplingParams]) -> np.ndarray:
@@ -208,7 +213,7 @@ def scale_rows(logits: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor
 def _scaled(logits: torch.Tensor, rows: list[LogitRow]) -> torch.Tensor:
     """(logits - highest) / temperature of these rows, which cannot overflow: (rows, vocab) float32, a copy."""
     chosen = logits.index_select(0, on_device([row.at for row in rows], logits.device)).float()
-    temperatures = [max(row.sequence.params.temperature, _TINY) for row in rows]
+    temperatures = [temperature_of(row.sequence.params) for row in rows]
     chosen -= chosen.amax(1, keepdim=True)
     if any(temperature != 1.0 for temperature in temperatures):
         chosen /= on_device(temperatures, logits.device).unsqueeze(1)

@@ -11,10 +11,12 @@ from collections.abc import Sequence as Seq
 import torch
 
 from pilotfish.engine.device import on_device
+from pilotfish.engine.kernels.draw import can_draw
+from pilotfish.engine.kernels.draw import draw as draw_native
 from pilotfish.engine.sampling import device_sampler
 from pilotfish.engine.sampling.logit_spans import LogitRow, LogitSpan, rows_of
 from pilotfish.engine.sampling.noise import DRAW, log_exponential, row_key
-from pilotfish.engine.sampling.processors import Support, adjust, spread, truncate
+from pilotfish.engine.sampling.processors import Support, adjust, is_restricted, spread, temperature_of, truncate
 
 # Elements of noise made at once on the CPU: the few arrays of this size that it takes stay in a core's cache.
 _CHUNK = 1 << 17
@@ -27,7 +29,10 @@ _DRAWN = 1 << 23
 def draw(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] = ()) -> tuple[list[int], torch.Tensor]:
     """Return the token that `choose` draws for each row, and what it was drawn from: `process` of these arguments."""
     adjusted = adjust(logits, spans, eos_token_ids)
-    tokens, supports = _draw(adjusted, rows_of(spans))
+    rows = rows_of(spans)
+    if can_draw(adjusted):
+        return _choose(adjusted, rows), spread(adjusted, truncate(adjusted, rows))
+    tokens, supports = _draw(adjusted, rows)
     return tokens, spread(adjusted, supports)
 
 
@@ -41,7 +46,25 @@ def choose(adjusted: torch.Tensor, rows: Seq[LogitRow]) -> list[int]:
         tokens = [device_sampler.draw(adjusted, part)[0] for part in parts]
         drawn: list[int] = (tokens[0] if len(tokens) == 1 else torch.cat(tokens)).tolist()
         return drawn
-    return _draw(adjusted, rows)[0]
+    return _choose(adjusted, rows) if can_draw(adjusted) else _draw(adjusted, rows)[0]
+
+
+def _choose(adjusted: torch.Tensor, rows: Seq[LogitRow]) -> list[int]:
+    """As `_draw`, with rows of the whole vocabulary left to the native kernels."""
+    vocab = adjusted.shape[1]
+    free = [row for row in rows if not row.sequence.params.greedy and not is_restricted(row.sequence.params, vocab)]
+    if not free:
+        return _draw(adjusted, rows)[0]
+    rest = [row for row in rows if row.sequence.params.greedy or is_restricted(row.sequence.params, vocab)]
+    tokens = dict(zip((row.at for row in rest), _draw(adjusted, rest)[0], strict=True)) if rest else {}
+    found = draw_native(
+        adjusted,
+        [row.at for row in free],
+        [row_key(row.sequence.seed, row.position) for row in free],
+        [temperature_of(row.sequence.params) for row in free],
+    )
+    tokens.update(zip((row.at for row in free), found, strict=True))
+    return [tokens[row.at] for row in rows]
 
 
 def _draw(adjusted: torch.Tensor, rows: Seq[LogitRow]) -> tuple[list[int], list[Support]]:
