@@ -14,6 +14,7 @@ from pilotfish.engine.device.transfer import arrays_to_device
 from pilotfish.engine.execution.batch import FlatBatch, HostBatch, Span, pack
 from pilotfish.engine.execution.draft_steps import DraftSteps, DrawKeyed
 from pilotfish.engine.execution.graphs import GraphedPasses, GraphPlan, PassOutputs
+from pilotfish.engine.execution.whole_drafts import WholeDrafts, whole_drafts
 from pilotfish.engine.kernels.protocol import Kernels
 from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
@@ -213,6 +214,10 @@ class HeadRunner:
         self.block_size = block_size
         self.device = device
         self._graphs: GraphedPasses | None = None
+
+    def whole_drafts(self) -> WholeDrafts | None:
+        """Return what grows the head's drafts in one call, where it can be done on this machine."""
+        return whole_drafts(self.model, self._cache, self.block_size)
 
     @torch.inference_mode()
     def capture(self, name: str, plan: GraphPlan) -> None:

@@ -64,7 +64,7 @@ INLINE TARGET void NAME(block_tile)(const struct linear_blocks *a, const struct 
       }
       const uint8_t *scales = group + CODE_BYTES(f);
       if (h == 0)
-        for (int line = 0; line < GROUP_BYTES(f); line += 64) __builtin_prefetch(group + BLOCK_PREFETCH + line, 0, 2);
+        for (int line = 0; line < GROUP_BYTES(f); line += 64) __builtin_prefetch(group + BLOCK_PREFETCH(rows) + line, 0, 2);
       if (f.scales == SUPER_16) {
         UNROLL for (int half = 0; half < 2; half++) {
           BYTES sums[BLOCK_ROWS], pairs[BLOCK_ROWS];

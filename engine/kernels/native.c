@@ -257,6 +257,7 @@ EXPORT void pilotfish_low_rank(int level, const struct low_rank_linear *linear, 
 
 #include "decoder.h"
 #include "experts.h"
+#include "draft.h"
 
 /* An importable module with nothing in it, so that Python's own machinery builds and finds the library. */
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "Loaded with ctypes by pilotfish.engine.kernels.native.", -1, NULL};

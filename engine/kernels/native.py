@@ -81,6 +81,7 @@ def load_library() -> ctypes.CDLL | None:
         "experts": (c_int, c_void_p),
         "low_rank": (c_int, *(c_void_p,) * 4, c_int64, c_int64),
         "draw": (c_int, *(c_void_p,) * 4, c_int64, c_int64, *(c_void_p,) * 3),
+        "draft": (c_int, c_void_p, c_void_p, c_int64, c_void_p),
     }
     for name, arguments in signatures.items():
         function = getattr(library, f"pilotfish_{name}", None)
@@ -91,6 +92,7 @@ def load_library() -> ctypes.CDLL | None:
         "space": (c_int64,) * 5,
         "block_bytes": (c_int64,) * 3,
         "draw_space": (c_int64,) * 2,
+        "draft_space": (c_void_p, *(c_int64,) * 5),
         "pack_blocks": (c_void_p, c_void_p, c_int64, c_int64, c_int64),
     }
     for name, arguments in counts.items():
@@ -355,6 +357,14 @@ class NativeKernels:
     def decode(self, layers: Any, count: int, step: ctypes.Structure) -> None:
         """Run `count` layers of the fused decoder (decoder.h); `layers` is the address of the first."""
         self._library.pilotfish_decode(self._blocks_level, layers, count, ctypes.byref(step))
+
+    def draft_space(self, head: ctypes.Structure, rows: int, spans: int, blocks: int, context: int, form: int) -> int:
+        """Return the bytes that `draft` needs."""
+        return int(self._library.pilotfish_draft_space(ctypes.byref(head), rows, spans, blocks, context, form))
+
+    def draft(self, head: ctypes.Structure, drafting: ctypes.Structure, context: int, space: int) -> None:
+        """Grow drafts (draft.h); `space` is the address of as many bytes as `draft_space` says, a multiple of 64."""
+        self._library.pilotfish_draft(self._blocks_level, ctypes.byref(head), ctypes.byref(drafting), context, space)
 
 
 def mask_logits(logits: torch.Tensor, words: torch.Tensor, level: int | None = None) -> bool:

@@ -49,8 +49,9 @@ class FusedDecoder:
         inputs = [
             weight.in_features for layer in layers for weight in _weights(layer) if isinstance(weight, NativeBlocks)
         ]
-        self._activations = ACTIVATION_FLOATS * (max(inputs, default=0) // GROUP)
-        self._space = kernels.decoder_space(size, shape.heads, shape.kv_heads, shape.head_dim, gated)
+        # Floats a row, of what `decoder.h` computes with.
+        self.activations = ACTIVATION_FLOATS * (max(inputs, default=0) // GROUP)
+        self.space = kernels.decoder_space(size, shape.heads, shape.kv_heads, shape.head_dim, gated)
 
     def forward(
         self,
@@ -68,7 +69,7 @@ class FusedDecoder:
         shape = self.shape
         dtype = caches[0].keys.dtype
         scratch = self._kernels.attention_scratch(rows, max(batch.contexts), shape.heads, shape.head_dim, dtype)
-        space, activations = torch.empty(rows, self._space), torch.empty(rows, self._activations)
+        space, activations = torch.empty(rows, self.space), torch.empty(rows, self.activations)
         adapted = None
         if batch.adapters:
             assert self._adapters is not None
@@ -105,6 +106,11 @@ class FusedDecoder:
             return hidden
 
         return run_sections(run, len(self.layers), hidden, tap)
+
+    def bound(self, caches: list[LayerCache]) -> int:
+        """Return the address of the layers' structures, with these caches from now on."""
+        self._bind(caches)
+        return ctypes.addressof(self._structs)
 
     def _bind(self, caches: list[LayerCache]) -> None:
         """Set the caches' addresses; a runner passes the same list at every pass."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,6 +24,7 @@ from pilotfish.engine.execution.graphs import GraphPlan
 from pilotfish.engine.execution.loader import load_shared
 from pilotfish.engine.execution.platform import Platform, check_draft
 from pilotfish.engine.execution.runner import HeadRunner
+from pilotfish.engine.execution.whole_drafts import WantedDraft, WholeDrafts
 from pilotfish.engine.layers.attention.backend import LayerCache
 from pilotfish.engine.layers.communicator import Communicator
 from pilotfish.engine.memory.block_pool import BlockPool
@@ -32,6 +34,7 @@ from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.decoder_model import CausalModel, DecoderModel
 from pilotfish.engine.models.eagle3 import Eagle3Model
 from pilotfish.engine.models.features import FeatureRows
+from pilotfish.engine.sampling.processors import temperature_of
 from pilotfish.engine.sampling.sampler import argmax
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest, LoadedDraft, MakeRunner, check_vocabulary
@@ -170,6 +173,7 @@ class Eagle3Drafter:
         self._max_batch_tokens = max_batch_tokens
         self._known: dict[str, _Known] = {}
         self._steps: DraftSteps | None = None
+        self._whole = None if keep_probs else runner.whole_drafts()
 
     def backlog(self, sequence: Sequence) -> int:
         """Return the rows that a draft's first pass has to read; 0 if the head has no features of the sequence."""
@@ -214,9 +218,9 @@ class Eagle3Drafter:
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
         """Return one Draft for each of `requests`, empty while the head has not read the whole prompt."""
-        growing: dict[str, GrowingDraft] = {}
         spans: list[Span] = []
         features: list[torch.Tensor] = []
+        begun: list[GrowingDraft | None] = []  # by each of the spans
         budget = self._max_batch_tokens
         for request in requests:
             known = self._known.get(request.sequence.id)
@@ -232,11 +236,18 @@ class Eagle3Drafter:
                 Span(tokens[position + 1 : position + 1 + count], known.computed, known.blocks.blocks, int(complete))
             )
             features += known.take(count)
-            if complete:
-                growing[request.sequence.id] = GrowingDraft(request, known.blocks, start=known.computed)
+            begun.append(GrowingDraft(request, known.blocks, start=known.computed) if complete else None)
+        growing = {draft.request.sequence.id: draft for draft in begun if draft is not None}
         self.passes = ()
         if spans:
-            fused = self._model.fuse(torch.cat(features) if len(features) > 1 else features[0])
+            rows, read = (
+                sum(len(span.token_ids) for span in spans),
+                torch.cat(features) if len(features) > 1 else features[0],
+            )
+            if self._whole is not None and all(draft.keyed for draft in growing.values()):
+                self.passes = (rows, *_grow_whole(self._whole, spans, read, begun))
+                return finished(requests, growing, self.name)
+            fused = self._model.fuse(read)
             out, logits = self._runner.run(spans, fused)
             carried = Carried(out)
 
@@ -246,7 +257,7 @@ class Eagle3Drafter:
 
             several = SeveralPasses(self._steps, carried) if self._steps is not None else None
             later = self.growth.grow(logits, list(growing.values()), next_pass, several)
-            self.passes = (sum(len(span.token_ids) for span in spans), *later)
+            self.passes = (rows, *later)
         return finished(requests, growing, self.name)
 
     def release(self, sequence: Sequence) -> None:
@@ -261,3 +272,21 @@ class Eagle3Drafter:
         """Drop what is cached and pending, and start again at position `first`."""
         known.blocks.release()
         known.first, known.computed, known.pending, known.rows_pending = first, 0, deque(), 0
+
+
+def _grow_whole(
+    whole: WholeDrafts, spans: list[Span], features: torch.Tensor, begun: Seq[GrowingDraft | None]
+) -> list[int]:
+    """Grow the drafts that the spans begin, and return the rows of each pass after the first."""
+    found, passes = whole.grow(spans, features, [None if draft is None else _wanted(draft) for draft in begun])
+    for draft, grown in zip(begun, found, strict=True):
+        if draft is not None:
+            draft.tokens, draft.confidences, draft.computed = grown.tokens, grown.chances, grown.tokens[:-1]
+    return passes
+
+
+def _wanted(draft: GrowingDraft) -> WantedDraft:
+    request, params = draft.request, draft.request.sequence.params
+    temperature = 0.0 if params.greedy else temperature_of(params)
+    sequence = request.sequence
+    return WantedDraft(request.limit, request.floor, len(sequence.tokens), sequence.seed, temperature)

@@ -70,6 +70,11 @@ class GrowingDraft:
         params = self.request.sequence.params
         return params.greedy and not params.alters_logits
 
+    @property
+    def keyed(self) -> bool:
+        """Whether the target draws by its raw logits, position, seed and temperature, up to truncation."""
+        return not self.request.sequence.params.alters_logits
+
     def span(self, token: int, depth: int) -> Span:
         """Return the span of the draft's token number `depth`, from 1."""
         return Span([token], self.start + depth - 1, self.blocks.blocks, logit_rows=1)
