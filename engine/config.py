@@ -23,7 +23,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 KernelsName = Literal["auto", "native", "triton", "torch"]
 AttentionName = Literal["auto", "flash4", "flash2", "triton", "native", "torch"]
-QuantizationName = Literal["auto", "none", "fp8"]
+QuantizationName = Literal["auto", "none", "fp8", "int8", "int4"]
 CacheDType = Literal["auto", "bfloat16", "int8", "fp8"]
 LoadFormat = Literal["auto", "dummy"]
 SchedulingPolicy = Literal["fair", "priority", "fcfs"]
@@ -85,8 +85,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Attention kernels to use. flash4, flash2: flash-attn's; triton: Pilotfish's own on a GPU; native, torch: as for
     `kernels`; auto: the best ones that this machine has."""
     quantization: QuantizationName = "auto"
-    """Quantization of the layer weights. fp8: quantized at load time, unless the checkpoint is already; none: never;
-    auto: as the checkpoint has them where the GPU computes in fp8, otherwise in `dtype`."""
+    """Quantization of the weights. int8, int4: quantized at load time on the CPU, in groups of 32, where they are not
+    already; fp8: the layers', unless the checkpoint is already; none: never; auto: as the checkpoint has them where the
+    GPU computes in fp8 or, of a GGUF file, the CPU with its blocks, otherwise in `dtype`."""
     model_impl: ModelImpl = "auto"
     """Code that computes the model. pilotfish: the engine's own, for the families that it knows; transformers: that of
     the transformers package, for any decoder whose attention uses its attention interface, on one rank, slower; auto:

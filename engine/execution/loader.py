@@ -15,6 +15,7 @@ from pilotfish.checkpoints.huggingface import is_eagle3, read_json
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.device import give_back_memory
 from pilotfish.engine.execution.platform import Platform, check_draft, choose_platform, choose_quantization
+from pilotfish.engine.kernels.native import NativeKernels
 from pilotfish.engine.layers.communicator import ALONE, Communicator
 from pilotfish.engine.models.checkpoint import iter_blocks, iter_weights, read_config
 from pilotfish.engine.models.config import ModelConfig
@@ -23,7 +24,7 @@ from pilotfish.engine.models.eagle3 import SharedWeights
 from pilotfish.engine.models.layout import Layout, check_divides
 from pilotfish.engine.models.registry import is_known, tensors_of
 from pilotfish.engine.models.tensors import EMBEDDING, HEAD
-from pilotfish.engine.weights.blocks import Blocks
+from pilotfish.engine.weights.blocks import Blocks, in_blocks
 from pilotfish.engine.weights.dummy import iter_weights as dummy_weights
 from pilotfish.engine.weights.quantization import SCALE, dequantized, quantized
 from pilotfish.engine.weights.tensors import Part, whole
@@ -140,22 +141,26 @@ def _weights(
             done += not item[0].endswith(SCALE)
             progress(f"loading {files.name}", done / len(parts))
 
-    if platform.in_blocks and files.format == "gguf" and not dummy:
-        return reported(iter_blocks(files, shape, dtype, parts))
-
-    def read() -> Iterator[tuple[str, torch.Tensor]]:
+    def plain() -> Iterator[tuple[str, torch.Tensor]]:
         if dummy:
-            found = dummy_weights(tensors, dtype, device, parts)
-        else:
-            found = iter_weights(files, shape, dtype, parts, device)
-        return reported(found)
-
-    weights = read()
-    if stored is not None and not dummy and (wanted is None or wanted.scheme != stored.scheme):
+            return reported(dummy_weights(tensors, dtype, device, parts))
+        weights = reported(iter_weights(files, shape, dtype, parts, device))
+        if stored is None or (wanted is not None and wanted.scheme == stored.scheme):
+            return weights
         if wanted is None:
             logger.info("%s: its %s weights become %s, which takes more memory", files.name, stored.scheme, dtype)
-        weights = dequantized(weights, dtype)
-    return weights if wanted is None else quantized(weights, tensors, wanted, device)
+        return dequantized(weights, dtype)
+
+    if wanted is not None:
+        return quantized(plain(), tensors, wanted, device)
+    storage, kernels = platform.storage, platform.kernels
+    weights: Iterator[tuple[str, torch.Tensor | Blocks]] = plain()
+    if storage.blocks and files.format == "gguf" and not dummy:
+        weights = reported(iter_blocks(files, shape, dtype, parts))
+    if storage.layers is not None:
+        assert isinstance(kernels, NativeKernels)
+        weights = in_blocks(weights, tensors, storage, stored, kernels.quantize_blocks)
+    return weights
 
 
 def load_shared(

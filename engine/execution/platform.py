@@ -20,6 +20,7 @@ from pilotfish.engine.layers.attention.backend import AttentionBackend
 from pilotfish.engine.layers.attention.choose import AttentionNeeds, choose_attention, why_not
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.layout import Layout
+from pilotfish.engine.weights.blocks import PLAIN, QUANTIZED_TO, Storage
 from pilotfish.engine.weights.quantization import SCHEMES, Quantization
 from pilotfish.errors import ConfigError
 
@@ -39,8 +40,8 @@ class Platform:
     attention: AttentionBackend
     needs: AttentionNeeds
     """What the attention backend was chosen for, with the resulting block size."""
-    in_blocks: bool = False
-    """Whether matrices of GGUF files stay in the quantized blocks that they are stored in."""
+    storage: Storage = PLAIN
+    """The forms of matrices in memory."""
     code: str = ""
     """Whose code computes the target, if not the engine's."""
 
@@ -75,6 +76,11 @@ def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) ->
     reason = _why_not_native(device, dtype, model, config, ranks)
     if config.kernels == "native" and reason:
         raise ConfigError(f"kernels is 'native', but {reason}")
+    if config.quantization in QUANTIZED_TO and (reason or config.kernels == "torch"):
+        raise ConfigError(
+            f"quantization is {config.quantization!r}, which the native kernels compute with, but "
+            f"{reason or 'kernels is torch'}: leave it out" + (", or use 'fp8'" if device.type == "cuda" else "")
+        )
     if config.kernels == "torch" or reason:
         if reason and config.kernels == "auto" and device.type == "cpu":
             logger.warning("running on torch's operators: %s", reason)
@@ -106,7 +112,7 @@ def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) ->
         kernels,
         attention,
         replace(needs, block_size=config.block_size or attention.block_size),
-        in_blocks=_in_blocks(config, model, native, ranks),
+        storage=_storage(config, model, native, ranks),
     )
     logger.info(
         "kernels: %s; attention: %s, blocks of %d tokens in %s",
@@ -115,12 +121,16 @@ def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) ->
     return platform
 
 
-def _in_blocks(config: EngineConfig, model: ModelConfig, kernels: NativeKernels | None, ranks: int) -> bool:
-    """Whether matrices of GGUF files stay in blocks. Below AVX2 they would be computed with more slowly than float32; a
-    layer's experts are computed in one call, which knows no blocks; and in float32 a sharded model says what the whole
-    one says, while activations that are rounded to 8 bits can fall to another side in sums of another order."""
+def _storage(config: EngineConfig, model: ModelConfig, kernels: NativeKernels | None, ranks: int) -> Storage:
+    """Below AVX2 GGUF's blocks would be computed with more slowly than float32; a layer's experts are computed in one
+    call, which knows no blocks; and in float32 a sharded model says what the whole one says, while activations that are
+    rounded to 8 bits can fall to another side in sums of another order."""
+    if kernels is None:
+        return PLAIN
     wanted = (config.dtype, config.quantization) == ("auto", "auto")
-    return wanted and kernels is not None and kernels.level > 0 and model.experts is None and ranks == 1
+    stay = wanted and kernels.level > 0 and model.experts is None and ranks == 1
+    layers, vocabulary = QUANTIZED_TO.get(config.quantization, (None, None))
+    return Storage(blocks=stay or layers is not None, layers=layers, vocabulary=vocabulary)
 
 
 def _why_not_triton(device: torch.device) -> str | None:
@@ -155,7 +165,7 @@ def _why_not_native(
 ) -> str | None:
     if device.type != "cpu" or dtype != torch.float32:
         return f"the native kernels compute in float32 on the CPU, not in {dtype} on {device}"
-    scheme = SCHEMES.get(config.quantization)
+    scheme = None if config.quantization in QUANTIZED_TO else SCHEMES.get(config.quantization)
     if scheme is not None and "native" not in scheme.kernels:
         return f"the native kernels compute in float32, not with weights in {scheme.name}"
     end = "" if ranks == 1 else " on each rank"
@@ -197,6 +207,8 @@ def choose_quantization(
     """How the layers' matrices are quantized once they are loaded, on a device of this compute capability (None: a
     CPU). Raises ConfigError for a scheme that the device cannot compute with."""
     stored, setting = model.quantization, config.quantization
+    if setting in QUANTIZED_TO:  # `Storage` has it
+        return None
     if setting in SCHEMES:
         if reason := SCHEMES[setting].why_not(capability):
             raise ConfigError(f"quantization is {setting!r}, which {reason}")

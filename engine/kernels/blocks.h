@@ -73,6 +73,13 @@ struct quantize {
   int64_t in;
 };
 
+/* Values in groups of GROUP, to be quantized into blocks. */
+struct fit {
+  const float *values;
+  uint8_t *out;
+  int64_t kind;
+};
+
 static inline float half_to_float(uint16_t h) {
   const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, digits = h & 0x3ff;
   union {
@@ -86,6 +93,23 @@ static inline float half_to_float(uint16_t h) {
     found.bits |= sign;
   }
   return found.value;
+}
+
+/* Rounded to the nearest, ties to even; infinite beyond the largest. */
+static inline uint16_t float_to_half(float x) {
+  union {
+    float value;
+    uint32_t bits;
+  } from = {x};
+  const uint32_t sign = from.bits >> 16 & 0x8000, size = from.bits & 0x7fffffff;
+  if (size > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+  if (size >= 0x47800000) return (uint16_t)(sign | 0x7c00);
+  if (size < 0x38800000) { /* a multiple of 2^-24, which adding 0.5 leaves in the lowest digits */
+    from.bits = size;
+    from.value += 0.5f;
+    return (uint16_t)(sign | (from.bits - 0x3f000000));
+  }
+  return (uint16_t)(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
 }
 
 /* A group of one column as the file has it. */

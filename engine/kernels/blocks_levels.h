@@ -158,6 +158,12 @@ EXPORT int64_t pilotfish_pack_blocks(const uint8_t *rows, uint8_t *packed, int64
   return infinite;
 }
 
+/* Quantizes groups of GROUP values into blocks as a file has them: Q4_1 or Q8_0. */
+EXPORT void pilotfish_fit_blocks(int level, const float *values, uint8_t *out, int64_t kind, int64_t groups) {
+  const struct fit a = {values, out, kind};
+  parallel_for(groups, groups * GROUP * (kind == Q4_1 ? 64 : 1), PICK_BLOCKS(level, fit), &a);
+}
+
 /* Bytes of a packed matrix; 0: the kind is not known, or has no blocks of such a size. `packed` begins as zeros. */
 EXPORT int64_t pilotfish_block_bytes(int64_t kind, int64_t columns, int64_t in) {
   const struct form f = FORM_OF(kind);

@@ -193,5 +193,7 @@ TARGET static void NAME(quantize)(const void *arguments, int64_t begin, int64_t 
   }
 }
 
+#include "blocks_fit.h"
+
 #undef VEC
 #undef IVEC

@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 
 from pilotfish.engine.kernels.memory import Arena
@@ -33,6 +34,8 @@ GROUP = 32
 """GROUP of blocks.h."""
 ACTIVATION_FLOATS = 12
 """The size of blocks.h's `struct activation`, in floats."""
+QUANTIZED_AT_A_TIME = 1 << 22
+"""Values of a matrix that are in float32 at a time while it is quantized."""
 
 
 CACHE_FORMS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -68,6 +71,7 @@ def load_library() -> ctypes.CDLL | None:
         "linear": (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64),
         "pack_int8": (c_void_p, c_void_p, c_int64, c_int64),
         "linear_int8": (c_int, *(c_void_p,) * 6, c_int64, c_int64, c_int64),
+        "fit_blocks": (c_int, c_void_p, c_void_p, c_int64, c_int64),
         "unpack_blocks": (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64),
         "linear_parts": (c_int, c_void_p, c_void_p, c_int64, *(c_void_p,) * 3, c_int64, c_int64, c_int64, c_void_p),
         "rms_norm": (c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_float),
@@ -186,6 +190,20 @@ class NativeKernels:
         array = (Part * len(described))(*described)
         bias = None if bias is None else _checked(bias).contiguous()
         return NativeBlocks(array, tuple(packed), bias, found[0].shape[1], first)
+
+    def quantize_blocks(self, name: str, matrix: torch.Tensor, kind: Kind) -> Blocks:
+        """Quantize a matrix of any floating dtype, whose rows are whole blocks, to Q8_0 or Q4_1. A block depends on its
+        own values alone. `name` is for errors."""
+        block, size = GGML_QUANT_SIZES[kind]
+        rows, columns = matrix.shape
+        out = torch.empty(rows, columns // block * size, dtype=torch.uint8)
+        step = max(1, QUANTIZED_AT_A_TIME // columns)
+        for start in range(0, rows, step):
+            values = matrix[start : start + step].to(torch.float32).contiguous()
+            self._library.pilotfish_fit_blocks(
+                self._blocks_level, values.data_ptr(), out[start].data_ptr(), kind, values.numel() // block
+            )
+        return Blocks(name, kind, out)
 
     def _packed_blocks(self, blocks: Blocks) -> torch.Tensor:
         rows, columns = blocks.shape

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Kind
+
 from pilotfish.checkpoints.catalog import CATALOG, ModelFiles, resolve
 from pilotfish.engine.models.checkpoint import read_config
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.layout import Layout, num_kv_heads
 from pilotfish.engine.models.registry import parameter_count, tensors_of
-from pilotfish.engine.models.tensors import HEAD
+from pilotfish.engine.models.tensors import EMBEDDING, HEAD
+from pilotfish.engine.weights.blocks import PLAIN, Storage
 from pilotfish.engine.weights.quantization import SCHEMES, Quantization
 from pilotfish.engine.weights.tensors import Tensor, shape_of
 from pilotfish.errors import ModelError
@@ -32,7 +36,10 @@ def kv_bytes(heads: int, head_dim: int, dtype: str) -> int:
 
 
 def matrix_bytes(rows: int, columns: int, dtype: str) -> int:
-    """Return the bytes of a matrix in a dtype or a scheme of quantization, scales included."""
+    """Return the bytes of a matrix in a dtype, a scheme of quantization or a kind of blocks, scales included."""
+    if dtype in Kind.__members__:
+        block, size = GGML_QUANT_SIZES[Kind[dtype]]
+        return rows * columns // block * size
     scheme = SCHEMES.get(dtype)
     return rows * columns * BYTES[dtype] if scheme is None else scheme.size_bytes(rows, columns)
 
@@ -67,6 +74,8 @@ class PlannedModel:
     """The dtype of the KV cache: one of those, or "fp8"."""
     quantization: Quantization | None = None
     """The quantization that its matrices would have, whatever its checkpoint has."""
+    storage: Storage = PLAIN
+    """The blocks that they are quantized to instead, on a CPU."""
 
     @property
     def logit_size(self) -> int:
@@ -78,7 +87,10 @@ class PlannedModel:
         return parameter_count(self.shape)
 
     def dtype_of(self, tensor: Tensor) -> str:
-        """Return the dtype, or the scheme of quantization, that a tensor would have."""
+        """Return the dtype, the scheme of quantization or the kind of blocks that a tensor would have."""
+        kind = self.storage.kind_of(tensor, self.quantization)
+        if kind is not None and tensor.shape[1] % GGML_QUANT_SIZES[kind][0] == 0:
+            return kind.name
         quantization = self.quantization
         return quantization.scheme if quantization is not None and quantization.takes(tensor) else self.dtype
 
@@ -90,7 +102,8 @@ class PlannedModel:
                 experts = self.shape.experts if tensors[name].expert is not None else None
                 share = 1.0 if experts is None else experts.per_token / experts.count
                 yield Matrix(name, shape[0], shape[1], self.dtype_of(tensors[name]), share)
-        yield Matrix(HEAD, Layout(self.shape, 0, ranks).vocab_part, self.shape.hidden_size, self.dtype)
+        head = self.dtype_of(tensors[EMBEDDING if self.shape.tie_embeddings else HEAD])
+        yield Matrix(HEAD, Layout(self.shape, 0, ranks).vocab_part, self.shape.hidden_size, head)
 
     def weight_bytes(self, ranks: int = 1) -> int:
         """Return the bytes of weights on one of `ranks` tensor-parallel ranks."""

@@ -15,6 +15,7 @@ from pilotfish.tools.planner.memory import (
     plan_memory,
     remedies,
 )
+from pilotfish.tools.planner.models import PlannedModel
 from pilotfish.tools.planner.roofline import StepSeconds, draft_seconds, step_seconds
 from pilotfish.tools.planner.setup import Kind, PlannedDraft, Setup
 from pilotfish.tools.planner.speculation import acceptance_for, expected_tokens
@@ -116,7 +117,7 @@ def make_plan(
         device_source=setup.device.source,
         tensor_parallel_size=setup.ranks,
         draft_tensor_parallel_size=setup.draft_ranks,
-        dtype=setup.target.dtype if setup.target.quantization is None else setup.target.quantization.scheme,
+        dtype=_form(setup.target),
         parameters=setup.target.params,
         context=context,
         memory=memory,
@@ -127,6 +128,13 @@ def make_plan(
         predictions=predictions,
         notes=list(setup.notes),
     )
+
+
+def _form(model: PlannedModel) -> str:
+    """The dtype of a model's weights, or how those of its layers are quantized."""
+    if model.storage.layers is not None:
+        return model.storage.layers.name
+    return model.dtype if model.quantization is None else model.quantization.scheme
 
 
 def predict(

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from math import log2
 
+from gguf import GGMLQuantizationType as Kind
+
 from pilotfish.engine.models.tensors import HEAD
 from pilotfish.engine.weights.quantization import SCHEMES
 from pilotfish.tools.planner.devices import Device
@@ -155,7 +157,10 @@ def _product(device: Device, dtype: str, params: int, size: int, rows: float) ->
 
 
 def _rate_dtype(model: PlannedModel | PlannedHead, dtype: str) -> str:
-    """Return the dtype in which a matrix is multiplied; some quantization schemes widen it to the model's dtype."""
+    """Return the dtype in which a matrix is multiplied; some quantization schemes widen it to the model's dtype, and
+    the figures of a CPU have nothing nearer to the products of bytes that blocks need."""
+    if dtype in Kind.__members__:
+        return model.dtype
     return (SCHEMES[dtype].arithmetic or model.dtype) if dtype in SCHEMES else dtype
 
 

@@ -12,6 +12,7 @@ from pilotfish.engine.models.eagle3_checkpoint import check_target
 from pilotfish.engine.models.layout import MAX_RANKS, use_one_of, what_does_not_divide
 from pilotfish.engine.speculation.drafters.drafter import check_vocabulary
 from pilotfish.engine.speculation.drafters.registry import lookup_names
+from pilotfish.engine.weights.blocks import QUANTIZED_TO, Storage
 from pilotfish.engine.weights.quantization import SCHEMES, Quantization
 from pilotfish.errors import ConfigError
 from pilotfish.tools.planner.devices import Device
@@ -157,6 +158,14 @@ def _planned(model: str, name: str, settings: EngineConfig, device: Device, note
     if dtype not in device.flops:
         raise ConfigError(f"dtype is {dtype!r}, but {device.name} computes in {', '.join(device.flops)}")
     quantization, setting = shape.quantization, settings.quantization
+    if setting in QUANTIZED_TO:
+        if not device.threads or dtype != "float32":
+            raise ConfigError(
+                f"quantization is {setting!r}, which is for CPUs and float32: not {dtype} on {device.name}"
+            )
+        layers, vocabulary = QUANTIZED_TO[setting]
+        storage = Storage(layers=layers, vocabulary=vocabulary)
+        return PlannedModel(name=name, shape=shape, dtype=dtype, kv_dtype=kv_dtype, storage=storage)
     if setting in SCHEMES and not _computes(device, setting, dtype):
         raise ConfigError(f"quantization is {setting!r}, but {device.name} computes in {', '.join(device.flops)}")
     if setting == "none":

@@ -128,6 +128,19 @@ def test_fp8_weights_on_a_gpu_without_fp8_are_planned_in_16_bits(setup_of: Setup
         setup_of("a100", 16, model=model, quantization="fp8")
 
 
+@pytest.mark.parametrize(("name", "bits"), [("int8", (8.5, 8.5)), ("int4", (5.0, 8.5))])
+def test_weights_quantized_on_a_cpu(setup_of: SetupOf, name: str, bits: tuple[float, float]) -> None:
+    setup = setup_of("cpu", 1, model="smollm2-135m", quantization=name, drafter=())
+    layers, vocabulary = 30 * (2 * 576 * (576 + 192) + 3 * 576 * 1536), 49152 * 576
+    norms = 61 * 576 * 4
+    assert setup.target.weight_bytes() == (layers * bits[0] + vocabulary * bits[1]) / 8 + norms
+    assert sum(matrix.bytes for matrix in setup.target.matrices()) == setup.target.weight_bytes() - norms
+    with pytest.raises(
+        ConfigError, match=f"quantization is '{name}', which is for CPUs and float32: not bfloat16 on h100"
+    ):
+        setup_of("h100", 4, quantization=name)
+
+
 def test_quantization_none_takes_an_fp8_checkpoint_in_16_bits(setup_of: SetupOf) -> None:
     model = "meta-llama/Llama-3.1-405B-Instruct-FP8"
     plain = setup_of("h100", 16, model=model, quantization="none", drafter=())
