@@ -45,6 +45,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Measured FLOP per second of attention over cached keys; 0: the rate of matrices."""
     kernel_seconds: float = 0.0
     """Seconds of overhead for each kernel in a row: launch or replay, and its first bytes."""
+    gated_products: bool = False
+    """Whether products of few rows have the activation that follows them (`engine.kernels.few`)."""
     row_bandwidth: float = 0.0
     """Bytes per second of row-wise operators (norms, rotations, activations); 0: `bandwidth`."""
     step_seconds: float = 0.0
@@ -101,7 +103,15 @@ NVLINK, PCIE = 2e-6, 5e-6
 """Seconds of latency of a message."""
 
 
-def _gpu(name: str, source: str, mib: int, terabytes: float, link: tuple[float, float], **teraflops: float) -> Device:
+def _gpu(
+    name: str,
+    source: str,
+    mib: int,
+    terabytes: float,
+    link: tuple[float, float],
+    gated_products: bool = False,
+    **teraflops: float,
+) -> Device:
     """Return a GPU by its data sheet; shares and overheads are the planner's assumptions, the same for all.
 
     terabytes: memory bandwidth, TB/s; link: GB/s in one direction, and seconds of latency.
@@ -118,6 +128,7 @@ def _gpu(name: str, source: str, mib: int, terabytes: float, link: tuple[float, 
         flops_share=0.7,
         link_share=0.8,
         kernel_seconds=1.5e-6,
+        gated_products=gated_products,
         step_seconds=0.5e-3,
         sequence_seconds=10e-6,
         draft_seconds=0.05e-3,
@@ -136,8 +147,8 @@ DEVICES = {
     device.name: device
     for device in (
         _gpu("b200", "NVIDIA HGX B200 data sheet", 183359, 8.0, (900, NVLINK), **_BLACKWELL),
-        _gpu("h200", "NVIDIA H200 SXM data sheet", 143771, 4.8, (450, NVLINK), **_HOPPER),
-        _gpu("h100", "NVIDIA H100 SXM5 80 GB data sheet", 81559, 3.35, (450, NVLINK), **_HOPPER),
+        _gpu("h200", "NVIDIA H200 SXM data sheet", 143771, 4.8, (450, NVLINK), True, **_HOPPER),
+        _gpu("h100", "NVIDIA H100 SXM5 80 GB data sheet", 81559, 3.35, (450, NVLINK), True, **_HOPPER),
         _gpu("a100", "NVIDIA A100 SXM4 80 GB data sheet", 81920, 2.039, (300, NVLINK), **_AMPERE),
         _gpu("l40s", "NVIDIA L40S data sheet; PCIe 4.0 x16", 46068, 0.864, (32, PCIE), **_L40S),
         _gpu("l4", "NVIDIA L4 data sheet; PCIe 4.0 x16", 23034, 0.3, (32, PCIE), **_L4),

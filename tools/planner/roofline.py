@@ -24,6 +24,8 @@ LAYER_PRODUCTS = 4
 """Matrix products of a layer."""
 FP8_KERNELS = 1
 """Additional kernels of a matrix product in fp8: quantizing its activations."""
+FEW_ROWS = 64
+"""Most rows of a product that has the activation in it, on devices with `gated_products`."""
 HEAD_KERNELS = 2
 """Additional kernels in an EAGLE-3 head's layer: its second norm, and concatenating the two halves of its input."""
 ROW_PASSES = 12
@@ -127,17 +129,19 @@ def pass_seconds(
         all_reduce=(2 * shape.num_layers + 1) * all_reduce_seconds(device, ranks, rows * shape.hidden_size * width)
         + all_reduce_seconds(device, ranks, logit_rows * shape.vocab_size * width),
         rows=passed / (device.row_bandwidth or device.bandwidth * device.bandwidth_share),
-        kernels=kernel_count(model) * device.kernel_seconds,
+        kernels=kernel_count(model, device.gated_products and rows <= FEW_ROWS) * device.kernel_seconds,
         engine=0.0,
     )
 
 
-def kernel_count(model: PlannedModel | PlannedHead) -> int:
-    """Return the number of kernels that a pass runs, one after the other."""
+def kernel_count(model: PlannedModel | PlannedHead, gated: bool = False) -> int:
+    """Return the number of kernels that a pass runs, one after the other. gated: whether a layer's activation is part
+    of the product in front of it."""
     products = LAYER_PRODUCTS * FP8_KERNELS if any(dtype == "fp8" for (_, dtype, *_), _ in _matrices(model, 1)) else 0
+    layer = KERNELS_PER_LAYER + products - gated
     if isinstance(model, PlannedHead):
-        return KERNELS_PER_LAYER + products + HEAD_KERNELS + 3
-    return model.shape.num_layers * (KERNELS_PER_LAYER + products) + 3
+        return layer + HEAD_KERNELS + 3
+    return model.shape.num_layers * layer + 3
 
 
 def all_reduce_seconds(device: Device, ranks: int, size: float) -> float:

@@ -103,6 +103,7 @@ def test_a_layer_launches_few_kernels(monkeypatch, shapes, kind: str, fp8: bool,
 @pytest.mark.parametrize("fp8", [False, True])
 def test_products_with_few_rows_have_the_gate(monkeypatch, shapes, fp8: bool) -> None:
     """On Hopper."""
+    assert roofline.FEW_ROWS == few.MOST_ROWS
     monkeypatch.setattr(few, "SMALLEST", 0)
     count = of_a_layer(monkeypatch, shapes["llama"], "triton", fp8, triton.TritonKernels(few=CUDA))
     assert count["multiply_few"] == roofline.LAYER_PRODUCTS

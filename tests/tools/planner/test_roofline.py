@@ -198,3 +198,13 @@ def test_devices_come_from_files_too(tmp_path: Path) -> None:
         find_device(str(tmp_path / "none.json"))
     with pytest.raises(ConfigError, match="b200, h200, h100, a100, l40s, l4, rtx4090, cpu"):
         find_device("abacus")
+
+
+def test_an_activation_within_its_product_is_no_kernel(setup_of: SetupOf) -> None:
+    """On Hopper, in passes of few rows: a kernel less for each layer."""
+    setup = setup_of("h200")
+    plain = changed(setup, gated_products=False)
+    for rows, less in ((1, 1), (64, 1), (65, 0)):
+        saved = total(plain, rows) - total(setup, rows)
+        expected = less * setup.target.shape.num_layers * setup.device.kernel_seconds
+        assert saved == pytest.approx(expected, rel=1e-6, abs=1e-12)
