@@ -110,6 +110,7 @@ def _gpu(
     terabytes: float,
     link: tuple[float, float],
     gated_products: bool = False,
+    /,
     **teraflops: float,
 ) -> Device:
     """Return a GPU by its data sheet; shares and overheads are the planner's assumptions, the same for all.
