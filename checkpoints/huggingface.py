@@ -55,9 +55,45 @@ EAGLE3_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3Speculator", "Eagle3Dra
 
 def is_eagle3(folder: Path) -> bool:
     """Returns whether a folder's config.json is an EAGLE-3 head's. Raises ModelError if there is none to be read."""
+    raw, named = _architectures(folder)
+    return any(name in EAGLE3_ARCHITECTURES for name in named) or raw.get("speculators_model_type") == "eagle3"
+
+
+DFLASH_ARCHITECTURES = ("DFlashDraftModel", "DFlashSpeculator", "Qwen3DSparkModel", "DSparkSpeculator")
+"""Qwen3DSparkModel is DeepSpec's name of both kinds: a DFlash drafter is one without a sequential head."""
+
+
+def is_dflash(folder: Path) -> bool:
+    """Returns whether a folder's config.json is a DFlash drafter's. Raises ModelError if there is none to be read."""
+    return _block_drafter(folder) == "dflash"
+
+
+def is_dspark(folder: Path) -> bool:
+    """Returns whether a folder's config.json is a DSpark drafter's. Raises ModelError if there is none to be read."""
+    return _block_drafter(folder) == "dspark"
+
+
+def _block_drafter(folder: Path) -> str:
+    raw, named = _architectures(folder)
+    if kind := raw.get("speculators_model_type"):
+        return str(kind)
+    if "dflash_config" not in raw and not any(name in DFLASH_ARCHITECTURES for name in named):
+        return ""
+    return "dspark" if raw.get("markov_rank") else "dflash"
+
+
+def head_kind(folder: Path) -> str:
+    """Returns what kind of head a folder's config.json is of, in words: one that drafts for a model and is not one by
+    itself; "" for anything else. Raises ModelError if there is none to be read."""
+    kinds = ((is_eagle3, "an EAGLE-3 head"), (is_dflash, "a DFlash drafter"), (is_dspark, "a DSpark drafter"))
+    return next((name for is_one, name in kinds if is_one(folder)), "")
+
+
+def _architectures(folder: Path) -> tuple[dict[str, Any], list[Any]]:
+    """Returns config.json and the architectures that it names. Raises ModelError."""
     path = folder / "config.json"
     raw = read_json(path)
     named = raw.get("architectures")
     if not isinstance(named, list | None):
         raise ModelError(f"{path}: architectures is {named!r:.200}, but must be a list of names")
-    return any(name in EAGLE3_ARCHITECTURES for name in named or ()) or raw.get("speculators_model_type") == "eagle3"
+    return raw, named or []

@@ -165,9 +165,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Topic of the events; llm-d's router wants kv@ADDRESS@MODEL."""
 
     drafter: tuple[str, ...] = ()
-    """Drafter to load: ngram, suffix, suffix-memory, or a draft model or EAGLE-3 head with the target's vocabulary, in
-    the same forms as `model`; NAME=MODEL chooses the name that requests use. Repeatable; without any, the drafters that
-    suit the target."""
+    """Drafter to load: ngram, suffix, suffix-memory, or a draft model, EAGLE-3 head, DFlash or DSpark drafter with the
+    target's vocabulary, in the same forms as `model`; NAME=MODEL chooses the name that requests use. Repeatable;
+    without any, the drafters that suit the target."""
     speculation: str = "auto"
     """Default for requests that do not set `speculation`: auto, which chooses among the drafters at every step; none;
     or a drafter's name."""

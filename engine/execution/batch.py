@@ -38,6 +38,9 @@ class Span:
     """The number of its low-rank adapter; 0: none."""
     draw: Draw | None = None
     """How these rows draw; None: any token will do, or none is wanted of the pass."""
+    sees: int = 0
+    """Keys that its last row sees, of which others of the pass may write some: rows of a block that see each other, one
+    span each. 0: up to its own."""
 
     @property
     def stop(self) -> int:
@@ -136,7 +139,7 @@ def pack(spans: Seq[Span], block_size: int, ahead: int = 0) -> HostBatch:
     """Pack the spans' rows, one after the other. Block tables have the blocks of so many tokens `ahead`, too, as far as
     the spans have them."""
     lengths = [len(span.token_ids) for span in spans]
-    contexts = [span.start + length for span, length in zip(spans, lengths, strict=True)]
+    contexts = [span.sees or span.start + length for span, length in zip(spans, lengths, strict=True)]
     wanted = [span.logit_rows for span in spans]
     shape = BatchShape(
         spans=len(spans), rows=sum(lengths), wanted=sum(wanted), max_blocks=-(-(max(contexts) + ahead) // block_size)
@@ -174,7 +177,7 @@ def _fill_few(
     ends = list(accumulate(lengths))
     arrays.cu_query_lens[1:] = ends
     arrays.cu_context_lens[1:] = list(accumulate(contexts))
-    positions = [range(span.start, context) for span, context in zip(spans, contexts, strict=True)]
+    positions = [range(span.start, span.start + length) for span, length in zip(spans, lengths, strict=True)]
     arrays.positions[:] = list(chain.from_iterable(positions))
     arrays.slots[:] = [
         span.blocks[position // block_size] * block_size + position % block_size
@@ -196,9 +199,9 @@ def _fill_many(
     count, ends = sum(lengths), arrays.cu_query_lens[1:]
     np.cumsum(lengths, out=ends)
     np.cumsum(contexts, out=arrays.cu_context_lens[1:])
-    # Row r of the batch is position r - end + context of its sequence.
+    # Row r of the batch is position r - end + stop of its sequence.
     rows = np.arange(count)
-    arrays.positions[:] = rows + np.repeat(arrays.context_lens - ends, lengths)
+    arrays.positions[:] = rows + np.repeat(np.array([span.stop for span in spans]) - ends, lengths)
     blocks, offsets = np.divmod(arrays.positions, block_size)
     span_of_row = np.repeat(np.arange(len(spans)), lengths)
     arrays.slots[:] = arrays.block_tables[span_of_row, blocks] * np.int64(block_size) + offsets

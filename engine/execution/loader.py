@@ -11,7 +11,7 @@ import torch
 from msgspec import structs
 
 from pilotfish.checkpoints.catalog import ModelFiles, Progress, resolve
-from pilotfish.checkpoints.huggingface import is_eagle3, read_json
+from pilotfish.checkpoints.huggingface import head_kind, read_json
 from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.device import give_back_memory
 from pilotfish.engine.execution.platform import Platform, check_draft, choose_platform, choose_quantization
@@ -117,7 +117,7 @@ def by_transformers(config: EngineConfig, files: ModelFiles) -> bool:
         raise ConfigError(f"model_impl is 'transformers', but {files.name} is a GGUF file: use a Hugging Face folder")
     if config.model_impl != "auto" or files.format != "huggingface":
         return config.model_impl == "transformers"
-    return not is_known(read_json(files.path / "config.json").get("model_type")) and not is_eagle3(files.path)
+    return not is_known(read_json(files.path / "config.json").get("model_type")) and not head_kind(files.path)
 
 
 def _weights(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pilotfish.checkpoints.catalog import ModelFiles
 from pilotfish.checkpoints.gguf_header import read_header
-from pilotfish.checkpoints.huggingface import is_eagle3, read_json
+from pilotfish.checkpoints.huggingface import head_kind, read_json
 from pilotfish.checkpoints.values import Values
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.plausible import check_config, readable
@@ -41,8 +41,8 @@ def read_hf_config(folder: Path) -> ModelConfig:
     """The shape that a Hugging Face folder's config.json describes. Raises ModelError."""
     path = folder / "config.json"
     raw = read_json(path)
-    if is_eagle3(folder):
-        raise ModelError(f"{folder} is an EAGLE-3 head, which drafts for a model and is not one by itself")
+    if kind := head_kind(folder):
+        raise ModelError(f"{folder} is {kind}, which drafts for a model and is not one by itself")
     family = find_family(raw.get("model_type"), f"{path}: model_type", "model_types")
     values = Values(path, raw)
     with readable(path):

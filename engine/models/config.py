@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from pilotfish.engine.weights.quantization import Quantization
 
@@ -165,6 +166,46 @@ class Eagle3Config:
     def features_of(self, target: ModelConfig) -> tuple[int, ...]:
         """The target's layers that this head reads."""
         return self.feature_layers or default_feature_layers(target.num_layers)
+
+
+Sequential = Literal["vanilla", "gated", "rnn"]
+SEQUENTIAL: tuple[Sequential, ...] = get_args(Sequential)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DFlashConfig:
+    """The shape of a block drafter, whose rows are the last token and then masks: DFlash (arXiv 2602.06036), and DSpark
+    (the paper in github.com/deepseek-ai/DeepSpec), which is DFlash with two small heads."""
+
+    decoder: ModelConfig
+    """Its layers; `vocab_size` is the target's."""
+    draft_vocab_size: int
+    target_hidden_size: int
+    feature_layers: tuple[int, ...]
+    """The target's layers whose inputs it reads, as `FeatureTap` numbers them."""
+    block_size: int
+    """Rows of a block."""
+    mask_token_id: int
+    first_drafts: bool = False
+    """Whether the last token's own row predicts the token after it, as in DSpark; else the first mask's row does."""
+    causal_layers: tuple[bool, ...] = ()
+    """Whether rows of a block see none after themselves in each layer; empty: in all layers they see all."""
+    sequential: Sequential = "vanilla"
+    """Kind of DSpark's sequential head, by which a token's logits depend on the tokens drafted before it."""
+    rank: int = 0
+    """Rank of its bias; 0: there is none."""
+    confidence: bool = False
+    """Whether there is a confidence head, which predicts how likely each drafted token is accepted."""
+    confidence_reads_token: bool = False
+    """Whether it also reads the sequential head's embedding of the token before."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that a block drafts."""
+        return self.block_size - (not self.first_drafts)
+
+    def causal(self, layer: int) -> bool:
+        return bool(self.causal_layers) and self.causal_layers[layer]
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, int, int]:

@@ -20,7 +20,8 @@ from pilotfish.engine.layers.choose import choose_decoder
 from pilotfish.engine.layers.communicator import ALONE
 from pilotfish.engine.layers.decoder import DecoderLayer, DenseMlp, LayerShape
 from pilotfish.engine.models.config import Eagle3Config
-from pilotfish.engine.models.eagle3_checkpoint import EMBEDDING, HEAD, TARGET_IDS, tensors_of
+from pilotfish.engine.models.eagle3_checkpoint import tensors_of
+from pilotfish.engine.models.head_files import EMBEDDING, HEAD, TARGET_IDS
 from pilotfish.engine.models.rope import cos_sin_table
 from pilotfish.engine.models.weight_store import LayerWeights, WeightStore
 

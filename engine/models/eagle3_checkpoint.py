@@ -19,25 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pilotfish.checkpoints.huggingface import read_json
-from pilotfish.checkpoints.safetensors_header import check_file
 from pilotfish.checkpoints.values import Values, is_id
-from pilotfish.engine.models import llama
+from pilotfish.engine.models import head_files, llama
 from pilotfish.engine.models.config import Eagle3Config, ModelConfig
+from pilotfish.engine.models.head_files import EMBEDDING, HEAD
 from pilotfish.engine.models.plausible import check_config, readable
 from pilotfish.engine.models.tensors import attention, gated_mlp, linear, norm
-from pilotfish.engine.weights.quantization import SCALE, dequantized, scheme_of
-from pilotfish.engine.weights.tensors import Tensor, by_name, check_names, check_shape
+from pilotfish.engine.weights.tensors import Tensor, by_name
 from pilotfish.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     import torch
-
-SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
-EMBEDDING, HEAD, FUSION = "embed_tokens.weight", "lm_head.weight", "fc.weight"
-TARGET_IDS = "target_ids"
-
-_UNUSED = ("t2d", "verifier_norm.weight", "verifier_lm_head.weight", "rotary_emb.inv_freq")
-"""Tensors that are only needed for training, or follow from the others."""
 
 
 def read_config(folder: Path) -> Eagle3Config:
@@ -114,66 +106,8 @@ def declared_name(stored: str) -> str:
 
 
 def read_weights(folder: Path, config: Eagle3Config, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The head's tensors, on the CPU, in `dtype`; and TARGET_IDS, (draft_vocab_size,) int64, unless the head has the
-    target's vocabulary as it is. Quantized matrices stay as they are if they can be computed with in `dtype`, each with
-    its scales, (rows, 1) float32 (see `weights.quantization`).
-
-    Raises ModelError if one is missing, unknown, or has another shape than the configuration gives it.
-    """
-    loaded = {declared_name(name): tensor for name, tensor in _load(folder).items()}
-    stored = {name: tensor for name, tensor in loaded.items() if not name.endswith(_UNUSED)}
-    offsets = stored.pop("d2t", None)
-    scales = {name: stored.pop(name) for name in list(stored) if name.endswith(f".weight{SCALE}")}
-    declared, shared = tensors_of(config), optional(config)
-    check_names(folder, stored.keys(), [name for name in declared if name not in shared or name in stored])
-    weights: dict[str, torch.Tensor] = {}
-    for name, tensor in stored.items():
-        check_shape(folder, name, tuple(tensor.shape), declared[name].shape)
-        scheme = scheme_of(tensor.dtype)
-        if scheme is None:
-            weights[name] = tensor.to(dtype)
-            continue
-        if name + SCALE not in scales:
-            raise ModelError(f"{folder}: tensor {name!r} is {scheme.name}, but has no {name}{SCALE}")
-        pair = {name: tensor, name + SCALE: scales[name + SCALE].float().view(-1, 1)}
-        computes = str(dtype).removeprefix("torch.") in scheme.dtypes
-        weights |= pair if computes else dict(dequantized(pair.items(), dtype))
-    if offsets is not None:
-        weights[TARGET_IDS] = _target_ids(folder, config, offsets)
-    elif config.draft_vocab_size != config.decoder.vocab_size:
-        raise ModelError(f"{folder} has no tensor 'd2t', but its vocabulary is not the target's")
-    return weights
-
-
-def _target_ids(folder: Path, config: Eagle3Config, offsets: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    if offsets.is_floating_point() or offsets.shape != (config.draft_vocab_size,):
-        raise ModelError(
-            f"{folder}: tensor 'd2t' is {offsets.dtype} of shape {tuple(offsets.shape)}, but must have an "
-            f"integer for each of draft_vocab_size, {config.draft_vocab_size}"
-        )
-    ids = torch.arange(config.draft_vocab_size) + offsets.long()
-    if int(ids.min()) < 0 or int(ids.max()) >= config.decoder.vocab_size:
-        raise ModelError(
-            f"{folder}: tensor 'd2t' leads to tokens {int(ids.min())} to {int(ids.max())}, but the vocabulary is "
-            f"{config.decoder.vocab_size}"
-        )
-    return ids
-
-
-def _load(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from pilotfish.engine.weights import torch_archive
-
-    try:
-        if (folder / SAFETENSORS).is_file():
-            check_file(folder / SAFETENSORS)
-            return load_file(str(folder / SAFETENSORS))
-        if (folder / PICKLED).is_file():
-            return torch_archive.load(folder / PICKLED)
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise ModelError(f"cannot read the weights in {folder}: {error}") from error
-    raise ModelError(f"{folder} has neither {SAFETENSORS} nor {PICKLED}")
+    """The head's tensors, as `head_files.read_weights` returns them."""
+    decoder = config.decoder
+    return head_files.read_weights(
+        folder, tensors_of(config), optional(config), declared_name, dtype, config.draft_vocab_size, decoder.vocab_size
+    )

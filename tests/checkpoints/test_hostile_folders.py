@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import save_file
 
 from pilotfish.checkpoints.catalog import ModelFiles, resolve
-from pilotfish.checkpoints.huggingface import is_eagle3
-from pilotfish.engine.models import eagle3_checkpoint, llama
+from pilotfish.checkpoints.huggingface import head_kind, is_eagle3
+from pilotfish.engine.models import dflash_checkpoint, eagle3_checkpoint, llama
 from pilotfish.engine.models.checkpoint import read_config
 from pilotfish.engine.models.registry import tensors_of
 from pilotfish.engine.weights.lora import read_adapter
 from pilotfish.errors import ModelError
 from pilotfish.text.tokenizer import load_tokenizer
+from tests.support import block_drafts
 from tests.support import hostile_files as hostile
 
 Tiny = Callable[[str], Path]
@@ -136,6 +137,24 @@ def test_heads_whose_tokens_are_not_the_targets(tmp_path: Path, offsets: list[An
     save_file(tensors | {"d2t": torch.tensor(offsets)}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="d2t"):
         eagle3_checkpoint.read_weights(tmp_path, config, torch.float32)
+
+
+BLOCK_FIELDS = ("use_swa", "sample_from_anchor", "draft_vocab_size", "target_hidden_size", "markov_head_type")
+
+
+@pytest.mark.parametrize("config", [block_drafts.ZLAB, block_drafts.dspark(block_drafts.SPECULATORS, "rnn")])
+def test_block_drafters_configurations(tmp_path: Path, config: dict[str, Any]) -> None:
+    for name in (*config, *BLOCK_FIELDS):
+        for odd in hostile.ODD:
+            (tmp_path / "config.json").write_text(json.dumps(config | {name: odd}))
+            try:
+                if head_kind(tmp_path):
+                    dflash_checkpoint.tensors_of(dflash_checkpoint.read_config(tmp_path))
+            except ModelError as error:
+                said = str(error)
+            else:
+                continue
+            assert str(tmp_path) in said
 
 
 # Adapters

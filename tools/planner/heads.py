@@ -17,14 +17,12 @@ from pilotfish.checkpoints.catalog import ModelFiles
 from pilotfish.checkpoints.huggingface import is_eagle3
 from pilotfish.engine.models.config import Eagle3Config, ModelConfig
 from pilotfish.engine.models.eagle3_checkpoint import (
-    EMBEDDING,
-    FUSION,
-    SAFETENSORS,
     declared_name,
     optional,
     read_config,
     tensors_of,
 )
+from pilotfish.engine.models.head_files import EMBEDDING, FUSION, SAFETENSORS
 from pilotfish.engine.models.registry import count
 from pilotfish.engine.weights.quantization import SCHEMES
 from pilotfish.engine.weights.tensors import Tensor

@@ -146,7 +146,7 @@ class _Backend:
             query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
             key, value = (_kept(part, cache_dtype).double() for part in (key, value))
             if spans is steps[0]:  # its results are not compared
-                reference.write(key, value, exact, there)
+                reference.store(key, value, exact, there)
             else:
                 wanted = reference.attend(query.double(), key, value, exact, there, params)
         if found.dtype != dtype or found.shape != wanted.shape:

@@ -121,7 +121,7 @@ class ReferenceAttention:
         shape = (num_blocks, block_size, kv_heads, head_dim)
         return LayerCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, batch: AttentionBatch) -> None:
+    def store(self, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, batch: AttentionBatch) -> None:
         """Write keys and values into the cache, without attending."""
         keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
         keys[batch.slots], values[batch.slots] = key.to(keys.dtype), value.to(values.dtype)
@@ -136,7 +136,7 @@ class ReferenceAttention:
         params: AttentionParams,
     ) -> torch.Tensor:
         if key is not None and value is not None:
-            self.write(key, value, cache, batch)
+            self.store(key, value, cache, batch)
         keys, values = cache.keys.flatten(0, 1), cache.values.flatten(0, 1)
         rows, heads, head_dim = query.shape
         group = heads // cache.keys.shape[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -28,11 +28,13 @@ class Batch:
     normalizer: torch.Tensor  # (batch, length) float32
     likeliest: torch.Tensor  # (batch, length) int64
     answers: torch.Tensor  # (batch, length) bool
+    seed: int = 0
+    """Of what a student draws for this batch."""
 
 
 def training_batches(store: FeatureStore, epoch: int, seed: int, batch_tokens: int) -> Iterator[Batch]:
     """Yield an epoch's batches, deterministically. Conversations of similar length share a batch."""
-    order = random.Random(f"{seed}/{epoch}")
+    order, draws = random.Random(f"{seed}/{epoch}"), random.Random(f"{seed}/{epoch}/draws")
     shards = list(range(store.shards))
     order.shuffle(shards)
     for start in range(0, len(shards), GROUP):
@@ -45,7 +47,8 @@ def training_batches(store: FeatureStore, epoch: int, seed: int, batch_tokens: i
         order.shuffle(lessons)
         batches = _cut(lessons, batch_tokens)
         order.shuffle(batches)
-        yield from map(pad, batches)
+        for batch in batches:
+            yield replace(pad(batch), seed=draws.getrandbits(32))
 
 
 def held_out_batches(store: FeatureStore, batch_tokens: int, most: int) -> list[Batch]:

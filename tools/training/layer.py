@@ -21,7 +21,8 @@ MATRICES = {
 
 def stored_name(name: str) -> str:
     """Return a parameter's name within its layer in a checkpoint: "self_attn.q_proj.weight" for "q_proj"."""
-    return f"{MATRICES.get(name, '')}{name}.weight"
+    prefix = "self_attn." if name in ("q_norm", "k_norm") else MATRICES.get(name, "")
+    return f"{prefix}{name}.weight"
 
 
 def matrix(outputs: int, inputs: int) -> nn.Parameter:
@@ -55,13 +56,14 @@ def query_key_value(
     x: (batch, length, inputs); table: (length, head_dim), a part of `cos_sin_table`.
     """
 
-    def heads(weight: torch.Tensor, count: int) -> torch.Tensor:
-        split: torch.Tensor = F.linear(x, weight).unflatten(-1, (count, config.head_dim))
-        return split.transpose(1, 2)
+    query, key = (rotated(heads(x, weight, config), table) for weight in (layer.q_proj, layer.k_proj))
+    return query, key, heads(x, layer.v_proj, config)
 
-    query = _rotated(heads(layer.q_proj, config.num_heads), table)
-    key = _rotated(heads(layer.k_proj, config.num_kv_heads), table)
-    return query, key, heads(layer.v_proj, config.num_kv_heads)
+
+def heads(x: torch.Tensor, weight: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """Return a product's heads: (batch, length, inputs) -> (batch, heads, length, head_dim)."""
+    split: torch.Tensor = F.linear(x, weight).unflatten(-1, (-1, config.head_dim))
+    return split.transpose(1, 2)
 
 
 def add_attended_and_mlp(layer: Any, hidden: torch.Tensor, attended: torch.Tensor, config: ModelConfig) -> torch.Tensor:
@@ -71,7 +73,8 @@ def add_attended_and_mlp(layer: Any, hidden: torch.Tensor, attended: torch.Tenso
     return hidden + F.linear(F.silu(F.linear(y, layer.gate_proj)) * F.linear(y, layer.up_proj), layer.down_proj)
 
 
-def _rotated(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def rotated(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of (..., length, head_dim) by `table`, as many rows of `cos_sin_table`."""
     cosine, sine = table.to(x.dtype).chunk(2, dim=-1)  # (length, head_dim / 2) each
     low, high = x.chunk(2, dim=-1)
     return torch.cat((low * cosine - high * sine, high * cosine + low * sine), dim=-1)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from pilotfish.tools.training.batches import Batch, held_out_batches, training_batches
 from pilotfish.tools.training.features import FeatureStore
-from pilotfish.tools.training.settings import TrainSettings
+from pilotfish.tools.training.settings import TrainSettings, objective_of
 from pilotfish.tools.training.student import Student, Tally
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -72,7 +72,7 @@ def train(
     held_out = held_out_batches(store, settings.batch_tokens, HELD_OUT)
 
     def evaluate() -> None:
-        tally = Tally.empty(settings.unroll)
+        tally = Tally.empty(student.steps)
         with _precision(settings):
             for batch in held_out:
                 student.tally(batch, tally)
@@ -90,7 +90,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _schedule(state.step, steps)
         with _precision(settings):
-            loss = student.loss(batch, settings.objective)
+            loss = student.loss(batch, objective_of(settings))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,20 @@ from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.execution.platform import thread_count
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.models.checkpoint import iter_weights, read_config
-from pilotfish.engine.models.config import Eagle3Config, ModelConfig, RopeConfig
+from pilotfish.engine.models.config import DFlashConfig, Eagle3Config, ModelConfig, RopeConfig
 from pilotfish.errors import ConfigError
+from pilotfish.tools.training.block_student import BlockStudent
 from pilotfish.tools.training.eagle3_student import Eagle3Student
 from pilotfish.tools.training.features import PASS_ROWS, FeatureStore, write_features
 from pilotfish.tools.training.llama_student import LlamaStudent
 from pilotfish.tools.training.loop import TrainingProgress, train
-from pilotfish.tools.training.settings import TrainSettings
+from pilotfish.tools.training.settings import BLOCKS, TrainSettings, objective_of
 from pilotfish.tools.training.student import Teacher
 from pilotfish.tools.training.text import TextStore
-from pilotfish.tools.training.vocabulary import frequent_tokens
+from pilotfish.tools.training.vocabulary import frequent_tokens, rarest_token
 from pilotfish.tools.training.write import Frame, answer_prompts, write_text
+
+AnyStudent = Eagle3Student | LlamaStudent | BlockStudent
 
 _OF_THE_TEXT = ("target", "tokens", "turn_tokens", "answer_tokens", "seed")
 _OF_THE_LENGTH = ("steps", "epochs")
@@ -80,6 +83,7 @@ def train_draft(
     shape = read_config(files)
     _check(settings, shape)
     run = work / out.resolve().name
+    settings = msgspec.structs.replace(settings, objective=objective_of(settings))
     everything = {"target": files.name} | msgspec.structs.asdict(settings)
     _pin(work / "text", {name: everything[name] for name in _OF_THE_TEXT} | {"prompts": len(prompts)})
     _pin(run, {name: value for name, value in everything.items() if name not in _OF_THE_LENGTH})
@@ -117,11 +121,18 @@ def _check(settings: TrainSettings, shape: ModelConfig) -> None:
         raise ConfigError(f"unroll is {settings.unroll}, but must be at least 1")
     if settings.draft_vocab_size < 1:
         raise ConfigError(f"draft_vocab_size is {settings.draft_vocab_size}, but must be at least 1")
-    layers = settings.feature_layers
-    if layers and (len(layers) != 3 or not all(0 <= layer <= shape.num_layers for layer in layers)):
+    layers, blocks = settings.feature_layers, settings.kind in BLOCKS
+    if layers and ((len(layers) != 3 and not blocks) or not all(0 <= layer <= shape.num_layers for layer in layers)):
         raise ConfigError(
-            f"feature_layers is {', '.join(map(str, layers))}, but must be three numbers from 0 to {shape.num_layers}"
+            f"feature_layers is {', '.join(map(str, layers))}, but must be {'' if blocks else 'three '}numbers from 0 "
+            f"to {shape.num_layers}"
         )
+    if settings.kind == "dflash" and settings.block_size < 2:
+        raise ConfigError(f"block_size is {settings.block_size}, but a block needs a mask, too: at least 2")
+    if settings.decay <= 0.0:
+        raise ConfigError(f"decay is {settings.decay}, but must be above 0")
+    if settings.objective in ("ce", "ce-tv") and not blocks:
+        raise ConfigError(f"objective is {settings.objective!r}, but that is for {' and '.join(BLOCKS)}: use lk")
     if settings.hidden_size % shape.head_dim:
         raise ConfigError(
             f"hidden_size is {settings.hidden_size}, but must be a multiple of the target's head_dim, {shape.head_dim}"
@@ -147,16 +158,16 @@ def _pin(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _feature_layers(settings: TrainSettings, shape: ModelConfig) -> tuple[int, ...]:
-    if settings.kind != "eagle3":
+    if settings.kind == "draft-model":
         return ()
     return settings.feature_layers or (shape.num_layers // 3, 2 * shape.num_layers // 3, shape.num_layers)
 
 
 def _student(
     files: ModelFiles, shape: ModelConfig, text: TextStore, layers: tuple[int, ...], settings: TrainSettings
-) -> tuple[Eagle3Student | LlamaStudent, float]:
+) -> tuple[AnyStudent, float]:
     """Return the initialized draft, and the share of the text that its vocabulary covers."""
-    count = settings.draft_vocab_size if settings.kind == "eagle3" else shape.vocab_size
+    count = shape.vocab_size if settings.kind == "draft-model" else settings.draft_vocab_size
     ids, share = frequent_tokens(text, shape.vocab_size, count, shape.eos_token_ids)
     weights = dict(iter_weights(files, shape, torch.float32))
     embedding = weights["model.embed_tokens.weight"]
@@ -170,8 +181,11 @@ def _student(
     )
     torch.manual_seed(settings.seed)
     longest = settings.turn_tokens + settings.answer_tokens + PASS_ROWS
-    student: Eagle3Student | LlamaStudent
-    if settings.kind == "eagle3":
+    student: AnyStudent
+    if settings.kind in BLOCKS:
+        block = _block_config(shape, text, layers, settings, len(ids))
+        student = BlockStudent(block, teacher, longest, settings.blocks, settings.decay)
+    elif settings.kind == "eagle3":
         decoder = _decoder(shape, shape.hidden_size, 1, settings.intermediate_size, shape.num_heads)
         draft = Eagle3Config(
             decoder=decoder,
@@ -186,6 +200,25 @@ def _student(
         student = LlamaStudent(decoder, teacher, longest, settings.unroll)
     student.start_from(weights, shape)
     return student, share
+
+
+def _block_config(
+    shape: ModelConfig, text: TextStore, layers: tuple[int, ...], settings: TrainSettings, draft_vocab_size: int
+) -> DFlashConfig:
+    decoder = _decoder(shape, shape.hidden_size, settings.num_layers, settings.intermediate_size, None)
+    return DFlashConfig(
+        decoder=replace(decoder, qk_norm=True),
+        draft_vocab_size=draft_vocab_size,
+        target_hidden_size=shape.hidden_size,
+        feature_layers=layers,
+        block_size=settings.block_size,
+        mask_token_id=rarest_token(text, shape.vocab_size),
+        first_drafts=settings.kind == "dspark",
+        sequential=settings.markov_head,
+        rank=settings.markov_rank if settings.kind == "dspark" else 0,
+        confidence=settings.kind == "dspark",
+        confidence_reads_token=settings.kind == "dspark",
+    )
 
 
 def _decoder(shape: ModelConfig, hidden: int, layers: int, inner: int, kv_heads: int | None) -> ModelConfig:

@@ -61,6 +61,9 @@ class Tally:
 
 
 class Student(Protocol):
+    steps: int
+    """Drafted tokens that it is trained on."""
+
     def loss(self, batch: Batch, objective: Objective) -> torch.Tensor: ...
 
     def tally(self, batch: Batch, tally: Tally) -> None:

@@ -13,12 +13,24 @@ def frequent_tokens(
 ) -> tuple[torch.Tensor, float]:
     """Return the `count` most frequent tokens of answers, including `always`, as ascending ids, (count,) int64; and
     their share of the answers' tokens."""
-    counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for conversation in text:
-        answer = torch.tensor(conversation.tokens[conversation.prompt_len :], dtype=torch.int64)
-        counts += torch.bincount(answer, minlength=vocab_size)
+    counts = _counts(text, vocab_size)
     ranked = counts.clone()
     ranked[list(always)] = torch.iinfo(torch.int64).max
     # Ties go to the lower ids, because tokenizers number their most frequent merges first.
     order = torch.argsort(ranked, descending=True, stable=True)[: min(count, vocab_size)]
     return order.sort().values, float(counts[order].sum() / max(1, int(counts.sum())))
+
+
+def rarest_token(text: TextStore, vocab_size: int) -> int:
+    """Return the token that answers have least often, the last of equals: what stands for a masked one."""
+    counts = _counts(text, vocab_size)
+    return int((counts == counts.min()).nonzero().max())
+
+
+def _counts(text: TextStore, vocab_size: int) -> torch.Tensor:
+    """Return how often each token occurs in answers, (vocab_size,) int64."""
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    for conversation in text:
+        answer = torch.tensor(conversation.tokens[conversation.prompt_len :], dtype=torch.int64)
+        counts += torch.bincount(answer, minlength=vocab_size)
+    return counts

@@ -94,3 +94,13 @@ class AttentionBackend(Protocol):
         It never waits for the device, so that the host can go on to the next layer.
         """
         ...
+
+    def store(
+        self,
+        key: torch.Tensor,  # (rows, kv_heads, head_dim)
+        value: torch.Tensor,  # (rows, kv_heads, head_dim)
+        cache: LayerCache,
+        batch: AttentionBatch,
+    ) -> None:
+        """Write the rows' keys and values to their slots."""
+        ...

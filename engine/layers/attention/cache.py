@@ -6,9 +6,9 @@ import torch
 
 from pilotfish.engine.kernels import memory, paged
 from pilotfish.engine.kernels.paged import FP8, as_bytes, converted
-from pilotfish.engine.layers.attention.backend import LayerCache
+from pilotfish.engine.layers.attention.backend import AttentionBatch, LayerCache
 
-__all__ = ["FP8", "allocate_paged", "as_bytes", "converted", "head_bytes", "write", "zeros"]
+__all__ = ["FP8", "allocate_paged", "as_bytes", "converted", "head_bytes", "store_paged", "write", "zeros"]
 
 SCALE_BYTES = 4
 """Of the float32 scale that each token's key or value of a head has in int8."""
@@ -43,3 +43,8 @@ def write(cache: LayerCache, key: torch.Tensor | None, value: torch.Tensor | Non
     there already."""
     if key is not None and value is not None:
         paged.write(cache.keys, cache.values, key, value, slots)
+
+
+def store_paged(key: torch.Tensor, value: torch.Tensor, cache: LayerCache, batch: AttentionBatch) -> None:
+    """See `AttentionBackend.store`."""
+    write(cache, key, value, batch.slots)

@@ -24,7 +24,7 @@ import torch
 
 from pilotfish.checkpoints.catalog import cache_folder
 from pilotfish.engine.layers.attention.backend import AttentionBatch, AttentionParams, LayerCache
-from pilotfish.engine.layers.attention.cache import allocate_paged, converted, write
+from pilotfish.engine.layers.attention.cache import allocate_paged, converted, store_paged, write
 
 Function = Callable[..., Any]
 
@@ -56,6 +56,7 @@ class Flash2Attention:
         self._varlen, self._with_kvcache = varlen, with_kvcache
 
     allocate = staticmethod(allocate_paged)
+    store = staticmethod(store_paged)
 
     def attend(
         self,
@@ -121,6 +122,7 @@ class Flash4Attention:
         self._num_splits = 0 if split else 1  # 0: as many as its heuristic finds best
 
     allocate = staticmethod(allocate_paged)
+    store = staticmethod(store_paged)
 
     def attend(
         self,

@@ -57,7 +57,7 @@ class NativeAttention:
             )
         if params.sinks is not None:
             raise ValueError("there are sinks, but the native kernels know none: choose 'torch'")
-        self._kernels.write_cache(key, value, cache.keys, cache.values, batch.slots, batch.block_size)
+        self.store(key, value, cache, batch)
         rows, heads, head_dim = query.shape
         out = torch.empty(rows, heads * head_dim)
         dtype = cache.keys.dtype
@@ -85,3 +85,7 @@ class NativeAttention:
             )
         )
         return out
+
+    def store(self, key: torch.Tensor, value: torch.Tensor, cache: LayerCache, batch: AttentionBatch) -> None:
+        """See `AttentionBackend.store`."""
+        self._kernels.write_cache(key, value, cache.keys, cache.values, batch.slots, batch.block_size)

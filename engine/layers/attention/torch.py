@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from pilotfish.engine.layers.attention.backend import AttentionBatch, AttentionParams, LayerCache
-from pilotfish.engine.layers.attention.cache import allocate_paged, as_bytes, write
+from pilotfish.engine.layers.attention.cache import allocate_paged, as_bytes, store_paged, write
 
 
 class TorchAttention:
@@ -15,6 +15,7 @@ class TorchAttention:
     capturable = False
 
     allocate = staticmethod(allocate_paged)
+    store = staticmethod(store_paged)
 
     def attend(
         self,

@@ -17,7 +17,7 @@ import triton
 
 from pilotfish.engine.kernels.dependent import may_depend, options
 from pilotfish.engine.layers.attention.backend import AttentionBatch, AttentionParams, LayerCache
-from pilotfish.engine.layers.attention.cache import allocate_paged, write
+from pilotfish.engine.layers.attention.cache import allocate_paged, store_paged, write
 from pilotfish.engine.layers.attention.triton_kernels import attend_spans, sum_parts
 
 SHORT = 64
@@ -73,6 +73,7 @@ class TritonAttention:
         self.processors, self._launch = processors, options(dependent)
 
     allocate = staticmethod(allocate_paged)
+    store = staticmethod(store_paged)
 
     def attend(
         self,

@@ -28,7 +28,7 @@ class UnsplitAttention:
 
     def __init__(self, whole: AttentionBackend, divided: AttentionBackend, processors: int) -> None:
         self.name, self.block_size = whole.name, whole.block_size
-        self.allocate = whole.allocate
+        self.allocate, self.store = whole.allocate, whole.store
         self._whole, self._divided, self._processors = whole, divided, processors
 
     def attend(

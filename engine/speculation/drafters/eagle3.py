@@ -7,10 +7,8 @@ rows begin.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -38,6 +36,7 @@ from pilotfish.engine.sampling.processors import temperature_of
 from pilotfish.engine.sampling.sampler import argmax
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest, LoadedDraft, MakeRunner, check_vocabulary
+from pilotfish.engine.speculation.drafters.feature_backlog import MOST_PENDING, FeatureBacklog
 from pilotfish.engine.speculation.drafters.growth import (
     Carried,
     GrowingDraft,
@@ -47,10 +46,6 @@ from pilotfish.engine.speculation.drafters.growth import (
     longest,
 )
 from pilotfish.errors import ConfigError
-
-MOST_PENDING = 256
-"""Maximum positions whose features are kept for a sequence while it is not drafted for. Older ones are dropped, since a
-head that reads the target's features needs little more context."""
 
 
 def load(
@@ -115,38 +110,6 @@ def _make(
     )
 
 
-@dataclass(slots=True)
-class _Known:
-    """A sequence's part of the head's KV cache, and its features that are not read yet."""
-
-    blocks: BlockTable
-    first: int = 0
-    """The position of its first row."""
-    computed: int = 0
-    """Number of rows in the cache."""
-    pending: deque[FeatureRows] = field(default_factory=deque)
-    """Features of the positions from `first + computed` on."""
-    rows_pending: int = 0
-
-    @property
-    def end(self) -> int:
-        """The position after the last one with known features."""
-        return self.first + self.computed + self.rows_pending
-
-    def take(self, count: int) -> list[torch.Tensor]:
-        """Remove and return the first `count` pending features, and count their rows as computed."""
-        self.computed += count
-        self.rows_pending -= count
-        taken: list[torch.Tensor] = []
-        while count:
-            rows = self.pending.popleft()
-            if len(rows) > count:
-                self.pending.appendleft(rows.behind(count))
-            taken.append(rows.read()[:count])
-            count -= len(taken[-1])
-        return taken
-
-
 class Eagle3Drafter:
     """Drafts with an EAGLE-3 head. `keep_probs` and `sync_free` are as in `DraftModelDrafter`."""
 
@@ -171,7 +134,7 @@ class Eagle3Drafter:
         self._runner = runner
         self._pool = pool
         self._max_batch_tokens = max_batch_tokens
-        self._known: dict[str, _Known] = {}
+        self._known: dict[str, FeatureBacklog] = {}
         self._steps: DraftSteps | None = None
         self._whole = None if keep_probs else runner.whole_drafts()
 
@@ -197,24 +160,10 @@ class Eagle3Drafter:
         """See `FeatureReader.observe_features`."""
         known = self._known.get(sequence.id)
         if known is None:
-            known = self._known[sequence.id] = _Known(BlockTable(self._pool, sequence.request.salt), first=start)
-        end = start + len(features)
-        if start > known.end:  # the target found the positions between in its prefix cache
-            self._forget(known, start)
-        elif end <= known.end:  # recomputed after a preemption
-            return
-        elif start < known.end:
-            features = features.behind(known.end - start)
-        known.pending.append(features)
-        known.rows_pending += len(features)
-        if (excess := known.rows_pending - MOST_PENDING) > 0:
-            pending = known.pending
-            while len(pending[0]) <= excess:
-                excess -= len(pending.popleft())
-            if excess:
-                pending[0] = pending[0].behind(excess)
-            self._forget(known, end - MOST_PENDING)
-            known.pending, known.rows_pending = pending, MOST_PENDING
+            blocks = BlockTable(self._pool, sequence.request.salt)
+            known = self._known[sequence.id] = FeatureBacklog(blocks, first=start)
+        if known.observe(start, features):
+            known.drop(MOST_PENDING)
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
         """Return one Draft for each of `requests`, empty while the head has not read the whole prompt."""
@@ -225,7 +174,9 @@ class Eagle3Drafter:
         for request in requests:
             known = self._known.get(request.sequence.id)
             tokens = request.sequence.tokens
-            if known is None or budget <= 0 or not self._reserve(known, len(tokens) - 1 - known.first + request.limit):
+            if known is None or not known.rows_pending or budget <= 0:
+                continue
+            if not known.blocks.reserve(len(tokens) - 1 - known.first + request.limit):
                 continue
             count = min(known.rows_pending, budget)
             budget -= count
@@ -264,14 +215,6 @@ class Eagle3Drafter:
         known = self._known.pop(sequence.id, None)
         if known is not None:
             known.blocks.release()
-
-    def _reserve(self, known: _Known, rows: int) -> bool:
-        return known.rows_pending > 0 and known.blocks.reserve(rows)
-
-    def _forget(self, known: _Known, first: int) -> None:
-        """Drop what is cached and pending, and start again at position `first`."""
-        known.blocks.release()
-        known.first, known.computed, known.pending, known.rows_pending = first, 0, deque(), 0
 
 
 def _grow_whole(

@@ -37,6 +37,10 @@ device; None: all of them. The third has the spans' tokens, (spans,) int64, if t
 """
 
 
+Confidences = Callable[[], torch.Tensor]
+"""Returns a drafter's confidences in the tokens of the last logits, (rows,) float32, on the device."""
+
+
 class Several(Protocol):
     """Runs several passes at once, each over the tokens that the one before has drawn."""
 
@@ -117,16 +121,16 @@ class Growth:
         target_ids: torch.Tensor | None = None,
     ) -> None:
         self.sync_free = sync_free
-        self._eos_token_ids = eos_token_ids
+        self.eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
-        self._keep_probs = keep_probs
-        self._target_ids = target_ids
-        self._host_ids: list[int] | None = None if target_ids is None else target_ids.tolist()
+        self.keep_probs = keep_probs
+        self.target_ids = target_ids
+        self.host_ids: list[int] | None = None if target_ids is None else target_ids.tolist()
 
     @property
     def drafts_ahead(self) -> bool:
         """Whether several passes may be run before any token is read."""
-        return self.sync_free and not self._keep_probs
+        return self.sync_free and not self.keep_probs
 
     def grow(
         self,
@@ -134,27 +138,37 @@ class Growth:
         drafts: list[GrowingDraft],
         next_pass: NextPass,
         several: Several | None = None,
+        confidences: Confidences | None = None,
     ) -> list[int]:
         """Grow `drafts` from the logits of their first tokens, (len(drafts), draft vocabulary), and return the rows of
-        each pass that it took. `several` is asked first where no token needs more than its key and temperature."""
+        each pass that it took. `several` is asked first where no token needs more than its key and temperature.
+        `confidences`: of the tokens of the last logits, in the place of their probabilities."""
         if not drafts:
             return []
         params = [draft.request.sequence.params for draft in drafts]
-        if self.sync_free and not self._keep_probs and not any(each.depends_on_text for each in params):
+        if self.sync_free and not self.keep_probs and not any(each.depends_on_text for each in params):
             size = self._vocab_size or logits.shape[1]
             if any(why_not_keyed(each, size) not in ("", "logprobs") for each in params):
                 several = None
-            return self._grow_sync_free(logits, drafts, next_pass, several)
-        return self._grow_on_host(logits, drafts, next_pass)
+            return self._grow_sync_free(logits, drafts, next_pass, several, confidences)
+        return self._grow_on_host(logits, drafts, next_pass, confidences)
 
-    def _grow_on_host(self, logits: torch.Tensor, drafts: list[GrowingDraft], next_pass: NextPass) -> list[int]:
+    def _grow_on_host(
+        self,
+        logits: torch.Tensor,
+        drafts: list[GrowingDraft],
+        next_pass: NextPass,
+        confidences: Confidences | None,
+    ) -> list[int]:
         passes: list[int] = []
         survival = [1.0] * len(drafts)
         going = list(range(len(drafts)))
         while True:
-            drawn = self._draw(logits, [drafts[i] for i in going])
+            tokens, chances = self._draw(logits, [drafts[i] for i in going])
+            if confidences is not None:
+                chances = confidences().tolist()
             rows = []
-            for row, (i, token, confidence) in enumerate(zip(going, *drawn, strict=True)):
+            for row, (i, token, confidence) in enumerate(zip(going, tokens, chances, strict=True)):
                 draft = drafts[i]
                 draft.tokens.append(token)
                 draft.confidences.append(confidence)
@@ -172,13 +186,13 @@ class Growth:
 
     def _draw(self, logits: torch.Tensor, drafts: list[GrowingDraft]) -> tuple[list[int], list[float]]:
         """Return the next token of each draft, drawn with the target's noise, and the drafter's confidence in it."""
-        if not self._keep_probs and all(draft.plain for draft in drafts):
+        if not self.keep_probs and all(draft.plain for draft in drafts):
             columns = argmax(logits)
-            tokens = columns if self._host_ids is None else [self._host_ids[column] for column in columns]
+            tokens = columns if self.host_ids is None else [self.host_ids[column] for column in columns]
             return tokens, chances_of(logits, on_device(columns, logits.device)).tolist()
         spans = [LogitSpan(draft.request.sequence, tuple(draft.tokens), rows=1) for draft in drafts]
-        tokens, processed = draw(self._whole(logits), spans, self._eos_token_ids)
-        if self._keep_probs:
+        tokens, processed = draw(self.whole(logits), spans, self.eos_token_ids)
+        if self.keep_probs:
             # Of a draft vocabulary without any token that may be drawn, nothing is likely.
             probs = torch.softmax(processed.float(), dim=-1).nan_to_num_(0.0)
             for draft, row, token in zip(drafts, probs, tokens, strict=True):
@@ -189,13 +203,18 @@ class Growth:
         return tokens, chances_of(processed, on_device(tokens, processed.device)).tolist()
 
     def _grow_sync_free(
-        self, logits: torch.Tensor, drafts: list[GrowingDraft], next_pass: NextPass, several: Several | None
+        self,
+        logits: torch.Tensor,
+        drafts: list[GrowingDraft],
+        next_pass: NextPass,
+        several: Several | None,
+        confidences: Confidences | None,
     ) -> list[int]:
         passes: list[int] = []
         going = list(range(len(drafts)))
         drawn: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
         tokens, chances = self._draw_sync_free(logits, drafts, 0)
-        drawn.append((going, tokens, chances))
+        drawn.append((going, tokens, chances if confidences is None else confidences()))
         while True:
             depth = len(drawn)
             rows = [row for row, i in enumerate(going) if drafts[i].request.limit > depth]
@@ -219,7 +238,7 @@ class Growth:
             passes.append(len(going))
             logits = next_pass([drafts[i].span(0, depth) for i in going], kept, tokens)
             tokens, chances = self._draw_sync_free(logits, [drafts[i] for i in going], depth)
-            drawn.append((going, tokens, chances))
+            drawn.append((going, tokens, chances if confidences is None else confidences()))
         _read(drawn, drafts)
         return passes
 
@@ -230,18 +249,18 @@ class Growth:
         if all(draft.plain for draft in drafts):
             columns = logits.argmax(1)
             chances = chances_of(logits, columns)
-            return columns if self._target_ids is None else self._target_ids.index_select(0, columns), chances
+            return columns if self.target_ids is None else self.target_ids.index_select(0, columns), chances
         # The drafted tokens are unknown on the host: only their number matters here.
         spans = [LogitSpan(draft.request.sequence, (0,) * depth, rows=1) for draft in drafts]
-        adjusted = adjust(self._whole(logits), spans, self._eos_token_ids)
+        adjusted = adjust(self.whole(logits), spans, self.eos_token_ids)
         return device_sampler.draw(adjusted, rows_of(spans), chances=True)
 
-    def _whole(self, logits: torch.Tensor) -> torch.Tensor:
+    def whole(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the logits over the target's vocabulary, (rows, vocab): -inf for tokens outside the draft's."""
-        if self._target_ids is None:
+        if self.target_ids is None:
             return logits
         whole = logits.new_full((len(logits), self._vocab_size), float("-inf"))
-        return whole.index_copy_(1, self._target_ids, logits)
+        return whole.index_copy_(1, self.target_ids, logits)
 
 
 @dataclass(slots=True)
@@ -288,11 +307,11 @@ def _read(drawn: list[tuple[list[int], torch.Tensor, torch.Tensor]], drafts: lis
                 drafts[i].confidences.append(chance)
     for draft in drafts:
         draft.computed = draft.tokens[:-1]
-        count = _confident(draft.confidences, draft.request.floor)
+        count = confident(draft.confidences, draft.request.floor)
         draft.tokens, draft.confidences = draft.tokens[:count], draft.confidences[:count]
 
 
-def _confident(chances: Seq[float], floor: float) -> int:
+def confident(chances: Seq[float], floor: float) -> int:
     """Return the number of tokens up to and including the first at which the product of chances is below the floor."""
     survival = 1.0
     for count, chance in enumerate(chances, start=1):

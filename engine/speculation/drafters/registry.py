@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pilotfish.checkpoints.catalog import DRAFTS, ModelFiles, Progress, resolve
-from pilotfish.checkpoints.huggingface import is_eagle3
+from pilotfish.checkpoints.huggingface import is_dflash, is_dspark, is_eagle3
 from pilotfish.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,6 +60,14 @@ def _is_eagle3(files: ModelFiles) -> bool:
     return files.format == "huggingface" and is_eagle3(files.path)
 
 
+def _is_dflash(files: ModelFiles) -> bool:
+    return files.format == "huggingface" and is_dflash(files.path)
+
+
+def _is_dspark(files: ModelFiles) -> bool:
+    return files.format == "huggingface" and is_dspark(files.path)
+
+
 REGISTRY: tuple[DrafterKind, ...] = (
     DrafterKind("ngram", prior=0.35),
     DrafterKind("suffix", prior=0.35),
@@ -67,6 +75,8 @@ REGISTRY: tuple[DrafterKind, ...] = (
     DrafterKind("prediction", prior=0.8, always=True),
     DrafterKind("grammar", prior=0.95, always=True),
     DrafterKind("eagle3", prior=0.5, recognise=_is_eagle3),
+    DrafterKind("dflash", prior=0.5, recognise=_is_dflash),
+    DrafterKind("dspark", prior=0.5, module=f"{__package__}.dflash", recognise=_is_dspark),
     # Last, since any model with the target's vocabulary can draft.
     DrafterKind("draft-model", prior=0.6, recognise=lambda files: True, sharded=True),
 )

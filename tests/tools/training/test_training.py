@@ -73,7 +73,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "draft-model"])
+@pytest.mark.parametrize("kind", ["eagle3", "draft-model", "dflash", "dspark"])
 def test_two_hundred_steps_raise_held_out_acceptance(kind: Any, target: Path, tmp_path: Path) -> None:
     out = tmp_path / "draft"
     curve = run(target, out, replace(SMALL, kind=kind))
@@ -103,8 +103,9 @@ class Interrupted(Exception):
     pass
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    settings = replace(SMALL, steps=40, tokens=4_000)
+@pytest.mark.parametrize("kind", ["eagle3", "dflash"])
+def test_an_interrupted_run_goes_on_to_the_same_weights(kind: Any, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    settings = replace(SMALL, steps=40, tokens=4_000, kind=kind)
     whole = run(tiny("llama"), tmp_path / "whole", settings)
 
     def interrupt(progress: loop.TrainingProgress) -> None:
@@ -133,6 +134,10 @@ def test_a_folder_holds_one_run(tiny: Callable[[str], Path], tmp_path: Path) -> 
         ({"feature_layers": (0, 1)}, "feature_layers is 0, 1"),
         ({"feature_layers": (0, 1, 3)}, "three numbers from 0 to 2"),
         ({"kind": "draft-model", "hidden_size": 17}, "hidden_size is 17"),
+        ({"kind": "dflash", "feature_layers": (0, 1, 2, 3)}, "must be numbers from 0 to 2"),
+        ({"kind": "dflash", "block_size": 1}, "block_size is 1"),
+        ({"kind": "dflash", "decay": 0.0}, "decay is 0"),
+        ({"objective": "ce"}, "that is for dflash"),
     ],
 )
 def test_settings_that_do_not_go_with_the_target(
@@ -148,6 +153,9 @@ def test_every_objective_leads_to_the_target(objective: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     target = torch.softmax(2 * torch.randn(5, 12, generator=generator), dim=1)
     logits = torch.randn(5, 12, generator=generator).requires_grad_()
+    times = 400 if objective in ("ce", "ce-tv") else 1  # these learn from what the target says: each token as often
+    quantiles = (torch.arange(times) + 0.5) / times
+    said = torch.searchsorted(target.cumsum(1), quantiles.expand(5, -1).contiguous()).clamp(max=11).flatten()
     optimizer = torch.optim.Adam([logits], lr=0.05)
 
     def acceptance() -> float:
@@ -155,12 +163,25 @@ def test_every_objective_leads_to_the_target(objective: Any) -> None:
 
     before = acceptance()
     for _ in range(600):
-        loss = draft_loss(logits, target, objective)
+        rows, wanted = (each.repeat_interleave(times, 0) for each in (logits, target))
+        loss = draft_loss(rows, wanted, objective, said=said)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert before < 0.8
     assert acceptance() > 0.97
+
+
+def test_a_weighted_loss_is_that_of_the_rows_that_weigh() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.softmax(torch.randn(6, 12, generator=generator), dim=1)
+    logits, said = torch.randn(6, 12, generator=generator), torch.tensor([3, -1, 0, 5, 5, 11])
+    weights = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
+    kept = weights.bool()
+    for objective in OBJECTIVES:
+        part = draft_loss(logits[kept], target[kept], objective, said=said[kept])
+        torch.testing.assert_close(draft_loss(logits, target, objective, weights, said), part)
+        assert not torch.isclose(draft_loss(logits, target, objective, said=said), part)
 
 
 def test_tally_counts_chains() -> None:

@@ -20,7 +20,8 @@ from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import Request
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest
-from pilotfish.engine.speculation.drafters.eagle3 import MOST_PENDING, Eagle3Drafter
+from pilotfish.engine.speculation.drafters.eagle3 import Eagle3Drafter
+from pilotfish.engine.speculation.drafters.feature_backlog import MOST_PENDING
 
 VOCAB, DRAFT_VOCAB, SIZE, BLOCK, LENGTH = 96, 32, 32, 16, 600
 LAYERS = (0, 1, 2)
