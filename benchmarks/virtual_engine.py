@@ -22,7 +22,7 @@ from pilotfish.engine.speculation.control.calibration import CALIBRATED
 from pilotfish.engine.speculation.control.controller import Controller
 from pilotfish.engine.speculation.control.cost import RowCost
 from pilotfish.engine.speculation.drafters.drafter import Drafter, DraftRequest
-from pilotfish.engine.speculation.drafters.eagle3 import MOST_PENDING
+from pilotfish.engine.speculation.drafters.feature_backlog import MOST_PENDING
 from pilotfish.engine.speculation.drafters.ngram import NgramDrafter
 from pilotfish.engine.speculation.drafters.registry import REGISTRY
 from pilotfish.engine.speculation.drafters.suffix import SuffixDrafter
@@ -35,6 +35,7 @@ class RecordedDrafter:
     def __init__(self, name: str, clock: Clock, questions: dict[str, Recorded]) -> None:
         self.name = name
         self.passes: tuple[int, ...] = ()
+        self.block = 0
         self._clock, self._questions = clock, questions
         self._read: dict[str, int] = {}
 

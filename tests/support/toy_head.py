@@ -31,6 +31,7 @@ class ToyHead:
     def __init__(self, name: str, token: int) -> None:
         self.name, self.token = name, token
         self.passes: tuple[int, ...] = ()
+        self.block = 0
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
         self.passes = (len(requests),) * max(each.limit for each in requests)

@@ -58,6 +58,8 @@ class Simulated:
     prior: float = 0.5
     confident: bool = False
     """It says how likely each of its tokens is, and is right about it."""
+    block: int = 0
+    """Rows of the one pass that drafts all tokens of a sequence; 0: each pass drafts one of them."""
     measured: float = 1.0
     """What its passes are taken to cost at the start, as a multiple of what they do."""
 
@@ -76,7 +78,7 @@ class World:
         self.controller.target.calibrate(self._calibrated(cost))
         for drafter in drafters:
             if drafter.cost is not None:
-                self.controller.drafting[drafter.name] = RowCost()
+                self.controller.drafting[drafter.name] = RowCost(drafter.block)
                 self.controller.drafting[drafter.name].calibrate(
                     {rows: drafter.measured * seconds for rows, seconds in self._calibrated(drafter.cost).items()}
                 )
@@ -115,7 +117,9 @@ class World:
                 if drafter.cost is None:
                     candidate.drafts.append(self.draft(drafter, place, LONGEST))
                 else:
-                    candidate.backlog[name] = self._unread.setdefault((sequence.id, name), drafter.prompt)
+                    candidate.backlog[name] = (
+                        self._unread.setdefault((sequence.id, name), drafter.prompt) + drafter.block
+                    )
         step = UpcomingStep(count, count, list(candidates.values()))
         if fixed is None:
             asks = {
@@ -129,7 +133,8 @@ class World:
             drafter = self.drafters[name]
             assert drafter.cost is not None
             passes = [sum(candidates[sequence].backlog[name] for sequence in limits)]
-            passes += [len(limits)] * (max(limits.values()) - 1)
+            if not drafter.block:
+                passes += [len(limits)] * (max(limits.values()) - 1)
             took = sum(self.noisy(drafter.cost(rows)) for rows in passes)
             for sequence, limit in limits.items():
                 candidates[sequence].drafts.append(self.draft(drafter, sequences.index(sequence), limit))

@@ -38,7 +38,7 @@ def make_controller(
     controller.target.calibrate(measured, share * measured[1])
     for i, drafter in enumerate(drafters, start=1):
         progress("measuring", i / (1 + len(drafters)))
-        cost = controller.drafting[drafter.name] = RowCost()
+        cost = controller.drafting[drafter.name] = RowCost(drafter.block)
         measured = _timed(drafter.try_pass, counts)
         cost.calibrate(measured, share * measured[1])
     progress("measuring", 1.0)

@@ -44,9 +44,13 @@ class RowCost:
     in the KV cache of all its sequences.
 
     `calibrate` sets the initial shape, and `observe` corrects it.
+
+    block: of a drafter that drafts all tokens in one pass, the rows that this takes for each sequence, whatever the
+    draft's length; 0: a pass is for one token.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, block: int = 0) -> None:
+        self.block = block
         self._rows: list[int] = []  # the curve's points, ascending
         # The log of speed; at speed 1, the logs of a context token's seconds and of those at each point.
         self._state = np.zeros(0)

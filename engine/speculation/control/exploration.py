@@ -115,8 +115,9 @@ class Exploration:
         if not self._trials.due((name, load)):
             return None
         may = [i for i, candidate in enumerate(step.candidates) if name in candidate.backlog]
-        candidates = [i for i in may if step.candidates[i].backlog[name] <= self._longest + 1] or may[:1]
-        length = min(TRIED, self._longest)
+        most = self._longest + (cost.block or 1)
+        candidates = [i for i in may if step.candidates[i].backlog[name] <= most] or may[:1]
+        length = self._longest if cost.block else min(TRIED, self._longest)
         loss = self._forecast.asking_seconds(step, name, candidates, length)
         if not self._trials.affordable(loss) or (self.is_new(name) and loss > self._budget(step)):
             return None
@@ -135,7 +136,8 @@ class Exploration:
         subject = (f"{name} {length + 1}", load)
         if not self._trials.due(subject):
             return length
-        loss = self._drafting[name].predict(len(candidates))
+        cost = self._drafting[name]
+        loss = 0.0 if cost.block else cost.predict(len(candidates))
         if not self._trials.affordable(loss):
             return length
         last = sum(best.chances[i][length - 1] for i in candidates if len(best.chances[i]) >= length)

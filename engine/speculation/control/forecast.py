@@ -77,6 +77,8 @@ class Forecast:
             return 0.0
         context = step.context * len(candidates) // step.decoding
         rows = sum(step.candidates[i].backlog[name] for i in candidates)
+        if cost.block:
+            return cost.predict(rows, context)
         return cost.predict(rows, context) + (length - 1) * cost.predict(len(candidates), context)
 
     def row_price(self, step: UpcomingStep, goodput: float) -> float:

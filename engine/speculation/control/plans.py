@@ -131,17 +131,19 @@ class DraftPlanner:
         asked = sum(len(ask.candidates) for ask in plan.asks.values())
         if not asked:
             return 0.0
-        seconds = sum(self._drafting[name].predict(len(ask.candidates)) for name, ask in plan.asks.items())
+        costs = [(self._drafting[name], len(ask.candidates)) for name, ask in plan.asks.items()]
+        seconds = sum(cost.predict(count) for cost, count in costs if not cost.block)
         return 0.5 * (plan.goodput * seconds / asked + self._forecast.row_price(step, plan.goodput))
 
     def _offered(self, step: UpcomingStep, name: str, i: int) -> _Offered:
         candidate, cost = step.candidates[i], self._drafting[name]
         chances = self._acceptance.expected(candidate.sequence.id, name)[: candidate.limit]
-        if (rows := candidate.backlog[name]) <= 1:
+        own = cost.block or 1
+        if (rows := candidate.backlog[name]) <= own:
             return _Offered(i, chances)
         left = candidate.sequence.params.max_tokens - candidate.sequence.output_len
-        steps = max(1, min(HORIZON, left // 2)) if rows > self._longest + 1 else 1
-        return _Offered(i, chances, max(0.0, cost.predict(rows) - cost.predict(1)) / steps)
+        steps = max(1, min(HORIZON, left // 2)) if rows > self._longest + own else 1
+        return _Offered(i, chances, max(0.0, cost.predict(rows) - cost.predict(own)) / steps)
 
     def _joined(
         self, step: UpcomingStep, best: DraftPlan, name: str, price: float, offered: Seq[_Offered], gain: float
@@ -150,7 +152,8 @@ class DraftPlanner:
         cost, goodput = self._drafting[name], best.goodput
         most = max(2, len(step.candidates))
         token_context = cost.context_token * step.context / step.decoding
-        passes = cost.seconds(0, most)
+        own = cost.block or 1
+        passes = cost.seconds(0, most * own)[::own]  # of so many candidates
         a_row = (passes[most] - passes[1]) / (most - 1) + token_context
         # By length: the candidates that gain, and the tokens they gain beyond the cost of the drafter's rows.
         given: list[list[_Offered]] = [[] for _ in range(self._longest)]
@@ -159,7 +162,7 @@ class DraftPlanner:
             has = sum([chance - price for chance in best.chances[each.candidate] if chance > price])
             value = -has - goodput * each.reading
             for at, chance in enumerate(each.chances):
-                value += max(0.0, chance - price) - goodput * a_row
+                value += max(0.0, chance - price) - (0.0 if at and cost.block else goodput * a_row)
                 if value > 0.0:
                     given[at].append(each)
                     gained[at] += value
@@ -167,12 +170,13 @@ class DraftPlanner:
         least = (gain - 1.0) * step.decoding
         found, worse = None, 0
         for length, (candidates, tokens) in enumerate(zip(given, gained, strict=True), 1):
-            if not candidates or tokens - a_pass * length < least:
+            times = 1 if cost.block else length
+            if not candidates or tokens - a_pass * times < least:
                 continue
             chances = list(best.chances)
             for each in candidates:
                 chances[each.candidate] = each.chances[:length]
-            drafting = (passes[len(candidates)] + token_context * len(candidates)) * length
+            drafting = (passes[len(candidates)] + token_context * len(candidates)) * times
             drafting = best.drafting + CAUTION * (drafting + sum([each.reading for each in candidates]))
             promised = self._forecast.goodput(
                 step, [each for draft in chances for each in gains(step.decoding, draft)], drafting

@@ -44,6 +44,7 @@ class BlockDrafter:
         self._config = config = runner.model.config
         self.feature_layers = config.feature_layers
         self.passes: tuple[int, ...] = ()
+        self.block = config.block_size
         if sync_free is None:
             sync_free = runner.device.type != "cpu"
         self.growth = Growth(eos_token_ids, keep_probs, sync_free, config.decoder.vocab_size, runner.model.target_ids)

@@ -101,6 +101,7 @@ class DraftModelDrafter:
     ) -> None:
         self.name = name
         self.passes: tuple[int, ...] = ()
+        self.block = 0
         if sync_free is None:
             sync_free = runner.device.type != "cpu"
         self.growth = Growth(eos_token_ids, keep_probs, sync_free)

@@ -70,9 +70,12 @@ class ModelDrafter(Drafter, Protocol):
 
     passes: tuple[int, ...]
     """Number of rows of each pass of the last `propose`."""
+    block: int
+    """Rows of the one pass that drafts all tokens of a sequence; 0: each pass drafts one of them."""
 
     def backlog(self, sequence: Sequence) -> int:
-        """Return the rows of the sequence that a draft's first pass has to read: at least its last token."""
+        """Return the rows of a draft's first pass for the sequence: those that it has to read, at least its last token;
+        and those of `block`."""
         ...
 
     def try_pass(self, rows: int) -> None:

@@ -127,6 +127,7 @@ class Eagle3Drafter:
         self.name = name
         self.feature_layers = feature_layers
         self.passes: tuple[int, ...] = ()
+        self.block = 0
         if sync_free is None:
             sync_free = runner.device.type != "cpu"
         self._model = model = runner.model

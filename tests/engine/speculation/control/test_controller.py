@@ -52,6 +52,36 @@ def test_never_below_plain_and_near_the_best_length(name: str, count: int) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 4, 16])
+@pytest.mark.parametrize("cost", [memory_bound, small_cpu])
+def test_a_block_is_asked_for_whatever_its_length(cost: Cost, count: int) -> None:
+    """A drafter whose later tokens cost nothing more: its drafts are as long as verification pays."""
+    drafters = [Simulated("block", constant(0.7), lambda rows: 1.5e-3 + 0.1e-3 * rows, block=8)]
+    fixed = arms(cost, drafters, count)
+    got = World(cost, drafters).goodput(count)
+    assert got >= 0.97 * fixed["", 0]
+    assert got >= 0.93 * max(fixed.values())
+
+
+def test_a_block_s_cost_does_not_depend_on_its_length() -> None:
+    """Priced token by token, its drafts would be cut where they still pay."""
+    world = World(memory_bound, [Simulated("block", constant(0.9), lambda rows: 4e-3, block=8)])
+    sequences = [world.sequence()]
+    lengths = []
+    for _ in range(60):
+        candidate = Candidate(sequences[0], LONGEST, backlog={"block": 9})
+        step = UpcomingStep(1, 1, [candidate])
+        lengths += [request.limit for request in world.controller.ask(step).get("block", ())]
+        world.step(sequences)
+    assert lengths
+    assert max(lengths) == LONGEST
+    step = UpcomingStep(1, 1, [Candidate(sequences[0], LONGEST, backlog={"block": 9})])
+    forecast = world.controller._forecast
+    one, all_ = (forecast.asking_seconds(step, "block", [0], length) for length in (1, LONGEST))
+    assert one == all_ == pytest.approx(4e-3, rel=0.2)
+
+
+@pytest.mark.slow
 def test_load_that_rises_and_falls() -> None:
     """What pays at one stream does not at sixteen; what it does at sixteen must not spoil it for one."""
     drafters = [Simulated("d", constant(0.55))]
