@@ -17,6 +17,7 @@ SOURCES := pyproject.toml setup.py $(wildcard engine/kernels/*.[ch])
 CLIENTS := .venv-clients
 CLIENTS_NODE := tests/clients/node
 REPLICAS := .venv-replicas
+RAY := .venv-ray
 
 .PHONY: serve test test-fast test-fuzz test-clients test-replicas check format docs web clean
 
@@ -35,7 +36,7 @@ test-fuzz: $(VENV)/.installed-dev
 test-clients: $(VENV)/.installed-dev $(CLIENTS)/.installed $(CLIENTS_NODE)/node_modules/.installed
 	@$(BIN)/python -m pytest tests/clients -m clients $(ARGS)
 
-test-replicas: $(VENV)/.installed-dev $(REPLICAS)/.installed
+test-replicas: $(VENV)/.installed-dev $(REPLICAS)/.installed $(RAY)/.installed
 	@$(BIN)/python -m pytest tests/replicas -m replicas $(ARGS)
 
 check: $(VENV)/.installed-dev
@@ -85,6 +86,12 @@ $(REPLICAS)/.installed: tests/replicas/requirements.txt
 	@echo "Installing routers and orchestrators in $(REPLICAS)"
 	@$(PYTHON) -m venv $(REPLICAS)
 	@$(REPLICAS)/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	@touch $@
+
+$(RAY)/.installed: tests/replicas/requirements-ray.txt
+	@echo "Installing Ray in $(RAY)"
+	@$(PYTHON) -m venv $(RAY)
+	@$(RAY)/bin/python -m pip install --disable-pip-version-check --quiet -r $<
 	@touch $@
 
 $(CLIENTS_NODE)/node_modules/.installed: $(CLIENTS_NODE)/package-lock.json
