@@ -1,6 +1,6 @@
 /* blocks_target.h for each way to multiply bytes, and the choice between them. */
 
-#define BLOCK_PREFETCH(rows) ((rows) > 1 ? 4096 : 1024) /* bytes ahead: more where rows take longer than memory */
+#define BLOCK_PREFETCH(rows) ((rows) > 2 ? 4096 : 1024) /* bytes ahead: more where rows take longer than memory */
 
 /* The compiler's default target: in plain C. */
 typedef uint8_t bytes16 __attribute__((vector_size(16), aligned(1)));
