@@ -26,7 +26,7 @@ from pilotfish.engine.speculation.drafters.feature_backlog import MOST_PENDING
 from pilotfish.engine.speculation.drafters.ngram import NgramDrafter
 from pilotfish.engine.speculation.drafters.registry import REGISTRY
 from pilotfish.engine.speculation.drafters.suffix import SuffixDrafter
-from pilotfish.engine.speculation.speculator import Speculator
+from pilotfish.engine.speculation.speculator import Speculator, lengths_of
 
 
 class RecordedDrafter:
@@ -81,22 +81,23 @@ class Engine:
     arm: tuple[str, ...] = ()
     questions: dict[str, Recorded] = field(default_factory=dict)
     made: int = 0
+    lookups: list[Drafter] = field(default_factory=lambda: [NgramDrafter(4, 1), SuffixDrafter()])
 
     def __post_init__(self) -> None:
         self.clock = Clock(self.costs, self.jitter)
         self.heads = tuple(self.costs.drafting)
-        lookups: list[Drafter] = [NgramDrafter(4, 1), SuffixDrafter()]
         heads = [RecordedDrafter(name, self.clock, self.questions) for name in self.heads]
         kinds = {kind.name: kind.prior for kind in REGISTRY}
-        self.names = (*(drafter.name for drafter in lookups), *self.heads)
-        self.controller = Controller(LONGEST, {name: kinds.get(name, kinds["eagle3"]) for name in self.names})
+        self.names = (*(drafter.name for drafter in self.lookups), *self.heads)
+        known = {name: kinds.get(name, kinds["eagle3"]) for name in self.names}
+        self.controller = Controller(LONGEST, known, lengths_of(self.lookups))
         self.controller.target.calibrate(
             {rows: 1e-3 * self.clock.target(rows, rows, 0) for rows in CALIBRATED}, 1e-3 * self.costs.context_token
         )
         for name in self.heads:
             cost = self.controller.drafting[name] = RowCost()
             cost.calibrate({rows: 1e-3 * self.clock.draft(name, rows) for rows in CALIBRATED})
-        self.speculator = Speculator(lookups, heads, LONGEST, 8192, self.controller, self.clock)
+        self.speculator = Speculator(self.lookups, heads, LONGEST, 8192, self.controller, self.clock)
         self.pool = BlockPool(4096, 16, False)
         self.scheduler = Scheduler(self.pool, 64, 512)
 

@@ -366,6 +366,7 @@ class EngineCore:
             seconds,
             self._memory.read_if_due(),
             step.launched.how,
+            self.engine.speculator.take_past_use(),
         )
 
     def _lives(self, planned: PlannedSpan) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pilotfish.engine.scheduler import PlannedSpan, Scheduler, StepPlan
     from pilotfish.engine.sequence import Sequence
     from pilotfish.engine.speculation.control.candidates import Choice
+    from pilotfish.engine.speculation.drafters.drafter import PastUse
     from pilotfish.engine.verification.verifier import Verdict
 
 
@@ -64,6 +65,11 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_queried_tokens: int = 0
     """Prompt tokens of sequences admitted in this step, and those of them that were in the prefix cache."""
     prefix_hit_tokens: int = 0
+    past_bytes: int = 0
+    """Bytes of past texts that are kept to draft from; then the sequences for which they were searched in this step,
+    and those of them for which they had a draft."""
+    past_queries: int = 0
+    past_hits: int = 0
     passed: str = ""
     """Whether a captured pass was replayed, "captured", or why not: "no_graphs", "adapters", "size", "logits"; "" where
     there was no pass."""
@@ -100,6 +106,7 @@ def step_stats(
     seconds: dict[str, float],
     memory: tuple[RankMemory, ...],
     how: Ways,
+    past: PastUse,
 ) -> StepStats:
     """Return the statistics of a step whose tokens are committed."""
     step_tokens: dict[str, list[int]] = {}
@@ -131,6 +138,9 @@ def step_stats(
         pauses=plan.pauses,
         prefix_queried_tokens=sum(len(sequence.request.prompt_ids) for sequence in plan.admitted),
         prefix_hit_tokens=sum(sequence.cached_prompt_tokens for sequence in plan.admitted),
+        past_bytes=past.nbytes,
+        past_queries=past.queries,
+        past_hits=past.hits,
         passed=how.passed,
         drawn_rows=drawn_rows,
         constrained_rows=sum(len(p.draft.tokens) + 1 for p, _, _ in committed if p.sequence.grammar is not None),

@@ -59,6 +59,8 @@ _STEP_COUNTERS = {
     "pauses": ("pauses", "Sequences that waited, with their memory, for one that comes before them."),
     "prefix_queried_tokens": ("prefix_cache_queried_tokens", "Prompt tokens looked up in the prefix cache."),
     "prefix_hit_tokens": ("prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache."),
+    "past_queries": ("suffix_memory_queries", "Sequences and steps for which past texts were searched."),
+    "past_hits": ("suffix_memory_hits", "Those of them for which past texts had a draft."),
     "constrained_rows": ("constrained_rows", "Rows whose token a grammar or a budget of reasoning restricted."),
 }
 """Fields of StepStats that are added to a counter, with its name and help text."""
@@ -68,6 +70,7 @@ _STEP_GAUGES = {
     "blocks_used": ("kv_blocks_used", "KV-cache blocks that sequences hold."),
     "blocks_cached": ("kv_blocks_cached", "KV-cache blocks that only the prefix cache keeps."),
     "blocks_total": ("kv_blocks_total", "KV-cache blocks in total."),
+    "past_bytes": ("suffix_memory_bytes", "Bytes of past prompts and answers that are kept to draft from."),
 }
 """Fields of StepStats that a gauge is set to, with its name and help text."""
 

@@ -11,7 +11,14 @@ from pilotfish.engine.draft import Draft, shortened
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.control.candidates import Candidate, Choice, UpcomingStep
 from pilotfish.engine.speculation.control.controller import Controller
-from pilotfish.engine.speculation.drafters.drafter import Drafter, DraftRequest, LongDrafter, ModelDrafter
+from pilotfish.engine.speculation.drafters.drafter import (
+    Drafter,
+    DraftRequest,
+    LongDrafter,
+    ModelDrafter,
+    PastUse,
+    RememberingDrafter,
+)
 from pilotfish.engine.speculation.drafters.feature_router import FeatureRouter
 
 
@@ -90,6 +97,11 @@ class Speculator:
             self._controller.observe_step(rows, seconds["forward"], drafts.context, drafts.prompts)
             beside = sum(seconds.values()) - seconds["forward"] - drafts.seconds
             self._controller.observe_overhead(beside, seconds["sample"], tokens)
+
+    def take_past_use(self) -> PastUse:
+        """Return what memories of past texts hold, and their uses since the last call."""
+        uses = [each.take_use() for each in self.lookups.values() if isinstance(each, RememberingDrafter)]
+        return PastUse(*map(sum, zip(*uses, strict=True))) if uses else PastUse()
 
     def release(self, sequence: Sequence) -> None:
         for drafter in (*self.lookups.values(), *self.model_drafters.values()):

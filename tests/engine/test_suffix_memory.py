@@ -11,6 +11,7 @@ import pytest
 
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.request import Request, RequestStats
+from pilotfish.engine.stats import StepStats
 from tests.support.texts import PARAMS, prompts, texts
 
 MEMORY = "suffix-memory"
@@ -77,6 +78,18 @@ def test_a_tenant_sees_nothing_of_another(make: Callable[..., LLM], tenant: str,
         outcomes(llm, asked(llm, tenant, salt))
         assert outcomes(llm, asked(llm, "a", b"")) == alone
         assert outcomes(llm, asked(llm, "a", b"")) == again
+
+
+def test_its_uses_are_in_the_stats_of_steps(make: Callable[..., LLM]) -> None:
+    seen: list[StepStats] = []
+    with make(adaptive_drafts=False, on_stats=seen.append) as llm:
+        for _ in range(2):
+            llm.generate(prompts(2), PARAMS["greedy"], speculation=MEMORY)
+        llm.generate(prompts(2), PARAMS["greedy"], speculation="off")
+    assert [each.past_bytes for each in seen] == sorted(each.past_bytes for each in seen)
+    assert seen[-1].past_bytes > 0
+    assert 0 < sum(each.past_hits for each in seen) <= sum(each.past_queries for each in seen)
+    assert (seen[-1].past_queries, seen[-1].past_hits) == (0, 0)
 
 
 def test_without_memory_there_is_no_such_drafter(make: Callable[..., LLM]) -> None:

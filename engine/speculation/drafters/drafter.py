@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from pilotfish.engine.draft import Draft
 from pilotfish.engine.sequence import Sequence
@@ -62,6 +62,25 @@ class LongDrafter(Drafter, Protocol):
 
     longest: int
     """Their maximum tokens."""
+
+
+class PastUse(NamedTuple):
+    """What a memory of past texts holds, and how often it was of use since the last time it was asked."""
+
+    nbytes: int = 0
+    queries: int = 0
+    """Decoding sequences for which it was asked, once for each step."""
+    hits: int = 0
+    """Those of them for which it had a draft."""
+
+
+@runtime_checkable
+class RememberingDrafter(Drafter, Protocol):
+    """A drafter that keeps past texts."""
+
+    def take_use(self) -> PastUse:
+        """Return what it holds, and its uses since the last call."""
+        ...
 
 
 class ModelDrafter(Drafter, Protocol):

@@ -14,7 +14,7 @@ from pilotfish.engine.config import EngineConfig
 from pilotfish.engine.draft import NO_DRAFT, Draft
 from pilotfish.engine.request import Request
 from pilotfish.engine.sequence import Sequence
-from pilotfish.engine.speculation.drafters.drafter import DraftRequest
+from pilotfish.engine.speculation.drafters.drafter import DraftRequest, PastUse
 from pilotfish.engine.speculation.drafters.text_store import LARGEST, LENGTHS, SMALLEST, TextStore
 from pilotfish.errors import ConfigError
 
@@ -57,10 +57,20 @@ class SuffixMemoryDrafter:
         self.store = TextStore(nbytes, secret)
         self.longest = longest
         self._trails: dict[str, _Trail] = {}
+        self._queries = self._hits = 0
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
         """Return one Draft for each of `requests`, empty where nothing like the text's end is remembered."""
-        return [self._draft(request.sequence, request.limit) for request in requests]
+        drafts = [self._draft(request.sequence, request.limit) for request in requests]
+        self._queries += len(drafts)
+        self._hits += sum(draft is not NO_DRAFT for draft in drafts)
+        return drafts
+
+    def take_use(self) -> PastUse:
+        """Return the bytes in use, and the queries and hits since the last call."""
+        use = PastUse(self.store.used, self._queries, self._hits)
+        self._queries = self._hits = 0
+        return use
 
     def release(self, sequence: Sequence) -> None:
         """Keep the text of a sequence that this drafter was allowed to draft for, and forget where it was followed."""

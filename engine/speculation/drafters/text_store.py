@@ -91,6 +91,11 @@ class TextStore:
         return self._written - self._gone
 
     @property
+    def used(self) -> int:
+        """Bytes in use: those of `tokens` cells with their share of the index."""
+        return self.tokens * self.nbytes // self._size
+
+    @property
     def capacity(self) -> int:
         """Cells that there are."""
         return self._size

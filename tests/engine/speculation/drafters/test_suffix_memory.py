@@ -146,6 +146,20 @@ def test_a_text_that_is_forgotten_while_it_is_followed() -> None:
     assert asked.draft(sequence).tokens[0] == RECORD[10]
 
 
+def test_uses_are_counted_since_the_last_time() -> None:
+    asked = Asked()
+    assert asked.drafter.take_use() == (0, 0, 0)
+    steps, right = asked.answer([1, 2, 3, 4, 5], RECORD)
+    nbytes, queries, hits = asked.drafter.take_use()
+    assert 0 < nbytes <= asked.drafter.store.nbytes
+    assert (queries, hits, right) == (steps - 1, 0, 0)  # the last token is not drafted for
+    asked.answer([1, 2, 3, 4, 5], RECORD)
+    more, queries, hits = asked.drafter.take_use()
+    assert more > nbytes
+    assert 0 < hits <= queries
+    assert asked.drafter.take_use() == (more, 0, 0)
+
+
 def test_settings() -> None:
     assert isinstance(make(EngineConfig()), LongDrafter)
     assert make(EngineConfig(suffix_draft_tokens=20)).longest == 20
