@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from pilotfish.checkpoints.catalog import Progress, resolve
+from pilotfish.checkpoints.catalog import ModelFiles, Progress, resolve
 from pilotfish.engine.assembly import Assembly
 from pilotfish.engine.child_process import LastWords
 from pilotfish.engine.config import EngineConfig, cache_share
@@ -30,12 +30,15 @@ from pilotfish.engine.pace import PrefillPace
 from pilotfish.engine.ranks.leader import Ranks, start_ranks
 from pilotfish.engine.request import EngineInfo
 from pilotfish.engine.speculation.control.calibration import make_controller
+from pilotfish.engine.speculation.drafters.corpus import read_corpus
+from pilotfish.engine.speculation.drafters.drafter import Drafter, RememberingDrafter
 from pilotfish.engine.speculation.drafters.registry import find, make_lookups, parse_entries, priors
 from pilotfish.engine.speculation.speculator import Speculator, lengths_of
 from pilotfish.engine.verification.choose import make_verifier
 from pilotfish.engine.verification.verifier import Verifier
 from pilotfish.errors import ConfigError
 from pilotfish.text.grammar.matcher import Compiler, load_vocabulary
+from pilotfish.text.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,8 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
         synchronize(platform.device)
 
     lookups, controller = make_lookups(assembly.sources, config), None
+    if config.suffix_corpus:
+        _warm(lookups, config, assembly.files)
     if config.adaptive_drafts:
         known, lengths = priors(assembly.sources), lengths_of(lookups)
         controller = make_controller(config, target.config, try_target, assembly.drafters, known, lengths, progress)
@@ -173,6 +178,17 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
         loaded=assembly.adapters,
         publisher=publisher,
     )
+
+
+def _warm(lookups: list[Drafter], config: EngineConfig, files: ModelFiles) -> None:
+    """Give the files of `suffix_corpus` to the drafters that remember."""
+    remembering = [each for each in lookups if isinstance(each, RememberingDrafter)]
+    if not remembering:
+        raise ConfigError("suffix_corpus needs the drafter suffix-memory: name it, too, or no drafter at all")
+    tokenizer = load_tokenizer(files)
+    texts = read_corpus(config.suffix_corpus, lambda text: tokenizer.encode(text, add_special_tokens=False))
+    for each in remembering:
+        each.warm(texts)
 
 
 def _pair_share(model: ModelConfig) -> float:

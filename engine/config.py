@@ -183,6 +183,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     suffix_memory: NotNegative = 64 << 20
     """Bytes of past prompts and answers that the drafter suffix-memory keeps, each tenant's and each cache_salt's for
     itself; 0: none, and no such drafter by default."""
+    suffix_corpus: tuple[str, ...] = ()
+    """Text file that suffix-memory drafts from as well, for all tenants, such as answers of before or documents that
+    answers quote. It takes its part of suffix_memory, at most half. Repeatable."""
     suffix_draft_tokens: NotNegative = 0
     """Maximum number of tokens that suffix and suffix-memory draft for a sequence in one step, where a long match makes
     them sure; 0: 32 on the CPU, and as num_draft_tokens on a GPU."""
@@ -199,6 +202,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Entries of `drafter` are checked by `speculation.drafters.registry`, which knows the drafters.
         """
         self.adapters()
+        if self.suffix_corpus and not self.suffix_memory:
+            raise ConfigError("suffix_corpus needs suffix_memory, which is 0: give it bytes, or no corpus")
         if self.ngram_min > self.ngram_max:
             raise ConfigError(f"ngram_min ({self.ngram_min}) is larger than ngram_max ({self.ngram_max})")
         if 0 < self.max_batch_tokens < self.max_num_seqs:

@@ -12,7 +12,7 @@ from pilotfish.server.cli.settings import add_flags, load
 if TYPE_CHECKING:
     from pilotfish.engine.request import EngineInfo
 
-OMITTED = frozenset({"model", "prefix_caching", "suffix_memory"})
+OMITTED = frozenset({"model", "prefix_caching", "suffix_memory", "suffix_corpus"})
 """Engine settings that the commands choose themselves."""
 
 

@@ -4,6 +4,7 @@ line in `registry`."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -80,6 +81,11 @@ class RememberingDrafter(Drafter, Protocol):
 
     def take_use(self) -> PastUse:
         """Return what it holds, and its uses since the last call."""
+        ...
+
+    def warm(self, texts: Seq[list[int]]) -> None:
+        """Draft from these texts, too, for everybody. Before there are sequences. Raises ConfigError if they are more
+        than it can hold."""
         ...
 
 

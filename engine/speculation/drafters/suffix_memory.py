@@ -7,6 +7,7 @@ nobody meets another's, is `text_store`'s part.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -32,9 +33,13 @@ UNANIMOUS, MAJORITIES = 0.9, (0.15, 0.6, 0.8)
 """How often the first token is right that all occurrences have; that at most half of them have, more than half, more
 than three quarters; and that of a text that was returned to, by the bits of the number of tokens that agree since."""
 RETURNED = (0.05, 0.45, 0.6, 0.75, 0.9)
+CORPUS_TOKEN = 14
+"""Bytes that hold a token of a corpus for sure, with its part of the index."""
 
-_BACK = 100
-"""The first class of evidence of drafts from a place that was returned to; others are below it."""
+_BACK, _CORPUS = 100, 200
+"""The first class of evidence of drafts from a place that was returned to, and what is added to those of a corpus."""
+_PIECE = 4096
+"""Tokens of a corpus that are kept as one text."""
 
 
 class SuffixMemoryDrafter:
@@ -56,7 +61,11 @@ class SuffixMemoryDrafter:
     def __init__(self, nbytes: int, longest: int, secret: int | None = None) -> None:
         self.store = TextStore(nbytes, secret)
         self.longest = longest
-        self._trails: dict[str, _Trail] = {}
+        self.corpus: TextStore | None = None
+        """Texts for everybody, if there are any."""
+        self._secret = secret
+        self._trails: dict[str, tuple[_Trail, _Trail]] = {}
+        """By sequence, where it is followed in its owner's past, and in the corpus."""
         self._queries = self._hits = 0
 
     def propose(self, requests: list[DraftRequest]) -> list[Draft]:
@@ -72,6 +81,20 @@ class SuffixMemoryDrafter:
         self._queries = self._hits = 0
         return use
 
+    def warm(self, texts: Seq[list[int]]) -> None:
+        """Draft from these texts, too, for everybody. Raises ConfigError if they take more than half of the bytes."""
+        pieces = [text[at : at + _PIECE] for text in texts for at in range(0, len(text), _PIECE)]
+        most = self.store.nbytes
+        nbytes = CORPUS_TOKEN * sum(len(piece) + 1 for piece in pieces) + CORPUS_TOKEN * 4 * (_PIECE + 1)
+        if nbytes > most // 2:
+            raise ConfigError(
+                f"suffix_corpus takes {nbytes} bytes, but may take half of suffix_memory ({most}): raise suffix_memory "
+                "or leave out a part"
+            )
+        self.store, self.corpus = TextStore(most - nbytes, self._secret), TextStore(nbytes, self._secret)
+        for piece in pieces:
+            self.corpus.add(b"", piece)
+
     def release(self, sequence: Sequence) -> None:
         """Keep the text of a sequence that this drafter was allowed to draft for, and forget where it was followed."""
         self._trails.pop(sequence.id, None)
@@ -80,11 +103,15 @@ class SuffixMemoryDrafter:
 
     def _draft(self, sequence: Sequence, limit: int) -> Draft:
         tokens = sequence.tokens
-        trail = self._trails.get(sequence.id)
-        if trail is None:
-            trail = self._trails[sequence.id] = _Trail(owner_of(sequence.request), len(tokens))
-        trail.follow(self.store, tokens)
-        drafted, classes = max(trail.vote(self.store, limit), trail.go_back(self.store, limit), key=_first_is_right)
+        trails = self._trails.get(sequence.id)
+        if trails is None:
+            own, shared = _Trail(owner_of(sequence.request), len(tokens)), _Trail(b"", len(tokens))
+            trails = self._trails[sequence.id] = own, shared
+        drafted, classes = trails[0].best(self.store, tokens, limit)
+        if self.corpus is not None:
+            others, kinds = trails[1].best(self.corpus, tokens, limit)
+            if _first_is_right((others, kinds)) > _first_is_right((drafted, classes)):
+                drafted, classes = others, [_CORPUS + kind for kind in kinds]
         return Draft(tuple(drafted), None, self.name, classes=tuple(classes)) if drafted else NO_DRAFT
 
 
@@ -123,6 +150,11 @@ class _Trail:
     """Tokens that agree before `home`, since the last disagreement."""
     missed: int = 0
     """Tokens since the last disagreement; 0 once the text was found again."""
+
+    def best(self, store: TextStore, tokens: list[int], limit: int) -> tuple[list[int], list[int]]:
+        """Follow what was added to the text, and return the better of what may follow, with the class of each token."""
+        self.follow(store, tokens)
+        return max(self.vote(store, limit), self.go_back(store, limit), key=_first_is_right)
 
     def follow(self, store: TextStore, tokens: list[int]) -> None:
         """Follow what was added to the text."""

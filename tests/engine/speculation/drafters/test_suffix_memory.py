@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence as Seq
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.params import SamplingParams
 from pilotfish.engine.request import Request
 from pilotfish.engine.sequence import Sequence
+from pilotfish.engine.speculation.drafters.corpus import read_corpus
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest, LongDrafter
 from pilotfish.engine.speculation.drafters.suffix_memory import SuffixMemoryDrafter, make
 from pilotfish.engine.speculation.drafters.text_store import SMALLEST
@@ -158,6 +160,36 @@ def test_uses_are_counted_since_the_last_time() -> None:
     assert more > nbytes
     assert 0 < hits <= queries
     assert asked.drafter.take_use() == (more, 0, 0)
+
+
+def test_a_corpus_is_for_everybody_and_stays() -> None:
+    asked = Asked()
+    asked.drafter.warm([RECORD, list(range(5000, 9000)) * 3])
+    assert asked.drafter.corpus is not None
+    assert asked.drafter.store.nbytes + asked.drafter.corpus.nbytes <= 1 << 20
+    for tenant in ("a", "b"):
+        draft = asked.draft(asked.begin(RECORD[:20], tenant=tenant))
+        assert draft.tokens[:2] == (77, 30)
+        assert min(draft.classes) >= 200
+    for number in range(2000):
+        asked.drafter.release(asked.begin(range(20_000 + number, 20_100 + number), tenant="c"))
+    assert asked.draft(asked.begin(RECORD[:20])).tokens[:2] == (77, 30)
+    assert asked.draft(asked.begin(range(8980, 9000))).tokens[:2] == (5000, 5001)
+    asked.answer(RECORD[:20], [78, 31, 32], tenant="a")  # one's own past comes first
+    assert asked.draft(asked.begin(RECORD[:20], tenant="a")).tokens[0] == 78
+    with pytest.raises(ConfigError, match="may take half of suffix_memory"):
+        Asked().drafter.warm([list(range(40_000))])
+
+
+def test_a_corpus_is_read_from_text_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("ab")
+    assert read_corpus([str(tmp_path / "a.txt")], lambda text: list(map(ord, text))) == [[97, 98]]
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    for name in ("b.txt", "c.txt"):
+        with pytest.raises(ConfigError, match="cannot be read as UTF-8"):
+            read_corpus([str(tmp_path / name)], lambda text: [])
+    with pytest.raises(ConfigError, match="suffix_corpus needs suffix_memory"):
+        EngineConfig(suffix_corpus=("a.txt",), suffix_memory=0).check()
 
 
 def test_settings() -> None:
