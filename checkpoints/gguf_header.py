@@ -168,10 +168,16 @@ class _Parser:
         if not 0 < dimensions <= MOST_DIMENSIONS:
             raise ValueError(f"tensor {name!r:.200} has {dimensions} dimensions, but must have 1 to {MOST_DIMENSIONS}")
         shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
-        kind, offset = GGMLQuantizationType(self._number("I")), self._number("Q")
+        number, offset = self._number("I"), self._number("Q")
+        if number not in list(GGMLQuantizationType):
+            raise ValueError(f"tensor {name!r:.200} is of type {number}, which no version of the format known here has")
+        kind = GGMLQuantizationType(number)
         block, size = GGML_QUANT_SIZES[kind]
         if 0 in shape or shape[-1] % block:
-            raise ValueError(f"tensor {name!r:.200} of shape {shape} does not have rows of blocks of {block}")
+            raise ValueError(
+                f"tensor {name!r:.200} of shape {shape} does not have rows of blocks of {block}, as {kind.name} needs: "
+                "convert it to F16 or BF16"
+            )
         return StoredTensor(name, kind, shape, offset, prod(shape) // block * size)
 
     def _check_count(self, what: str, count: int, least: int, most: int) -> None:

@@ -154,6 +154,7 @@ def _build(config: EngineConfig, progress: Progress, ranks: Ranks | None) -> Eng
         drafters=speculator.names,
         default_drafter="off" if config.speculation == "none" else config.speculation,
         dtype=str(platform.dtype).removeprefix("torch."),
+        weights=target.weight_forms if isinstance(target, DecoderModel) else (),
         device=str(platform.device),
         kernels=platform.kernels_name,
         tensor_parallel_size=target.comm.size,

@@ -116,6 +116,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     default_drafter: str
     """Default for requests that do not set `speculation`: a drafter's name, "auto" or "off"."""
     dtype: str
+    """The dtype that the target computes in."""
+    weights: tuple[str, ...] = ()
+    """The forms of its matrices, those with the most bytes first: dtypes, and kinds of quantized blocks; () if that is
+    not known."""
     device: str
     kernels: str
     tensor_parallel_size: int = 1

@@ -55,7 +55,7 @@ class Console:
 
     def ready(self, info: EngineInfo, url: str, name: str, needs_key: bool, page: bool) -> None:
         """Show that the server is ready: the model, its address, and a first request to send."""
-        how = f"{info.dtype} on {info.device} ({info.kernels} kernels), drafters {', '.join(info.drafters)}"
+        how = f"{described(info)} on {info.device} ({info.kernels} kernels), drafters {', '.join(info.drafters)}"
         how += "" if info.default_drafter == "auto" else f" (by default {info.default_drafter})"
         capacity = f"{info.max_model_len} tokens of context, {info.num_blocks * info.block_size} in the KV cache"
         key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
@@ -82,3 +82,10 @@ class Console:
             print("\r\x1b[K", end="", file=self._stream, flush=True)
         self._say(f"  {self._what}: {seconds:.1f} s", seconds=round(seconds, 3))
         self._what = ""
+
+
+def described(info: EngineInfo) -> str:
+    """The dtype of the engine, and of its weights if they are in another form."""
+    if info.weights in ((), (info.dtype,)):
+        return info.dtype
+    return f"{info.dtype}, weights in {' and '.join(info.weights)},"

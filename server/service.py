@@ -145,7 +145,15 @@ class Service:
     def fingerprint(self, info: EngineInfo) -> str:
         """Return OpenAI's system_fingerprint: while it is the same, the same seed gives the same text."""
         if not self._fingerprint:
-            parts = (__version__, info.model, info.dtype, info.device, info.kernels, info.tensor_parallel_size)
+            parts = (
+                __version__,
+                info.model,
+                info.dtype,
+                info.weights,
+                info.device,
+                info.kernels,
+                info.tensor_parallel_size,
+            )
             self._fingerprint = "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
         return self._fingerprint
 

@@ -144,7 +144,7 @@ def _weights(
     def plain() -> Iterator[tuple[str, torch.Tensor]]:
         if dummy:
             return reported(dummy_weights(tensors, dtype, device, parts))
-        weights = reported(iter_weights(files, shape, dtype, parts, device))
+        weights = reported(iter_weights(files, shape, dtype, parts, device, platform.storage.halves))
         if stored is None or (wanted is not None and wanted.scheme == stored.scheme):
             return weights
         if wanted is None:
@@ -155,8 +155,8 @@ def _weights(
         return quantized(plain(), tensors, wanted, device)
     storage, kernels = platform.storage, platform.kernels
     weights: Iterator[tuple[str, torch.Tensor | Blocks]] = plain()
-    if storage.blocks and files.format == "gguf" and not dummy:
-        weights = reported(iter_blocks(files, shape, dtype, parts))
+    if files.format == "gguf" and not dummy:
+        weights = reported(iter_blocks(files, shape, dtype, parts, storage))
     if storage.layers is not None:
         assert isinstance(kernels, NativeKernels)
         weights = in_blocks(weights, tensors, storage, stored, kernels.quantize_blocks)
@@ -181,7 +181,9 @@ def load_shared(
         weights = dict(_weights(files, target.config, platform, config, parts, progress))
         for name in names:
             weight, scale = weights[name], weights.get(name + SCALE)
-            assert not isinstance(weight, Blocks), "a sharded model has none"
+            if isinstance(weight, Blocks):
+                prepared[name] = platform.kernels.prepare_blocks([weight])
+                continue
             assert not isinstance(scale, Blocks)
             prepared[name] = platform.kernels.prepare_linear(weight.to(platform.device), None, scale)
     return SharedWeights(prepared.get(EMBEDDING, shared.embedding), prepared.get(head_name, shared.head))

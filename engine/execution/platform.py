@@ -88,6 +88,8 @@ def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) ->
     else:
         kernels = NativeKernels()
         kernels.set_threads(thread_count(config))
+        if kernels.level == 0:
+            logger.warning("this processor has no AVX2: the native kernels run in generic C, several times slower")
         # Little is left to torch, and its threads, which spin, would only slow down the kernels' own.
         torch.set_num_threads(1)
     if config.kernels == "triton" and (reason := _why_not_triton(device)):
@@ -112,7 +114,7 @@ def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) ->
         kernels,
         attention,
         replace(needs, block_size=config.block_size or attention.block_size),
-        storage=_storage(config, model, native, ranks),
+        storage=_storage(config, native),
     )
     logger.info(
         "kernels: %s; attention: %s, blocks of %d tokens in %s",
@@ -121,16 +123,14 @@ def choose_platform(config: EngineConfig, model: ModelConfig, ranks: int = 1) ->
     return platform
 
 
-def _storage(config: EngineConfig, model: ModelConfig, kernels: NativeKernels | None, ranks: int) -> Storage:
-    """Below AVX2 GGUF's blocks would be computed with more slowly than float32; a layer's experts are computed in one
-    call, which knows no blocks; and in float32 a sharded model says what the whole one says, while activations that are
-    rounded to 8 bits can fall to another side in sums of another order."""
+def _storage(config: EngineConfig, kernels: NativeKernels | None) -> Storage:
+    """Below AVX2 blocks and 16 bits would be computed with more slowly than float32."""
     if kernels is None:
         return PLAIN
-    wanted = (config.dtype, config.quantization) == ("auto", "auto")
-    stay = wanted and kernels.level > 0 and model.experts is None and ranks == 1
+    halves = config.dtype == "auto" and kernels.level > 0
     layers, vocabulary = QUANTIZED_TO.get(config.quantization, (None, None))
-    return Storage(blocks=stay or layers is not None, layers=layers, vocabulary=vocabulary)
+    blocks = (halves and config.quantization == "auto") or layers is not None
+    return Storage(blocks=blocks, halves=halves, layers=layers, vocabulary=vocabulary)
 
 
 def _why_not_triton(device: torch.device) -> str | None:

@@ -26,7 +26,7 @@ struct form {
 };
 
 /* The numbers of https://github.com/ggml-org/ggml/blob/master/include/ggml.h, enum ggml_type. */
-enum kind { F32 = 0, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 };
+enum kind { F32 = 0, FLOAT16 = 1, BFLOAT16 = 30, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14 };
 
 #define FORM_OF(kind)                                \
   ((kind) == Q4_0   ? (struct form){4, HALVES, 8}    \
@@ -111,6 +111,9 @@ static inline uint16_t float_to_half(float x) {
   }
   return (uint16_t)(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
 }
+
+/* Whether matrices of this kind are in blocks, and not in floats. */
+static inline int is_blocks(int64_t kind) { return kind != F32 && kind != FLOAT16 && kind != BFLOAT16; }
 
 /* A group of one column as the file has it. */
 struct block {

@@ -171,11 +171,13 @@ EXPORT int64_t pilotfish_block_bytes(int64_t kind, int64_t columns, int64_t in) 
   return (columns + PANEL - 1) / PANEL * GROUP_PLACE(f, in / GROUP);
 }
 
-/* out[i] = row ids[i] of the packed matrix */
+/* out[i] = row ids[i] of the packed matrix, which is in blocks or in 16 bits */
 EXPORT void pilotfish_unpack_blocks(const uint8_t *packed, int64_t kind, const int64_t *ids, float *out, int64_t count,
                                     int64_t in) {
   const struct form f = FORM_OF(kind);
-  for (int64_t i = 0; i < count; i++) unpack_row(f, packed, ids[i], in, out + i * in);
+  for (int64_t i = 0; i < count; i++)
+    if (is_blocks(kind)) unpack_row(f, packed, ids[i], in, out + i * in);
+    else widen_row(kind, (const uint16_t *)packed, ids[i], in, out + i * in);
 }
 
 /* As pilotfish_linear, for a matrix in parts. space: rows * in / GROUP activations, if a part has blocks. */
@@ -184,7 +186,7 @@ EXPORT void pilotfish_linear_parts(int level, const float *x, const struct part 
                                    struct activation *space) {
   const struct quantize q = {x, space, in};
   for (int64_t i = 0; i < count; i++)
-    if (parts[i].kind != F32) {
+    if (is_blocks(parts[i].kind)) {
       parallel_for(rows, rows * in * 4, PICK_BLOCKS(level, quantize), &q);
       break;
     }
@@ -195,9 +197,12 @@ EXPORT void pilotfish_linear_parts(int level, const float *x, const struct part 
       const float *added = bias ? bias + p->first : 0, *more = residual ? residual + row * columns + p->first : 0;
       float *to = out + row * columns + p->first;
       const int64_t panels = (p->columns + PANEL - 1) / PANEL, work = height * p->columns * in;
-      if (p->kind == F32) {
+      if (!is_blocks(p->kind)) {
         const struct linear a = {x + row * in, p->packed, added, more, to, height, p->columns, in, columns};
-        parallel_for(panels, work, PICK(level & 3, linear), &a);
+        const range_function function = p->kind == F32   ? PICK(level, linear)
+                                        : p->kind == FLOAT16 ? PICK_HALVES(level, linear_FLOAT16)
+                                                         : PICK_HALVES(level, linear_BFLOAT16);
+        parallel_for(panels, work, function, &a);
       } else {
         const struct linear_blocks a = {space + row * (in / GROUP), p->packed, added, more, to, height, p->columns, in,
                                         columns};

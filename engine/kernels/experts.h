@@ -6,7 +6,7 @@
  */
 
 struct expert {
-  struct weight gate_up, down; /* packed 0: it is on another rank, and adds nothing */
+  struct weight gate_up, down; /* neither packed nor in parts: it is on another rank, and adds nothing */
 };
 
 struct experts {
@@ -17,6 +17,7 @@ struct experts {
   float *out;           /* rows x size */
   float *space;         /* rows x each x (2 size + 3 inner) */
   int64_t *places;      /* count + 1 + rows x each */
+  struct activation *activations; /* for `rows` quantized rows of the wider input */
   int64_t count, rows, each, size, inner;
 };
 
@@ -54,13 +55,13 @@ EXPORT void pilotfish_experts(int level, const struct experts *s) {
     const int64_t rows = starts[e] - begin;
     const struct expert *expert = s->experts + e;
     if (!rows) continue;
-    if (!expert->gate_up.packed) {
+    if (!expert->gate_up.packed && !expert->gate_up.count) {
       memset(results + begin * size, 0, rows * size * sizeof(float));
       continue;
     }
-    apply(level, &expert->gate_up, grouped + begin * size, 0, gate_up, rows, 0);
+    apply(level, &expert->gate_up, grouped + begin * size, 0, gate_up, rows, s->activations);
     pilotfish_silu_mul(level, gate_up, gated, rows, s->inner);
-    apply(level, &expert->down, gated, 0, results + begin * size, rows, 0);
+    apply(level, &expert->down, gated, 0, results + begin * size, rows, s->activations);
   }
   parallel_for(s->rows, pairs * size, sum_experts, s);
 }

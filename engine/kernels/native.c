@@ -122,13 +122,18 @@ struct mask {
 static int best_level(void) {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return 2;
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? 1 : 0;
 }
 #define PICK(level, kernel) \
   (((level) & 3) == 2 ? JOIN(kernel, _avx512) : ((level) & 3) == 1 ? JOIN(kernel, _avx2) : JOIN(kernel, _default))
+#define PICK_HALVES(level, kernel)                     \
+  (((level) & 3) == 2   ? JOIN(kernel, _halves_avx512) \
+   : ((level) & 3) == 1 ? JOIN(kernel, _halves_avx2)   \
+                        : JOIN(kernel, _halves))
 #else
 static int best_level(void) { return 0; }
 #define PICK(level, kernel) JOIN(kernel, _default)
+#define PICK_HALVES(level, kernel) JOIN(kernel, _halves)
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
@@ -143,6 +148,7 @@ EXPORT int pilotfish_threads(void) { return pool.threads; }
 /* What matters there is unrolled by hand, and -O3 takes six times as long to compile it. */
 #pragma GCC push_options
 #pragma GCC optimize("O2")
+#include "halves_levels.h"
 #include "blocks_levels.h"
 #pragma GCC pop_options
 

@@ -37,6 +37,8 @@ ACTIVATION_FLOATS = 12
 QUANTIZED_AT_A_TIME = 1 << 22
 """Values of a matrix that are in float32 at a time while it is quantized."""
 
+HALVES = {torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}
+"""Dtypes of 16 bits that matrices may have, and their kinds in blocks.h."""
 
 CACHE_FORMS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """Dtypes that attention's cache may have, and their numbers in attention.h."""
@@ -71,6 +73,7 @@ def load_library() -> ctypes.CDLL | None:
         "linear": (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64),
         "pack_int8": (c_void_p, c_void_p, c_int64, c_int64),
         "linear_int8": (c_int, *(c_void_p,) * 6, c_int64, c_int64, c_int64),
+        "pack_halves": (c_void_p, c_void_p, c_int64, c_int64),
         "fit_blocks": (c_int, c_void_p, c_void_p, c_int64, c_int64),
         "unpack_blocks": (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64),
         "linear_parts": (c_int, c_void_p, c_void_p, c_int64, *(c_void_p,) * 3, c_int64, c_int64, c_int64, c_void_p),
@@ -122,7 +125,7 @@ class Part(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class NativeBlocks:
-    """A matrix in parts, of which some are in quantized blocks."""
+    """A matrix in parts, of which some are in quantized blocks, or in 16 bits."""
 
     parts: ctypes.Array[Part]
     packed: tuple[torch.Tensor, ...]  # what the parts point to
@@ -162,7 +165,16 @@ class NativeKernels:
 
     def prepare_linear(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
+    ) -> NativeLinear | NativeBlocks:
+        """See `Kernels.prepare_linear`. A matrix in 16 bits stays in them, with the results that it has in float32."""
+        if weight.dtype in HALVES:
+            return self.prepare_blocks([weight], bias)
+        return self.prepare_panels(weight, bias, scale)
+
+    def prepare_panels(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
     ) -> NativeLinear:
+        """As `prepare_linear`, of a matrix in float32 or int8."""
         library = self._library
         if weight.dtype == torch.int8 and scale is not None:
             pack, scale = library.pilotfish_pack_int8, _checked(scale).flatten()
@@ -182,8 +194,10 @@ class NativeKernels:
             rows = part.shape[0]
             if isinstance(part, Blocks):
                 kind, data = int(part.kind), self._packed_blocks(part)
+            elif part.dtype in HALVES:
+                kind, data = int(HALVES[part.dtype]), self._packed_halves(part)
             else:
-                kind, data = int(Kind.F32), self.prepare_linear(part).packed
+                kind, data = int(Kind.F32), self.prepare_panels(part).packed
             packed.append(data)
             described.append(Part(data.data_ptr(), kind, first, rows))
             first += rows
@@ -204,6 +218,13 @@ class NativeKernels:
                 self._blocks_level, values.data_ptr(), out[start].data_ptr(), kind, values.numel() // block
             )
         return Blocks(name, kind, out)
+
+    def _packed_halves(self, weight: torch.Tensor) -> torch.Tensor:
+        rows, columns = weight.shape
+        data = self._arena.zeros((-(-rows // self.panel), columns, self.panel), weight.dtype)
+        weight = weight.contiguous()
+        self._library.pilotfish_pack_halves(weight.data_ptr(), data.data_ptr(), rows, columns)
+        return data
 
     def _packed_blocks(self, blocks: Blocks) -> torch.Tensor:
         rows, columns = blocks.shape
@@ -366,7 +387,7 @@ class NativeKernels:
 
     def experts(self, arguments: ctypes.Structure) -> None:
         """Compute a layer's experts (experts.h)."""
-        self._library.pilotfish_experts(self.level, ctypes.byref(arguments))
+        self._library.pilotfish_experts(self._blocks_level, ctypes.byref(arguments))
 
     def decoder_space(self, size: int, heads: int, kv_heads: int, head_dim: int, gated_size: int) -> int:
         """Return the floats per row that `decode` needs beside the hidden states."""

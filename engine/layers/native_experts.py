@@ -8,9 +8,11 @@ from ctypes import c_int64, c_void_p
 
 import torch
 
-from pilotfish.engine.kernels.native import NativeKernels, NativeLinear
+from pilotfish.engine.kernels.native import ACTIVATION_FLOATS, GROUP, NativeBlocks, NativeKernels, NativeLinear
 from pilotfish.engine.kernels.protocol import PreparedLinear
 from pilotfish.engine.layers.fused_decoder import Weight, weight_of
+
+_Pair = tuple[NativeLinear | NativeBlocks, NativeLinear | NativeBlocks]
 
 
 class _Expert(ctypes.Structure):
@@ -21,7 +23,7 @@ class _Expert(ctypes.Structure):
 
 class _Experts(ctypes.Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("experts", "x", "probs", "chosen", "out", "space", "places")),
+        *((name, c_void_p) for name in ("experts", "x", "probs", "chosen", "out", "space", "places", "activations")),
         *((name, c_int64) for name in ("count", "rows", "each", "size", "inner")),
     )
 
@@ -30,7 +32,7 @@ class NativeExperts:
     """The matrices of a layer's experts, gate and up fused and down, as the kernel reads them; None: it is on another
     rank. The caller keeps the matrices."""
 
-    def __init__(self, experts: Seq[tuple[NativeLinear, NativeLinear] | None]) -> None:
+    def __init__(self, experts: Seq[_Pair | None]) -> None:
         self._structs = (_Expert * len(experts))(
             *(_Expert() if each is None else _Expert(*map(weight_of, each)) for each in experts)
         )
@@ -39,11 +41,11 @@ class NativeExperts:
     @staticmethod
     def of(experts: Seq[tuple[PreparedLinear, PreparedLinear] | None]) -> NativeExperts | None:
         """Return None for experts that the kernel does not know: of other kernels, or none on this rank."""
-        here: list[tuple[NativeLinear, NativeLinear] | None] = []
+        here: list[_Pair | None] = []
         for each in experts:
             if each is None:
                 here.append(None)
-            elif isinstance(each[0], NativeLinear) and isinstance(each[1], NativeLinear):
+            elif isinstance(each[0], NativeLinear | NativeBlocks) and isinstance(each[1], NativeLinear | NativeBlocks):
                 here.append((each[0], each[1]))
             else:
                 return None
@@ -60,6 +62,8 @@ class NativeExperts:
         (rows, size), each, count = x.shape, probs.shape[1], len(self._structs)
         out = torch.empty_like(x)
         space = torch.empty(rows * each, 2 * size + 3 * self._inner)
+        # An expert has each row once at most.
+        activations = torch.empty(rows, ACTIVATION_FLOATS * (max(size, self._inner) // GROUP))
         places = torch.empty(count + 1 + rows * each, dtype=torch.int64)
         kernels.experts(
             _Experts(
@@ -75,6 +79,7 @@ class NativeExperts:
                 each=each,
                 size=size,
                 inner=self._inner,
+                activations=activations.data_ptr(),
             )
         )
         return out

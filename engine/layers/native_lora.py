@@ -146,7 +146,7 @@ class NativeAdapters:
         a = torch.nn.functional.pad(part.a, (0, 0, 0, missing))
         b = torch.nn.functional.pad(part.b, (0, missing))
         self._widest, self._highest = max(self._widest, a.shape[1]), max(self._highest, len(a))
-        return part.first, self._kernels.prepare_linear(a), self._kernels.prepare_linear(b)
+        return part.first, self._kernels.prepare_panels(a), self._kernels.prepare_panels(b)
 
 
 class NativeLayerAdapter:

@@ -18,7 +18,7 @@ from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.plausible import check_config, readable
 from pilotfish.engine.models.registry import family_of, find_family, tensors_of
 from pilotfish.engine.models.tensors import HEAD
-from pilotfish.engine.weights.blocks import Blocks
+from pilotfish.engine.weights.blocks import Blocks, Storage
 from pilotfish.engine.weights.quantization import read_quantization
 from pilotfish.engine.weights.tensors import Part, whole_parts
 from pilotfish.errors import ModelError
@@ -58,12 +58,15 @@ def iter_weights(
     dtype: torch.dtype,
     parts: Mapping[str, Part] | None = None,
     device: torch.device | None = None,
+    halves: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor under Hugging Face's name, in `dtype`, one at a time, in the order of the computation as far as they
     lie in one file.
 
     parts: the parts of tensors to read, for instance a rank's (see `Layout.parts`), and no more where the format allows
     it; None: all tensors, whole. device: the device to read to, where the format can; None: the CPU.
+
+    halves: matrices that are stored in 16 bits stay in them, in a Hugging Face folder.
 
     A quantized checkpoint's matrices come as they are, each followed by its scales (see `weights.quantization`).
     A tied head is left out. Raises ModelError if a tensor is missing, is not one of this model's, or has another shape
@@ -95,14 +98,14 @@ def iter_weights(
         device or torch.device("cpu"),
         name_of=name_of,
         quantization=config.quantization,
+        halves=halves,
     )
 
 
 def iter_blocks(
-    files: ModelFiles, config: ModelConfig, dtype: torch.dtype, parts: Mapping[str, Part]
+    files: ModelFiles, config: ModelConfig, dtype: torch.dtype, parts: Mapping[str, Part], storage: Storage
 ) -> Iterator[tuple[str, torch.Tensor | Blocks]]:
-    """As `iter_weights`, of a GGUF file, with matrices in the blocks that they are stored in where kernels compute with
-    these."""
+    """As `iter_weights`, of a GGUF file, with matrices in the forms that they are stored in if `storage` has them."""
     from pilotfish.engine.weights import gguf
 
-    return gguf.iter_stored(files.path, tensors_of(config), dtype, parts, in_blocks=True)
+    return gguf.iter_stored(files.path, tensors_of(config), dtype, parts, storage)

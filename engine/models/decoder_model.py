@@ -81,6 +81,8 @@ class DecoderModel:
             store.add(name, tensor)
         self.embedding = store.linear("model.embed_tokens")
         self.head = self.embedding if config.tie_embeddings else store.linear("lm_head")
+        self.weight_forms = store.forms
+        """The forms of its matrices, those with the most bytes first: dtypes, and kinds of quantized blocks."""
         self._norm = store.norm("model.norm.weight")
         self.embedding_scale: torch.Tensor | None = None
         if family.scaled_embedding or config.embedding_scale != 1.0:

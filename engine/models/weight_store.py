@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ class WeightStore:
         self._declared, self._kernels, self._device, self._padded_rows = tensors, kernels, device, padded_rows
         self.dtype = torch.get_default_dtype()
         """The dtype of the norms, and so of all plain weights, once one has been added."""
+        self._bytes: Counter[str] = Counter()  # of matrices, by form
         self._norms: dict[str, torch.Tensor] = {}
         self._parts: dict[
             str, torch.Tensor | Blocks
@@ -61,6 +63,8 @@ class WeightStore:
             self._norms[name], self.dtype = tensor, tensor.dtype
             return
         self._parts[name] = tensor
+        if name in self._declared and declared.kind == "weight":
+            self._bytes[_form(tensor)] += tensor.rows.nbytes if isinstance(tensor, Blocks) else tensor.nbytes
         names = self._names[declared.linear]
         weights = [each for each in names if self._declared[each].kind == "weight"]
         scales = [each + SCALE for each in weights if each in self._parts and _has_scales(self._parts[each])]
@@ -93,6 +97,11 @@ class WeightStore:
             raise ModelError(f"the model's files have no tensor {name!r}")
         offset, weight = self._declared[name].norm_offset, self._norms.pop(name)
         return offset + weight.float() if offset else weight
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The forms of the matrices so far, those with the most bytes first: dtypes, and kinds of blocks."""
+        return tuple(form for form, _ in self._bytes.most_common())
 
     def has(self, path: str) -> bool:
         """Whether tensors of this path are declared."""
@@ -133,6 +142,10 @@ class LayerWeights:
 def _has_scales(weight: torch.Tensor | Blocks) -> bool:
     """Whether scales follow the weight."""
     return isinstance(weight, torch.Tensor) and scheme_of(weight.dtype) is not None
+
+
+def _form(matrix: torch.Tensor | Blocks) -> str:
+    return matrix.kind.name if isinstance(matrix, Blocks) else str(matrix.dtype).removeprefix("torch.")
 
 
 def _turned(tensor: torch.Tensor, head_dim: int, rotated: int) -> torch.Tensor:

@@ -30,6 +30,8 @@ class Storage:
 
     blocks: bool = False
     """Those in quantized blocks of `KINDS` stay in them."""
+    halves: bool = False
+    """Those in float16 or bfloat16 stay in it."""
     layers: Kind | None = None
     """What the other matrices of layers are quantized to; None: they are not."""
     vocabulary: Kind | None = None

@@ -6,8 +6,10 @@ tensors, the gguf package dequantizes them. torch is imported only to make tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -17,12 +19,14 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 
 from pilotfish.checkpoints.gguf_header import StoredTensor, read_header
-from pilotfish.engine.weights.blocks import KINDS, Blocks
-from pilotfish.engine.weights.tensors import Part, Tensor, check_names, check_shape, rows_of, shape_of, whole
+from pilotfish.engine.weights.blocks import KINDS, PLAIN, Blocks, Storage
+from pilotfish.engine.weights.tensors import Part, Tensor, check_names, check_shape, rows_of, shape_of
 from pilotfish.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
@@ -37,16 +41,16 @@ def iter_weights(
 
     Only wanted rows are read, and of these only the blocks that hold a wanted column are dequantized.
     """
-    for name, tensor in iter_stored(path, tensors, dtype, parts, in_blocks=False):
+    for name, tensor in iter_stored(path, tensors, dtype, parts, PLAIN):
         assert not isinstance(tensor, Blocks)
         yield name, tensor
 
 
 def iter_stored(
-    path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, parts: Mapping[str, Part], in_blocks: bool
+    path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, parts: Mapping[str, Part], storage: Storage
 ) -> Iterator[tuple[str, torch.Tensor | Blocks]]:
-    """As `iter_weights`; in_blocks: matrices of the kinds in `blocks.KINDS` are left as they are; `parts` has these
-    whole."""
+    """As `iter_weights`; matrices that `storage` has stay as they are. A part that begins or ends within a block is
+    dequantized."""
     import torch
 
     names = {tensor.gguf: name for name, tensor in tensors.items() if not tensor.gguf_stored}
@@ -62,22 +66,54 @@ def iter_stored(
         if tensor.shape == (1, *found[name].shape):  # converters have stored matrices of one row as vectors
             found[name] = replace(found[name], shape=tensor.shape)
         check_shape(path, found[name].name, found[name].shape, tensor.shape)
+    cut: list[StoredTensor] = []
     with path.open("rb") as file:
         for name, part in parts.items():
             tensor, stored = tensors[name], found[name]
-            if in_blocks and stored.kind in KINDS and tensor.linear is not None and len(part) == 2:
-                assert part == whole(stored.shape)
-                rows = torch.from_numpy(_read_rows(file, stored, stored.shape[0], part[0]))
-                blocks = Blocks(stored.name, stored.kind, rows)
-                size = tensor.paired_rows
-                yield name, replace(blocks, rows=_unpaired(blocks.rows, size)) if size else blocks
-                continue
+            if tensor.linear is not None and len(part) == 2 and _stays(stored.kind, storage):
+                if not _cuts_blocks(stored.kind, part[1]):
+                    kept = _read_kept(file, stored, part)
+                    yield name, _changed(kept, partial(_unpaired, size=tensor.paired_rows))
+                    continue
+                cut.append(stored)
             values = torch.from_numpy(read_array(path, file, stored, part))
-            if tensor.paired_rows:
-                values = _unpaired(values, tensor.paired_rows)
+            values = _unpaired(values, tensor.paired_rows)
             if tensor.norm_offset:
                 values = values - tensor.norm_offset
             yield name, values.to(dtype)
+    if cut:
+        logger.warning(
+            "%d matrices become %s on this rank, such as %r: its part of them begins or ends within a block of %s",
+            *(len(cut), str(dtype).removeprefix("torch."), cut[0].name, cut[0].kind.name),
+        )
+
+
+def _stays(kind: Kind, storage: Storage) -> bool:
+    return (storage.blocks and kind in KINDS) or (storage.halves and kind in (Kind.F16, Kind.BF16))
+
+
+def _cuts_blocks(kind: Kind, columns: slice) -> bool:
+    block, _ = GGML_QUANT_SIZES[kind]
+    return bool(columns.start % block or columns.stop % block)
+
+
+def _read_kept(file: BinaryIO, stored: StoredTensor, part: Part) -> torch.Tensor | Blocks:
+    """A part of a matrix, which cuts no block, in the form that it is stored in."""
+    import torch
+
+    block, size = GGML_QUANT_SIZES[stored.kind]
+    rows, columns = part
+    raw = _read_rows(file, stored, stored.shape[0], rows)[
+        :, columns.start // block * size : columns.stop // block * size
+    ]
+    found = torch.from_numpy(np.ascontiguousarray(raw))
+    if stored.kind in KINDS:
+        return Blocks(stored.name, stored.kind, found)
+    return found.view(torch.float16 if stored.kind == Kind.F16 else torch.bfloat16)
+
+
+def _changed(matrix: torch.Tensor | Blocks, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | Blocks:
+    return matrix.mapped(change) if isinstance(matrix, Blocks) else change(matrix)
 
 
 def _parted(path: Path, stored: StoredTensor, parts: Sequence[tuple[Tensor, slice]]) -> dict[str, StoredTensor]:
@@ -137,11 +173,14 @@ def _dequantized(path: Path, stored: StoredTensor, raw: np.ndarray, width: int) 
             values[i : i + step] = gguf.dequantize(np.ascontiguousarray(raw[i : i + step]), stored.kind)
     except NotImplementedError as error:
         raise ModelError(
-            f"{path}: tensor {stored.name!r} is {stored.kind.name}, which the gguf package cannot read"
+            f"{path}: tensor {stored.name!r} is {stored.kind.name}, which the engine cannot read: convert it to one of "
+            f"F32, F16, BF16, {', '.join(kind.name for kind in KINDS)}"
         ) from error
     return values
 
 
 def _unpaired(values: torch.Tensor, size: int) -> torch.Tensor:
     """Reorder each head's `size` rows as `Tensor.paired_rows` says, from llama.cpp's order to Hugging Face's."""
+    if not size:
+        return values
     return values.view(-1, size // 2, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)

@@ -81,12 +81,14 @@ def iter_weights(
     *,
     name_of: Callable[[str], str | None],
     quantization: Quantization | None = None,
+    halves: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """See `engine.models.checkpoint.iter_weights`. Several files are read at a time. Tensors that are read ahead, with
     the one yielded last, take at most READ_AHEAD bytes and a quarter of the largest file, or there is one beside the
     last; those on another device than the CPU are no longer on the host.
 
-    name_of: the declared name of a stored tensor, or None for one that is not used.
+    name_of: the declared name of a stored tensor, or None for one that is not used. halves: matrices that are stored in
+    16 bits stay in them.
     """
     with ExitStack() as stack:
         found: dict[str, Stored] = {}
@@ -98,11 +100,20 @@ def iter_weights(
                     found |= _parted(name, stored, parted)
             sizes.append(path.stat().st_size)
         _check(folder, tensors, found, quantization)
-        jobs = [_job(name, part, found, dtype, device) for name, part in _side_by_side(parts, found)]
+        kept = {name for name in parts if halves and _in_halves(tensors[name], found[name])}
+        jobs = [
+            _job(name, part, found, found[name].dtype if name in kept else dtype, device)
+            for name, part in _side_by_side(parts, found)
+        ]
         limit = min(READ_AHEAD, max(sizes) // 4)
         with closing(read_ahead(jobs, THREADS, limit)) as results:
             for weights in results:
                 yield from weights
+
+
+def _in_halves(tensor: Tensor, stored: Stored) -> bool:
+    """Whether it is a matrix in 16 bits."""
+    return tensor.linear is not None and tensor.kind == "weight" and stored.dtype in (torch.float16, torch.bfloat16)
 
 
 def _parted(name: str, stored: Stored, parted: Mapping[str, Seq[tuple[Tensor, slice]]]) -> dict[str, Stored]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from pilotfish.engine.kernels.native import NativeBlocks
+from pilotfish.engine.layers.decoder import Linears
 from pilotfish.engine.llm import LLM
 from pilotfish.engine.weights.blocks import QUANTIZED_TO, Blocks, Storage, in_blocks
 from pilotfish.engine.weights.tensors import Tensor
 from pilotfish.errors import ConfigError
 from tests.support.native import needs_native
 from tests.support.parity import in_pieces, runner_of
+from tests.support.ranks import RankedRunner
 from tests.support.texts import PARAMS, SAMPLED, portfolio, prompts, stats_of, texts
+from tests.support.tiny import build_model
+from tests.support.tiny_gguf import write_gguf
 
 pytestmark = needs_native
 
@@ -50,7 +55,7 @@ def test_drafters_batches_and_prefix_hits(make: Callable[..., LLM], draft: Path,
     accepted = 0
     for name in ("greedy", "sampled"):
         wanted = [texts(vanilla.generate([prompt], PARAMS[name]))[0] for prompt in prompts(8)]
-        for _ in range(2):
+        for _ in range(2):  # the second time prompts are in the prefix cache
             got = speculative.generate(prompts(8), PARAMS[name], speculation=MIXED)
             assert texts(got) == wanted
             accepted += sum(stats_of(completion).accepted_tokens for completion in got)
@@ -75,6 +80,59 @@ def test_logits_are_near_those_of_float32_and_the_same_in_any_pieces(tiny: Tiny,
     for weight, to in ((layer.qkv, 0), (layer.output, 0), (runner.model.head, 1), (runner.model.embedding, 1)):
         assert isinstance(weight, NativeBlocks)
         assert {part.kind for part in weight.parts} == {QUANTIZED_TO[name][to]}
+
+
+@pytest.mark.parametrize("form", ["BF16 folder", "F16", "BF16"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "phi3", "qwen2_moe"])
+def test_16_bits_give_the_bits_of_float32(tmp_path: Path, kind: str, form: str) -> None:
+    model = build_model(kind)
+    if form == "BF16 folder":
+        model.bfloat16().save_pretrained(tmp_path)
+        path = tmp_path
+    else:
+        path = write_gguf(model, tmp_path / "model.gguf", Kind[form])
+    kept, wide = runner_of(str(path), "native", dtype="auto"), runner_of(str(path), "native")
+    for ends in ((20,), (1, 2, 3, 12, 20)):
+        assert torch.equal(in_pieces(kept, IDS, ends), in_pieces(wide, IDS, ends))
+    form = "float16" if form == "F16" else "bfloat16"
+    assert kept.model.weight_forms[0] == form
+    assert set(kept.model.weight_forms) <= {form, "float32"}
+    assert wide.model.weight_forms == ("float32",)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
+def test_experts_of_a_gguf_file_stay_in_blocks(tmp_path: Path, kind: str) -> None:
+    unsaid: dict[str, Any] = {"mlp_only_layers": []} if kind == "qwen3_moe" else {}
+    path = str(write_gguf(build_model(kind, **unsaid), tmp_path / "model.gguf", Kind.Q8_0))
+    kept, wide = runner_of(path, "native", dtype="auto"), runner_of(path, "native")
+    assert kept.model.weight_forms[0] == "Q8_0"
+    found = in_pieces(kept, IDS, (20,))
+    assert torch.nn.functional.cosine_similarity(found, in_pieces(wide, IDS, (20,))).mean() > 0.99
+    assert torch.equal(in_pieces(kept, IDS, (1, 2, 3, 12, 20)), found)
+    for layer in kept.model.decoder.layers:
+        mlp: Any = layer.mlp
+        assert all(isinstance(each.gate_up, NativeBlocks) for each in mlp.experts)
+        x = torch.randn(9, 64)
+        linears = Linears(kept.model._kernels, kept.model.comm)
+        assert mlp.native is not None
+        assert torch.equal(mlp.forward(linears, x, None), replace(mlp, native=None).forward(linears, x, None))
+
+
+@pytest.mark.parametrize(("inner", "cut"), [(192, 0), (160, 2)])
+def test_ranks_keep_blocks_unless_their_parts_cut_them(
+    tmp_path: Path, inner: int, cut: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 160 inputs a rank has 80, two blocks and a half."""
+    own = {"intermediate_size": inner, "num_attention_heads": 4, "num_key_value_heads": 2}
+    path = str(write_gguf(build_model("llama-tied", **own), tmp_path / "model.gguf", Kind.Q8_0))
+    whole = in_pieces(runner_of(path, "native", dtype="auto"), IDS, (7, 20))
+    ranks = RankedRunner(path, 2, 8, kernels="native", dtype="auto")
+    found = in_pieces(ranks, IDS, (7, 20))
+    assert torch.nn.functional.cosine_similarity(found, whole).mean() > 0.99
+    assert torch.equal(in_pieces(ranks, IDS, (1, 2, 3, 12, 20)), found)
+    forms = {"Q8_0"} if not cut else {"Q8_0", "float32"}
+    assert all(set(each.model.weight_forms) == forms for each in ranks.runners)
+    assert (f"{cut} matrices become float32 on this rank, such as 'blk.0.ffn_down.weight'" in caplog.text) == bool(cut)
 
 
 def test_rows_that_are_not_whole_blocks_and_routers_stay(caplog: pytest.LogCaptureFixture) -> None:

@@ -54,8 +54,8 @@ def test_weights_lie_in_mappings_for_which_huge_pages_are_asked() -> None:
     if not enabled.exists():
         pytest.skip("this kernel has no huge pages")
     kernels = NativeKernels()
-    weights = [kernels.prepare_linear(torch.ones(64, 64)) for _ in range(2)]
-    weights += [kernels.prepare_linear(torch.ones(32, HUGE_PAGE // 128 + 7)), kernels.prepare_linear(torch.ones(1, 64))]
+    weights = [kernels.prepare_panels(torch.ones(64, 64)) for _ in range(2)]
+    weights += [kernels.prepare_panels(torch.ones(32, HUGE_PAGE // 128 + 7)), kernels.prepare_panels(torch.ones(1, 64))]
     for weight in weights:
         assert "hg" in flags(weight.packed.data_ptr())
     cache = memory.zeros((HUGE_PAGE,), torch.bfloat16)

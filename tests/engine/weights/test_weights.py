@@ -287,6 +287,28 @@ def test_other_architectures_and_damaged_files_are_refused(tmp_path: Path) -> No
             load(path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        (
+            int(Kind.Q4_K),
+            ["(128, 64)", "rows of blocks of 256, as Q4_K needs", "convert it to F16 or BF16"],
+        ),
+        (int(Kind.I32), ["is I32, which the engine cannot read", "one of F32, F16, BF16, Q4_0"]),
+        (99, ["is of type 99"]),
+    ],
+)
+def test_gguf_tensors_of_types_that_cannot_be_read_are_named(tmp_path: Path, kind: int, named: list[str]) -> None:
+    path, name = write_gguf(build_model("llama2"), tmp_path / "model.gguf"), b"blk.1.ffn_up.weight"
+    content = bytearray(path.read_bytes())
+    place = content.index(name) + len(name) + 4 + 2 * 8  # after its number of dimensions, and these
+    content[place : place + 4] = kind.to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.gguf") as caught:
+        load(path)
+    assert all(part in str(caught.value) for part in (*named, "'blk.1.ffn_up.weight'")), caught.value
+
+
 def test_names_and_permutation_used_by_these_tests() -> None:
     assert gguf_name("model.layers.3.self_attn.q_proj.weight") == "blk.3.attn_q.weight"
     assert interleaved(np.arange(8), 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
