@@ -4,7 +4,7 @@
 # make test-fuzz  ten thousand requests with any values, of which none may give a 500
 # make test-clients  client libraries of Python and Node against a real server
 # make test-replicas  real routers and orchestrators over several servers
-# make check   linter, formatter, type checker, imports between rooms, and the docs site in strict mode
+# make check   linter, formatter, type checker, imports between rooms, security, and the docs site in strict mode
 # make web     build the page's files in server/page/ from web/; needs Node 20
 # make docs    build the docs site into site/
 
@@ -13,6 +13,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The kernels are compiled on installation: they are part of what makes an installation stale.
 SOURCES := pyproject.toml setup.py $(wildcard engine/kernels/*.[ch])
+
+ROOMS := checkpoints text engine tools server pilotfish/library pilotfish/__init__.py pilotfish/errors.py pilotfish/logs.py
 
 CLIENTS := .venv-clients
 CLIENTS_NODE := tests/clients/node
@@ -45,6 +47,8 @@ check: $(VENV)/.installed-dev
 	@$(BIN)/mypy
 	@$(BIN)/mypy --config-file tests/mypy.ini benchmarks tests
 	@$(BIN)/lint-imports --no-logo --no-cache
+	@$(BIN)/bandit --quiet --configfile pyproject.toml --recursive $(ROOMS)
+	@.ci/audit $(BIN)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 docs: $(VENV)/.installed-dev

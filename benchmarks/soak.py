@@ -1,6 +1,7 @@
 """Soak: a server under a mixed load for minutes or hours, with faults; what it answered, and what is left at the end.
 
     python benchmarks/soak.py --seconds 1200 --faults kill-engine,stop-engine,fill-disk,drop-connections
+    python benchmarks/soak.py --seconds 1200 --faults all
     python benchmarks/soak.py --seconds 3600 --faults none
 
 Starts a server on this machine. Texts are compared with those that the same server gives beforehand, one at a time. The
@@ -96,6 +97,13 @@ async def inject(server: RunningServer, load: Load, names: list[str], every: flo
             print(f"{load.seen.now():7.0f} s: {name}, answers again after {report.faults[-1][2]:.2f} s", flush=True)
 
 
+def faults_of(options: argparse.Namespace) -> list[str]:
+    """The faults that are injected in turn. All: those that the server can have; only a sharded model has ranks."""
+    if options.faults == "all":
+        return [name for name in FAULTS if name != "kill-rank" or options.tensor_parallel_size > 1]
+    return [] if options.faults == "none" else options.faults.split(",")
+
+
 async def watch(server: RunningServer, seen: Seen, report: Report) -> None:
     """Sample the memory of the processes."""
     while True:
@@ -113,7 +121,7 @@ async def soak(server: RunningServer, options: argparse.Namespace) -> Report:
     seen = Seen()
     load, report = Load(server.url, asked, texts, seen), Report(seen, options.seconds, options.clients)
     descriptors = psutil.Process(server.process.pid).num_fds()
-    names = [] if options.faults == "none" else options.faults.split(",")
+    names = faults_of(options)
     watching = asyncio.create_task(watch(server, seen, report))
     clients = [asyncio.create_task(load.client(i, options.seed * 1000 + i)) for i in range(options.clients)]
     await inject(server, load, names, options.fault_every, report)
@@ -146,13 +154,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--clients", type=int, default=24)
     parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--faults", default="none", help=f"some of {','.join(FAULTS)}, or none")
+    parser.add_argument("--faults", default="none", help=f"some of {','.join(FAULTS)}, all, or none")
     parser.add_argument("--fault-every", type=float, default=20.0, help="seconds between faults")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for the report")
     options = parser.parse_args()
-    if unknown := set(options.faults.split(",")) - {"none", *FAULTS}:
+    if unknown := set(options.faults.split(",")) - {"none", "all", *FAULTS}:
         parser.error(f"no fault is called {' or '.join(sorted(unknown))}: there are {', '.join(FAULTS)}")
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--model", options.model, "--served-model-name", MODEL, "--engine-restarts", "100000"]

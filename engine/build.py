@@ -19,7 +19,7 @@ from pilotfish.engine.layers.communicator import ALONE
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.cache_events import CacheEvents
 from pilotfish.engine.memory.event_publisher import EventPublisher
-from pilotfish.engine.memory.kv_cache import count_blocks
+from pilotfish.engine.memory.kv_cache import check_room, count_blocks
 from pilotfish.engine.memory.usage import RankMemory
 from pilotfish.engine.models.adapters import Adapters
 from pilotfish.engine.models.config import ModelConfig
@@ -204,6 +204,7 @@ def _num_blocks(assembly: Assembly, progress: Progress, ranks: Ranks | None) -> 
         rooms, sharing = [assembly.room()], 1
     else:
         rooms, sharing = ranks.rooms(config, assembly.room, progress), ranks.sharing
+    check_room(config, rooms, sharing)
     count = count_blocks(config, rooms, sharing, on_gpu) - assembly.padding
     if count < 2:
         own = rooms[0]

@@ -65,6 +65,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     in memory."""
     response_store_size: NotNegative = 1000
     """Number of responses of /v1/responses that are kept, the newest; 0: none."""
+    response_store_bytes: Positive = 256 * 2**20
+    """Maximum size of the responses of /v1/responses that are kept, with all items before them; the oldest go first."""
     response_store_age: Annotated[float, Meta(gt=0)] = 86400.0
     """Seconds that a response of /v1/responses is kept."""
     max_queue: NotNegative = 256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -17,7 +18,10 @@ _QUIET_SECONDS = 2.0
 
 
 class Console:
-    """Writes to `stream` (default: standard error), with progress in place on a terminal; with `as_log`, to the log."""
+    """Writes to `stream` (default: standard error), with progress in place on a terminal; with `as_log`, to the log.
+
+    What cannot be written (the disk is full, the reader of a pipe has gone) is lost, and nothing else.
+    """
 
     def __init__(self, stream: TextIO | None = None, *, as_log: bool = False) -> None:
         self._stream = stream or sys.stderr
@@ -48,7 +52,7 @@ class Console:
         if self._interactive:
             if percent != self._said:
                 shown = f": {percent}%" if percent else " ..."
-                print(f"\r\x1b[K  {what}{shown}", end="", file=self._stream, flush=True)
+                self._print(f"\r\x1b[K  {what}{shown}", end="")
                 self._said = percent
         elif 0 < percent < 100 and time.monotonic() - self._last_line > _QUIET_SECONDS:
             self._say(f"  {what}: {percent}%", percent=percent)
@@ -70,8 +74,12 @@ class Console:
         if self._as_log:
             logger.log(level, "%s", text.strip(), extra=fields(**own))
         else:
-            print(text, file=self._stream, flush=True)
+            self._print(text)
         self._last_line = time.monotonic()
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            print(text, end=end, file=self._stream, flush=True)
 
     def _end_progress(self) -> None:
         """Show how long the last progress took, once it is done."""
@@ -79,7 +87,7 @@ class Console:
             return
         seconds = time.monotonic() - self._phase_began
         if self._interactive:
-            print("\r\x1b[K", end="", file=self._stream, flush=True)
+            self._print("\r\x1b[K", end="")
         self._say(f"  {self._what}: {seconds:.1f} s", seconds=round(seconds, 3))
         self._what = ""
 

@@ -31,7 +31,10 @@ from pilotfish.server.console import Console
 from pilotfish.server.http_protocol import LimitedProtocol
 from pilotfish.server.metrics import Metrics
 from pilotfish.server.telemetry.tracing import Tracing, open_tracing
+from pilotfish.text.template_process import fault_of
 from pilotfish.text.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 75
 CLOSE_SECONDS = 5
@@ -138,6 +141,13 @@ class _Run:
         tokenizer = load_tokenizer(self._files)
         if self._chat_template is not None:
             tokenizer.chat_template = self._chat_template
+        elif tokenizer.chat_template is not None and (fault := fault_of(tokenizer.chat_template)) is not None:
+            logger.warning(
+                "the chat template of %s is wrong (%s), and chat requests will be refused: give another with "
+                "--chat-template",
+                self._files.name,
+                fault,
+            )
         tokenizer.isolate_templates()
         return tokenizer
 
@@ -251,9 +261,12 @@ def _read_template(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the chat template in {path}: {error}") from error
+    if (fault := fault_of(text)) is not None:
+        raise ConfigError(f"the chat template in {path} is wrong, {fault}")
+    return text
 
 
 def logs_of(config: ServerConfig) -> Logs:

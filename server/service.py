@@ -67,7 +67,10 @@ class Service:
         self.format = detect(tokenizer, config.tool_call_parser, config.reasoning_parser)
         self.grammars = Grammars(tokenizer)
         self.responses = ResponseStore(
-            config.response_store or ":memory:", config.response_store_size, config.response_store_age
+            config.response_store or ":memory:",
+            config.response_store_size,
+            config.response_store_age,
+            config.response_store_bytes,
         )
         self.config = config
         self.metrics = metrics

@@ -21,8 +21,10 @@ from typing import Any
 from pilotfish.checkpoints.catalog import ModelFiles, cache_folder
 from pilotfish.errors import ModelError
 
-REVISION = 1
+REVISION = 2
 """Incremented when the conversion changes, so that older results are not used."""
+SUMS = "sha256.json"
+"""File with the digests of the others in a folder of the cache."""
 SUFFIXES = frozenset({".jinja", ".json", ".model", ".txt"})
 """Suffixes of the files in a folder that a tokenizer is converted from."""
 
@@ -35,22 +37,54 @@ def tokenizer_folder(files: ModelFiles) -> Path:
 
 
 def converted_folder(files: ModelFiles) -> Path:
-    """Return a folder with a tokenizer.json for `files`, converting it if it is not in the cache. Raises ModelError."""
+    """Return a folder with a tokenizer.json for `files`, converting it if it is not whole in the cache. Raises
+    ModelError."""
     target = cache_folder() / "tokenizers" / f"{files.path.stem}-{_fingerprint(files)}"
-    if (target / "tokenizer.json").is_file():
+    if _whole(target):
         return target
+    try:
+        return _converted(files, target)
+    except OSError as error:
+        raise ModelError(
+            f"cannot keep the tokenizer of {files.name!r} in {target.parent}: {error}; set PILOTFISH_CACHE to another "
+            "folder"
+        ) from error
+
+
+def _converted(files: ModelFiles, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as temporary:
         folder = Path(temporary) / "tokenizer"
         command = [sys.executable, "-m", "pilotfish.text.conversion", str(files.path), str(folder)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=_environment()
+        )
         if result.returncode != 0:
             lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
             raise ModelError(f"cannot convert the tokenizer of {files.path}: {lines[-1]}")
+        (folder / SUMS).write_text(json.dumps(_sums(folder)))
+        if target.exists() and not _whole(target):
+            os.rename(target, Path(temporary) / "damaged")
         # Another process may have been faster: its folder is equivalent.
         with contextlib.suppress(OSError):
             os.rename(folder, target)
+    if not _whole(target):
+        raise OSError(f"{target} was not written")
     return target
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file in the folder by its name, but for that of these sums."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.name != SUMS}
+
+
+def _whole(folder: Path) -> bool:
+    """Return whether a folder in the cache is as it was written."""
+    try:
+        wanted = json.loads((folder / SUMS).read_bytes())
+        return "tokenizer.json" in wanted and wanted == _sums(folder)
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _environment() -> dict[str, str]:
@@ -75,7 +109,8 @@ def convert(source: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     if source.is_dir():
-        AutoTokenizer.from_pretrained(str(source), local_files_only=True).save_pretrained(str(folder))
+        found = AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
+        found.save_pretrained(str(folder))
         for name in ("config.json", "generation_config.json"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)

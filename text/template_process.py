@@ -23,6 +23,9 @@ import time
 from typing import Any, BinaryIO
 
 import msgspec
+from jinja2 import Environment, TemplateSyntaxError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 
 START_SECONDS = 60.0
 """Until a process is ready, which takes one second on an idle machine."""
@@ -158,6 +161,28 @@ class TemplateProcess:
             if len(data) >= _LENGTH.size:
                 length = _LENGTH.size + 1 + _LENGTH.unpack_from(data)[0]
         return bytes(data[_LENGTH.size : _LENGTH.size + 1]), data[_LENGTH.size + 1 :].decode("utf-8", "surrogatepass")
+
+
+class _Generation(Extension):
+    """transformers' tag for what an assistant has said, as far as reading it goes."""
+
+    tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def fault_of(template: str) -> str | None:
+    """Return what is wrong with the syntax of a template, or None. It is read and not compiled, since compiling
+    computes what is constant in it."""
+    try:
+        Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"]).parse(template)  # nosec B701  # no HTML
+    except TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    except RecursionError:
+        return "it is nested too deep"
+    return None
 
 
 def packed(asked: tuple[str, list[dict[str, Any]], dict[str, Any]]) -> bytes:

@@ -12,6 +12,7 @@ from pilotfish.engine.layers.attention.backend import AttentionBackend, LayerCac
 from pilotfish.engine.layers.attention.cache import head_bytes
 from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.models.layout import num_kv_heads
+from pilotfish.errors import ConfigError
 
 
 class CacheRoom(NamedTuple):
@@ -33,6 +34,19 @@ def count_blocks(config: EngineConfig, rooms: Sequence[CacheRoom], sharing: int,
     return min(
         int(share * min(room.free for room in group)) // sum(room.block_bytes for room in group) for group in groups
     )
+
+
+def check_room(config: EngineConfig, rooms: Sequence[CacheRoom], sharing: int) -> None:
+    """Raise ConfigError for a `kv_cache_memory` that there is not: the system would end a process as it fills."""
+    for first in range(0, len(rooms), sharing):
+        group = rooms[first : first + sharing]
+        free = min(room.free for room in group)
+        if config.kv_cache_memory * len(group) > free:
+            several = f" on each of {len(group)} ranks of this machine" if len(group) > 1 else ""
+            raise ConfigError(
+                f"kv_cache_memory is {config.kv_cache_memory} bytes{several}, but {free} are free: lower it, or leave "
+                "it out"
+            )
 
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype, ranks: int = 1) -> int:

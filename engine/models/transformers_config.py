@@ -29,7 +29,7 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # it holds the file's values against types with errors of any kind
         if _class_of(kind) is None:
             raise ModelError(why_not(kind, f"the installed transformers ({_version()}) does not have it")) from error

@@ -238,13 +238,15 @@ def _fix_ropes(model: PreTrainedModel, max_positions: int) -> None:
 def load(folder: Path, config: ModelConfig, dtype: torch.dtype, dummy: bool) -> PreTrainedModel:
     """The model in a Hugging Face folder; with random weights if `dummy`. Raises ModelError."""
     try:
-        theirs = transformers.AutoConfig.from_pretrained(folder)
+        theirs = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if dummy:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(theirs, dtype=dtype)
             return model
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(f"transformers cannot load {folder}: {error}") from error
 

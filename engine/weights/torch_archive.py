@@ -7,7 +7,7 @@ and executes none; the few that a dictionary of tensors consists of are carried 
 
 from __future__ import annotations
 
-import pickletools
+import pickletools  # nosec B403  # which lists operations and executes none
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

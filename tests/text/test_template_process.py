@@ -13,7 +13,7 @@ import pytest
 
 from pilotfish.checkpoints.catalog import resolve
 from pilotfish.errors import ParameterError
-from pilotfish.text.template_process import LARGE, TemplateError, TemplateLimitError, TemplateProcesses
+from pilotfish.text.template_process import LARGE, TemplateError, TemplateLimitError, TemplateProcesses, fault_of
 from pilotfish.text.tokenizer import Tokenizer, load_tokenizer
 
 pytestmark = pytest.mark.process
@@ -138,3 +138,17 @@ def test_processes_end_with_what_started_them() -> None:
     (child,) = [each for each in psutil.Process().children() if "template_process" in " ".join(each.cmdline())][-1:]
     made.close()
     assert not child.is_running()
+
+
+@pytest.mark.parametrize(
+    "template", ["{% if %}", "{{ a", "{% for a in b %}", "{% unknown %}", "{{ '(' " + "(" * 5000, "{% if a %}" * 5000]
+)
+def test_a_fault_of_syntax_is_found_without_rendering(template: str) -> None:
+    assert fault_of(template)
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES, *SLOW, *SWELLING])
+def test_templates_without_a_fault_are_only_read(template: str) -> None:
+    start = time.monotonic()
+    assert fault_of(template) is None
+    assert time.monotonic() - start < 5

@@ -16,6 +16,9 @@ from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 COUNTED = 32
 """Classes of suffixes whose counts a new token updates, longest first. A text that repeats one token has as many as it
 has tokens, which would take quadratic time; there the counts of its shortest suffixes lag behind."""
+MOST_TOKENS = 2**20
+"""Tokens of all texts that are indexed, which take some 600 bytes each. A text that would be one too many gets no
+drafts from this drafter until others have ended."""
 STRONGEST = 8
 """Matches of up to this many tokens are a class of evidence each; longer ones are, by powers of two, up to LONGEST."""
 LONGEST = 64
@@ -31,7 +34,8 @@ class SuffixDrafter:
     A match of n tokens that was followed c times by its likeliest token gets a draft of 2n + c tokens; its evidence is
     n up to 8, then 9 from 16 on, 10 from 32 on, 11 from 64 on. `longest`: maximum tokens of a draft.
 
-    Time is amortized O(1) for a token of text, memory proportional to the tokens: at most two states each.
+    Time is amortized O(1) for a token of text, memory proportional to the tokens: at most two states each, of
+    at most MOST_TOKENS tokens.
     """
 
     name = "suffix"
@@ -51,6 +55,8 @@ class SuffixDrafter:
     def _draft(self, sequence: Sequence, limit: int) -> Draft:
         automaton = self._automata.get(sequence.id)
         if automaton is None:
+            if sum(each.end for each in self._automata.values()) + len(sequence.tokens) > MOST_TOKENS:
+                return NO_DRAFT
             automaton = self._automata[sequence.id] = _Automaton()
         automaton.extend(sequence.tokens[automaton.end :])
         context = automaton.repeated

@@ -241,6 +241,20 @@ async def test_the_store_is_bounded_in_number_and_age(tmp_path: Path) -> None:
     aged.close()
 
 
+async def test_the_store_is_bounded_in_bytes(tmp_path: Path) -> None:
+    class Tiny(msgspec.Struct):
+        id: str
+        output: list[Any] = []
+
+    store = ResponseStore(str(tmp_path / "store"), size=100, age=3600, most=10_000)
+    for i in range(5):
+        store.put("", Tiny(f"r{i}"), [{"text": "x" * 3000}], 0)
+    assert [bool(await store.get("", f"r{i}")) for i in range(5)] == [False, False, True, True, True]
+    store.put("", Tiny("large"), [{"text": "x" * 20_000}], 0)
+    assert await store.get("", "large") is None
+    store.close()
+
+
 async def test_a_broken_store_takes_nothing_down(saying: Callable[..., ScriptedApp], tmp_path: Path) -> None:
     path = tmp_path / "store"
     path.write_bytes(b"this is no database" * 1000)

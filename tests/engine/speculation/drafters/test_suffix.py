@@ -179,3 +179,12 @@ def test_memory_is_proportional_to_the_tokens_and_release_frees_it() -> None:
     assert held[1] < 4000 * 1000  # bytes
     assert after - before < 100_000
     assert propose(drafter, make_sequence([1, 2]), 8) is NO_DRAFT
+
+
+def test_the_index_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pilotfish.engine.speculation.drafters.suffix.MOST_TOKENS", 100)
+    drafter = SuffixDrafter()
+    sequences = [make_sequence([1, 2] * 20, f"s{i}") for i in range(4)]
+    assert [bool(propose(drafter, each, 4).tokens) for each in sequences] == [True, True, False, False]
+    drafter.release(sequences[0])
+    assert [bool(propose(drafter, each, 4).tokens) for each in sequences[1:3]] == [True, True]
