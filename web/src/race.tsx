@@ -22,6 +22,8 @@ export function Race({ info }: { info: Info }) {
     const body = {
       model: info.models[0], messages: [{ role: "user", content: form.prompt }], seed: Number(form.seed),
       max_tokens: Number(form.tokens), temperature: Number(form.temperature), speculation: name,
+      // Else a lane would copy the answer of the one before: from the prefix cache, and by suffix-memory.
+      cache_salt: `race ${Date.now()} ${Math.random()}`,
     };
     let answer = newAnswer();
     for await (const piece of chat(body, signal)) {
