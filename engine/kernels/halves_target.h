@@ -25,12 +25,14 @@ INLINE TARGET void NAME(tile)(const struct linear *a, int64_t row, int64_t p, co
       UNROLL for (int j = 0; j < PARTS; j++) acc[r][w][j] = (VEC){0};
   for (int64_t k = 0; k < in; k++) {
     if (next) __builtin_prefetch(next + pace * k, 0, 2);
-    UNROLL for (int w = 0; w < wide; w++)
+    UNROLL for (int w = 0; w < wide; w++) {
+      VEC b[PARTS];
       UNROLL for (int j = 0; j < PARTS; j++) {
         const uint16_t *at = panel + w * apart + PANEL * k + LANES * j;
-        const VEC b = kind == FLOAT16 ? LOAD_FLOAT16(at) : LOAD_BFLOAT16(at);
-        UNROLL for (int r = 0; r < rows; r++) acc[r][w][j] += x[r * in + k] * b;
+        b[j] = kind == FLOAT16 ? LOAD_FLOAT16(at) : LOAD_BFLOAT16(at);
       }
+      UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < PARTS; j++) acc[r][w][j] += x[r * in + k] * b[j];
+    }
   }
   UNROLL for (int r = 0; r < rows; r++)
     UNROLL for (int w = 0; w < wide; w++) {
