@@ -8,14 +8,13 @@ those that fail there are `without`, and computed by torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 import triton
 
 from pilotfish.engine.kernels import triton_rows
-from pilotfish.engine.kernels.dependent import options
+from pilotfish.engine.kernels.dependent import PLAIN, Launch, for_rows, options
 from pilotfish.engine.kernels.few import FewRows
 from pilotfish.engine.kernels.fp8 import Fp8Linear, multiply
 from pilotfish.engine.kernels.protocol import Gate
@@ -27,9 +26,6 @@ FUSED = ("rms_norm", "add_norm", "rotate", "gate", "quantize", "race")
 
 WIDEST = 1 << 15
 """Longest row of a norm: a program holds all of it."""
-
-Launch = Mapping[str, Any]
-PLAIN: Launch = options(False)
 
 _PIECE = 1024
 """Columns of the vocabulary that a program looks at."""
@@ -91,7 +87,7 @@ class TritonKernels(TorchKernels):
                 BLOCK=block,
                 num_warps=_warps(block),
                 enable_fp_fusion=False,
-                **self._launch,
+                **for_rows(self._launch, rows),
             )
         return out
 
@@ -179,7 +175,7 @@ def _add_norm(
             BLOCK=block,
             num_warps=_warps(block),
             enable_fp_fusion=False,
-            **launch,
+            **for_rows(launch, rows),
         )
     return total, normed
 
@@ -210,7 +206,7 @@ def _rotate(
             WRITTEN=written is not None,
             num_warps=1,
             enable_fp_fusion=False,
-            **launch,
+            **for_rows(launch, rows),
         )
 
 
@@ -227,7 +223,7 @@ def _gated(gate_up: torch.Tensor, gelu: bool, launch: Launch) -> torch.Tensor:
             BLOCK=block,
             num_warps=4,
             enable_fp_fusion=False,
-            **launch,
+            **for_rows(launch, rows),
         )
     return out
 
@@ -246,7 +242,7 @@ def quantized(x: torch.Tensor, launch: Launch = PLAIN) -> tuple[torch.Tensor, to
             BLOCK=block,
             num_warps=max(1, min(16, block // 512)),
             enable_fp_fusion=False,
-            **launch,
+            **for_rows(launch, rows),
         )
     return out, scales
 

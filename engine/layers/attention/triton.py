@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from pilotfish.engine.kernels.dependent import may_depend, options
+from pilotfish.engine.kernels.dependent import for_rows, may_depend, options
 from pilotfish.engine.layers.attention.backend import AttentionBatch, AttentionParams, LayerCache
 from pilotfish.engine.layers.attention.cache import allocate_paged, store_paged, write
 from pilotfish.engine.layers.attention.triton_kernels import attend_spans, sum_parts
@@ -150,7 +150,7 @@ class TritonAttention:
                 WIDEN=INTERPRETED,
                 num_warps=tiling.warps,
                 num_stages=tiling.stages,
-                **self._launch,
+                **for_rows(self._launch, rows),
             )
 
         launch(tiling, tiles, divided, several, "parts" if divided > 1 else "fold", 1, SHORT)
@@ -171,7 +171,7 @@ class TritonAttention:
                 SINKS=params.sinks is not None,
                 AT_ONCE=8,
                 num_warps=1,
-                **self._launch,
+                **for_rows(self._launch, rows),
             )
         return out
 

@@ -202,3 +202,18 @@ def test_what_is_left_out_is_torchs() -> None:
     assert not kernels.used
     assert torch.equal(kernels.silu_mul(x), TORCH.silu_mul(x))
     assert torch.equal(kernels.rms_norm(x, x[0], EPS), TORCH.rms_norm(x, x[0], EPS))
+
+
+def test_kernels_of_few_rows_are_launched_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the kernel in front, if the device can; those of many rows are not."""
+    seen: list[tuple[bool, bool]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]):
+            return lambda *args, DEPENDENT, launch_pdl=False, **rest: seen.append((DEPENDENT, launch_pdl))
+
+    monkeypatch.setattr(triton.triton_rows, "gate_rows", Kernel())
+    for dependent in (False, True):
+        for rows in (64, 65):
+            triton.TritonKernels(dependent=dependent).silu_mul(torch.zeros(rows, 32))
+    assert seen == [(False, False), (False, False), (True, True), (False, False)]
