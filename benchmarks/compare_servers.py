@@ -14,7 +14,7 @@ Figures are medians over the rounds; a ratio is taken within its round, to the f
 - pause p99: 99th percentile of the pauses between two chunks of a stream, which can bring several tokens each.
 
 Each request has a numbered system message, so that no visit profits from the prefix cache of an earlier one (--plain
-leaves it out). Needs httpx.
+leaves it out). A memory of past answers finds them all the same: start Pilotfish with --suffix-memory 0. Needs httpx.
 """
 
 from __future__ import annotations

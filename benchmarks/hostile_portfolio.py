@@ -45,7 +45,12 @@ def main() -> None:
         shape = read_config(resolve(args.model))
         draft = write_model(Path(folder), config_of(shape), random_weights(shape, 0.05, torch.bfloat16))
         drafter = ("ngram", f"random={draft}")
-        settings = {"prefix_caching": False, "kv_cache_memory": 1 << 30, "num_threads": args.num_threads}
+        settings = {
+            "prefix_caching": False,
+            "suffix_memory": 0,
+            "kv_cache_memory": 1 << 30,
+            "num_threads": args.num_threads,
+        }
         with LLM(model=args.model, drafter=drafter, **settings) as llm:
             generator = random.Random(0)
             prompts = [

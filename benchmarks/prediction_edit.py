@@ -52,7 +52,7 @@ def main() -> None:
     prompts = [
         encode(tokenizer, text) for texts in read_suites(args.prompts, args.questions).values() for text in texts
     ]
-    llm = LLM(model=args.model, prefix_caching=False)
+    llm = LLM(model=args.model, prefix_caching=False, suffix_memory=0)
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
     requests = []
     for prompt in prompts:

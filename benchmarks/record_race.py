@@ -42,6 +42,7 @@ def ask(url: str, arm: str, prompt: str, max_tokens: int) -> Lane:
     body = {
         "messages": [{"role": "user", "content": prompt}], "model": model_of(url), "temperature": 0, "seed": 1,
         "max_tokens": max_tokens, "speculation": arm, "stream": True, "include_provenance": True,
+        "cache_salt": f"{arm} {time.time()}",  # else an arm could draft from the answer of the one before
         "stream_options": {"include_usage": True},
     }  # fmt: skip
     request = urllib.request.Request(

@@ -84,7 +84,7 @@ class Bench:
     """An engine, and the grammars of the tasks."""
 
     def __init__(self, model: str, max_tokens: int = 512, free_tokens: int = 128) -> None:
-        self.llm = LLM(model, prefix_caching=False)
+        self.llm = LLM(model, prefix_caching=False, suffix_memory=0)
         self.tokenizer: Tokenizer = load_tokenizer(resolve(model))
         info = self.llm.info
         self._vocabulary = load_vocabulary(resolve(model), info.vocab_size, info.eos_token_ids)
