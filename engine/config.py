@@ -53,6 +53,8 @@ GPU_SEQS, GPU_ROWS = 256, (2048, 8192)
 def with_step_limits(config: EngineConfig, gpu_memory: int | None) -> EngineConfig:
     """The settings with `max_num_seqs`, `max_batch_tokens` and `suffix_draft_tokens`, where they are 0, by device: a
     pass over many rows costs a GPU little more than one over few. gpu_memory: bytes; None: a CPU."""
+    if config.max_num_seqs and config.max_batch_tokens and config.suffix_draft_tokens:
+        return config
     seqs, rows = (CPU_SEQS, CPU_ROWS) if gpu_memory is None else (GPU_SEQS, GPU_ROWS[gpu_memory >= LARGE_GPU])
     max_num_seqs = config.max_num_seqs or min(seqs, config.max_batch_tokens or seqs)
     return msgspec.structs.replace(

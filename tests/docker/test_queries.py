@@ -65,7 +65,8 @@ def monitored(
     """Prometheus, and the times between which it has seen the load (seconds since 1970)."""
     program = tool("prometheus", "prometheus")
     folder = tmp_path_factory.mktemp("monitored")
-    flags = ("--max-num-seqs", "4", "--kv-cache-memory", "128MiB")
+    # Without a memory, which would know the predicted text from the other requests, too.
+    flags = ("--max-num-seqs", "4", "--kv-cache-memory", "128MiB", "--suffix-memory", "0")
     server = RunningServer(folder / "server.log", "--model", MODEL, *flags)
     prometheus = None
     try:
