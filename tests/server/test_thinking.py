@@ -29,7 +29,7 @@ def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     shutil.copytree(tiny_llama, folder / "thinker")
     at = QWEN3.rindex("{%- if enable_thinking is defined")
     (folder / "thinker" / "chat_template.jinja").write_text(f"{QWEN3[:at]}{OPENED}{QWEN3[at:]}")
-    flags = ["--kv-cache-memory", "16MiB", "--max-num-seqs", "8", "--log-level", "warning"]
+    flags = ["--kv-cache-memory", "16MiB", "--max-num-seqs", "8", "--log-level", "warning", "--suffix-memory", "0"]
     running = RunningServer(folder / "log", "--model", str(folder / "thinker"), *flags)
     try:
         running.wait_for("/ready", 200)

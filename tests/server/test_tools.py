@@ -46,7 +46,7 @@ class GetWeather(BaseModel):
 @pytest.fixture(scope="module")
 def real(smollm2: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     log = tmp_path_factory.mktemp("tools") / "log"
-    running = RunningServer(log, "--model", MODEL, "--kv-cache-memory", "256MiB")
+    running = RunningServer(log, "--model", MODEL, "--kv-cache-memory", "256MiB", "--suffix-memory", "0")
     try:
         running.wait_for("/ready", 200)
         yield running

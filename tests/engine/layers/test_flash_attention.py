@@ -355,6 +355,7 @@ class Recorded:
 
     def __init__(self, backend):
         self.name, self.block_size, self.allocate = backend.name, backend.block_size, backend.allocate
+        self.store = backend.store
         self._backend, self.batches = backend, []
 
     def attend(self, query, key, value, cache, batch, params):

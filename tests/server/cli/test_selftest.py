@@ -223,7 +223,7 @@ def test_flash_attention_is_checked_where_it_is(flash_attn: Any, run: Any, monke
         (
             "pilotfish.engine.sampling.sampler.argmax",
             lambda scores: (scores.argmax(1) + 1).tolist(),
-            ["greedy tokens", "drawn tokens"],
+            ["greedy tokens"],  # drawn ones are the native kernel's
         ),
     ],
 )
