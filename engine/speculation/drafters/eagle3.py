@@ -137,7 +137,7 @@ class Eagle3Drafter:
         self._max_batch_tokens = max_batch_tokens
         self._known: dict[str, FeatureBacklog] = {}
         self._steps: DraftSteps | None = None
-        self._whole = None if keep_probs or sync_free else runner.whole_drafts()
+        self._whole = None if keep_probs or self.growth.sync_free else runner.whole_drafts()
 
     def backlog(self, sequence: Sequence) -> int:
         """Return the rows that a draft's first pass has to read; 0 if the head has no features of the sequence."""
