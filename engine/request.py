@@ -180,9 +180,7 @@ def drafters_of(request: Request, info: EngineInfo) -> tuple[str, ...]:
         names += [name for name in info.drafters if name not in ("prediction", "grammar")]
     elif wanted != "off":
         names.append(wanted)
-    # With it an adapter's text was another than without (test_adapters_come_and_go_while_requests_run): until the
-    # cause is found, none of its long drafts are verified under an adapter.
-    return tuple(name for name in names if not (request.adapter and name == "suffix-memory"))
+    return tuple(names)
 
 
 def fan_out(request: Request, count: int, seed: int) -> list[Request]:
