@@ -149,6 +149,7 @@ def test_adapters_come_and_go_while_requests_run(tiny: Tiny, tmp_path: Path) -> 
     """A request keeps the adapter that it began with, and one of the same name finds none of its prefixes."""
     first, second = (write_adapter(tmp_path / f"{i}", build_model("llama"), seed=i) for i in (1, 2))
     settings: dict[str, Any] = {"kv_cache_memory": 8 << 20, "num_threads": 1, "adaptive_drafts": False}
+    settings["suffix_memory"] = 0  # which would draft the whole answer at once, before anything can change
     llm = LLM(str(tiny("llama")), lora_updates=True, **settings)
     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
@@ -169,6 +170,7 @@ def test_adapters_come_and_go_while_requests_run(tiny: Tiny, tmp_path: Path) -> 
         if i == 3:
             llm.core.change_adapter("a", None)
             llm.core.change_adapter("a", str(second))
+    assert i > 3
     assert tokens == wanted[0]
     assert not llm.core._leaving
     assert text(llm, "a") == wanted[1]
@@ -180,6 +182,28 @@ def test_adapters_come_and_go_while_requests_run(tiny: Tiny, tmp_path: Path) -> 
         llm.core.change_adapter("a", None)
     with pytest.raises(ParameterError, match="adapters cannot be changed: set lora_updates"):
         LLM(str(tiny("llama")), **settings).core.change_adapter("a", str(first))
+
+
+def test_long_drafts_from_past_answers_leave_an_adapters_text(tiny: Tiny, tmp_path: Path) -> None:
+    """The second time the memory has the whole answer, of the same adapter and of another."""
+    folders = [write_adapter(tmp_path / f"{i}", build_model("llama"), seed=i) for i in (1, 2)]
+    adapters = tuple(f"{name}={folder}" for name, folder in zip("ab", folders, strict=True))
+    settings: dict[str, Any] = {
+        "kv_cache_memory": 8 << 20,
+        "num_threads": 1,
+        "adaptive_drafts": False,
+        "lora": adapters,
+    }
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+
+    def completions(llm: LLM, **speculation: Any) -> list[Any]:
+        names = ["a", "b", "", "a", "b", ""]
+        return [llm.generate([PROMPT[:37]], params, adapter=name, **speculation)[0] for name in names]
+
+    plain = completions(LLM(str(tiny("llama")), **settings), speculation="off")
+    drafted = completions(LLM(str(tiny("llama")), **settings), speculation="suffix-memory")
+    assert [each.token_ids for each in drafted] == [each.token_ids for each in plain]
+    assert all(each.stats.steps < 12 for each in drafted[3:])
 
 
 @pytest.mark.parametrize(
