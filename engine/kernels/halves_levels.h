@@ -15,12 +15,6 @@ static inline float bfloat16_to_float(uint16_t h) {
 #define LOAD_FLOAT16(p) ((VEC){half_to_float((p)[0]), half_to_float((p)[1]), half_to_float((p)[2]), half_to_float((p)[3])})
 #define LOAD_BFLOAT16(p) ((VEC)((IVEC){(p)[0], (p)[1], (p)[2], (p)[3]} << 16))
 #include "halves_target.h"
-#undef SUFFIX
-#undef TARGET
-#undef LANES
-#undef MAX_TILE
-#undef LOAD_FLOAT16
-#undef LOAD_BFLOAT16
 
 #if defined(__x86_64__)
 #define SUFFIX _halves_avx2
@@ -30,12 +24,6 @@ static inline float bfloat16_to_float(uint16_t h) {
 #define LOAD_FLOAT16(p) ((VEC)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
 #define LOAD_BFLOAT16(p) ((VEC)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
 #include "halves_target.h"
-#undef SUFFIX
-#undef TARGET
-#undef LANES
-#undef MAX_TILE
-#undef LOAD_FLOAT16
-#undef LOAD_BFLOAT16
 
 #define SUFFIX _halves_avx512
 #define TARGET __attribute__((target("avx512f,avx512dq,fma")))
@@ -44,28 +32,9 @@ static inline float bfloat16_to_float(uint16_t h) {
 #define LOAD_FLOAT16(p) ((VEC)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
 #define LOAD_BFLOAT16(p) ((VEC)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
 #include "halves_target.h"
-#undef SUFFIX
-#undef TARGET
-#undef LANES
-#undef MAX_TILE
-#undef LOAD_FLOAT16
-#undef LOAD_BFLOAT16
 #endif
 
-struct pack_halves {
-  const uint16_t *rows;
-  uint16_t *packed;
-  int64_t columns, in;
-};
-
-static void pack_halves(const void *arguments, int64_t begin, int64_t end, int thread) {
-  (void)thread;
-  const struct pack_halves *a = arguments;
-  for (int64_t p = begin; p < end; p++)
-    for (int64_t k = 0; k < a->in; k++)
-      for (int64_t c = 0; c < PANEL; c++)
-        a->packed[(p * a->in + k) * PANEL + c] = p * PANEL + c < a->columns ? a->rows[(p * PANEL + c) * a->in + k] : 0;
-}
+PACK(pack_halves, uint16_t)
 
 /* As pilotfish_pack, of 16-bit numbers of any kind. */
 EXPORT void pilotfish_pack_halves(const uint16_t *rows, uint16_t *packed, int64_t columns, int64_t in) {

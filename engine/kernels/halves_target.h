@@ -113,3 +113,11 @@ TARGET static void NAME(linear_BFLOAT16)(const void *arguments, int64_t begin, i
 
 #undef VEC
 #undef IVEC
+
+/* What halves_levels.h has defined for the level. */
+#undef SUFFIX
+#undef TARGET
+#undef LANES
+#undef MAX_TILE
+#undef LOAD_FLOAT16
+#undef LOAD_BFLOAT16

@@ -145,6 +145,24 @@ EXPORT int64_t pilotfish_panel(void) { return PANEL; }
 EXPORT int pilotfish_set_threads(int threads) { return set_threads(threads); }
 EXPORT int pilotfish_threads(void) { return pool.threads; }
 
+/* Lays weights of a type out in panels: the arguments, and the function that takes panels [begin, end). */
+#define PACK(name, type)                                                                        \
+  struct name {                                                                                 \
+    const type *weight;                                                                         \
+    type *packed;                                                                               \
+    int64_t columns, in;                                                                        \
+  };                                                                                            \
+  static void name(const void *arguments, int64_t begin, int64_t end, int thread) {             \
+    (void)thread;                                                                               \
+    const struct name *a = arguments;                                                           \
+    for (int64_t p = begin; p < end; p++)                                                       \
+      for (int64_t k = 0; k < a->in; k++)                                                       \
+        for (int64_t c = 0; c < PANEL; c++) {                                                   \
+          const int64_t column = p * PANEL + c;                                                 \
+          a->packed[(p * a->in + k) * PANEL + c] = column < a->columns ? a->weight[column * a->in + k] : 0; \
+        }                                                                                       \
+  }
+
 /* What matters there is unrolled by hand, and -O3 takes six times as long to compile it. */
 #pragma GCC push_options
 #pragma GCC optimize("O2")
@@ -152,20 +170,7 @@ EXPORT int pilotfish_threads(void) { return pool.threads; }
 #include "blocks_levels.h"
 #pragma GCC pop_options
 
-struct pack {
-  const float *weight;
-  float *packed;
-  int64_t columns, in;
-};
-
-static void pack(const void *arguments, int64_t begin, int64_t end, int thread) {
-  (void)thread;
-  const struct pack *a = arguments;
-  for (int64_t p = begin; p < end; p++)
-    for (int64_t k = 0; k < a->in; k++)
-      for (int64_t c = 0; c < PANEL; c++)
-        a->packed[(p * a->in + k) * PANEL + c] = p * PANEL + c < a->columns ? a->weight[(p * PANEL + c) * a->in + k] : 0.0f;
-}
+PACK(pack, float)
 
 /* weight (columns x in, row-major) -> panels of PANEL columns, [panel][k][PANEL], zero beyond the last column */
 EXPORT void pilotfish_pack(const float *weight, float *packed, int64_t columns, int64_t in) {
@@ -192,20 +197,7 @@ EXPORT void pilotfish_linear(int level, const float *x, const float *packed, con
   }
 }
 
-struct pack_int8 {
-  const int8_t *weight;
-  int8_t *packed;
-  int64_t columns, in;
-};
-
-static void pack_int8(const void *arguments, int64_t begin, int64_t end, int thread) {
-  (void)thread;
-  const struct pack_int8 *a = arguments;
-  for (int64_t p = begin; p < end; p++)
-    for (int64_t k = 0; k < a->in; k++)
-      for (int64_t c = 0; c < PANEL; c++)
-        a->packed[(p * a->in + k) * PANEL + c] = p * PANEL + c < a->columns ? a->weight[(p * PANEL + c) * a->in + k] : 0;
-}
+PACK(pack_int8, int8_t)
 
 /* As pilotfish_pack. */
 EXPORT void pilotfish_pack_int8(const int8_t *weight, int8_t *packed, int64_t columns, int64_t in) {

@@ -25,11 +25,10 @@ from pilotfish.checkpoints.huggingface import read_json
 from pilotfish.checkpoints.values import Values, is_id
 from pilotfish.engine.models import head_files, llama
 from pilotfish.engine.models.config import SEQUENTIAL, DFlashConfig, ModelConfig
-from pilotfish.engine.models.head_files import EMBEDDING, HEAD
+from pilotfish.engine.models.head_files import EMBEDDING, check_features, shared_tensors
 from pilotfish.engine.models.plausible import check_config, readable
 from pilotfish.engine.models.tensors import attention, gated_mlp, linear, norm
 from pilotfish.engine.weights.tensors import Tensor, by_name
-from pilotfish.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -173,22 +172,12 @@ def _tensors(config: DFlashConfig) -> Iterator[Tensor]:
 
 def check_target(name: str, config: DFlashConfig, target: ModelConfig) -> None:
     """Raise ConfigError unless the drafter, called `name`, reads hidden states that the target has."""
-    if config.target_hidden_size != target.hidden_size:
-        raise ConfigError(
-            f"drafter {name!r} reads hidden states of size {config.target_hidden_size}, the target's are "
-            f"{target.hidden_size}: it was made for another target"
-        )
-    layers = config.feature_layers
-    if min(layers) < 0 or max(layers) > target.num_layers:
-        raise ConfigError(
-            f"drafter {name!r} reads layers {layers}, the target has {target.num_layers}: it was made for another "
-            "target"
-        )
+    check_features(name, config.target_hidden_size, config.feature_layers, target)
 
 
 def optional(config: DFlashConfig) -> set[str]:
     """The names of tensors that a drafter may take from its target instead."""
-    return {EMBEDDING, HEAD} if config.draft_vocab_size == config.decoder.vocab_size else {EMBEDDING}
+    return shared_tensors(config.draft_vocab_size, config.decoder.vocab_size)
 
 
 def read_weights(folder: Path, config: DFlashConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -22,11 +22,11 @@ from pilotfish.checkpoints.huggingface import read_json
 from pilotfish.checkpoints.values import Values, is_id
 from pilotfish.engine.models import head_files, llama
 from pilotfish.engine.models.config import Eagle3Config, ModelConfig
-from pilotfish.engine.models.head_files import EMBEDDING, HEAD
+from pilotfish.engine.models.head_files import check_features, shared_tensors
 from pilotfish.engine.models.plausible import check_config, readable
 from pilotfish.engine.models.tensors import attention, gated_mlp, linear, norm
 from pilotfish.engine.weights.tensors import Tensor, by_name
-from pilotfish.errors import ConfigError, ModelError
+from pilotfish.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -78,22 +78,12 @@ def _tensors(config: Eagle3Config) -> Iterator[Tensor]:
 
 def check_target(name: str, head: Eagle3Config, target: ModelConfig) -> None:
     """Raise ConfigError unless the head, a drafter called `name`, reads hidden states that the target has."""
-    if head.target_hidden_size != target.hidden_size:
-        raise ConfigError(
-            f"drafter {name!r} reads hidden states of size {head.target_hidden_size}, the target's are "
-            f"{target.hidden_size}: it was made for another target"
-        )
-    layers = head.features_of(target)
-    if min(layers) < 0 or max(layers) > target.num_layers:
-        raise ConfigError(
-            f"drafter {name!r} reads layers {layers}, the target has {target.num_layers}: it was made for another "
-            "target"
-        )
+    check_features(name, head.target_hidden_size, head.features_of(target), target)
 
 
 def optional(config: Eagle3Config) -> set[str]:
     """The names of tensors that a head may take from its target instead."""
-    return {EMBEDDING, HEAD} if config.draft_vocab_size == config.decoder.vocab_size else {EMBEDDING}
+    return shared_tensors(config.draft_vocab_size, config.decoder.vocab_size)
 
 
 def declared_name(stored: str) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pilotfish.checkpoints.safetensors_header import check_file
+from pilotfish.engine.models.config import ModelConfig
 from pilotfish.engine.weights.quantization import SCALE, dequantized, scheme_of
 from pilotfish.engine.weights.tensors import Tensor, check_names, check_shape
-from pilotfish.errors import ModelError
+from pilotfish.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,26 @@ TARGET_IDS = "target_ids"
 
 _UNUSED = ("t2d", "verifier_norm.weight", "verifier_lm_head.weight", "rotary_emb.inv_freq")
 """Tensors that are only needed for training, or follow from the others."""
+
+
+def check_features(name: str, hidden_size: int, layers: Collection[int], target: ModelConfig) -> None:
+    """Raise ConfigError unless the target has the hidden states that a drafter called `name` reads: of this size, as
+    they enter these layers."""
+    if hidden_size != target.hidden_size:
+        raise ConfigError(
+            f"drafter {name!r} reads hidden states of size {hidden_size}, the target's are {target.hidden_size}: it "
+            "was made for another target"
+        )
+    if min(layers) < 0 or max(layers) > target.num_layers:
+        raise ConfigError(
+            f"drafter {name!r} reads layers {tuple(layers)}, the target has {target.num_layers}: it was made for "
+            "another target"
+        )
+
+
+def shared_tensors(draft_vocab_size: int, vocab_size: int) -> set[str]:
+    """The names of tensors that a head with this vocabulary may take from its target instead."""
+    return {EMBEDDING, HEAD} if draft_vocab_size == vocab_size else {EMBEDDING}
 
 
 def read_weights(

@@ -29,10 +29,7 @@ _DRAWN = 1 << 23
 def draw(logits: torch.Tensor, spans: Seq[LogitSpan], eos_token_ids: Seq[int] = ()) -> tuple[list[int], torch.Tensor]:
     """Return the token that `choose` draws for each row, and what it was drawn from: `process` of these arguments."""
     adjusted = adjust(logits, spans, eos_token_ids)
-    rows = rows_of(spans)
-    if can_draw(adjusted):
-        return _choose(adjusted, rows), spread(adjusted, truncate(adjusted, rows))
-    tokens, supports = _draw(adjusted, rows)
+    tokens, supports = _draw(adjusted, rows_of(spans))
     return tokens, spread(adjusted, supports)
 
 
@@ -50,29 +47,34 @@ def choose(adjusted: torch.Tensor, rows: Seq[LogitRow]) -> list[int]:
 
 
 def _choose(adjusted: torch.Tensor, rows: Seq[LogitRow]) -> list[int]:
-    """As `_draw`, with rows of the whole vocabulary left to the native kernels."""
+    """As `_draw`, without the supports of rows that the native kernels draw."""
     vocab = adjusted.shape[1]
-    free = [row for row in rows if not row.sequence.params.greedy and not is_restricted(row.sequence.params, vocab)]
+    free: list[LogitRow] = []
+    rest: list[LogitRow] = []
+    for row in rows:
+        params = row.sequence.params
+        (rest if params.greedy or is_restricted(params, vocab) else free).append(row)
     if not free:
         return _draw(adjusted, rows)[0]
-    rest = [row for row in rows if row.sequence.params.greedy or is_restricted(row.sequence.params, vocab)]
-    tokens = dict(zip((row.at for row in rest), _draw(adjusted, rest)[0], strict=True)) if rest else {}
-    found = draw_native(
-        adjusted,
-        [row.at for row in free],
-        [row_key(row.sequence.seed, row.position) for row in free],
-        [temperature_of(row.sequence.params) for row in free],
-    )
-    tokens.update(zip((row.at for row in free), found, strict=True))
-    return [tokens[row.at] for row in rows]
+    tokens = dict(zip(free, _drawn_whole(adjusted, free), strict=True))
+    tokens.update(zip(rest, _draw(adjusted, rest)[0], strict=True))
+    return [tokens[row] for row in rows]
+
+
+def _drawn_whole(adjusted: torch.Tensor, rows: Seq[LogitRow]) -> list[int]:
+    """Draw from the whole vocabulary, by the native kernels."""
+    keys = [row_key(row.sequence.seed, row.position) for row in rows]
+    temperatures = [temperature_of(row.sequence.params) for row in rows]
+    return draw_native(adjusted, [row.at for row in rows], keys, temperatures)
 
 
 def _draw(adjusted: torch.Tensor, rows: Seq[LogitRow]) -> tuple[list[int], list[Support]]:
     tokens = _greedy(adjusted, rows)
     supports = truncate(adjusted, rows) if len(tokens) < len(rows) else []
     for support in supports:
-        for row, token in zip(support.rows, race(support), strict=True):
-            tokens[row.at] = token
+        natively = support.whole and can_draw(adjusted)
+        drawn = _drawn_whole(adjusted, support.rows) if natively else race(support)
+        tokens.update(zip((row.at for row in support.rows), drawn, strict=True))
     return [tokens[row.at] for row in rows], supports
 
 

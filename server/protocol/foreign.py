@@ -33,7 +33,7 @@ EMPTY: tuple[Any, ...] = ("", [], {}, False)
 
 def instead(text: str, *names: str, neutral: tuple[Any, ...] = EMPTY) -> dict[str, Foreign]:
     """Return the entries of parameters in whose place to use what `text` says."""
-    return {name: Foreign(neutral, text) for name in names}
+    return _off(*names, neutral=neutral, instead=text)
 
 
 def _off(*names: str, neutral: tuple[Any, ...] = (0, False), instead: str = "leave it out") -> dict[str, Foreign]:

@@ -17,11 +17,12 @@ from pilotfish.engine.layers.communicator import Communicator
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.models import dflash_checkpoint
 from pilotfish.engine.models.config import ModelConfig
-from pilotfish.engine.models.decoder_model import CausalModel, DecoderModel
+from pilotfish.engine.models.decoder_model import CausalModel
 from pilotfish.engine.models.dflash import DFlashModel
 from pilotfish.engine.models.head_files import EMBEDDING, HEAD
 from pilotfish.engine.speculation.drafters.block_drafter import BlockDrafter
 from pilotfish.engine.speculation.drafters.drafter import LoadedDraft, MakeRunner, check_vocabulary
+from pilotfish.engine.speculation.drafters.feature_backlog import with_hidden_states
 from pilotfish.errors import ConfigError
 
 
@@ -35,11 +36,7 @@ def load(
     comm: Communicator,
 ) -> LoadedDraft:
     """See `registry.load_draft`."""
-    if not isinstance(target, DecoderModel):
-        raise ConfigError(
-            f"drafter {name!r} reads the target's hidden states, which transformers' code does not give: use ngram, "
-            "suffix, or a draft model"
-        )
+    target = with_hidden_states(name, target)
     shape = dflash_checkpoint.read_config(files.path)
     check_draft(platform, name, shape.decoder, config)
     check_vocabulary(name, shape.decoder, target.config)

@@ -29,14 +29,14 @@ from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
 from pilotfish.engine.models import eagle3_checkpoint
 from pilotfish.engine.models.config import ModelConfig
-from pilotfish.engine.models.decoder_model import CausalModel, DecoderModel
+from pilotfish.engine.models.decoder_model import CausalModel
 from pilotfish.engine.models.eagle3 import Eagle3Model
 from pilotfish.engine.models.features import FeatureRows
 from pilotfish.engine.sampling.processors import temperature_of
 from pilotfish.engine.sampling.sampler import argmax
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest, LoadedDraft, MakeRunner, check_vocabulary
-from pilotfish.engine.speculation.drafters.feature_backlog import MOST_PENDING, FeatureBacklog
+from pilotfish.engine.speculation.drafters.feature_backlog import MOST_PENDING, FeatureBacklog, with_hidden_states
 from pilotfish.engine.speculation.drafters.growth import (
     Carried,
     GrowingDraft,
@@ -58,11 +58,7 @@ def load(
     comm: Communicator,
 ) -> LoadedDraft:
     """See `registry.load_draft`."""
-    if not isinstance(target, DecoderModel):
-        raise ConfigError(
-            f"drafter {name!r} reads the target's hidden states, which transformers' code does not give: use ngram, "
-            "suffix, or a draft model"
-        )
+    target = with_hidden_states(name, target)
     shape = eagle3_checkpoint.read_config(files.path)
     check_draft(platform, name, shape.decoder, config)
     check_vocabulary(name, shape.decoder, target.config)

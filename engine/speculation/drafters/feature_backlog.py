@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 import torch
 
 from pilotfish.engine.memory.block_table import BlockTable
+from pilotfish.engine.models.decoder_model import CausalModel, DecoderModel
 from pilotfish.engine.models.features import FeatureRows
+from pilotfish.errors import ConfigError
 
 MOST_PENDING = 256
 """Maximum positions whose features are kept for a sequence while it is not drafted for: a drafter that reads the
@@ -81,3 +83,13 @@ class FeatureBacklog:
         """Drop what is cached and pending, and start again at position `first`."""
         self.blocks.release()
         self.first, self.computed, self.pending, self.rows_pending = first, 0, deque(), 0
+
+
+def with_hidden_states(name: str, target: CausalModel) -> DecoderModel:
+    """Return the target of a drafter called `name` that reads hidden states. Raises ConfigError if it gives none."""
+    if not isinstance(target, DecoderModel):
+        raise ConfigError(
+            f"drafter {name!r} reads the target's hidden states, which transformers' code does not give: use ngram, "
+            "suffix, or a draft model"
+        )
+    return target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -16,7 +17,6 @@ from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers.attention.native import NativeAttention
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
-from pilotfish.engine.models.config import Eagle3Config, ModelConfig, RopeConfig
 from pilotfish.engine.models.eagle3 import Eagle3Model, SharedWeights
 from pilotfish.engine.models.features import FeatureRows
 from pilotfish.engine.params import SamplingParams
@@ -24,6 +24,7 @@ from pilotfish.engine.request import Request
 from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 from pilotfish.engine.speculation.drafters.eagle3 import Eagle3Drafter
+from tests.support.heads import head_config, head_weights
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="the native kernels were not built")
 
@@ -34,49 +35,16 @@ WEIGHTS = ("float32", "int8", "own vocabulary", "residual before the norm")
 
 @cache
 def runner(kind: str) -> HeadRunner:
-    decoder = ModelConfig(
-        architecture="llama",
-        vocab_size=VOCAB,
-        hidden_size=SIZE,
-        intermediate_size=GATED,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        max_position=LENGTH + BLOCK,
-        rms_norm_eps=1e-5,
-        rope=RopeConfig(),
-        tie_embeddings=True,
-    )
     draft_vocab = VOCAB if kind == "own vocabulary" else DRAFT_VOCAB
-    config = Eagle3Config(
-        decoder=decoder,
-        draft_vocab_size=draft_vocab,
-        target_hidden_size=SIZE,
-        feature_layers=(0, 1, 2),
-        norm_before_residual=kind == "residual before the norm",
-    )
-    shapes = {
-        "fc": (SIZE, 3 * SIZE),
-        "layer.self_attn.q_proj": (SIZE, 2 * SIZE),
-        "layer.self_attn.k_proj": (SIZE // 2, 2 * SIZE),
-        "layer.self_attn.v_proj": (SIZE // 2, 2 * SIZE),
-        "layer.self_attn.o_proj": (SIZE, SIZE),
-        "layer.mlp.gate_proj": (GATED, SIZE),
-        "layer.mlp.up_proj": (GATED, SIZE),
-        "layer.mlp.down_proj": (SIZE, GATED),
-        "lm_head": (draft_vocab, SIZE),
-    }
+    config = head_config(draft_vocab, vocab_size=VOCAB, hidden_size=SIZE, intermediate_size=GATED, head_dim=16)
+    config = replace(config, norm_before_residual=kind == "residual before the norm")
     source = torch.Generator().manual_seed(0)
-    weights: dict[str, torch.Tensor] = {}
-    for name, shape in shapes.items():
-        weight = 0.3 * torch.randn(shape, generator=source)
-        weights[f"{name}.weight"] = weight
-        if kind == "int8":
-            scale = weight.abs().amax(1, keepdim=True) / 127
-            weights |= {f"{name}.weight": (weight / scale).round().to(torch.int8), f"{name}.weight_scale": scale}
-    norms = ("layer.input_layernorm", "layer.hidden_norm", "layer.post_attention_layernorm", "norm")
-    weights |= {f"{name}.weight": 1 + 0.1 * torch.randn(SIZE, generator=source) for name in norms}
+    weights = head_weights(config, source)
+    if kind == "int8":
+        for name, weight in list(weights.items()):
+            if weight.ndim == 2:
+                scale = weight.abs().amax(1, keepdim=True) / 127
+                weights |= {name: (weight / scale).round().to(torch.int8), f"{name}_scale": scale}
     kernels = NativeKernels()
     attention = NativeAttention(kernels)
     embedding = kernels.prepare_linear(torch.randn(VOCAB, SIZE, generator=source))

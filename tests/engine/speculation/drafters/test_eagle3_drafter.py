@@ -13,7 +13,6 @@ from pilotfish.engine.kernels.torch import TorchKernels
 from pilotfish.engine.layers.attention.torch import TorchAttention
 from pilotfish.engine.memory.block_pool import BlockPool
 from pilotfish.engine.memory.block_table import BlockTable
-from pilotfish.engine.models.config import Eagle3Config, ModelConfig, RopeConfig
 from pilotfish.engine.models.eagle3 import Eagle3Model, SharedWeights
 from pilotfish.engine.models.features import FeatureRows
 from pilotfish.engine.params import SamplingParams
@@ -22,6 +21,7 @@ from pilotfish.engine.sequence import Sequence
 from pilotfish.engine.speculation.drafters.drafter import DraftRequest
 from pilotfish.engine.speculation.drafters.eagle3 import Eagle3Drafter
 from pilotfish.engine.speculation.drafters.feature_backlog import MOST_PENDING
+from tests.support.heads import head_config, head_weights
 
 VOCAB, DRAFT_VOCAB, SIZE, BLOCK, LENGTH = 96, 32, 32, 16, 600
 LAYERS = (0, 1, 2)
@@ -30,36 +30,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def runner() -> HeadRunner:
-    decoder = ModelConfig(
-        architecture="llama",
-        vocab_size=VOCAB,
-        hidden_size=SIZE,
-        intermediate_size=48,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        max_position=LENGTH + BLOCK,
-        rms_norm_eps=1e-5,
-        rope=RopeConfig(),
-        tie_embeddings=True,
-    )
-    config = Eagle3Config(decoder=decoder, draft_vocab_size=DRAFT_VOCAB, target_hidden_size=SIZE, feature_layers=LAYERS)
-    shapes = {
-        "fc": (SIZE, 3 * SIZE),
-        "layer.self_attn.q_proj": (SIZE, 2 * SIZE),
-        "layer.self_attn.k_proj": (SIZE // 2, 2 * SIZE),
-        "layer.self_attn.v_proj": (SIZE // 2, 2 * SIZE),
-        "layer.self_attn.o_proj": (SIZE, SIZE),
-        "layer.mlp.gate_proj": (48, SIZE),
-        "layer.mlp.up_proj": (48, SIZE),
-        "layer.mlp.down_proj": (SIZE, 48),
-        "lm_head": (DRAFT_VOCAB, SIZE),
-    }
+    config = head_config(DRAFT_VOCAB, vocab_size=VOCAB, hidden_size=SIZE)
     source = torch.Generator().manual_seed(0)
-    weights = {f"{name}.weight": 0.3 * torch.randn(shape, generator=source) for name, shape in shapes.items()}
-    norms = ("layer.input_layernorm", "layer.hidden_norm", "layer.post_attention_layernorm", "norm")
-    weights |= {f"{name}.weight": torch.ones(SIZE) for name in norms}
+    weights = head_weights(config, source)
     kernels, attention = TorchKernels(), TorchAttention()
     embedding = kernels.prepare_linear(torch.randn(VOCAB, SIZE, generator=source))
     shared = SharedWeights(embedding, embedding)
