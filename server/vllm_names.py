@@ -54,8 +54,8 @@ class VllmNames(Collector):
             "request_success",
             "Answers by how they ended.",
             labels,
-            "finished_reason",
             {s.labels["outcome"]: s.value for s in _totals(own["requests"]) if s.labels["outcome"] != "refused"},
+            "finished_reason",
         )
         yield from _speculation(own, labels)
 
@@ -68,13 +68,13 @@ def _speculation(own: dict[str, Metric], labels: dict[str, str]) -> Iterator[Met
         ("num_draft_tokens", "Drafted tokens that were verified.", _sum(own["drafted_tokens"])),
         ("num_accepted_tokens", "Drafted tokens that were accepted.", _sum(own["accepted_tokens"])),
     ):
-        yield _counter(f"spec_decode_{name}", what, labels, values={"": value})
+        yield _counter(f"spec_decode_{name}", what, labels, {"": value})
     yield _counter(
         "spec_decode_num_accepted_tokens_per_pos",
         "Drafted tokens that were accepted, by their position in the draft, from 0.",
         labels,
-        "position",
         {str(position - 1): value for position, value in sorted(accepted.items())},
+        "position",
     )
 
 
@@ -86,7 +86,7 @@ def _renamed(metric: Metric, name: str, labels: dict[str, str]) -> Metric:
     return same
 
 
-def _counter(name: str, what: str, labels: dict[str, str], label: str = "", values: dict[str, float] = {}) -> Metric:  # noqa: B006
+def _counter(name: str, what: str, labels: dict[str, str], values: dict[str, float], label: str = "") -> Metric:
     """Make a counter with a value for each value of `label`, or a single one if that is ""."""
     made = Metric(THEIRS + name, what, "counter")
     for value, count in values.items():
